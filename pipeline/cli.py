@@ -1,0 +1,99 @@
+"""What every entry point shares: exit codes for errors, and progress on a terminal or in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+LOG_SECONDS = 15.0  # one progress line an interval where there is no terminal
+
+
+class UsageError(Exception):
+    """Wrong use: the message is one sentence that names the thing and the mend. Exit code 2."""
+
+
+class RunError(Exception):
+    """A failure that is no wrong use (a job that could not finish). Exit code 1."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call an entry point and turn its outcome into an exit code: 0, 1 (failure), 2 (wrong use), 130 (Ctrl-C)."""
+    try:
+        code = main() or 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a line every ``LOG_SECONDS`` and one at the end, with rate and ETA.
+
+    Args:
+        total: amount of work in ``unit``; 0 if unknown.
+        unit: what is counted, e.g. ``"tok"``.
+        label: what is going on, e.g. ``"scoring"``.
+        done: amount that was finished before this run; it counts as progress but not towards the rate.
+    """
+
+    def __init__(self, total: int, unit: str, label: str, done: int = 0) -> None:
+        self.total, self.unit, self.label = total, unit, label
+        self.initial = self.count = done
+        self.started = self.last_line = time.monotonic()
+        self.bar = (
+            tqdm(total=total or None, unit=unit, desc=label, initial=done, unit_scale=True, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif kind is None and self.count != self.initial:
+            self._print_line()
+
+    def advance(self, amount: int) -> None:
+        """Count ``amount`` more units as done."""
+        self.count += amount
+        if self.bar is not None:
+            self.bar.update(amount)
+        elif time.monotonic() - self.last_line >= LOG_SECONDS:
+            self._print_line()
+
+    def note(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _print_line(self) -> None:
+        now = time.monotonic()
+        self.last_line = now
+        seconds = max(now - self.started, 1e-9)
+        rate = (self.count - self.initial) / seconds
+        text = f"{self.label}: {self.count:,}"
+        if self.total:
+            text += f"/{self.total:,} {self.unit} ({self.count / self.total:.0%})"
+        else:
+            text += f" {self.unit}"
+        text += f", {rate:,.0f} {self.unit}/s, {seconds:.0f} s"
+        if self.total and rate and self.count < self.total:
+            text += f", ETA {(self.total - self.count) / rate:.0f} s"
+        print(text, file=sys.stderr, flush=True)

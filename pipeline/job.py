@@ -1,0 +1,160 @@
+"""What a scoring run is: its settings, checked and resolved, and the fingerprint of all that decides its bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pipeline import shards, storage
+from pipeline.cli import UsageError
+from pipeline.corpus import Corpus
+from pipeline.teacher import (
+    load_config,
+    load_tokenizer,
+    local_checkpoint,
+    max_length,
+    resolve_dtype,
+    weights_hash,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know besides the shard descriptor; plain data.
+
+    Attributes:
+        output: shard directory, an absolute path or a URI.
+        fingerprint: everything that decides the bytes of the shards.
+        teacher: absolute path or Hub id; None writes tokens only.
+        teacher_hash: of the teacher's configuration and weights, wherever they are loaded.
+        special_ids: special tokens by role; ``special_token_ids``: every id that is never scored.
+        context, passes, top_k, dtype, batch_tokens: see ``Teacher``.
+        threads: torch threads of a CPU worker.
+    """
+
+    output: str
+    fingerprint: dict[str, Any]
+    fingerprint_hash: str
+    teacher: str | None
+    teacher_hash: str | None
+    trust_remote_code: bool
+    sequence_length: int
+    vocab_size: int
+    tokenizer_hash: str
+    special_ids: dict[str, int]
+    special_token_ids: list[int]
+    context: str | None
+    passes: int | None
+    top_k: int
+    dtype: str | None
+    batch_tokens: int
+    text_column: str
+    threads: int = 1
+
+
+def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run: the corpus' own if that is a shard directory, else the one given, else the teacher's.
+
+    Raises:
+        UsageError: none of them, two of them, or one without the special tokens of a masked LM.
+    """
+    if corpus.from_shards:
+        if tokenizer:
+            raise UsageError(f"{corpus.from_shards.uri} brings its own tokenizer; leave out --tokenizer")
+        return shards.load_tokenizer(corpus.from_shards.uri)
+    if not tokenizer and teacher == "none":
+        raise UsageError("--teacher none needs --tokenizer (make one with pipeline/tokenizer.py)")
+    loaded = load_tokenizer(tokenizer or teacher)
+    if missing := {"pad", "cls", "sep", "mask"} - shards.special_ids(loaded).keys():
+        raise UsageError(
+            f"the tokenizer {tokenizer or teacher} has no {', '.join(sorted(missing))} token; use one of a masked LM"
+        )
+    return loaded
+
+
+def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """Check and resolve the flags of ``score.py``.
+
+    Raises:
+        UsageError: settings that contradict the corpus, the tokenizer or the teacher.
+    """
+    length = sequence_length(args.sequence_length, corpus)
+    fingerprint: dict[str, Any] = {
+        "schema_version": shards.SCHEMA_VERSION,
+        "corpus": corpus.identity,
+        "tokenizer": tokenization_hash(tokenizer),
+        "sequence_length": length,
+    }
+    teacher = None
+    if args.teacher != "none":
+        teacher = local_checkpoint(args.teacher)
+        check_teacher(teacher, args, tokenizer, length)
+        fingerprint |= {
+            "teacher": weights_hash(teacher),
+            "context": args.context,
+            "passes": min(args.passes, length) if args.context == "masked" else 1,
+            "top_k": args.top_k,
+            "dtype": resolve_dtype(args.dtype),
+            "batch_tokens": args.batch_tokens,
+        }
+    return Job(
+        output=args.output if storage.is_remote(args.output) else str(Path(args.output).absolute()),
+        fingerprint=fingerprint,
+        fingerprint_hash=storage.sha256_json(fingerprint),
+        teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
+        teacher_hash=fingerprint.get("teacher"),
+        trust_remote_code=args.trust_remote_code,
+        sequence_length=length,
+        vocab_size=len(tokenizer),
+        tokenizer_hash=shards.tokenizer_hash(tokenizer),
+        special_ids=shards.special_ids(tokenizer),
+        special_token_ids=sorted(set(tokenizer.all_special_ids)),
+        context=fingerprint.get("context"),
+        passes=fingerprint.get("passes"),
+        top_k=fingerprint.get("top_k", 0),
+        dtype=fingerprint.get("dtype"),
+        batch_tokens=args.batch_tokens,
+        text_column=args.text_column,
+    )
+
+
+def sequence_length(asked: int | None, corpus: Corpus) -> int:
+    given = corpus.from_shards.sequence_length if corpus.from_shards else None
+    if given and asked not in (None, given):
+        raise UsageError(f"the corpus holds sequences of {given} tokens; leave out --sequence-length")
+    length = given or asked or 128
+    if length < 8:
+        raise UsageError(f"--sequence-length {length} is too short; use at least 8")
+    return length
+
+
+def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Refuse what does not fit together, from the teacher's configuration and tokenizer alone."""
+    config = load_config(teacher, args.trust_remote_code)
+    if length > (longest := max_length(config) or length):
+        raise UsageError(f"--sequence-length {length} is more than the {longest} positions of {args.teacher}")
+    if len(tokenizer) > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {args.teacher} only predicts {config.vocab_size}; "
+            "use the tokenizer that the teacher was trained with"
+        )
+    if not 0 <= args.top_k <= config.vocab_size:
+        raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {config.vocab_size} tokens")
+    if any((teacher / name).exists() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        own = load_tokenizer(str(teacher))
+        if shards.tokenizer_hash(own) != shards.tokenizer_hash(tokenizer):
+            raise UsageError(
+                f"the tokenizer does not fit {args.teacher}, which was trained with another vocabulary; "
+                "use the teacher's own tokenizer"
+            )
+
+
+def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what turns text into ids: the fast tokenizer's whole definition, less truncation and padding."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return storage.sha256_json([definition | {"truncation": None, "padding": None}, shards.tokenizer_hash(tokenizer)])

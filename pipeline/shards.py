@@ -1,0 +1,279 @@
+"""The shard contract: schema, Parquet bytes, manifest, and reading back. See docs/shards.md; commit.py writes.
+
+A shard directory holds ``part-00000.parquet …``, ``tokenizer/``, ``_records/`` (one JSON a finished shard) and, written
+last, ``manifest.json``. Readers trust the manifest only, so stray or late files in the directory are harmless.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline import storage
+from pipeline.cli import UsageError
+
+SCHEMA_VERSION = 1
+ROW_GROUP = 1024
+SCORE_COLUMNS = ("entropy", "surprisal")
+TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a teacher says of N sequences of L tokens. Natural logarithms; NaN where a position is not scored.
+
+    Attributes:
+        entropy_NL: predictive entropy in nats, float32.
+        surprisal_NL: -log p(actual token) in nats, float32.
+        topk_ids_NLK: the most probable tokens, most probable first, 0 where not scored, int64.
+        topk_logprobs_NLK: their log-probabilities under the full softmax, float32.
+    """
+
+    entropy_NL: np.ndarray
+    surprisal_NL: np.ndarray
+    topk_ids_NLK: np.ndarray
+    topk_logprobs_NLK: np.ndarray
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One committed shard, as its record and the manifest name it. ``tokens`` leaves padding out."""
+
+    index: int
+    file: str
+    rows: int
+    tokens: int
+    scored_tokens: int
+    bytes: int
+    sha256: str
+    entropy_sum: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished shard directory. ``special_ids`` by role; ``special_token_ids`` are all ids that are never masked."""
+
+    uri: str
+    sequence_length: int
+    vocab_size: int
+    special_ids: dict[str, int]
+    special_token_ids: list[int]
+    scored: bool
+    top_k: int
+    context: str | None
+    passes: int | None
+    teacher: str | None
+    fingerprint: dict[str, Any]
+    fingerprint_hash: str
+    tokenizer_hash: str
+    shards: list[ShardEntry]
+    totals: dict[str, Any]
+
+    def shard_uri(self, entry: ShardEntry) -> str:
+        return storage.join(self.uri, entry.file)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def shard_file(index: int) -> str:
+    """``part-00000.parquet``: one shard, one name, whoever writes it."""
+    return f"part-{index:05d}.parquet"
+
+
+def run_uri(directory: str) -> str:
+    """Where a run leaves its fingerprint and number of shards before the first shard."""
+    return storage.join(directory, "_records", "run.json")
+
+
+def manifest_uri(directory: str) -> str:
+    return storage.join(directory, "manifest.json")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def schema(vocab_size: int, scored: bool, top_k: int) -> pa.Schema:
+    """Arrow schema of a shard. Inner fields are not nullable: nullability alone costs a third of the bytes."""
+
+    def list_of(value: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.field("element", value, nullable=False))
+
+    token = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+    columns = {"sequence_id": pa.uint64(), "input_ids": list_of(token)}
+    if scored:
+        columns |= dict.fromkeys(SCORE_COLUMNS, list_of(pa.float16()))
+    if scored and top_k:
+        columns |= {"topk_ids": list_of(token), "topk_logprobs": list_of(pa.float16())}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_size: int, top_k: int) -> pa.Table:
+    """Arrow table of one shard; sequence ids are ``index << 32 | row``."""
+    rows, length = input_ids_NL.shape
+    arrow_schema = schema(vocab_size, scores is not None, top_k)
+    columns: dict[str, np.ndarray] = {"input_ids": input_ids_NL}
+    if scores is not None:
+        columns |= {"entropy": scores.entropy_NL, "surprisal": scores.surprisal_NL}
+        if top_k:
+            columns |= {"topk_ids": scores.topk_ids_NLK, "topk_logprobs": scores.topk_logprobs_NLK}
+    arrays = [pa.array((np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64))]
+    for field in list(arrow_schema)[1:]:
+        values = columns[field.name].reshape(-1)
+        width = length * top_k if field.name in TOP_K_COLUMNS else length
+        flat = pa.array(values.astype(field.type.value_type.to_pandas_dtype()))
+        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * width)
+        arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
+    return pa.Table.from_arrays(arrays, schema=arrow_schema)
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Parquet bytes of a shard: a pure function of the table (and of the Arrow version).
+
+    Integer columns are split by byte (their upper bytes are mostly zero), floats stay plain because DuckDB
+    cannot read a split float16.
+    """
+    encodings = {"sequence_id": "BYTE_STREAM_SPLIT"}
+    for field in list(table.schema)[1:]:
+        integer = pa.types.is_integer(field.type.value_type)
+        encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT" if integer else "PLAIN"
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding=encodings,
+        write_statistics=["sequence_id"],
+    )
+    return sink.getvalue()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(uri: str) -> Manifest:
+    """Open a finished shard directory.
+
+    Raises:
+        UsageError: no such directory, an unfinished run, an unreadable manifest, another schema version, or a file name
+            that is not a plain shard name.
+    """
+    try:
+        fields = storage.read_json(manifest_uri(uri))
+    except FileNotFoundError:
+        raise UsageError(_why_no_manifest(uri)) from None
+    except ValueError:
+        raise UsageError(f"{manifest_uri(uri)} is not valid JSON; finish or repeat the scoring run") from None
+    try:
+        if fields["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(
+                f"{uri} has shard schema version {fields['schema_version']}, this program reads {SCHEMA_VERSION}; "
+                "score the corpus again"
+            )
+        fields["shards"] = [entry_of(entry) for entry in fields["shards"]]
+        names = Manifest.__dataclass_fields__.keys() - {"uri"}
+        manifest = Manifest(uri=uri, **{name: fields[name] for name in names})
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{manifest_uri(uri)} is no shard manifest ({error}); score the corpus again") from None
+    for entry in manifest.shards:
+        if not re.fullmatch(r"part-\d{5,}\.parquet", str(entry.file)):
+            raise UsageError(
+                f"{manifest_uri(uri)} names the file {entry.file!r}; only part-NNNNN.parquet in its directory is read"
+            )
+    return manifest
+
+
+def entry_of(record: dict[str, Any]) -> ShardEntry:
+    return ShardEntry(**{name: record[name] for name in ShardEntry.__dataclass_fields__})
+
+
+def _why_no_manifest(uri: str) -> str:
+    try:
+        total = storage.read_json(run_uri(uri))["shards"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return f"{uri} is no shard directory (it has no manifest.json); make one with pipeline/score.py"
+    done = sum(info.base_name.startswith("part-") for info in storage.list_files(storage.join(uri, "_records")))
+    return f"{uri} is unfinished ({done} of {total} shards); run the same pipeline/score.py command again to finish it"
+
+
+def check_shards(manifest: Manifest) -> None:
+    """Cheap checks before reading: each file exists with the manifest's size and the footer's row count.
+
+    Raises:
+        UsageError: names the first file that is missing, of another size, or unreadable.
+    """
+    for entry in manifest.shards:
+        uri = manifest.shard_uri(entry)
+        mend = "delete its record in _records/ and run pipeline/score.py again"
+        size = storage.size(uri)
+        if size is None:
+            raise UsageError(f"{uri} is missing; {mend}")
+        if size != entry.bytes:
+            raise UsageError(f"{uri} has {size} bytes, its manifest says {entry.bytes}; {mend}")
+        try:
+            rows = footer_rows(uri)
+        except (pa.ArrowInvalid, OSError):
+            raise UsageError(f"{uri} is no readable Parquet file; {mend}") from None
+        if rows != entry.rows:
+            raise UsageError(f"{uri} has {rows} rows, its manifest says {entry.rows}; {mend}")
+
+
+def footer_rows(uri: str) -> int:
+    """Number of rows by a Parquet file's footer."""
+    filesystem, path = storage.resolve(uri)
+    return pq.read_metadata(path, filesystem=filesystem).num_rows
+
+
+def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that made the shards in ``directory``."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy_tokenizer(directory, Path(temporary))
+        return AutoTokenizer.from_pretrained(temporary)
+
+
+def copy_tokenizer(directory: str, destination: Path) -> None:
+    """Copy the tokenizer's files of a shard directory to a local directory, unchanged."""
+    destination.mkdir(parents=True, exist_ok=True)
+    source = storage.join(directory, "tokenizer")
+    for info in storage.list_files(source):
+        (destination / info.base_name).write_bytes(storage.read_bytes(storage.join(source, info.base_name)))
+
+
+def read_table(
+    manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups: list[int] | None = None
+) -> pa.Table:
+    """Columns of one shard, all of it or some row groups (each of ``ROW_GROUP`` rows, the last one shorter)."""
+    filesystem, path = storage.resolve(manifest.shard_uri(entry))
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        if row_groups is None:
+            row_groups = list(range(file.num_row_groups))
+        return file.read_row_groups(row_groups, columns=columns)
+
+
+def column_2d(table: pa.Table, name: str, width: int) -> np.ndarray:
+    """A list column as an array [rows, width] without copying single values; width is L, or L·k for top-k columns."""
+    column = table.column(name).combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the special tokens by role (pad, cls, sep, mask, unk), those that the tokenizer has."""
+    roles = ("pad", "cls", "sep", "mask", "unk")
+    ids = {role: getattr(tokenizer, f"{role}_token_id") for role in roles}
+    return {role: token for role, token in ids.items() if token is not None}
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what token ids mean: the vocabulary and the special ids. Equal hashes can share shards."""
+    return storage.sha256_json([tokenizer.get_vocab(), special_ids(tokenizer)])

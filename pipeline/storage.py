@@ -1,0 +1,131 @@
+"""Files and directories by path or URI, local or in an object store, through ``pyarrow.fs``.
+
+Local writes are atomic (temporary name, fsync, rename). An object store makes a key visible only when its upload
+is complete, so there a file is put whole under its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowInvalid, fs
+
+from pipeline.cli import UsageError
+
+
+def is_remote(uri: str) -> bool:
+    """Whether ``uri`` names something that is not a path of this machine."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def resolve(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of ``uri`` and the path in it; a plain path becomes absolute.
+
+    Raises:
+        UsageError: the scheme is unknown.
+    """
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (ArrowInvalid, OSError, ValueError):
+        pass
+    try:  # abfs and whatever else fsspec knows
+        import fsspec
+
+        protocol, _, path = uri.partition("://")
+        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(protocol))), path
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"cannot open {uri}: {error}") from None
+
+
+def join(uri: str, *names: str) -> str:
+    """``uri/name/…``."""
+    return "/".join([uri.rstrip("/") or "/", *names]) if names else uri
+
+
+def exists(uri: str) -> bool:
+    """Whether ``uri`` is a file or a directory."""
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+
+
+def size(uri: str) -> int | None:
+    """Size of the file in bytes, or None if there is no such file."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    return info.size if info.type == fs.FileType.File else None
+
+
+def list_files(uri: str) -> list[fs.FileInfo]:
+    """The files directly in the directory ``uri``, by name; empty if there is no such directory."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted((info for info in infos if info.type == fs.FileType.File), key=lambda info: info.base_name)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of a file. Raises FileNotFoundError."""
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write ``data`` so that a reader sees either the old file or the whole new one."""
+    filesystem, path = resolve(uri)
+    if is_remote(uri):
+        with filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a rename durable: it lives in the directory, which has a cache of its own."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(uri: str) -> Any:
+    """Parse a JSON file. Raises FileNotFoundError, or ValueError for broken JSON."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sha256(uri: str) -> str:
+    """Hex SHA-256 of a file's content, read as a stream."""
+    filesystem, path = resolve(uri)
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

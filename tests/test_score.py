@@ -1,0 +1,285 @@
+"""score.py as its users run it: in a process of its own, on Ray and locally, killed and resumed, and misused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, GPT2Config
+
+from pipeline import shards
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORE = [sys.executable, str(ROOT / "pipeline" / "score.py")]
+LENGTH, TOP_K = 32, 4
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 400 documents, a tokenizer trained on it, and a random-weight BERT over that vocabulary."""
+    root = tmp_path_factory.mktemp("score")
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(300)])
+    lines = [{"text": " ".join(rng.choice(words, rng.integers(5, 60)))} for _ in range(400)]
+    (root / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "pipeline" / "tokenizer.py"), "--corpus", str(root / "corpus.jsonl")]
+    subprocess.run([*command, "--vocab-size", "300", "--output", str(root / "tokenizer")], check=True)
+    save_bert(root / "teacher", AutoTokenizer.from_pretrained(root / "tokenizer"))
+    return root
+
+
+def save_bert(directory: Path, tokenizer: object, head: bool = True) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    model = BertForMaskedLM(config) if head else BertModel(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def command(work: Path, output: Path, *more: str) -> list[str]:
+    flags = ["--corpus", work / "corpus.jsonl", "--teacher", work / "teacher", "--output", output]
+    sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 1500, "--batch-tokens", 1024]
+    return [*SCORE, *map(str, flags + sizes), "--dtype", "float32", *more]
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=240)
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def refused(*args: object) -> str:
+    """Run a command that must end with exit code 2 and one sentence, no traceback."""
+    output = run(*args, code=2)
+    assert "Traceback" not in output
+    assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1, output
+    return output
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {entry.file: entry.sha256 for entry in shards.read_manifest(str(directory)).shards}
+
+
+@pytest.fixture(scope="module")
+def scored(work: Path) -> Path:
+    run(*command(work, work / "scored", "--backend", "local"))
+    return work / "scored"
+
+
+def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
+    manifest = shards.read_manifest(str(scored))
+    assert len(manifest.shards) > 5
+    assert manifest.totals["documents"] == 400
+    tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
+    for entry in manifest.shards:
+        table = pq.read_table(scored / entry.file)
+        assert table.schema == shards.schema(len(tokenizer), scored=True, top_k=TOP_K)
+        ids_NL = shards.column_2d(table, "input_ids", LENGTH)
+        entropy_NL = shards.column_2d(table, "entropy", LENGTH).astype(np.float64)
+        log_p_NLK = shards.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
+        special_NL = np.isin(ids_NL, tokenizer.all_special_ids)
+        assert (np.isnan(entropy_NL) == special_NL).all()
+        assert (np.isnan(log_p_NLK).all(-1) == special_NL).all()
+        assert (entropy_NL[~special_NL] >= 0).all() and (entropy_NL[~special_NL] <= np.log(len(tokenizer)) + 0.01).all()
+        assert (np.diff(log_p_NLK[~special_NL].astype(np.float64)) <= 0).all()
+        expected_ids = (entry.index << 32) + np.arange(entry.rows)
+        assert table["sequence_id"].to_pylist() == expected_ids.tolist()
+        assert (ids_NL[:, 0] == tokenizer.cls_token_id).all()
+        assert (ids_NL[:-1] != tokenizer.pad_token_id).all()
+
+
+def test_stored_scores_are_within_one_float16_step_of_the_model(work: Path) -> None:
+    run(*command(work, work / "exact", "--backend", "local", "--passes", str(LENGTH), "--limit-documents", "5"))
+    manifest = shards.read_manifest(str(work / "exact"))
+    table = shards.read_table(manifest, manifest.shards[0], ["input_ids", "entropy", "topk_ids", "topk_logprobs"])
+    ids_NL = torch.from_numpy(shards.column_2d(table, "input_ids", LENGTH).astype(np.int64))
+    entropy_NL = shards.column_2d(table, "entropy", LENGTH)
+    log_p_NLK = shards.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
+    topk_NLK = shards.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K).astype(np.int64)
+    model = AutoModelForMaskedLM.from_pretrained(work / "teacher").double().eval()
+    for position in range(1, LENGTH - 1):
+        if ids_NL[0, position] < 5:
+            continue
+        inputs_1L = ids_NL[:1].clone()
+        inputs_1L[0, position] = manifest.special_ids["mask"]
+        with torch.no_grad():
+            log_p_V = model(inputs_1L).logits[0, position].log_softmax(-1).numpy()
+        entropy = -(np.exp(log_p_V) * log_p_V).sum()
+        assert abs(entropy - entropy_NL[0, position]) <= 1e-4 + np.spacing(np.float16(entropy))
+        expected_K = np.sort(log_p_V)[::-1][:TOP_K]
+        tolerance_K = 1e-4 + np.abs(np.spacing(expected_K.astype(np.float16)))
+        assert (np.abs(log_p_NLK[0, position] - expected_K) <= tolerance_K).all()
+        assert (np.abs(log_p_V[topk_NLK[0, position]] - expected_K) < 1e-4).all()
+
+
+def test_polars_and_datasets_open_the_shards(scored: Path) -> None:
+    frame = pl.read_parquet(scored / "part-*.parquet")
+    assert frame.schema["entropy"] == pl.List(pl.Float16) and frame.schema["input_ids"] == pl.List(pl.UInt16)
+    rows = datasets.load_dataset("parquet", data_files=str(scored / "part-*.parquet"), split="train")
+    assert len(rows) == len(frame) == shards.read_manifest(str(scored)).totals["sequences"]
+    assert len(rows[0]["topk_ids"]) == LENGTH * TOP_K
+
+
+def test_ray_writes_the_same_bytes(work: Path, scored: Path) -> None:
+    output = run(*command(work, work / "ray", "--workers", "2"))
+    assert hashes(work / "ray") == hashes(scored)
+    assert "tokens/s" in output and "mean entropy" in output
+
+
+def test_killed_run_resumes_to_the_same_bytes(work: Path, scored: Path) -> None:
+    directory = work / "killed"
+    process = subprocess.Popen(command(work, directory, "--backend", "local"), stderr=subprocess.PIPE)
+    while len(list(directory.glob("_records/part-*.json"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.read_text() for path in directory.glob("_records/part-*.json")}
+    assert 3 <= len(finished) < len(hashes(scored))
+    assert "unfinished" in refused(sys.executable, ROOT / "train/run.py", *trainer_flags(directory, work / "none"))
+    output = run(*command(work, directory, "--backend", "local"))
+    assert f"{len(finished)} of {len(hashes(scored))} shards are done already" in output
+    assert hashes(directory) == hashes(scored)
+    for name, record in finished.items():
+        assert (directory / "_records" / name).read_text() == record, f"{name} was scored twice"
+    assert "(0 scored now)" in run(*command(work, directory, "--backend", "local"))
+
+
+def trainer_flags(directory: Path, output: Path) -> list[object]:
+    return ["--shards", directory, "--entropy-source", "random", "--output-dir", output, "--max-steps", 1]
+
+
+def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path) -> None:
+    directory = work / "damaged"
+    run(*command(work, directory, "--backend", "local"))
+    (directory / "part-00001.parquet").unlink()
+    (directory / "part-00002.parquet").write_bytes(b"half a file")
+    (directory / "_records" / "part-00003.json").write_text('{"index": 3')
+    assert "(3 scored now)" in run(*command(work, directory, "--backend", "local"))
+    assert hashes(directory) == hashes(scored)
+
+
+def test_a_shard_directory_is_a_corpus(work: Path, scored: Path) -> None:
+    """Tokens first, scores later: same tokens, ids and scores as in one go."""
+    flags = ["--corpus", work / "corpus.jsonl", "--shard-tokens", 1500, "--sequence-length", LENGTH, "--backend", "local"]
+    run(*SCORE, *flags, "--teacher", "none", "--tokenizer", work / "tokenizer", "--output", work / "tokens")
+    manifest = shards.read_manifest(str(work / "tokens"))
+    assert not manifest.scored and manifest.top_k == 0
+    table = pq.read_table(work / "tokens" / "part-00000.parquet")
+    assert table.column_names == ["sequence_id", "input_ids"]
+    again = ["--corpus", work / "tokens", "--teacher", work / "teacher", "--output", work / "rescored", "--backend", "local"]
+    run(*SCORE, *again, "--top-k", TOP_K, "--batch-tokens", 1024, "--dtype", "float32")
+    assert hashes(work / "rescored") == hashes(scored)
+
+
+def test_rejected_documents_are_counted_and_listed(work: Path, tmp_path: Path) -> None:
+    good = (work / "corpus.jsonl").read_bytes().splitlines()[:40]
+    bad = [b'{"text": "half', b'{"text": "\xff\xfe"}', b'{"text": null}', b'{"text": ""}', b'{"other": 1}', b"[1]"]
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join([*good[:20], *bad, *good[20:]]) + b"\n")
+    flags = ["--corpus", tmp_path / "mixed.jsonl", "--teacher", work / "teacher", "--output", tmp_path / "out"]
+    output = run(*SCORE, *flags, "--backend", "local", "--sequence-length", LENGTH)
+    assert "rejected documents  6" in output
+    record = json.loads((tmp_path / "out/_records/part-00000.json").read_text())
+    assert [entry["line"] for entry in record["rejected"]["listed"]] == [21, 22, 23, 24, 25, 26]
+    (tmp_path / "clean.jsonl").write_bytes(b"\n".join(good) + b"\n")
+    flags[1], flags[-1] = tmp_path / "clean.jsonl", tmp_path / "clean"
+    run(*SCORE, *flags, "--backend", "local", "--sequence-length", LENGTH)
+    assert list(hashes(tmp_path / "out").values()) == list(hashes(tmp_path / "clean").values())
+
+
+def test_dry_run_writes_nothing(work: Path) -> None:
+    output = run(*command(work, work / "dry", "--dry-run"))
+    assert "would write" in output and "topk_logprobs" in output
+    assert not (work / "dry").exists()
+
+
+def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    local = ["--backend", "local", "--sequence-length", LENGTH]
+
+    def score(corpus: object, teacher: object, *more: object) -> str:
+        return refused(*SCORE, "--corpus", corpus, "--teacher", teacher, "--output", tmp_path / "out", *local, *more)
+
+    corpus, teacher = work / "corpus.jsonl", work / "teacher"
+    assert "missing.jsonl" in score(tmp_path / "missing.jsonl", teacher)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    assert "broken.parquet" in score(tmp_path / "broken.parquet", teacher)
+    assert "--text-column" in score(corpus, teacher, "--text-column", "body")
+    (tmp_path / "blank.txt").write_text("\n \n\n")
+    assert "no text" in score(tmp_path / "blank.txt", teacher)
+    assert "needs --tokenizer" in score(corpus, "none")
+    assert "--passes" in score(corpus, teacher, "--context", "full", "--passes", 3)
+    assert "needs a teacher" in score(corpus, "none", "--tokenizer", work / "tokenizer", "--top-k", 3)
+
+    assert "--top-k 5000" in score(corpus, teacher, "--top-k", 5000)
+    assert "positions" in refused(*command(work, tmp_path / "long", "--sequence-length", "65"))
+    assert "no model directory" in score(corpus, tmp_path / "nowhere")
+    save_bert(tmp_path / "headless", tokenizer, head=False)
+    assert "no trained MLM head" in score(corpus, tmp_path / "headless", "--output", tmp_path / "out2")
+    GPT2Config(vocab_size=300).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").write_bytes(b"")
+    assert "no masked-LM head" in score(corpus, tmp_path / "gpt2", "--tokenizer", work / "tokenizer")
+
+    other = AutoTokenizer.from_pretrained(work / "tokenizer")
+    other.add_tokens(["zzzz"])
+    other.save_pretrained(tmp_path / "other")
+    assert "only predicts" in score(corpus, teacher, "--tokenizer", tmp_path / "other")
+    swap_two_words(work / "tokenizer", tmp_path / "swapped")
+    assert "does not fit" in score(corpus, teacher, "--tokenizer", tmp_path / "swapped")
+    assert "passes: 7 → 5" in refused(*command(work, scored, "--passes", "5"))
+
+
+def swap_two_words(source: Path, target: Path) -> None:
+    """A tokenizer of the same size whose ids mean something else."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    definition = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (target / "tokenizer.json").write_text(json.dumps(definition))
+
+
+def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> None:
+    pickled = tmp_path / "pickled"
+    save_bert(pickled, AutoTokenizer.from_pretrained(work / "tokenizer"))
+    model = AutoModelForMaskedLM.from_pretrained(pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    flags = ["--corpus", work / "corpus.jsonl", "--output", tmp_path / "out", "--backend", "local"]
+    message = refused(*SCORE, *flags, "--teacher", pickled)
+    assert "pickle" in message and "save_pretrained" in message
+
+    remote = tmp_path / "remote"
+    save_bert(remote, AutoTokenizer.from_pretrained(work / "tokenizer"))
+    config = json.loads((remote / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Model"}}
+    (remote / "config.json").write_text(json.dumps(config))
+    (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    assert "--trust-remote-code" in refused(*SCORE, *flags, "--teacher", remote)
+    assert not (tmp_path / "ran").exists()
+
+    manifest = json.loads((scored / "manifest.json").read_text())
+    manifest["shards"][0]["file"] = "../../etc/part-00000.parquet"
+    (tmp_path / "forged").mkdir()
+    (tmp_path / "forged" / "manifest.json").write_text(json.dumps(manifest))
+    trainer = [sys.executable, ROOT / "train/run.py"]
+    assert "only part-NNNNN.parquet" in refused(*trainer, *trainer_flags(tmp_path / "forged", tmp_path / "student"))

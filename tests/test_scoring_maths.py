@@ -1,0 +1,148 @@
+"""Entropy, surprisal and top-k against a slow float64 reference: one masked position at a time, full softmax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    RobertaConfig,
+)
+
+from pipeline import entropy
+from pipeline.teacher import Teacher
+
+VOCAB, LENGTH, TOP_K = 211, 24, 8
+PAD, UNK, CLS, SEP, MASK = range(5)
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": PAD}
+ARCHITECTURES = {
+    "bert": BertConfig(**SMALL, intermediate_size=64, max_position_embeddings=LENGTH),
+    "roberta": RobertaConfig(**SMALL, intermediate_size=64, max_position_embeddings=LENGTH + 1),
+    "distilbert": DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+    "electra": ElectraConfig(**SMALL, embedding_size=16, intermediate_size=64),
+    "modernbert": ModernBertConfig(
+        **SMALL, intermediate_size=64, cls_token_id=CLS, sep_token_id=SEP, bos_token_id=CLS, eos_token_id=SEP
+    ),
+}
+
+
+def sequences(rows: int, seed: int = 0) -> np.ndarray:
+    """[CLS] tokens [SEP], a [SEP] inside, and a padded last block."""
+    ids_NL = np.random.default_rng(seed).integers(5, VOCAB, (rows, LENGTH))
+    ids_NL[:, 0], ids_NL[:, -1], ids_NL[0, 7] = CLS, SEP, SEP
+    ids_NL[-1, 14], ids_NL[-1, 15:] = SEP, PAD
+    return ids_NL.astype(np.uint32)
+
+
+def save_random_model(config: AutoConfig, directory: Path) -> Path:
+    torch.manual_seed(1)
+    model = AutoModelForMaskedLM.from_config(config)
+    for parameter in model.parameters():  # the initial weights alone would make every prediction near uniform
+        parameter.data.mul_(3)
+    model.save_pretrained(directory)
+    return directory
+
+
+def teacher(directory: Path, **settings: object) -> Teacher:
+    defaults = {"mask_id": MASK, "pad_id": PAD, "special_ids": [PAD, UNK, CLS, SEP, MASK], "top_k": TOP_K}
+    return Teacher(directory, **(defaults | settings))
+
+
+def reference(directory: Path, ids_NL: np.ndarray, hide: bool) -> dict[tuple[int, int], torch.Tensor]:
+    """float64 log-probabilities [V] of each scored position, from the model's own full forward."""
+    model = AutoModelForMaskedLM.from_pretrained(directory).double().eval()
+    found = {}
+    for row, ids_L in enumerate(torch.from_numpy(ids_NL.astype(np.int64))):
+        for position in range(LENGTH):
+            if ids_L[position] < 5:
+                continue
+            inputs_1L = ids_L.clone()[None]
+            if hide:
+                inputs_1L[0, position] = MASK
+            with torch.no_grad():
+                logits_V = model(inputs_1L, attention_mask=(inputs_1L != PAD).long()).logits[0, position]
+            found[row, position] = logits_V.log_softmax(-1)
+    return found
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("context", ["masked", "full"])
+def test_scores_equal_the_float64_reference(tmp_path: Path, name: str, context: str) -> None:
+    directory = save_random_model(ARCHITECTURES[name], tmp_path)
+    ids_NL = sequences(4)
+    scores = teacher(directory, context=context, passes=LENGTH, batch_tokens=5 * LENGTH).score(ids_NL)
+    expected = reference(directory, ids_NL, hide=context == "masked")
+
+    scored_NL = ~np.isnan(scores.entropy_NL)
+    assert {tuple(where) for where in np.argwhere(scored_NL).tolist()} == expected.keys()
+    assert (~np.isnan(scores.surprisal_NL) == scored_NL).all()
+    for (row, position), log_p_V in expected.items():
+        assert scores.entropy_NL[row, position] == pytest.approx(float(-(log_p_V.exp() * log_p_V).sum()), abs=1e-4)
+        actual = int(ids_NL[row, position])
+        assert scores.surprisal_NL[row, position] == pytest.approx(-float(log_p_V[actual]), abs=1e-4)
+        ids_K = torch.from_numpy(scores.topk_ids_NLK[row, position]).long()
+        log_p_K = torch.from_numpy(scores.topk_logprobs_NLK[row, position]).double()
+        torch.testing.assert_close(log_p_K, log_p_V[ids_K], atol=1e-4, rtol=0)
+        torch.testing.assert_close(log_p_V[ids_K], log_p_V.topk(TOP_K).values, atol=1e-4, rtol=0)
+
+
+def test_masked_context_hides_the_other_positions_of_the_pass_too(tmp_path: Path) -> None:
+    """With P = 3 the position i is predicted with every j ≡ i (mod 3) hidden, and nothing else."""
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    ids_NL = sequences(2)
+    scores = teacher(directory, passes=3, batch_tokens=64).score(ids_NL)
+    model = AutoModelForMaskedLM.from_pretrained(directory).double().eval()
+    for group in range(3):
+        inputs_NL = torch.from_numpy(ids_NL.astype(np.int64))
+        hidden_NL = (inputs_NL >= 5) & (torch.arange(LENGTH) % 3 == group)
+        with torch.no_grad():
+            logits = model(inputs_NL.masked_fill(hidden_NL, MASK), attention_mask=(inputs_NL != PAD).long()).logits
+        expected = entropy.entropy(logits[hidden_NL])
+        found = torch.from_numpy(scores.entropy_NL)[hidden_NL].double()
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_full_context_of_a_masked_lm_sees_the_token(tmp_path: Path) -> None:
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    ids_NL = sequences(3)
+    masked, full = (teacher(directory, context=context).score(ids_NL).entropy_NL for context in ("masked", "full"))
+    assert not np.allclose(masked, full, equal_nan=True, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    ids_NL = sequences(6)
+    exact, half = teacher(directory).score(ids_NL), teacher(directory, dtype=dtype).score(ids_NL)
+    difference = np.abs(exact.entropy_NL - half.entropy_NL)[~np.isnan(exact.entropy_NL)]
+    assert 0 < difference.max() < 0.3
+    assert half.entropy_NL.dtype == np.float32
+
+
+def test_top_k_breaks_ties_by_lower_id() -> None:
+    z_NV = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
+    assert entropy.top_k_ids(z_NV, 2).tolist() == [[1, 2], [0, 1], [0, 1]]
+    assert entropy.top_k_ids(z_NV, 5).tolist() == [[1, 2, 3, 5, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert entropy.top_k_ids(z_NV, 6).tolist()[0] == [1, 2, 3, 5, 4, 0]
+    assert entropy.top_k_ids(z_NV, 0).shape == (3, 0)
+    z_NV = torch.randint(0, 6, (200, 50)).float()
+    for k in (1, 7, 49, 50):
+        assert torch.equal(entropy.top_k_ids(z_NV, k), z_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+
+
+def test_entropy_limits() -> None:
+    uniform_V, certain_V = torch.zeros(1, 1000), torch.zeros(1, 1000)
+    certain_V[0, 3] = 1e4
+    assert entropy.entropy(uniform_V).item() == pytest.approx(np.log(1000), abs=1e-5)
+    assert entropy.entropy(certain_V).item() == 0
+    impossible_V = torch.tensor([[0.0, 0.0, -torch.inf]])
+    assert entropy.entropy(impossible_V).item() == pytest.approx(np.log(2), abs=1e-6)
+    assert entropy.entropy(torch.randn(4, 50).bfloat16()).dtype == torch.float32
