@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from pipeline.cli import UsageError
-from pipeline.corpus import Piece
+from pipeline.documents import Piece
 from pipeline.job import Job
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,13 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def positive(text: str) -> int:
+    """argparse type of a whole number above zero."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
 
 
 class Progress:
@@ -93,7 +101,7 @@ class Progress:
             text += f"/{self.total:,} {self.unit} ({self.count / self.total:.0%})"
         else:
             text += f" {self.unit}"
-        text += f", {rate:,.0f} {self.unit}/s, {seconds:.0f} s"
+        text += f", {rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {seconds:.0f} s"
         if self.total and rate and self.count < self.total:
             text += f", ETA {(self.total - self.count) / rate:.0f} s"
         print(text, file=sys.stderr, flush=True)

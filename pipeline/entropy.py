@@ -54,9 +54,9 @@ def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
 
 
 def _entropy(z_NV: Tensor, lse_N1: Tensor) -> Tensor:
-    # Σ p·(lse - z) is the same sum as lse - Σ p·z with less cancellation; -inf logits (p = 0) contribute nothing.
-    log_p_NV = z_NV - lse_N1
-    return -(log_p_NV.exp() * log_p_NV.clamp_min(torch.finfo(z_NV.dtype).min)).sum(-1).clamp_max(0)
+    # -Σ p·(z - lse) is the same sum as lse - Σ p·z with less cancellation; -inf logits (p = 0) contribute nothing.
+    log_p_NV = (z_NV - lse_N1).clamp_min_(torch.finfo(z_NV.dtype).min)
+    return log_p_NV.exp().mul_(log_p_NV).sum(-1).neg_().clamp_min_(0)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -69,20 +69,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", help="path or Hub id (default: the teacher's, or the corpus' if that is a shard directory)")
     add("--text-column", default="text", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], default="line", help="what a document is in a plain-text file")
-    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
-    add("--sequence-length", type=positive, help="tokens a sequence, specials included (default: 128)")
+    add("--limit-documents", type=cli.positive, help="only the first N documents of the corpus")
+    add("--sequence-length", type=cli.positive, help="tokens a sequence, specials included (default: 128)")
     add("--context", choices=["masked", "full"], help="hide the scored position, or not (default: masked)")
-    add("--passes", type=positive, help="masked context: each pass hides one position in P (default: 7)")
+    add("--passes", type=cli.positive, help="masked context: each pass hides one position in P (default: 7)")
     add("--top-k", type=int, help="log-probabilities to keep a position, 0 for none (default: 16)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
-    add("--batch-tokens", type=positive, help="tokens in one forward (default: 16384)")
-    add("--shard-tokens", type=positive, default=1 << 18, help="about how many tokens a shard (default: 262144)")
-    add("--workers", type=positive, help="actors (default: one a GPU, or one a physical core)")
+    add("--batch-tokens", type=cli.positive, help="tokens in one forward (default: 8192)")
+    add("--shard-tokens", type=cli.positive, default=1 << 18, help="about how many tokens a shard (default: 262144)")
+    add("--workers", type=cli.positive, help="actors (default: one a GPU, or one a physical core)")
     add("--backend", choices=["ray", "local"], default="ray", help="local scores in this process")
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
     add("--dry-run", action="store_true", help="show the plan and stop")
     args = parser.parse_args(argv)
-    scoring = {"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 16384}
+    scoring = {"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192}
     if args.teacher == "none" and (given := [name for name in scoring if getattr(args, name) is not None]):
         raise UsageError(f"--{given[0].replace('_', '-')} needs a teacher; leave it out with --teacher none")
     if args.context == "full" and args.passes is not None:
@@ -93,13 +93,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.workers and args.workers > 1 and args.backend == "local":
         raise UsageError("--backend local has one worker, this process; leave out --workers or use --backend ray")
     return args
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def collect(run: Iterator[dict[str, Any]], records: dict[int, dict[str, Any]], shards: int, shard_tokens: int) -> None:

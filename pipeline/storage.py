@@ -44,6 +44,11 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         raise UsageError(f"cannot open {uri}: {error}") from None
 
 
+def absolute(uri: str) -> str:
+    """A path that holds in any directory; a URI stays."""
+    return uri if is_remote(uri) else resolve(uri)[1]
+
+
 def join(uri: str, *names: str) -> str:
     """``uri/name/…``."""
     return "/".join([uri.rstrip("/") or "/", *names]) if names else uri

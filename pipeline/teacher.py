@@ -27,7 +27,7 @@ from pipeline.cli import UsageError
 from pipeline.shards import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LOGITS_PER_CHUNK = 1 << 24  # 64 MB of float32 logits at a time, whatever the batch
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # float32 logits at a time: they stay in the cache, fill the GPU
 ROBERTA_LIKE = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer", "mpnet"}
 
 
@@ -181,7 +181,7 @@ class Teacher:
         context: str = "masked",
         passes: int = 7,
         top_k: int = 16,
-        batch_tokens: int = 16384,
+        batch_tokens: int = 8192,
         dtype: str = "float32",
         trust_remote_code: bool = False,
     ) -> None:
@@ -252,7 +252,7 @@ class Teacher:
         self._select = torch.from_numpy(rows).to(self.device), torch.from_numpy(columns).to(self.device)
         features_NH = self.model(input_ids=ids, attention_mask=attention).logits
         targets_N = torch.from_numpy(targets).to(self.device)
-        chunk = max(1, LOGITS_PER_CHUNK // self.decoder.out_features)
+        chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // self.decoder.out_features)
         parts = []
         with torch.autocast(self.device.type, enabled=False):
             for start in range(0, len(targets), chunk):

@@ -15,8 +15,7 @@ import torch
 
 from pipeline import commit, shards, storage
 from pipeline.cli import RunError
-from pipeline.corpus import Piece
-from pipeline.documents import Rejects, read_documents
+from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.job import Job
 from pipeline.packing import pack, tokenize
 from pipeline.teacher import Teacher, local_checkpoint, weights_hash

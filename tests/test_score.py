@@ -264,7 +264,7 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     model = AutoModelForMaskedLM.from_pretrained(pickled)
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
-    flags = ["--corpus", work / "corpus.jsonl", "--output", tmp_path / "out", "--backend", "local"]
+    flags = ["--corpus", work / "corpus.jsonl", "--output", tmp_path / "out", "--sequence-length", LENGTH]
     message = refused(*SCORE, *flags, "--teacher", pickled)
     assert "pickle" in message and "save_pretrained" in message
 

@@ -1,0 +1,237 @@
+"""A corpus in any common form → a plan of shards: ranges of whole documents, from metadata alone.
+
+Nothing is tokenized or even read here but file sizes, Parquet footers, first lines (to find a wrong text column early)
+and, for the fingerprint, the bytes of local files.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import docstrings, storage
+from pipeline.cli import UsageError
+from pipeline.documents import COMPRESSIONS, Piece, Rejects, open_binary, read_documents
+from pipeline.files import compression_suffix, content_identity, file_kind, find_files
+from pipeline.shards import Manifest, check_shards, read_manifest
+
+BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A planned corpus.
+
+    Attributes:
+        shards: the pieces of each shard; the place in the list is the shard's index.
+        identity: what the corpus is, for the fingerprint: names and content hashes (remote: etags) and reading options.
+        from_shards: the manifest, if the corpus is a shard directory, whose tokens, ids and shards are kept.
+    """
+
+    shards: list[list[Piece]]
+    identity: dict[str, Any]
+    from_shards: Manifest | None = None
+
+
+def plan_corpus(
+    spec: str,
+    *,
+    text_column: str = "text",
+    document: str = "line",
+    shard_tokens: int = 1 << 18,
+    limit_documents: int | None = None,
+) -> Corpus:
+    """Plan the shards of a corpus.
+
+    Args:
+        spec: ``docstrings``; ``hf:NAME[:CONFIG[:SPLIT]]``; a shard directory; or files, directories and globs, several
+            separated by commas, local or as URIs.
+        text_column: column or key of the text in Parquet, CSV and JSON lines.
+        document: what a document is in a plain-text file: ``line`` or ``file``.
+        shard_tokens: about how many tokens a shard should have.
+        limit_documents: only the first so many documents, rejected ones included.
+
+    Raises:
+        UsageError: nothing there, unreadable, no such text column, an unfinished shard directory.
+    """
+    if _is_shard_directory(spec):
+        return _plan_shard_directory(spec, limit_documents)
+    if spec == "docstrings":
+        files = [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
+    elif spec.startswith("hf:"):
+        files = [(str(_materialise_hub_dataset(spec)), spec)]
+    else:
+        files = [file for part in spec.split(",") for file in find_files(part.strip())]
+    shard_bytes = shard_tokens * BYTES_PER_TOKEN
+    pieces = [piece for path, _ in files for piece in _cut_file(path, text_column, document, shard_bytes)]
+    if limit_documents:
+        pieces = list(_limit(pieces, limit_documents))
+    shards = _group(pieces, shard_bytes)
+    if not shards:
+        raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
+    identity = {
+        "files": {name: content_identity(path) for path, name in files},
+        "text_column": text_column,
+        "document": document,
+        "shard_tokens": shard_tokens,
+        "limit_documents": limit_documents,
+    }
+    return Corpus([[piece for piece, _ in shard] for shard in shards], identity)
+
+
+# --- cutting files into pieces ---------------------------------------------------------------------------------------
+
+
+def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> Iterator[tuple[Piece, int]]:
+    """(piece, estimated bytes) of one file, each piece of about ``shard_bytes`` where the file can be split."""
+    kind, suffix = file_kind(path), compression_suffix(path)
+    if kind == "parquet":
+        yield from _cut_parquet(path, text_column, shard_bytes)
+        return
+    size = storage.size(path) or 0
+    if kind == "text" and document == "file":
+        kind = "file"
+    whole = Piece(path, kind or "text", compression=COMPRESSIONS[suffix] if suffix else None)
+    _check_text_column(whole, text_column)
+    if suffix or kind in ("csv", "tsv", "file"):
+        yield whole, size * (3 if suffix else 1)
+        return
+    cuts = max(1, round(size / shard_bytes))
+    edges = [size * cut // cuts for cut in range(cuts + 1)]
+    for start, stop in itertools.pairwise(edges):
+        if stop > start:
+            yield replace(whole, start=start, stop=stop), stop - start
+
+
+def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tuple[Piece, int]]:
+    filesystem, name = storage.resolve(path)
+    try:
+        with pq.ParquetFile(name, filesystem=filesystem) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"cannot read {path} as Parquet: {' '.join(str(error).split())[:200]}") from None
+    if text_column not in schema.names:
+        raise UsageError(f"{path} has no column {text_column!r}; name one of {schema.names} with --text-column")
+    kind = schema.field(text_column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == text_column)
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    size = sum(group.column(leaf).total_uncompressed_size for group in groups)
+    cuts = min(metadata.num_rows, max(1, round(size / shard_bytes)))
+    edges = [metadata.num_rows * cut // cuts for cut in range(cuts + 1)] if cuts else []
+    for start, stop in itertools.pairwise(edges):
+        yield Piece(path, "parquet", start, stop), size // cuts
+
+
+def _check_text_column(piece: Piece, text_column: str) -> None:
+    """Find a wrong ``--text-column`` by the first line, before anything is scored."""
+    if piece.kind not in ("csv", "tsv", "jsonl"):
+        return
+    try:
+        with open_binary(piece) as stream:
+            line = stream.readline().decode("utf-8-sig", errors="replace")
+    except (OSError, EOFError) as error:
+        raise UsageError(f"cannot read {piece.path}: {' '.join(str(error).split())[:200]}") from None
+    if piece.kind == "jsonl":
+        try:
+            first = json.loads(line)
+        except ValueError:
+            return  # a broken first line is rejected like any other
+        names = list(first) if isinstance(first, dict) else [text_column]
+    else:
+        names = next(csv.reader([line], delimiter="\t" if piece.kind == "tsv" else ","), [])
+    if line and text_column not in names:
+        raise UsageError(f"{piece.path} has no column {text_column!r}; name one of {names} with --text-column")
+
+
+def _limit(pieces: list[tuple[Piece, int]], documents: int) -> Iterator[tuple[Piece, int]]:
+    """The pieces that hold the first ``documents`` documents; text is read only as far as they reach."""
+    for piece, size in pieces:
+        if documents <= 0:
+            return
+        if piece.kind == "parquet":
+            rows = (piece.stop or 0) - piece.start
+            count = min(rows, documents)
+            yield replace(piece, stop=piece.start + count), size * count // rows
+        else:
+            count = _count_documents(piece, documents)
+            yield replace(piece, limit=count), size
+        documents -= count
+
+
+def _count_documents(piece: Piece, most: int) -> int:
+    """Number of documents in a piece of a text file, or ``most`` if there are more."""
+    rejects = Rejects()
+    for _ in read_documents([replace(piece, limit=most)], "", rejects):
+        pass
+    return rejects.documents
+
+
+def _group(pieces: list[tuple[Piece, int]], shard_bytes: int) -> list[list[tuple[Piece, int]]]:
+    """Neighbouring pieces put together into shards of about ``shard_bytes``."""
+    shards: list[list[tuple[Piece, int]]] = []
+    filled = shard_bytes
+    for piece, size in pieces:
+        if filled + size / 2 >= shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((piece, size))
+        filled += size
+    return shards
+
+
+# --- corpora that are no files ---------------------------------------------------------------------------------------
+
+
+def _is_shard_directory(spec: str) -> bool:
+    return (
+        "*" not in spec
+        and "," not in spec
+        and not spec.startswith("hf:")
+        and (
+            storage.exists(storage.join(spec, "manifest.json"))
+            or storage.exists(storage.join(spec, "_records", "run.json"))
+        )
+    )
+
+
+def _plan_shard_directory(spec: str, limit_documents: int | None) -> Corpus:
+    if limit_documents:
+        raise UsageError(f"{spec} holds sequences, not documents; leave out --limit-documents")
+    manifest = read_manifest(spec)
+    check_shards(manifest)
+    pieces = [[Piece(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)] for entry in manifest.shards]
+    # only the tokens count: scoring a scored directory again must be the same as scoring its tokens
+    return Corpus(pieces, {"sequences": manifest.fingerprint["corpus"]}, manifest)
+
+
+def _materialise_hub_dataset(spec: str) -> Path:
+    """A Hub dataset (or a local one that ``datasets`` loads) as one Parquet file in the cache, made once."""
+    import datasets
+
+    name, config, split = ([*spec.removeprefix("hf:").split(":"), "", ""])[:3]
+    if not name:
+        raise UsageError("hf: needs the name of a dataset, as in hf:NAME[:CONFIG[:SPLIT]]")
+    try:
+        data = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # datasets raises anything from OSError to its own classes
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"cannot load the dataset {spec}: {reason}") from None
+    path = docstrings.cache_directory() / "hf" / f"{storage.sha256_json([spec, data._fingerprint])[:24]}.parquet"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        data.to_parquet(temporary)
+        os.replace(temporary, path)
+    return path

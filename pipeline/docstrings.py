@@ -1,0 +1,113 @@
+"""The corpus that is always there: docstrings of the Python packages that this project depends on.
+
+Found by parsing; nothing is imported. Materialised once, as Parquet in the cache, so that no worker parses sources. The
+same package versions give the same files.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import cli, storage
+
+PACKAGES = (
+    *("torch", "transformers", "ray", "datasets", "pyarrow", "polars", "numpy", "scipy", "sklearn", "pandas"),
+    *("matplotlib", "sympy", "networkx", "accelerate", "huggingface_hub", "fsspec", "aiohttp"),
+)
+FORMAT = 1  # raise it when the extraction changes
+BYTES_PER_PACKAGE = 3_000_000  # so that no package makes more than a fraction of the corpus
+SHORTEST = 120  # characters; shorter docstrings say little
+PROBE_SHARE = 10  # one source file in ten is kept for the probe tasks
+ROW_GROUP = 512
+SKIPPED = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|third_?party(_files)?|extern(al|s)?|_private|generated)/")
+
+
+def cache_directory() -> Path:
+    """Where materialised corpora live: ``$ENTROPY_MASKING_CACHE``, or ``~/.cache/entropy-masking``."""
+    return Path(os.environ.get("ENTROPY_MASKING_CACHE") or Path.home() / ".cache" / "entropy-masking").expanduser()
+
+
+def materialise() -> dict[str, Path]:
+    """Paths of the ``pretrain`` and ``probes`` part: Parquet with the columns ``text`` and ``package``.
+
+    A source file gives all of its docstrings to one part, and texts that begin alike are kept once, so that the parts
+    share none. Rows are in the order of their hash, which mixes the packages.
+    """
+    installed = [name for name in PACKAGES if find_spec(name)]
+    key = storage.sha256_json([FORMAT, {name: _version(name) for name in installed}, BYTES_PER_PACKAGE, SHORTEST])[:16]
+    paths = {part: cache_directory() / f"docstrings-{key}" / f"{part}.parquet" for part in ("pretrain", "probes")}
+    if not all(path.exists() for path in paths.values()):
+        rows = _collect(installed)
+        for part, path in paths.items():
+            table = pa.table({name: [row[name] for row in rows if row["part"] == part] for name in ("text", "package")})
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
+            storage.write_bytes(str(path), sink.getvalue().to_pybytes())
+    return paths
+
+
+def _version(package: str) -> str:
+    return version(packages_distributions()[package][0])
+
+
+def _collect(packages: list[str]) -> list[dict[str, str]]:
+    seen: set[str] = set()
+    rows = []
+    with cli.Progress(len(packages), "packages", "collecting docstrings") as progress:
+        for package in packages:
+            size = 0
+            for file, text in _docstrings(package):
+                beginning = re.sub(r"\W+", " ", text.lower())[:SHORTEST]
+                if beginning in seen:
+                    continue
+                seen.add(beginning)
+                probe = _hash(f"{package}/{file}") % PROBE_SHARE == 0
+                rows.append({"text": text, "package": package, "part": "probes" if probe else "pretrain"})
+                size += len(text.encode())
+                if size > BYTES_PER_PACKAGE:
+                    break
+            progress.advance(1)
+    return sorted(rows, key=lambda row: _hash(row["text"]))
+
+
+def _docstrings(package: str) -> Iterator[tuple[str, str]]:
+    """(file, docstring) of a package; files in the order of their hash, so that a cap takes a fair sample."""
+    spec = find_spec(package)
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        files = {str(path.relative_to(root)): path for path in Path(root).rglob("*.py")}
+        for name in sorted(files, key=lambda name: _hash(f"{package}/{name}")):
+            if not SKIPPED.search(Path(name).as_posix()):
+                yield from ((name, text) for text in _docstrings_of(files[name].read_bytes()))
+
+
+def _docstrings_of(source: bytes) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about escapes in other people's strings
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError):
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= SHORTEST and not _has_surrogates(text):
+                yield text
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

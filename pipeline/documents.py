@@ -1,0 +1,239 @@
+"""Documents out of files, one by one. What cannot be used is rejected with its file and line, never silently lost."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.cli import UsageError
+
+LISTED = 100  # rejected documents that a record names; all are counted
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+csv.field_size_limit(1 << 30)  # a field is a document; the default of 131,072 characters is for spreadsheets
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of whole documents in one file; plain data, made without reading the documents.
+
+    Attributes:
+        path: path or URI.
+        kind: ``parquet`` (the rows from start to stop), ``text`` or ``jsonl`` (the lines that begin in the bytes from
+            start to stop), ``file`` (one document), ``csv`` or ``tsv`` (whole), ``shard`` (of a shard directory).
+        start, stop: the range; ``stop`` None means to the end.
+        limit: at most this many documents of the range, rejected ones included.
+        compression: ``gzip``, ``zstd`` or ``bz2``; a compressed file is never split.
+    """
+
+    path: str
+    kind: str
+    start: int = 0
+    stop: int | None = None
+    limit: int | None = None
+    compression: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it stands: ``line`` is 1-based within its piece (a row for Parquet)."""
+
+    text: str
+    piece: Piece
+    line: int
+
+
+@dataclass(frozen=True)
+class Broken:
+    """Stands for a text that could not be read."""
+
+    reason: str
+
+
+class Rejects:
+    """Counts documents, and keeps what is to be told of those that could not be used."""
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.reasons: Counter[str] = Counter()
+        self.listed: list[dict[str, Any]] = []
+
+    def add(self, piece: Piece, line: int, reason: str) -> None:
+        """Reject the document at ``line`` of ``piece``; it is listed with its line in the file."""
+        self.reasons[reason] += 1
+        if len(self.listed) < LISTED:
+            self.listed.append({"file": piece.path, "line": line + lines_before(piece), "reason": reason})
+
+    def report(self) -> dict[str, Any]:
+        """``count``, ``reasons`` with their counts, and the first hundred as ``listed``."""
+        return {"count": self.reasons.total(), "reasons": dict(self.reasons), "listed": self.listed}
+
+
+def read_documents(pieces: list[Piece], text_column: str, rejects: Rejects) -> Iterator[Document]:
+    """The usable documents of ``pieces`` in order; memory is bounded by single documents and a few Parquet rows.
+
+    Raises:
+        UsageError: a file cannot be read to its end.
+    """
+    for piece in pieces:
+        try:
+            for number, (line, value) in enumerate(_values(piece, text_column)):
+                if number == piece.limit:
+                    break
+                rejects.documents += 1
+                if isinstance(value, str) and (text := _encodable(value)).strip():
+                    yield Document(text, piece, line)
+                else:
+                    rejects.add(piece, line, _why_unusable(value))
+        except (OSError, EOFError, pa.ArrowInvalid) as error:
+            raise UsageError(f"cannot read {piece.path} to its end: {' '.join(str(error).split())[:200]}") from None
+
+
+def _encodable(text: str) -> str:
+    """The text, or nothing if it holds half a surrogate pair (of bad UTF-8 in a CSV, or of an escape in JSON)."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return ""
+    return text
+
+
+def _why_unusable(value: Any) -> str:
+    if isinstance(value, Broken):
+        return value.reason
+    if value is None:
+        return "null text"
+    if not isinstance(value, str):
+        return "text is not a string"
+    return "bad UTF-8" if value.strip() else "empty text"
+
+
+def _values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
+    """(line, text) of a piece; in place of a text there may be ``Broken`` or any other value."""
+    if piece.kind == "parquet":
+        yield from _parquet_values(piece, text_column)
+    elif piece.kind == "file":
+        with open_binary(piece) as stream:
+            yield 1, _decode(stream.read())
+    elif piece.kind in ("csv", "tsv"):
+        yield from _csv_values(piece, text_column)
+    else:
+        for line, raw in enumerate(_lines(piece), start=1):
+            value = _decode(raw)
+            yield line, _json_value(value, text_column) if piece.kind == "jsonl" else value
+
+
+def open_binary(piece: Piece, start: int = 0) -> BinaryIO:
+    """A buffered stream of a file's decompressed bytes from ``start`` on (0 if it is compressed)."""
+    filesystem, path = storage.resolve(piece.path)
+    if piece.compression:
+        stream = filesystem.open_input_stream(path, compression=piece.compression)
+    else:
+        stream = filesystem.open_input_file(path)
+        stream.seek(start)
+    return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+
+
+def _lines(piece: Piece) -> Iterator[bytes]:
+    """The lines that begin within the piece, without their ends."""
+    position = max(0, piece.start - 1)
+    with open_binary(piece, position) as stream:
+        if piece.start:
+            position += len(stream.readline())  # the line that runs into the range belongs to the piece before
+        for raw in stream:
+            if piece.stop is not None and position >= piece.stop:
+                return
+            position += len(raw)
+            yield raw.rstrip(b"\r\n")
+
+
+@lru_cache(maxsize=64)
+def lines_before(piece: Piece) -> int:
+    """Number of lines (rows) of the file before the piece; the file is read up to there, so only when needed."""
+    if piece.kind == "parquet":
+        return piece.start
+    position, lines = 0, 0
+    with open_binary(piece) as stream:
+        while position < piece.start and (block := stream.read(min(1 << 20, piece.start - position))):
+            position += len(block)
+            lines += block.count(b"\n")
+            ends_line = block.endswith(b"\n")
+    return lines if not position or ends_line else lines + 1
+
+
+def _decode(raw: bytes) -> str | Broken:
+    try:
+        return raw.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError:
+        return Broken("bad UTF-8")
+
+
+def _json_value(line: str | Broken, key: str) -> Any:
+    if isinstance(line, Broken):
+        return line
+    if not line.strip():
+        return ""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return Broken("broken JSON")
+    if not isinstance(value, dict):
+        return Broken("not a JSON object")
+    return value[key] if key in value else Broken(f"no key {key!r}")
+
+
+def _csv_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
+    """A row ends at a line end outside quotes; its line is the one that it begins on."""
+    with open_binary(piece) as stream:
+        # bytes that are no UTF-8 become lone surrogates, which condemn their own row only
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter="\t" if piece.kind == "tsv" else ",")
+        header = next(reader, [])
+        column = header.index(text_column) if text_column in header else None
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error:
+                yield line, Broken("broken CSV row")
+                continue
+            if row is None:
+                return
+            if column is None:
+                yield line, Broken(f"no column {text_column!r}")
+            elif len(row) != len(header):
+                yield line, Broken("broken CSV row") if row else ""
+            else:
+                yield line, row[column]
+
+
+def _parquet_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
+    filesystem, path = storage.resolve(piece.path)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        ends = [0]
+        for group in range(file.num_row_groups):
+            ends.append(ends[-1] + file.metadata.row_group(group).num_rows)
+        stop = ends[-1] if piece.stop is None else piece.stop
+        groups = [g for g in range(file.num_row_groups) if ends[g] < stop and ends[g + 1] > piece.start]
+        row = ends[groups[0]] if groups else stop
+        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_column]):
+            column = batch.column(0)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+            for raw in column.cast(binary).to_pylist():  # as bytes: one bad text must not fail its batch
+                if piece.start <= row < stop:
+                    yield row - piece.start + 1, None if raw is None else _decode(raw)
+                row += 1

@@ -1,0 +1,107 @@
+"""The files of a corpus: finding them by path, directory or glob, telling what they hold, and their identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import fsspec
+from pyarrow import fs
+
+from pipeline import storage
+from pipeline.cli import UsageError
+from pipeline.documents import COMPRESSIONS
+
+KINDS = {
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+
+
+def find_files(part: str) -> list[tuple[str, str]]:
+    """(path, name within the corpus) of the files of one path, directory or glob, sorted by name."""
+    filesystem, path = storage.resolve(part)
+    prefix = part.split("://")[0] + "://" if storage.is_remote(part) else ""
+    if any(character in part for character in "*?[") and not storage.exists(part):
+        root, names = _glob_root(path), _matching(filesystem, path)
+    else:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise UsageError(f"the corpus {part} does not exist")
+        if info.type == fs.FileType.File:
+            root, names = os.path.dirname(path), [path]
+            if file_kind(path) is None:
+                raise UsageError(f"cannot tell what {part} is; the known endings are {_endings()}")
+        else:
+            root, names = path, [name for name in _files_below(filesystem, path) if file_kind(name)]
+    if not names:
+        raise UsageError(f"{part} holds no text files; the known endings are {_endings()}")
+    return [(prefix + name, os.path.relpath(name, root)) for name in sorted(names)]
+
+
+def _files_below(filesystem: fs.FileSystem, root: str) -> Iterator[str]:
+    """Every file below a directory, without hidden ones."""
+    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
+        hidden = any(part.startswith(".") for part in os.path.relpath(info.path, root).split("/"))
+        if info.type == fs.FileType.File and not hidden:
+            yield info.path
+
+
+def _glob_root(pattern: str) -> str:
+    """The directory above the first part of a path with a wildcard."""
+    parts = pattern.split("/")
+    first = next(i for i, part in enumerate(parts) if any(character in part for character in "*?["))
+    return "/".join(parts[:first]) or "/"
+
+
+def _matching(filesystem: fs.FileSystem, pattern: str) -> list[str]:
+    """Files that match a shell pattern in which ``**`` stands for any directories."""
+    root = _glob_root(pattern)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        found = [str(path) for path in Path(root).glob(os.path.relpath(pattern, root)) if path.is_file()]
+    else:
+        found = [
+            name
+            for name in _files_below(filesystem, root)
+            if fnmatchcase(name, pattern) and ("**" in pattern or name.count("/") == pattern.count("/"))
+        ]
+    return [name for name in found if file_kind(name)]
+
+
+def file_kind(path: str) -> str | None:
+    """What a file holds by its ending, or None."""
+    return KINDS.get(Path(path.removesuffix(compression_suffix(path) or "")).suffix.lower())
+
+
+def compression_suffix(path: str) -> str | None:
+    """The ending that tells how a file is compressed, or None."""
+    suffix = Path(path).suffix
+    return suffix if suffix in COMPRESSIONS else None
+
+
+def _endings() -> str:
+    return f"{' '.join(KINDS)}, the text forms also with {' '.join(COMPRESSIONS)}"
+
+
+def content_identity(path: str) -> str:
+    """Hash of a local file's bytes; of a remote file its size and etag (or time, where the store has no etag)."""
+    if not storage.is_remote(path):
+        return storage.sha256(path)
+    filesystem, name = fsspec.core.url_to_fs(path)
+    info = filesystem.info(name)
+    tag = (
+        info.get("ETag")
+        or info.get("etag")
+        or info.get("md5Hash")
+        or str(info.get("mtime") or info.get("LastModified"))
+    )
+    return f"{info['size']}:{tag}"

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Train a WordPiece tokenizer on a corpus; AutoTokenizer loads the result.
+
+python pipeline/tokenizer.py --corpus docstrings --vocab-size 8192 --output runs/tokenizer
+python pipeline/tokenizer.py --corpus 'articles/*.parquet' --text-column body --output runs/tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertTokenizer
+
+from pipeline import cli, storage
+from pipeline.cli import UsageError
+from pipeline.corpus import Corpus, plan_corpus
+from pipeline.documents import Rejects, read_documents
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    corpus = plan_corpus(
+        args.corpus, text_column=args.text_column, document=args.document, limit_documents=args.limit_documents
+    )
+    if corpus.from_shards:
+        raise UsageError(f"{args.corpus} holds tokens, not text, and has a tokenizer already; name the text corpus")
+    made_from = {"corpus": corpus.identity, "vocab_size": args.vocab_size, "lowercase": args.lowercase}
+    origin = args.output / "made_from.json"
+    if origin.exists():
+        if storage.read_json(str(origin)) != made_from:
+            raise UsageError(f"{args.output} holds a tokenizer made from something else; choose a new --output")
+        print(f"{args.output} is made already")
+        return
+    if args.output.exists() and any(args.output.iterdir()):
+        raise UsageError(f"{args.output} is not empty; choose a new --output")
+    rejects = Rejects()
+    tokenizer = train(documents(corpus, args.text_column, rejects), args.vocab_size, args.lowercase)
+    tokenizer.save_pretrained(args.output)
+    storage.write_json(str(origin), made_from)  # last: it marks the tokenizer as complete
+    print(
+        f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents"
+        f" ({rejects.reasons.total():,} rejected)"
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="pipeline/tokenizer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--corpus", required=True, help="as for pipeline/score.py")
+    add("--output", required=True, type=Path, help="directory of the tokenizer")
+    add("--vocab-size", type=int, default=8192, help="tokens, specials included (default: 8192)")
+    add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="(default: lowercase)")
+    add("--text-column", default="text", help="column or key of the text (default: text)")
+    add("--document", choices=["line", "file"], default="line", help="what a document is in a plain-text file")
+    add("--limit-documents", type=cli.positive, help="only the first N documents of the corpus")
+    return parser.parse_args(argv)
+
+
+def documents(corpus: Corpus, text_column: str, rejects: Rejects) -> Iterator[str]:
+    """The texts of the whole corpus, with progress by shard."""
+    with cli.Progress(len(corpus.shards), "shards", "reading") as progress:
+        for pieces in corpus.shards:
+            yield from (document.text for document in read_documents(pieces, text_column, rejects))
+            progress.advance(1)
+
+
+def train(texts: Iterator[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
+    """A BERT-style WordPiece tokenizer; the same texts give the same tokenizer.
+
+    Raises:
+        UsageError: the vocabulary is too small for the characters of the corpus, or the corpus too small for it.
+    """
+    wordpiece = BertWordPieceTokenizer(lowercase=lowercase)
+    wordpiece.train_from_iterator(
+        texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=sys.stderr.isatty()
+    )
+    found = wordpiece.get_vocab_size()
+    if found > vocab_size:
+        raise UsageError(
+            f"--vocab-size {vocab_size} is too small: the corpus' characters alone need {found}; choose a larger one"
+        )
+    if found < vocab_size:
+        raise UsageError(
+            f"the corpus is too small for --vocab-size {vocab_size}: it gives {found} tokens; choose at most {found}"
+        )
+    return BertTokenizer(tokenizer_object=wordpiece._tokenizer, do_lower_case=lowercase)
+
+
+if __name__ == "__main__":
+    cli.run(main)
