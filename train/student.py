@@ -1,0 +1,172 @@
+"""Students: sizes, loading, and the MLM head on the masked positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
+
+from pipeline.cli import UsageError
+from pipeline.entropy import entropy
+from pipeline.shards import Manifest, special_ids, tokenizer_hash
+from pipeline.teacher import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length
+from train.distill import tail_kl
+from train.masking import IGNORED_LABEL
+
+# Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962): layers, hidden size
+PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # of the no-gradient entropies
+
+
+def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> Any:
+    """A masked LM whose head runs on masked positions only (see ``MaskedPositions``).
+
+    Args:
+        name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint by
+            path or Hub id, whose training goes on.
+        manifest: the shards to train on; a new model takes its vocabulary from their tokenizer.
+        seed: of the initial weights.
+
+    Raises:
+        UsageError: the checkpoint does not fit the shards, or cannot be loaded.
+    """
+    if name in PRESETS:
+        model = _from_config(_preset(name, manifest), seed)
+    elif name.endswith(".json") and Path(name).is_file():
+        model = _from_config(load_config(Path(name), trust_remote_code), seed)
+    else:
+        if "/" not in name and not Path(name).exists():
+            raise UsageError(f"--model {name} is no preset ({', '.join(PRESETS)}), file, directory or Hub id")
+        directory = local_checkpoint(name)
+        if list(directory.glob("*.safetensors")):
+            _check_tokenizer(name, directory, manifest)
+            model = load_masked_lm(directory, trust_remote_code)
+        else:
+            model = _from_config(load_config(directory, trust_remote_code), seed)
+    if model.config.vocab_size < manifest.vocab_size:
+        raise UsageError(
+            f"--model {name} has {model.config.vocab_size} tokens, the shards {manifest.vocab_size}; "
+            "use shards made with the model's tokenizer"
+        )
+    longest = max_length(model.config)
+    if longest and manifest.sequence_length > longest:
+        raise UsageError(f"the shards have {manifest.sequence_length} tokens a sequence, --model {name} only {longest}")
+    return with_masked_positions(model)
+
+
+def _preset(name: str, manifest: Manifest) -> BertConfig:
+    layers, hidden = PRESETS[name]
+    return BertConfig(
+        vocab_size=manifest.vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=max(512, manifest.sequence_length),
+        hidden_dropout_prob=0.0,  # each token is seen a few times only; fine-tuning puts dropout back
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=manifest.special_ids["pad"],
+    )
+
+
+def _from_config(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return AutoModelForMaskedLM.from_config(config)
+
+
+def _check_tokenizer(name: str, directory: Path, manifest: Manifest) -> None:
+    if any((directory / file).exists() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        tokenizer = load_tokenizer(str(directory))
+        if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
+            raise UsageError(
+                f"--model {name} was trained with another tokenizer (special ids {special_ids(tokenizer)}) than the "
+                f"shards {manifest.uri}; score the corpus with the model's tokenizer"
+            )
+
+
+class MaskedPositions:
+    """Mixed into a masked LM: with ``positions_BK`` the head runs only there, and the forward returns the loss.
+
+    The encoder's output is narrowed by a hook, so that the model's own head does the rest: this holds for any
+    architecture whose forward is encoder, head. Without ``positions_BK`` the forward is the model's own.
+    """
+
+    _positions_BK: Tensor | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        positions_BK: Tensor | None = None,
+        labels_BK: Tensor | None = None,
+        teacher_ids_BKT: Tensor | None = None,
+        teacher_logprobs_BKT: Tensor | None = None,
+        distill_weight: float = 0.0,
+        **others: Any,
+    ) -> Any:
+        """Loss of a masked batch, a mean over B·K positions.
+
+        Args:
+            input_ids: corrupted tokens [B, L].
+            positions_BK: masked positions; negative ones are ignored.
+            labels_BK: hidden tokens, -100 where ignored.
+            teacher_ids_BKT, teacher_logprobs_BKT: the teacher's top T at those positions; needed if ``distill_weight``.
+            distill_weight: α in ``(1 - α)·CE + α·KL(teacher ‖ student)``.
+
+        Returns:
+            ``{"loss": scalar, "logits": logits_BKV}``.
+        """
+        own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
+        if positions_BK is None:
+            return own_forward(input_ids=input_ids, attention_mask=attention_mask, **others)
+        self._positions_BK = positions_BK.clamp_min(0)
+        try:
+            logits_BKV = own_forward(input_ids=input_ids, attention_mask=attention_mask).logits
+        finally:
+            self._positions_BK = None
+        output = {"logits": logits_BKV}
+        if labels_BK is not None:
+            # a constant denominator: the mean is the same however a batch is split among steps and ranks
+            count = labels_BK.numel()
+            logits_NV, labels_N = logits_BKV.flatten(0, 1).float(), labels_BK.flatten()
+            loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="sum") / count
+            if distill_weight and teacher_ids_BKT is not None and teacher_logprobs_BKT is not None:
+                kl_N = tail_kl(logits_NV, teacher_ids_BKT.flatten(0, 1), teacher_logprobs_BKT.flatten(0, 1))
+                kl = (kl_N * (labels_N != IGNORED_LABEL)).sum() / count
+                loss = (1 - distill_weight) * loss + distill_weight * kl
+            output["loss"] = loss
+        return output
+
+
+def with_masked_positions(model: Any) -> Any:
+    """Give a masked LM the forward of ``MaskedPositions``. It keeps its class name, so it is saved as what it was."""
+
+    def narrow(module: Any, args: Any, output: Any) -> Any:
+        if model._positions_BK is not None:
+            rows_B1 = torch.arange(len(output.last_hidden_state), device=output.last_hidden_state.device)[:, None]
+            output.last_hidden_state = output.last_hidden_state[rows_B1, model._positions_BK]
+        return output
+
+    model.base_model.register_forward_hook(narrow)
+    model.__class__ = type(type(model).__name__, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
+    return model
+
+
+@torch.no_grad()
+def student_entropy(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> Tensor:
+    """The model's predictive entropy [B, L] in nats on the batch as it is, nothing hidden; a few rows at a time."""
+    was_training = model.training
+    model.eval()
+    per_row = input_ids_BL.shape[1] * model.config.vocab_size
+    rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // per_row)
+    chunks = []
+    for start in range(0, len(input_ids_BL), rows):
+        attention = None if attention_BL is None else attention_BL[start : start + rows]
+        chunks.append(entropy(model(input_ids=input_ids_BL[start : start + rows], attention_mask=attention).logits))
+    model.train(was_training)
+    return torch.cat(chunks)
