@@ -143,8 +143,8 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
             f"the tokenizer has {len(tokenizer)} tokens, but {args.teacher} only predicts {config.vocab_size}; "
             "use the tokenizer that the teacher was trained with"
         )
-    if not 0 <= args.top_k <= config.vocab_size:
-        raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {config.vocab_size} tokens")
+    if not 0 <= args.top_k <= len(tokenizer):
+        raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {len(tokenizer)} tokens")
     if any((teacher / name).exists() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         own = load_tokenizer(str(teacher))
         if shards.tokenizer_hash(own) != shards.tokenizer_hash(tokenizer):

@@ -258,7 +258,8 @@ def read_table(
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         if row_groups is None:
             row_groups = list(range(file.num_row_groups))
-        return file.read_row_groups(row_groups, columns=columns)
+        # one thread: readers are loader workers, which are parallel already and may be forks
+        return file.read_row_groups(row_groups, columns=columns, use_threads=False)
 
 
 def column_2d(table: pa.Table, name: str, width: int) -> np.ndarray:

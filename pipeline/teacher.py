@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from pipeline import entropy, storage
 from pipeline.cli import UsageError
@@ -124,6 +125,7 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> Any:
     """
     config = load_config(directory, trust_remote_code)
     safetensors_files(directory)
+    logging.disable_progress_bar()  # one bar a model load is noise, in a log most of all
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
             directory,
@@ -164,6 +166,7 @@ class Teacher:
         mask_id: the [MASK] token.
         pad_id: the padding token.
         special_ids: tokens that are never scored.
+        vocab_size: tokens of the tokenizer; logits beyond (rows that only pad the embedding) are cut off.
         context: ``masked`` (a position is scored in the pass that hides it) or ``full`` (nothing is hidden).
         passes: P; pass g hides the positions i with i mod P = g.
         top_k: how many log-probabilities to keep.
@@ -178,6 +181,7 @@ class Teacher:
         mask_id: int,
         pad_id: int,
         special_ids: list[int],
+        vocab_size: int,
         context: str = "masked",
         passes: int = 7,
         top_k: int = 16,
@@ -188,7 +192,7 @@ class Teacher:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_masked_lm(directory, trust_remote_code).eval().to(self.device)
         self.mask_id, self.pad_id = mask_id, pad_id
-        self.special_ids = np.array(special_ids)
+        self.special_ids, self.vocab_size = np.array(special_ids), vocab_size
         self.context, self.passes = context, passes if context == "masked" else 1
         self.top_k, self.batch_tokens, self.dtype = top_k, batch_tokens, DTYPES[dtype]
         self.model, self.decoder = _cut_decoder(model)
@@ -256,7 +260,7 @@ class Teacher:
         parts = []
         with torch.autocast(self.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
-                logits_CV = self.decoder(features_NH[start : start + chunk].float())
+                logits_CV = self.decoder(features_NH[start : start + chunk].float())[:, : self.vocab_size]
                 parts.append(entropy.score(logits_CV, targets_N[start : start + chunk], self.top_k))
         return tuple(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
 

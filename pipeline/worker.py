@@ -84,6 +84,7 @@ class ShardScorer:
                 mask_id=job.special_ids["mask"],
                 pad_id=job.special_ids["pad"],
                 special_ids=job.special_token_ids,
+                vocab_size=job.vocab_size,
                 context=job.context or "masked",
                 passes=job.passes or 1,
                 top_k=job.top_k,

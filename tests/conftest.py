@@ -1,6 +1,38 @@
+"""One small world for all tests: a corpus, a tokenizer, a teacher with random weights, and the scored corpus."""
+
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+from harness import ROOT, command, run, save_bert
+from transformers import AutoTokenizer
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 400 documents, a tokenizer trained on it, and a random-weight BERT over that vocabulary."""
+    root = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    words = np.array(["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(300)])
+    lines = [{"text": " ".join(rng.choice(words, rng.integers(5, 60)))} for _ in range(400)]
+    (root / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(ROOT / "pipeline" / "tokenizer.py"), "--corpus", str(root / "corpus.jsonl")]
+    subprocess.run([*command, "--vocab-size", "300", "--output", str(root / "tokenizer")], check=True)
+    save_bert(root / "teacher", AutoTokenizer.from_pretrained(root / "tokenizer"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def scored(work: Path) -> Path:
+    """Its shards with entropies and top-k log-probabilities; not to be changed."""
+    run(*command(work, work / "scored", "--backend", "local"))
+    return work / "scored"

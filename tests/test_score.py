@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,74 +12,15 @@ import datasets
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
-import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, GPT2Config
+from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
+from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
 from pipeline import shards
-
-ROOT = Path(__file__).resolve().parents[1]
-SCORE = [sys.executable, str(ROOT / "pipeline" / "score.py")]
-LENGTH, TOP_K = 32, 4
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of 400 documents, a tokenizer trained on it, and a random-weight BERT over that vocabulary."""
-    root = tmp_path_factory.mktemp("score")
-    rng = np.random.default_rng(0)
-    words = np.array(["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(300)])
-    lines = [{"text": " ".join(rng.choice(words, rng.integers(5, 60)))} for _ in range(400)]
-    (root / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, str(ROOT / "pipeline" / "tokenizer.py"), "--corpus", str(root / "corpus.jsonl")]
-    subprocess.run([*command, "--vocab-size", "300", "--output", str(root / "tokenizer")], check=True)
-    save_bert(root / "teacher", AutoTokenizer.from_pretrained(root / "tokenizer"))
-    return root
-
-
-def save_bert(directory: Path, tokenizer: object, head: bool = True) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    model = BertForMaskedLM(config) if head else BertModel(config)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def command(work: Path, output: Path, *more: str) -> list[str]:
-    flags = ["--corpus", work / "corpus.jsonl", "--teacher", work / "teacher", "--output", output]
-    sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 1500, "--batch-tokens", 1024]
-    return [*SCORE, *map(str, flags + sizes), "--dtype", "float32", *more]
-
-
-def run(*args: object, code: int = 0) -> str:
-    result = subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=240)
-    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result.stdout + result.stderr
-
-
-def refused(*args: object) -> str:
-    """Run a command that must end with exit code 2 and one sentence, no traceback."""
-    output = run(*args, code=2)
-    assert "Traceback" not in output
-    assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1, output
-    return output
 
 
 def hashes(directory: Path) -> dict[str, str]:
     return {entry.file: entry.sha256 for entry in shards.read_manifest(str(directory)).shards}
-
-
-@pytest.fixture(scope="module")
-def scored(work: Path) -> Path:
-    run(*command(work, work / "scored", "--backend", "local"))
-    return work / "scored"
 
 
 def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
@@ -153,7 +93,7 @@ def test_killed_run_resumes_to_the_same_bytes(work: Path, scored: Path) -> None:
     process.wait()
     finished = {path.name: path.read_text() for path in directory.glob("_records/part-*.json")}
     assert 3 <= len(finished) < len(hashes(scored))
-    assert "unfinished" in refused(sys.executable, ROOT / "train/run.py", *trainer_flags(directory, work / "none"))
+    assert "unfinished" in refused(*TRAIN, *trainer_flags(directory, work / "none"))
     output = run(*command(work, directory, "--backend", "local"))
     assert f"{len(finished)} of {len(hashes(scored))} shards are done already" in output
     assert hashes(directory) == hashes(scored)
@@ -178,13 +118,31 @@ def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path) -> Non
 
 def test_a_shard_directory_is_a_corpus(work: Path, scored: Path) -> None:
     """Tokens first, scores later: same tokens, ids and scores as in one go."""
-    flags = ["--corpus", work / "corpus.jsonl", "--shard-tokens", 1500, "--sequence-length", LENGTH, "--backend", "local"]
+    flags = [
+        "--corpus",
+        work / "corpus.jsonl",
+        "--shard-tokens",
+        1500,
+        "--sequence-length",
+        LENGTH,
+        "--backend",
+        "local",
+    ]
     run(*SCORE, *flags, "--teacher", "none", "--tokenizer", work / "tokenizer", "--output", work / "tokens")
     manifest = shards.read_manifest(str(work / "tokens"))
     assert not manifest.scored and manifest.top_k == 0
     table = pq.read_table(work / "tokens" / "part-00000.parquet")
     assert table.column_names == ["sequence_id", "input_ids"]
-    again = ["--corpus", work / "tokens", "--teacher", work / "teacher", "--output", work / "rescored", "--backend", "local"]
+    again = [
+        "--corpus",
+        work / "tokens",
+        "--teacher",
+        work / "teacher",
+        "--output",
+        work / "rescored",
+        "--backend",
+        "local",
+    ]
     run(*SCORE, *again, "--top-k", TOP_K, "--batch-tokens", 1024, "--dtype", "float32")
     assert hashes(work / "rescored") == hashes(scored)
 
@@ -281,5 +239,4 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     manifest["shards"][0]["file"] = "../../etc/part-00000.parquet"
     (tmp_path / "forged").mkdir()
     (tmp_path / "forged" / "manifest.json").write_text(json.dumps(manifest))
-    trainer = [sys.executable, ROOT / "train/run.py"]
-    assert "only part-NNNNN.parquet" in refused(*trainer, *trainer_flags(tmp_path / "forged", tmp_path / "student"))
+    assert "only part-NNNNN.parquet" in refused(*TRAIN, *trainer_flags(tmp_path / "forged", tmp_path / "student"))

@@ -52,7 +52,8 @@ def save_random_model(config: AutoConfig, directory: Path) -> Path:
 
 
 def teacher(directory: Path, **settings: object) -> Teacher:
-    defaults = {"mask_id": MASK, "pad_id": PAD, "special_ids": [PAD, UNK, CLS, SEP, MASK], "top_k": TOP_K}
+    specials = {"mask_id": MASK, "pad_id": PAD, "special_ids": [PAD, UNK, CLS, SEP, MASK]}
+    defaults = specials | {"vocab_size": VOCAB, "top_k": TOP_K}
     return Teacher(directory, **(defaults | settings))
 
 
@@ -127,8 +128,21 @@ def test_half_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
     assert half.entropy_NL.dtype == np.float32
 
 
+def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path: Path) -> None:
+    """A model with more logits than the tokenizer has tokens predicts among the tokens only."""
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    ids_NL = sequences(2) % 100
+    scores = teacher(directory, vocab_size=100, passes=LENGTH).score(ids_NL)
+    assert scores.topk_ids_NLK.max() < 100
+    for (row, position), log_p_V in reference(directory, ids_NL, hide=True).items():
+        log_p_V = (log_p_V[:100] - log_p_V[:100].logsumexp(0)).double()
+        assert scores.entropy_NL[row, position] == pytest.approx(float(-(log_p_V.exp() * log_p_V).sum()), abs=1e-4)
+
+
 def test_top_k_breaks_ties_by_lower_id() -> None:
-    z_NV = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]])
+    z_NV = torch.tensor(
+        [[1.0, 3.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]]
+    )
     assert entropy.top_k_ids(z_NV, 2).tolist() == [[1, 2], [0, 1], [0, 1]]
     assert entropy.top_k_ids(z_NV, 5).tolist() == [[1, 2, 3, 5, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
     assert entropy.top_k_ids(z_NV, 6).tolist()[0] == [1, 2, 3, 5, 4, 0]

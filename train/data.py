@@ -1,4 +1,4 @@
-"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so that resuming is computing an index."""
+"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so that to resume is to index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,8 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
         return entries, []
     if len(entries) < 2:
         raise UsageError(
-            f"{manifest.uri} has one shard, which --eval-fraction cannot split; score it with a smaller --shard-tokens"
+            f"{manifest.uri} has only one shard, so none can be held out; make more with a smaller --shard-tokens, "
+            "or train without evaluation (--eval-fraction 0)"
         )
     order = hash_order(SPLIT_SEED, size=len(manifest.shards)).tolist()
     entries.sort(key=lambda entry: order[entry.index])
@@ -85,8 +85,8 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
 class TrainingSequences(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run, epoch after epoch, as a map from the position in the run to a sequence.
 
-    Order of an epoch: row groups shuffled, windows of ``WINDOW`` of them taken, rows shuffled within a window. Memory is
-    bounded by two decoded windows, whatever the corpus.
+    Order of an epoch: row groups shuffled, windows of ``WINDOW`` of them taken, rows shuffled within a window. Memory
+    is bounded by two decoded windows, whatever the corpus.
 
     Args:
         entries: the shards to train on.
@@ -116,7 +116,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         ]
         self.rows = sum(rows for _, _, rows in self.groups)
         self._windows: OrderedDict[tuple[int, int], Rows] = OrderedDict()
-        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.size
@@ -149,12 +149,14 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         if current:
             yield *current, offsets
 
-    def _plan_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """(order of the row groups, first position of each window) of an epoch."""
-        order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
-        sizes = [self.groups[group][2] for group in order]
-        starts = np.cumsum([0, *(sum(sizes[i : i + WINDOW]) for i in range(0, len(sizes), WINDOW))])
-        return order, starts[:-1].tolist()
+    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """(order of the row groups, first position of each window) of an epoch; the two used last are kept."""
+        if epoch not in self._epochs:
+            order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
+            sizes = [self.groups[group][2] for group in order]
+            starts = np.cumsum([0, *(sum(sizes[i : i + WINDOW]) for i in range(0, len(sizes), WINDOW))])
+            _keep(self._epochs, epoch, (order, starts[:-1].tolist()))
+        return self._epochs[epoch]
 
     def _window(self, epoch: int, window: int) -> Rows:
         """A decoded window in its order; the two used last are kept."""
@@ -169,10 +171,15 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             parts.append(read_rows(self.manifest, entry, self.columns, [group]))
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=len(rows["sequence_id"])).numpy()
-        while len(self._windows) > 1:
-            self._windows.popitem(last=False)
-        self._windows[key] = {name: array[shuffled] for name, array in rows.items()}
+        _keep(self._windows, key, {name: array[shuffled] for name, array in rows.items()})
         return self._windows[key]
+
+
+def _keep(cache: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Remember the two values that were added or used last: a batch touches no more."""
+    while len(cache) > 1:
+        cache.popitem(last=False)
+    cache[key] = value
 
 
 def evaluation_batches(

@@ -13,20 +13,20 @@ def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tens
 
         Σ p·log(p/q) + (1 - P)·log((1 - P)/(1 - Q))
 
-    By the log-sum inequality a lower bound of the KL over the whole vocabulary, equal to it at K = V, and zero with zero
-    gradient where student and teacher agree. Without the bucket it would be no divergence and could go negative.
+    By the log-sum inequality a lower bound of the KL over the whole vocabulary, equal to it at K = V, and zero with
+    zero gradient where student and teacher agree. Without the bucket it would be no divergence and could go negative.
 
     Args:
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
         teacher_ids_NK: int64.
         teacher_logprobs_NK: natural logs under the softmax over the whole vocabulary. Rounded storage may make P ≥ 1:
-            p is renormalised then, and the bucket dropped. A row with NaN (a position the teacher did not score) gives 0.
+            p is renormalised then, and the bucket dropped. A row with NaN (not scored by the teacher) gives 0.
 
     Returns:
         kl_N ≥ 0, in nats.
     """
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    N, V = logits_NV.shape
+    V = logits_NV.shape[1]
     K = teacher_ids_NK.shape[1]
     scored_N = ~teacher_logprobs_NK.isnan().any(1)
     log_p_NK = teacher_logprobs_NK.to(logits_NV.dtype).nan_to_num(nan=-torch.inf)

@@ -1,9 +1,9 @@
 """Entropy-aware masking: entropies and a key → masked positions → corrupted inputs. Pure tensor functions.
 
-One family with one temperature. The candidates of a row are sorted by ``H + τ·G`` (H: predictive entropy in nats, G: Gumbel
-noise; ties by G, then by position) and the first are masked. τ = 0 masks the highest entropies (Srinivasagan et al.,
-arXiv 2605.28526), τ = ∞ is uniform random masking, and a τ between draws without replacement from softmax(H/τ) (the
-Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059).
+One family with one temperature. The candidates of a row are sorted by ``H + τ·G`` (H: predictive entropy in nats,
+G: Gumbel noise; ties by G, then by position) and the first are masked. τ = 0 masks the highest entropies (Srinivasagan
+et al., arXiv 2605.28526), τ = ∞ is uniform random masking, and a τ between draws without replacement from softmax(H/τ)
+(the Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059).
 
 All noise is a hash of (seed, stream, epoch, sequence id, position), so a row's mask depends on nothing else: not on the
 batch, the number of loader workers or ranks, nor on where a run was resumed.
@@ -58,6 +58,8 @@ class MaskPolicy:
             raise ValueError(f"mask band {low:g} {high:g} is no range within 0 and 1")
         if high - low < self.ratio - 1e-9:
             raise ValueError(f"mask band {low:g} {high:g} is narrower than the mask ratio {self.ratio:g}; widen it")
+        if self.corruption not in ("bert", "mask-only"):
+            raise ValueError(f"corruption {self.corruption!r} is unknown; use bert or mask-only")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"mask floor {self.floor:g} is not between 0 and 1")
 
@@ -71,7 +73,7 @@ def select_positions(
 ) -> Tensor:
     """The positions to mask.
 
-    A row with c candidates masks n = max(1, round(ratio · c)) of them, which is k where all but its ends are candidates.
+    A row with c candidates masks max(1, round(ratio · c)) of them: k, where all but its ends are candidates.
 
     Args:
         entropy_BL: predictive entropy in nats, any floating dtype. Where it is NaN a position is no candidate, unless
@@ -83,20 +85,21 @@ def select_positions(
     Returns:
         positions_BK: int64, ascending; a row with fewer than K ends in ``IGNORED``.
     """
-    B, L = candidates_BL.shape
+    L = candidates_BL.shape[1]
     K = min(policy.positions(L), L)
     uniform = math.isinf(policy.temperature)
     entropy_BL = torch.zeros_like(candidates_BL, dtype=torch.float64) if uniform else entropy_BL.double()
     candidates_BL = candidates_BL & ~entropy_BL.isnan()
-    count_B1 = candidates_BL.sum(1, keepdim=True)
-    masked_B1 = (policy.ratio * count_B1).round().long().clamp(min=1, max=K).minimum(count_B1)
+    # float64 throughout, so that every share rounds as Python's would
+    count_B1 = candidates_BL.sum(1, keepdim=True).double()
+    masked_B1 = (policy.ratio * count_B1).round().clamp(min=1, max=K).minimum(count_B1)
     if policy.band != (0.0, 1.0):
         candidates_BL = candidates_BL & _within_band(entropy_BL, candidates_BL, count_B1, policy.band)
 
     gumbel_BL = -(-noise(policy.seed, SELECTION, epoch_B, sequence_id_B, L).log()).log()
     key_BL = gumbel_BL if uniform else entropy_BL + policy.temperature * gumbel_BL
     rank_BL = _descending_rank(key_BL, gumbel_BL, candidates_BL)
-    floor_B1 = (policy.floor * masked_B1).round().long()
+    floor_B1 = (policy.floor * masked_B1).round()
     chosen_BL = candidates_BL & (rank_BL < masked_B1 - floor_B1)
     if policy.floor:
         rest_BL = candidates_BL & ~chosen_BL
@@ -141,6 +144,50 @@ def corrupt(
     where_BK = torch.where(ignored_BK, 0, where_BK)
     inputs_BL = input_ids_BL.scatter(1, where_BK, hidden_BK)
     return inputs_BL, original_BK.masked_fill(ignored_BK, IGNORED_LABEL)
+
+
+class Masker:
+    """Batches of sequences → what a masked LM trains on: selection, corruption, and the teacher's word on it.
+
+    Args:
+        vocab_size: tokens that a random replacement is drawn from, less the special ones.
+        special_token_ids: ids that are never masked; ``pad_id`` is one of them.
+    """
+
+    def __init__(self, *, vocab_size: int, special_token_ids: list[int], mask_id: int, pad_id: int) -> None:
+        self.mask_id, self.pad_id = mask_id, pad_id
+        special_V = torch.zeros(vocab_size, dtype=torch.bool)
+        special_V[[token for token in special_token_ids if token < vocab_size]] = True
+        self.special_V, self.replacement_ids_R = special_V, (~special_V).nonzero().squeeze(1)
+
+    def __call__(self, batch: dict[str, Tensor], policy: MaskPolicy) -> dict[str, Tensor]:
+        """Mask a batch.
+
+        Args:
+            batch: input_ids [B, L], sequence_id [B], epoch [B]; entropy [B, L] in nats unless τ = ∞; and where a
+                teacher is to be followed topk_ids and topk_logprobs [B, L, T].
+
+        Returns:
+            input_ids [B, L], positions_BK, labels_BK, with padding attention_mask [B, L], and with a teacher
+            teacher_ids_BKT and teacher_logprobs_BKT.
+        """
+        ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
+        device = ids_BL.device
+        candidates_BL = ~self.special_V.to(device)[ids_BL]
+        entropy_BL = batch.get("entropy", torch.zeros((), device=device)).expand(ids_BL.shape)
+        positions_BK = select_positions(entropy_BL, candidates_BL, *key, policy)
+        replacement_ids_R = self.replacement_ids_R.to(device)
+        inputs_BL, labels_BK = corrupt(ids_BL, positions_BK, *key, policy, self.mask_id, replacement_ids_R)
+        masked = {"input_ids": inputs_BL, "positions_BK": positions_BK, "labels_BK": labels_BK}
+        attended_BL = ids_BL != self.pad_id
+        if not attended_BL.all():
+            masked["attention_mask"] = attended_BL.long()
+        if "topk_ids" in batch:
+            rows_B1 = torch.arange(len(ids_BL), device=device)[:, None]
+            where_BK = positions_BK.clamp_min(0)
+            masked["teacher_ids_BKT"] = batch["topk_ids"][rows_B1, where_BK]
+            masked["teacher_logprobs_BKT"] = batch["topk_logprobs"][rows_B1, where_BK]
+        return masked
 
 
 def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, length: int) -> Tensor:

@@ -1,0 +1,51 @@
+"""What the tests share: running the entry points as a user does, and a small world to run them in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORE = [sys.executable, str(ROOT / "pipeline" / "score.py")]
+TRAIN = [sys.executable, str(ROOT / "train" / "run.py")]
+LENGTH, TOP_K = 32, 4
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=240)
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def refused(*args: object) -> str:
+    """Run a command that must end with exit code 2 and one sentence, no traceback."""
+    output = run(*args, code=2)
+    assert "Traceback" not in output
+    assert len([line for line in output.splitlines() if line.startswith("error: ")]) == 1, output
+    return output
+
+
+def save_bert(directory: Path, tokenizer: object, head: bool = True) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    model = BertForMaskedLM(config) if head else BertModel(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def command(work: Path, output: Path, *more: str) -> list[str]:
+    """Scoring the world's corpus, exactly and in many small shards."""
+    flags = ["--corpus", work / "corpus.jsonl", "--teacher", work / "teacher", "--output", output]
+    sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 1500, "--batch-tokens", 1024]
+    return [*SCORE, *map(str, flags + sizes), "--dtype", "float32", *more]

@@ -1,0 +1,126 @@
+"""Shards → batches: order, windows, resuming by index, loader workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import LENGTH
+from torch.utils.data import DataLoader
+
+import train.data
+from pipeline import shards
+from pipeline.cli import UsageError
+from train.data import Columns, TrainingSequences, evaluation_batches, read_rows, split_shards
+from train.masking import IGNORED, Masker, MaskPolicy
+
+POLICY = MaskPolicy(temperature=1.0)
+
+
+class MaskBatch:
+    def __init__(self, manifest: shards.Manifest) -> None:
+        special, ids = manifest.special_token_ids, manifest.special_ids
+        self.masker = Masker(
+            vocab_size=manifest.vocab_size, special_token_ids=special, mask_id=ids["mask"], pad_id=ids["pad"]
+        )
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.masker(batch, POLICY) | {name: batch[name] for name in ("sequence_id", "epoch", "entropy")}
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def sequences(manifest: shards.Manifest, size: int, seed: int = 0, prepare: Any = as_it_is) -> TrainingSequences:
+    columns = Columns(entropy=True, top_k=True)
+    return TrainingSequences(manifest, manifest.shards, columns, size=size, seed=seed, prepare=prepare)
+
+
+@pytest.fixture(scope="module")
+def manifest(scored: Path) -> shards.Manifest:
+    return shards.read_manifest(str(scored))
+
+
+def load(dataset: TrainingSequences, batch_size: int, workers: int) -> dict[str, np.ndarray]:
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=as_it_is)
+    batches = list(loader)
+    names = ("sequence_id", "epoch", "input_ids", "positions_BK", "labels_BK", "teacher_ids_BKT")
+    return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in names}
+
+
+def test_masks_are_the_same_for_any_workers_and_batch_size(manifest: shards.Manifest) -> None:
+    size = 2 * manifest.totals["sequences"] + 16  # into the third epoch
+    results = [
+        load(sequences(manifest, size, prepare=MaskBatch(manifest)), batch_size, workers)
+        for batch_size in (8, 16)
+        for workers in (0, 2)
+    ]
+    for other in results[1:]:
+        for name, array in results[0].items():
+            np.testing.assert_array_equal(array, other[name], err_msg=name)
+    special = manifest.special_token_ids
+    assert not np.isin(results[0]["labels_BK"], special).any()
+    counts = (results[0]["positions_BK"] != IGNORED).sum(1)
+    assert (counts[:-1] > 0).all() and counts.max() == POLICY.positions(LENGTH)
+
+
+def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(manifest: shards.Manifest) -> None:
+    rows = manifest.totals["sequences"]
+    batch = sequences(manifest, 2 * rows).__getitems__(list(range(2 * rows)))
+    first, second = batch["sequence_id"][:rows].tolist(), batch["sequence_id"][rows:].tolist()
+    expected = sorted((entry.index << 32) + row for entry in manifest.shards for row in range(entry.rows))
+    assert sorted(first) == sorted(second) == expected
+    assert first != second and first != expected
+    assert batch["epoch"].tolist() == [0] * rows + [1] * rows
+    other = sequences(manifest, rows, seed=1).__getitems__(list(range(rows)))["sequence_id"].tolist()
+    assert other != first
+
+
+@pytest.mark.parametrize("window", [1, 2, 16])
+def test_any_position_is_read_directly(manifest: shards.Manifest, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+    """Reading from the middle gives what reading from the start gives there."""
+    monkeypatch.setattr(train.data, "WINDOW", window)
+    rows = manifest.totals["sequences"]
+    whole = sequences(manifest, 3 * rows).__getitems__(list(range(3 * rows)))
+    for start in (0, 1, rows - 1, rows, 2 * rows + 3):
+        part = sequences(manifest, 3 * rows).__getitems__(list(range(start, start + 7)))
+        for name, tensor in part.items():
+            torch.testing.assert_close(tensor, whole[name][start : start + 7], equal_nan=True)
+
+
+def test_memory_is_bounded_by_the_window(manifest: shards.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.data, "WINDOW", 2)
+    dataset = sequences(manifest, manifest.totals["sequences"])
+    for start in range(0, len(dataset), 8):
+        dataset.__getitems__(list(range(start, min(start + 8, len(dataset)))))
+        held = sum(len(rows["sequence_id"]) for rows in dataset._windows.values())
+        assert held <= 4 * max(entry.rows for entry in manifest.shards)
+
+
+def test_rows_are_those_of_the_file(manifest: shards.Manifest) -> None:
+    batch = sequences(manifest, 64).__getitems__(list(range(64)))
+    by_shard = {entry.index: read_rows(manifest, entry, Columns(True, True)) for entry in manifest.shards}
+    for number, sequence in enumerate(batch["sequence_id"].tolist()):
+        rows, row = by_shard[sequence >> 32], sequence & 0xFFFFFFFF
+        for name in ("input_ids", "entropy", "topk_ids", "topk_logprobs"):
+            np.testing.assert_array_equal(
+                batch[name][number].numpy(), rows[name][row].astype(batch[name].numpy().dtype)
+            )
+
+
+def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifest: shards.Manifest) -> None:
+    for fraction in (0.01, 0.3, 0.99):
+        kept, held_out = split_shards(manifest, fraction)
+        assert {e.index for e in kept} | {e.index for e in held_out} == {e.index for e in manifest.shards}
+        assert not {e.index for e in kept} & {e.index for e in held_out}
+        assert kept and held_out
+    assert split_shards(manifest, 0) == (manifest.shards, [])
+    rows = sum(len(b["sequence_id"]) for b in evaluation_batches(manifest, held_out, Columns(), 7))
+    assert rows == sum(entry.rows for entry in held_out)
+    manifest = shards.Manifest(**(vars(manifest) | {"shards": manifest.shards[:1]}))
+    with pytest.raises(UsageError, match="only one shard"):
+        split_shards(manifest, 0.1)

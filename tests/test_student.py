@@ -1,0 +1,104 @@
+"""The student's forward: the head on masked positions only gives the loss and gradients of the whole head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_scoring_maths import ARCHITECTURES, LENGTH, PAD, VOCAB, sequences
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM
+
+from pipeline.entropy import entropy
+from train.distill import tail_kl
+from train.masking import IGNORED, Masker, MaskPolicy
+from train.student import student_entropy, with_masked_positions
+
+ROWS, TOP = 6, 5
+
+
+def masked_batch(distil: bool = False) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    raw = {
+        "input_ids": torch.from_numpy(sequences(ROWS).astype("int64")),
+        "sequence_id": torch.arange(ROWS),
+        "epoch": torch.zeros(ROWS, dtype=torch.long),
+        "entropy": torch.rand(ROWS, LENGTH, generator=generator),
+    }
+    if distil:
+        log_p = torch.randn(ROWS, LENGTH, VOCAB, generator=generator).log_softmax(-1).topk(TOP)
+        raw |= {"topk_ids": log_p.indices, "topk_logprobs": log_p.values}
+    masker = Masker(vocab_size=VOCAB, special_token_ids=[0, 1, 2, 3, 4], mask_id=4, pad_id=PAD)
+    batch = masker(raw, MaskPolicy(ratio=0.3))
+    assert (batch["positions_BK"] == IGNORED).any(), "a short row is part of the test"
+    return batch
+
+
+def model_of(name: str) -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = AutoModelForMaskedLM.from_config(ARCHITECTURES[name])
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_sparse_head_equals_full_head(name: str, alpha: float) -> None:
+    plain = model_of(name)
+    sparse = with_masked_positions(copy.deepcopy(plain))
+    batch = masked_batch(distil=True)
+    found = sparse(**batch, distill_weight=alpha)
+    assert found["logits"].shape == (ROWS, batch["positions_BK"].shape[1], VOCAB)
+
+    logits_BLV = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    where_BK = batch["positions_BK"].clamp_min(0)
+    logits_NV = logits_BLV[torch.arange(ROWS)[:, None], where_BK].flatten(0, 1)
+    labels_N = batch["labels_BK"].flatten()
+    count = labels_N.numel()
+    expected = F.cross_entropy(logits_NV, labels_N, reduction="sum") / count
+    kl_N = tail_kl(logits_NV, batch["teacher_ids_BKT"].flatten(0, 1), batch["teacher_logprobs_BKT"].flatten(0, 1))
+    expected = (1 - alpha) * expected + alpha * kl_N[labels_N >= 0].sum() / count
+    torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=0)
+
+    found["loss"].backward()
+    expected.backward()
+    for (label, ours), theirs in zip(sparse.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=label)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_positions_it_is_the_model_itself(name: str) -> None:
+    plain = model_of(name)
+    sparse = with_masked_positions(copy.deepcopy(plain))
+    batch = masked_batch()
+    sparse(**batch)
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    expected = plain(input_ids=ids, attention_mask=attention).logits
+    assert torch.equal(sparse(input_ids=ids, attention_mask=attention).logits, expected)
+    assert type(sparse).__name__ == type(plain).__name__ and isinstance(sparse, type(plain))
+    assert list(sparse.state_dict()) == list(plain.state_dict())
+
+
+def test_a_failed_forward_leaves_no_positions_behind() -> None:
+    sparse = with_masked_positions(model_of("bert"))
+    batch = masked_batch()
+    with pytest.raises(IndexError):
+        sparse(**(batch | {"input_ids": batch["input_ids"] + VOCAB}))
+    assert sparse(input_ids=batch["input_ids"]).logits.shape == (ROWS, LENGTH, VOCAB)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
+def test_student_entropy_is_that_of_the_plain_forward(monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int) -> None:
+    monkeypatch.setattr("train.student.LOGITS_PER_CHUNK", {"cpu": rows_at_a_time * LENGTH * VOCAB})
+    plain = model_of("bert")
+    student = with_masked_positions(copy.deepcopy(plain)).train()
+    ids_BL = torch.from_numpy(sequences(ROWS).astype("int64"))
+    attention_BL = (ids_BL != PAD).long()
+    found_BL = student_entropy(student, ids_BL, attention_BL)
+    logits = plain.double()(input_ids=ids_BL, attention_mask=attention_BL).logits
+    real = attention_BL.bool()
+    torch.testing.assert_close(found_BL[real].double(), entropy(logits)[real], atol=1e-4, rtol=0)
+    assert student.training and not found_BL.requires_grad

@@ -1,0 +1,231 @@
+"""A thin ``transformers.Trainer``: the entropy source, evaluation by entropy decile, progress, and cumulative time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from pipeline import cli
+from pipeline.shards import Manifest, ShardEntry
+from train.data import Columns, TrainingSequences, evaluation_batches
+from train.masking import IGNORED_LABEL, Masker, MaskPolicy
+from train.student import student_entropy
+
+# evaluation masks at random, the same positions for every regime, seed and mask ratio
+EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
+DECILES = 10
+
+
+class MaskedLMTrainer(Trainer):
+    """Trains a student (``train.student``) on the sequences of a shard directory.
+
+    Where the order of a run is concerned it is one epoch of Trainer over a dataset as long as the run, in sequence: the
+    dataset itself knows the epochs, so that resuming is an index.
+
+    Args:
+        source: ``random``, ``parquet`` (the shards' entropies) or ``self`` (the student's, on the unmasked batch).
+        policy: which positions to mask; ``random`` needs τ = ∞.
+        distill_weight: α of the distillation loss; above 0 reads the shards' top-k.
+        self_warmup_steps: with ``self``, mask at random for so many steps, while the student knows nothing.
+    """
+
+    # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        manifest: Manifest,
+        shards: list[ShardEntry],
+        held_out: list[ShardEntry],
+        source: str,
+        policy: MaskPolicy,
+        distill_weight: float = 0.0,
+        self_warmup_steps: int = 0,
+    ) -> None:
+        self.manifest, self.held_out = manifest, held_out
+        self.source, self.policy = source, policy
+        self.distill_weight, self.self_warmup_steps = distill_weight, self_warmup_steps
+        self.masker = Masker(
+            vocab_size=manifest.vocab_size,
+            special_token_ids=manifest.special_token_ids,
+            mask_id=manifest.special_ids["mask"],
+            pad_id=manifest.special_ids["pad"],
+        )
+        sequences = TrainingSequences(
+            manifest,
+            shards,
+            Columns(entropy=source == "parquet", top_k=distill_weight > 0),
+            size=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            prepare=_Prepare(None if source == "self" else self.masker, policy),
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=sequences,
+            eval_dataset=held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
+            data_collator=_as_it_is,  # type: ignore[arg-type]
+            callbacks=[_ProgressReport(manifest.sequence_length)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of a batch that a loader worker has masked or, with ``self``, of a raw one, masked on the device."""
+        if "positions_BK" not in inputs:
+            inputs = self.mask_by_student(inputs)
+        output = model(**inputs, distill_weight=self.distill_weight)
+        return (output["loss"], output) if return_outputs else output["loss"]
+
+    def mask_by_student(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mask by the student's predictive entropies, at random during the warm-up."""
+        if self.state.global_step < self.self_warmup_steps:
+            return self.masker(batch, replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)))
+        ids_BL = batch["input_ids"]
+        attended_BL = ids_BL != self.masker.pad_id
+        student = self.accelerator.unwrap_model(self.model)
+        entropy_BL = student_entropy(student, ids_BL, None if attended_BL.all() else attended_BL.long())
+        return self.masker(batch | {"entropy": entropy_BL}, self.policy)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Cross-entropy (nats) and accuracy on the held-out sequences under one fixed random mask.
+
+        Overall, and where the shards have entropies by their decile over the masked positions: a model trained on hard
+        tokens is judged unfairly by the easy ones alone.
+        """
+        started = time.monotonic()
+        rank, ranks = self.args.process_index, self.args.world_size
+        own = [self._evaluate_batch(b) for number, b in enumerate(self._held_out_batches()) if number % ranks == rank]
+        loss_N, hit_N, entropy_N = (np.concatenate(column) for column in zip(*gather_object(own), strict=True))
+        metrics: dict[str, float] = {
+            f"{metric_key_prefix}_loss": float(loss_N.mean()),
+            f"{metric_key_prefix}_accuracy": float(hit_N.mean()),
+            f"{metric_key_prefix}_positions": len(loss_N),
+        }
+        if self.manifest.scored:
+            order = entropy_N.argsort(kind="stable")
+            for decile, part in enumerate(np.array_split(order, DECILES), 1):
+                if len(part):
+                    metrics[f"{metric_key_prefix}_loss_decile_{decile}"] = float(loss_N[part].mean())
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - started, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_batches(self) -> Iterator[dict[str, Tensor]]:
+        columns = Columns(entropy=self.manifest.scored)
+        return evaluation_batches(self.manifest, self.held_out, columns, self.args.eval_batch_size)
+
+    def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(loss, correct, shard entropy) of the masked positions of a batch."""
+        entropy_BL = raw.pop("entropy", torch.zeros(raw["input_ids"].shape))
+        batch = self.masker(raw | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
+        positions_BK, labels_N = batch["positions_BK"], batch.pop("labels_BK").flatten()
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            logits_NV = model(**self._prepare_inputs(batch))["logits"].flatten(0, 1).float().cpu()
+        model.train(was_training)
+        kept_N = labels_N != IGNORED_LABEL
+        loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+        entropy_N = entropy_BL.gather(1, positions_BK.clamp_min(0)).flatten()
+        hit_N = logits_NV.argmax(1) == labels_N
+        return loss_N[kept_N].numpy(), hit_N[kept_N].numpy(), entropy_N[kept_N].numpy()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Also keeps the seconds trained so far, in the state's history, for a run that is resumed."""
+        self.state.log_history.append({"step": self.state.global_step, "train_seconds": self.train_seconds()})
+        super()._save_checkpoint(model, trial)
+
+    def train_seconds(self) -> float:
+        """Seconds in ``train``, over all sessions of the run."""
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, _ProgressReport)).seconds()
+
+
+class _Prepare:
+    """What a loader worker does with a raw batch; a class, because workers may have to be sent it."""
+
+    def __init__(self, masker: Masker | None, policy: MaskPolicy) -> None:
+        self.masker, self.policy = masker, policy
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.masker(batch, self.policy) if self.masker else batch
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collator: the dataset hands out batches."""
+    return batch
+
+
+class _ProgressReport(TrainerCallback):
+    """A bar on a terminal, lines in a log, and the losses; counts the seconds of all sessions of a run."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
+        self.before, self.started = 0.0, time.monotonic()
+        self.progress: cli.Progress | None = None
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self.before = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.monotonic()
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.tokens_per_step = batch * self.sequence_length
+        if state.is_world_process_zero:
+            total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
+            self.progress = cli.Progress(total, "tok", "training", done=done).__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if self.progress:
+            self.progress.advance(self.tokens_per_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **others: Any
+    ) -> None:
+        if not self.progress or not logs:
+            return
+        if "loss" in logs:
+            self.progress.note(
+                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}"
+            )
+        elif "eval_loss" in logs:
+            self.progress.note(
+                f"step {state.global_step}/{state.max_steps}: held-out loss {logs['eval_loss']:.4f} nats, "
+                f"accuracy {logs['eval_accuracy']:.1%}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        if self.progress:
+            self.progress.__exit__(None, None, None)
