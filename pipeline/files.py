@@ -51,9 +51,12 @@ def find_files(part: str) -> list[tuple[str, str]]:
 def _files_below(filesystem: fs.FileSystem, root: str) -> Iterator[str]:
     """Every file below a directory, without hidden ones."""
     for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
-        hidden = any(part.startswith(".") for part in os.path.relpath(info.path, root).split("/"))
-        if info.type == fs.FileType.File and not hidden:
+        if info.type == fs.FileType.File and not _hidden(info.path, root):
             yield info.path
+
+
+def _hidden(path: str, root: str) -> bool:
+    return any(part.startswith(".") for part in os.path.relpath(path, root).split("/"))
 
 
 def _glob_root(pattern: str) -> str:
@@ -67,7 +70,10 @@ def _matching(filesystem: fs.FileSystem, pattern: str) -> list[str]:
     """Files that match a shell pattern in which ``**`` stands for any directories."""
     root = _glob_root(pattern)
     if isinstance(filesystem, fs.LocalFileSystem):
-        found = [str(path) for path in Path(root).glob(os.path.relpath(pattern, root)) if path.is_file()]
+        below = os.path.relpath(pattern, root)
+        found = [str(path) for path in Path(root).glob(below) if path.is_file()]
+        if "/." not in f"/{below}":
+            found = [name for name in found if not _hidden(name, root)]
     else:
         found = [
             name

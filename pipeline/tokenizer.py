@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipeline.corpus import Corpus, plan_corpus
 from pipeline.documents import Rejects, read_documents
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ALPHABET = 1000  # characters; rarer ones become [UNK]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; choose a new --output")
     rejects = Rejects()
-    tokenizer = train(documents(corpus, args.text_column, rejects), args.vocab_size, args.lowercase)
+    texts = list(documents(corpus, args.text_column, rejects))
+    tokenizer = train(texts, args.vocab_size, args.lowercase)
     tokenizer.save_pretrained(args.output)
     storage.write_json(str(origin), made_from)  # last: it marks the tokenizer as complete
     print(
@@ -74,16 +77,24 @@ def documents(corpus: Corpus, text_column: str, rejects: Rejects) -> Iterator[st
             progress.advance(1)
 
 
-def train(texts: Iterator[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
+def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
     """A BERT-style WordPiece tokenizer; the same texts give the same tokenizer.
+
+    The trainer by itself does not promise that: it numbers single characters in the order of a randomly seeded hash
+    map, and settles ties by number. So a first pass without merges finds the characters, and the second gets them in
+    order, as if they were special tokens.
 
     Raises:
         UsageError: the vocabulary is too small for the characters of the corpus, or the corpus too small for it.
     """
-    wordpiece = BertWordPieceTokenizer(lowercase=lowercase)
-    wordpiece.train_from_iterator(
-        texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, show_progress=sys.stderr.isatty()
-    )
+    alphabet = most_frequent_characters(texts, lowercase)
+    fixed = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": sys.stderr.isatty()}
+    characters = BertWordPieceTokenizer(lowercase=lowercase)
+    characters.train_from_iterator(texts, vocab_size=1, special_tokens=SPECIAL_TOKENS, **fixed)
+    ordered = sorted(characters.get_vocab().keys() - set(SPECIAL_TOKENS))
+    trained = BertWordPieceTokenizer(lowercase=lowercase)
+    trained.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *ordered], **fixed)
+    wordpiece = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=lowercase)
     found = wordpiece.get_vocab_size()
     if found > vocab_size:
         raise UsageError(
@@ -94,6 +105,16 @@ def train(texts: Iterator[str], vocab_size: int, lowercase: bool = True) -> Bert
             f"the corpus is too small for --vocab-size {vocab_size}: it gives {found} tokens; choose at most {found}"
         )
     return BertTokenizer(tokenizer_object=wordpiece._tokenizer, do_lower_case=lowercase)
+
+
+def most_frequent_characters(texts: list[str], lowercase: bool) -> list[str]:
+    """The ``ALPHABET`` most frequent characters as the tokenizer sees them, ties to the lower code point, sorted."""
+    normalizer = BertWordPieceTokenizer(lowercase=lowercase).normalizer
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    kept = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET]
+    return sorted(character for character in kept if not character.isspace())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""Text in any common form → documents → sequences: nothing lost or doubled by cutting, rejects listed by line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from transformers import AutoTokenizer
+
+from pipeline import docstrings
+from pipeline.cli import UsageError
+from pipeline.corpus import Corpus, plan_corpus
+from pipeline.documents import Piece, Rejects, read_documents
+from pipeline.packing import pack, tokenize
+
+TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
+
+
+def texts_of(corpus: Corpus, rejects: Rejects | None = None) -> list[str]:
+    rejects = rejects or Rejects()
+    return [document.text for pieces in corpus.shards for document in read_documents(pieces, "text", rejects)]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+def write_forms(root: Path) -> dict[str, Path]:
+    """The same documents in every form."""
+    lines = "\n".join(TEXTS).encode()
+    forms = {name: root / name for name in ("a.txt", "a.md", "a.txt.gz", "a.jsonl", "a.jsonl.zst", "a.json")}
+    for name, data in {"a.txt": lines, "a.md": lines, "a.jsonl": jsonl(TEXTS), "a.json": jsonl(TEXTS)}.items():
+        forms[name].write_bytes(data)
+    forms["a.txt.gz"].write_bytes(gzip.compress(lines))
+    forms["a.jsonl.zst"].write_bytes(zstandard.compress(jsonl(TEXTS)))
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(root / name, "w", newline="") as file:
+            csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *(["1", text] for text in TEXTS)])
+        forms[name] = root / name
+    pq.write_table(pa.table({"text": TEXTS, "id": list(range(60))}), root / "a.parquet", row_group_size=7)
+    forms["a.parquet"] = root / "a.parquet"
+    return forms
+
+
+@pytest.mark.parametrize("shard_tokens", [10, 100, 1000, 1 << 20])
+def test_every_form_gives_the_same_documents_however_it_is_cut(tmp_path: Path, shard_tokens: int) -> None:
+    for name, path in write_forms(tmp_path).items():
+        corpus = plan_corpus(str(path), shard_tokens=shard_tokens)
+        assert texts_of(corpus) == TEXTS, name
+        if shard_tokens <= 100 and name in ("a.txt", "a.jsonl", "a.parquet"):
+            assert len(corpus.shards) > 5, name
+        assert len(plan_corpus(str(path), shard_tokens=1 << 20).shards) == 1
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "\n", "\n\n"])
+def test_any_cut_of_a_text_file_loses_and_doubles_nothing(tmp_path: Path, ending: str, last: str) -> None:
+    lines = ["\ufefffirst", "é", "", "two words", "x" * 20, "語"]
+    data = (ending.join(lines) + last).encode()
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    expected = ["first", "é", "two words", "x" * 20, "語"]
+    for cut in range(1, len(data)):
+        rejects = Rejects()
+        pieces = [Piece(str(path), "text", 0, cut), Piece(str(path), "text", cut, len(data))]
+        found = [document.text for document in read_documents(pieces, "text", rejects)]
+        assert found == expected, cut
+        blank = [3, 7] if last == "\n\n" else [3]
+        assert [(entry["line"], entry["reason"]) for entry in rejects.listed] == [(n, "empty text") for n in blank], cut
+
+
+def test_rejects_are_listed_with_their_line_in_the_file(tmp_path: Path) -> None:
+    good = jsonl(["fine"]).rstrip()
+    bad = {
+        3: (b'{"text": "half', "broken JSON"),
+        5: (b'{"text": "\xff"}', "bad UTF-8"),
+        8: (b'{"text": null}', "null text"),
+        9: (b'{"text": "  "}', "empty text"),
+        12: (b'{"text": 7}', "text is not a string"),
+        13: (b'{"body": "x"}', "no key 'text'"),
+        14: (b"[1]", "not a JSON object"),
+        15: (b'{"text": "\\ud800"}', "bad UTF-8"),
+        17: (b"[" * 100_000, "broken JSON"),
+        18: (b"", "empty text"),
+    }
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(bad[line][0] if line in bad else good for line in range(1, 21)) + b"\n")
+    for shard_tokens in (1, 10, 1 << 20):
+        rejects = Rejects()
+        assert texts_of(plan_corpus(str(path), shard_tokens=shard_tokens), rejects) == ["fine"] * 10
+        assert {entry["line"]: entry["reason"] for entry in rejects.listed} == {n: why for n, (_, why) in bad.items()}
+        assert rejects.documents == 20 and rejects.report()["count"] == len(bad)
+
+
+def test_rejects_in_csv_and_parquet(tmp_path: Path) -> None:
+    rows = ["id,text", '1,"two\nlines"', "2,", "3,a,b", "4,good", "5,\udcff", "6,last"]
+    (tmp_path / "a.csv").write_bytes("\n".join(rows).encode("utf-8", "surrogateescape"))
+    rejects = Rejects()
+    assert texts_of(plan_corpus(str(tmp_path / "a.csv")), rejects) == ["two\nlines", "good", "last"]
+    found = [(entry["line"], entry["reason"]) for entry in rejects.listed]
+    assert found == [(4, "empty text"), (5, "broken CSV row"), (7, "bad UTF-8")]
+
+    invalid = pa.Array.from_buffers(pa.string(), 1, [*pa.array(["x" * 2]).buffers()[:2], pa.py_buffer(b"\xff\xfe")])
+    column = pa.chunked_array([pa.array(["one", None, ""]), invalid, pa.array(["two"])])
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", row_group_size=2)
+    rejects = Rejects()
+    assert texts_of(plan_corpus(str(tmp_path / "a.parquet"), shard_tokens=1), rejects) == ["one", "two"]
+    found = [(entry["line"], entry["reason"]) for entry in rejects.listed]
+    assert found == [(2, "null text"), (3, "empty text"), (4, "bad UTF-8")]
+
+
+def test_directories_globs_and_lists(tmp_path: Path) -> None:
+    for name, text in {
+        "b/two.txt": "two",
+        "a/one.txt": "one",
+        "c.txt": "three",
+        ".hidden.txt": "no",
+        "x.bin": "no",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert texts_of(plan_corpus(str(tmp_path))) == ["one", "two", "three"]
+    assert texts_of(plan_corpus(f"{tmp_path}/*/*.txt")) == ["one", "two"]
+    assert texts_of(plan_corpus(f"{tmp_path}/**/*.txt")) == ["one", "two", "three"]
+    assert texts_of(plan_corpus(f"{tmp_path}/c.txt,{tmp_path}/a")) == ["three", "one"]
+
+
+def test_one_document_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first line\nsecond line")
+    (tmp_path / "b.txt").write_bytes(b"bad \xff")
+    rejects = Rejects()
+    assert texts_of(plan_corpus(str(tmp_path), document="file"), rejects) == ["first line\nsecond line"]
+    assert rejects.report()["reasons"] == {"bad UTF-8": 1}
+
+
+def test_limit_documents_counts_across_files_and_forms(tmp_path: Path) -> None:
+    write_forms(tmp_path)
+    for limit in (1, 59, 60, 61, 130):
+        for shard_tokens in (10, 1 << 20):
+            corpus = plan_corpus(
+                f"{tmp_path}/a.jsonl,{tmp_path}/a.parquet,{tmp_path}/a.csv",
+                shard_tokens=shard_tokens,
+                limit_documents=limit,
+            )
+            assert texts_of(corpus) == (TEXTS * 3)[:limit]
+
+
+def test_a_dataset_that_the_datasets_library_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTROPY_MASKING_CACHE", str(tmp_path / "cache"))
+    for split, part in (("train", TEXTS[:40]), ("test", TEXTS[40:])):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict({"text": part}).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    assert texts_of(plan_corpus(f"hf:{tmp_path}/data")) == TEXTS[:40]
+    assert texts_of(plan_corpus(f"hf:{tmp_path}/data::test")) == TEXTS[40:]
+    with pytest.raises(UsageError, match="cannot load the dataset"):
+        plan_corpus(f"hf:{tmp_path}/nothing")
+
+
+@pytest.mark.parametrize(
+    "name, data, sentence",
+    [
+        ("a.parquet", b"PAR1 nothing", "cannot read .*a.parquet as Parquet"),
+        ("a.jsonl", b'{"body": "x"}\n', "no column 'text'; name one of .'body'. with --text-column"),
+        ("a.csv", b"id,body\n1,x\n", "--text-column"),
+        ("a.txt", b"", "is empty"),
+        ("a.doc", b"x", "known endings"),
+        ("a.jsonl.gz", b"no gzip", "cannot read"),
+    ],
+)
+def test_corpora_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UsageError, match=sentence):
+        plan_corpus(str(tmp_path / name))
+
+
+def test_a_column_that_is_no_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="is int64, not text"):
+        plan_corpus(str(tmp_path / "a.parquet"))
+    with pytest.raises(UsageError, match="does not exist"):
+        plan_corpus(str(tmp_path / "b.parquet"))
+
+
+def test_a_gzip_that_ends_early_is_an_error_not_a_shorter_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    rng = np.random.default_rng(0)
+    noise = "\n".join(rng.bytes(60).hex() for _ in range(20_000))
+    path.write_bytes(gzip.compress(noise.encode())[:-100_000])
+    with pytest.raises(UsageError, match="to its end"):
+        texts_of(plan_corpus(str(path)))
+
+
+def test_identity_is_the_content_not_the_place(tmp_path: Path) -> None:
+    for directory, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "x.txt").write_text(text)
+    identities = [plan_corpus(str(tmp_path / name)).identity for name in ("a", "b", "c")]
+    assert identities[0] == identities[1] != identities[2]
+
+
+def slow_pack(documents: list[list[int]], length: int) -> list[list[int]]:
+    stream = [token for number, ids in enumerate(documents) for token in ([] if number == 0 else [2]) + ids]
+    blocks = [stream[i : i + length - 2] for i in range(0, len(stream), length - 2)]
+    return [[1, *block, 2] + [0] * (length - 2 - len(block)) for block in blocks]
+
+
+@pytest.mark.parametrize("length", [8, 9, 32])
+def test_packing(length: int) -> None:
+    rng = np.random.default_rng(length)
+    for _ in range(50):
+        documents = [rng.integers(5, 99, rng.integers(1, 40)).tolist() for _ in range(rng.integers(1, 12))]
+        ids_NL = pack((np.array(ids, np.uint32) for ids in documents), length, cls_id=1, sep_id=2, pad_id=0)
+        assert ids_NL.tolist() == slow_pack(documents, length)
+    assert pack([], length, 1, 2, 0).shape == (0, length)
+
+
+def test_special_tokens_written_out_in_a_text_are_text(work: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    (tmp_path / "a.txt").write_text("abcde [MASK] fghab [SEP]\nabcde\n")
+    rejects = Rejects()
+    documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], "text", rejects)
+    first, second = tokenize(documents, tokenizer, rejects)
+    assert not set(first.tolist()) & ({tokenizer.mask_token_id, tokenizer.sep_token_id})
+    assert len(first) > len(second) > 0
+
+
+def test_docstrings_are_parsed_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts that share no file and no text, the same each time, short and repeated ones left out."""
+    package = tmp_path / "site" / "demo_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    for number in range(40):
+        body = f'"""Module {number}. {"What it does is told at some length. " * 5}"""\n'
+        body += f'def f():\n    """Function of {number}. {"Its use is explained here in full. " * 5}"""\n'
+        body += 'def g():\n    """Short."""\n'
+        body += f'def h():\n    """{"The same in every file, so kept only once. " * 5}"""\n'
+        (package / f"m{number}.py").write_text(body)
+    (package / "broken.py").write_text("def (")
+    (package / "tests").mkdir()
+    (package / "tests" / "t.py").write_text(f'"""{"Tests are left out of the corpus. " * 9}"""')
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setattr(docstrings, "PACKAGES", ("demo_package", "not_installed"))
+    monkeypatch.setattr(docstrings, "_version", lambda package: "1")
+    results = []
+    for cache in ("one", "two"):
+        monkeypatch.setenv("ENTROPY_MASKING_CACHE", str(tmp_path / cache))
+        results.append({part: path.read_bytes() for part, path in docstrings.materialise().items()})
+    assert results[0] == results[1]
+    parts = {part: pq.read_table(path).to_pylist() for part, path in docstrings.materialise().items()}
+    texts = {part: {row["text"] for row in rows} for part, rows in parts.items()}
+    assert len(texts["pretrain"] | texts["probes"]) == len(parts["pretrain"]) + len(parts["probes"]) == 81
+    assert parts["probes"] and not texts["pretrain"] & texts["probes"]
+    assert not [text for text in texts["pretrain"] | texts["probes"] if "Tests are left" in text or "Short" in text]
+    for number in range(40):
+        homes = {part for part in texts for text in texts[part] if text.split(".")[0].endswith(f" {number}")}
+        assert len(homes) == 1, "a file's docstrings are in one part"
+    assert {row["package"] for row in parts["pretrain"]} == {"demo_package"}
+    assert len(texts_of(plan_corpus("docstrings"))) == len(parts["pretrain"])
