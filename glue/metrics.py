@@ -1,0 +1,81 @@
+"""Predictions → metrics → named averages. Pure functions; every metric is in [-1, 1], every score in percent."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda labels, predictions: accuracy_score(labels, predictions),
+    "f1": lambda labels, predictions: f1_score(labels, predictions, zero_division=0),
+    "matthews": lambda labels, predictions: matthews_corrcoef(labels, predictions),
+    "pearson": lambda labels, predictions: _correlation(stats.pearsonr, labels, predictions),
+    "spearman": lambda labels, predictions: _correlation(stats.spearmanr, labels, predictions),
+}
+
+# Averages differ between papers, hence names. A part is a task, scored by the mean of its metrics, or task:metric.
+AVERAGES = {
+    # the eight tasks that most papers average, WNLI left out, MNLI's two evaluations as one task
+    "glue8": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"),
+    # of the BERT paper (arXiv 1810.04805, table 1; BERT-base 79.6 on test)
+    "bert9": (
+        *("mnli:accuracy_matched", "mnli:accuracy_mismatched", "qqp:f1", "qnli", "sst2", "cola", "stsb:spearman"),
+        *("mrpc:f1", "rte"),
+    ),
+    # all nine, as the leaderboard of gluebenchmark.com without its diagnostic set
+    "leaderboard9": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"),
+    # what needs no large download: without MNLI and QQP
+    "local6": ("cola", "sst2", "mrpc", "rte", "stsb", "qnli"),
+    "probes": ("package", "adjacent"),
+}
+
+
+class IncompleteAverage(ValueError):
+    """An average was asked for whose tasks are not all there."""
+
+
+def evaluate(names: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """The named metrics of predictions [N] against labels [N].
+
+    F1 is that of class 1. A correlation with constant predictions is 0.
+    """
+    return {name: float(METRICS[name](labels, predictions)) for name in names}
+
+
+def collapsed(predictions: np.ndarray) -> bool:
+    """Whether a model says the same of every row, to six digits: it has learned nothing, whatever its accuracy."""
+    return len(np.unique(np.round(predictions.astype(np.float64), 6))) == 1
+
+
+def score(metrics: Mapping[str, float]) -> float:
+    """A task's score: the mean of its metrics, in percent."""
+    return 100 * sum(metrics.values()) / len(metrics)
+
+
+def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:
+    """A named average over tasks, in percent.
+
+    Args:
+        name: one of ``AVERAGES``.
+        results: metrics by task.
+
+    Raises:
+        IncompleteAverage: names the tasks that are missing.
+    """
+    parts = [part.partition(":") for part in AVERAGES[name]]
+    if missing := list(dict.fromkeys(task for task, _, _ in parts if task not in results)):
+        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
+    scores = [100 * results[task][metric] if metric else score(results[task]) for task, _, metric in parts]
+    return sum(scores) / len(scores)
+
+
+def _correlation(function: Callable[..., tuple[float, float]], labels: np.ndarray, predictions: np.ndarray) -> float:
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nearly constant predictions give a nan, which counts as no correlation
+        return float(np.nan_to_num(function(labels, predictions)[0]))
