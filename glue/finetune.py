@@ -25,7 +25,7 @@ from transformers import (
 from glue import metrics
 from glue.tasks import Split, Task, TaskData
 from pipeline.cli import UsageError
-from pipeline.teacher import load_config, resolve_dtype, safetensors_files
+from pipeline.teacher import load_config, safetensors_files
 
 DROPOUT = 0.1
 # what encoders call it; pretraining sets it to 0
@@ -182,11 +182,6 @@ def encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
     labels = split.labels.astype(np.float32) if split.labels.dtype.kind == "f" else split.labels
     rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
     return [row | {"labels": label} for row, label in zip(rows, labels.tolist(), strict=True)]
-
-
-def choose_dtype(name: str) -> str:
-    """``auto`` is bfloat16 on a GPU; on a CPU float32, since fine-tuning small models gains nothing there."""
-    return resolve_dtype(name) if name != "auto" or torch.cuda.is_available() else "float32"
 
 
 class _Advance(TrainerCallback):

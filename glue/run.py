@@ -22,12 +22,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from transformers.utils import logging
 
-from glue.finetune import Result, Settings, check_model, choose_dtype, finetune, trained_rows
+from glue.finetune import Result, Settings, check_model, finetune, trained_rows
 from glue.tasks import PROBES, Task, TaskData, choose, load
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
-from pipeline.teacher import load_tokenizer, local_checkpoint, weights_hash
+from pipeline.teacher import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
 
 # what of a model's summary.json a comparison shows
 TRAINING = ("regime", "steps", "tokens", "seconds", "tokens_per_second", "scoring_seconds", "eval_loss")
@@ -107,7 +107,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=cli.positive, help="instead of the protocol's")
     add("--max-length", type=cli.positive, help="tokens of a text or pair (default: 128)")
     add("--limit-train", type=cli.positive, help="at most so many training rows, the same for every seed")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bfloat16 on a GPU")
+    add(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="auto: bfloat16 where the hardware has it",
+    )
     add("--overwrite", action="store_true", help="do results again that are there already")
     args = parser.parse_args(argv)
     args.tasks = choose(args.tasks)
@@ -128,7 +133,7 @@ def plan(args: argparse.Namespace, task: Task, seed: int, model: dict[str, str],
         "epochs": args.epochs,
         "batch_size": args.batch_size,
         "max_length": args.max_length,
-        "dtype": choose_dtype(args.dtype),
+        "dtype": resolve_dtype(args.dtype),
         "limit_train": args.limit_train or protocol.limits.get(task.name),
     }
     given = {name: value for name, value in changes.items() if value is not None}

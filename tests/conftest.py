@@ -14,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 from harness import ROOT, command, run, save_bert
+from made_glue import write_glue
 from transformers import AutoTokenizer
 
 
@@ -36,3 +37,17 @@ def scored(work: Path) -> Path:
     """Its shards with entropies and top-k log-probabilities; not to be changed."""
     run(*command(work, work / "scored", "--backend", "local"))
     return work / "scored"
+
+
+@pytest.fixture(scope="session")
+def words(work: Path) -> list[str]:
+    """Words of the corpus."""
+    return [word for word in (work / "corpus.jsonl").read_text().replace('"', " ").split() if len(word) == 5][:100]
+
+
+@pytest.fixture(scope="session")
+def data(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of GLUE's nine tasks; not to be changed."""
+    root = tmp_path_factory.mktemp("glue")
+    write_glue(root, words)
+    return root

@@ -55,8 +55,9 @@ def test_every_regime_learns_and_sums_up(students: dict[str, Path]) -> None:
         assert summary["regime"] == name
         assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * LENGTH
         assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["seconds"], rel=0.05)
-        assert summary["seconds"] > 0 and summary["scoring_seconds"] > 0
+        assert summary["seconds"] > 0
         assert summary["seed"] == 3 and summary["flags"]["mask_ratio"] == 0.15
+        assert (summary["scoring_seconds"] > 0) == (name not in ("random", "self")), "charged to who reads scores"
         assert summary["shards"]["context"] == "masked"
         deciles = summary["eval_loss_by_entropy_decile"]
         assert len(deciles) == 10

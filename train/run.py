@@ -23,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from pipeline import cli, storage
 from pipeline.cli import UsageError
@@ -75,6 +76,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     options, args = parse(sys.argv[1:] if argv is None else argv)
+    logging.disable_progress_bar()  # of reading and writing weights
     manifest = read_manifest(options.shards)
     check(options, args, manifest)
     policy = mask_policy(options, args.seed)
@@ -228,6 +230,7 @@ def summarise(
     metrics: dict[str, float],
 ) -> dict[str, Any]:
     tokens = args.max_steps * global_batch(args) * manifest.sequence_length
+    uses_scores = options.entropy_source == "parquet" or options.distill_weight > 0
     deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
     return {
         "regime": options.entropy_source + ("+kd" if options.distill_weight else ""),
@@ -241,7 +244,7 @@ def summarise(
         "eval_accuracy": metrics.get("eval_accuracy"),
         "eval_positions": metrics.get("eval_positions"),
         "eval_loss_by_entropy_decile": deciles if manifest.scored and metrics else None,
-        "scoring_seconds": manifest.totals["worker_seconds"] if manifest.scored else 0.0,
+        "scoring_seconds": manifest.totals["worker_seconds"] if uses_scores else 0.0,
         "shards": {
             "uri": manifest.uri,
             "fingerprint_hash": manifest.fingerprint_hash,

@@ -1,0 +1,290 @@
+"""glue/run.py and glue/compare.py as their users run them: all tasks and file forms, skip, kill, comparison, misuse."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from harness import ROOT, refused, run, save_bert
+from made_glue import make_rows, write_rows
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForSequenceClassification
+
+import glue.compare
+import glue.run
+import glue.tasks
+from glue.tasks import GLUE
+from pipeline.cli import UsageError
+
+GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
+COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
+QUICK = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--max-length", 32, "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def results(work: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All nine tasks; not to be changed."""
+    output = tmp_path_factory.mktemp("results") / "teacher"
+    flags = ["--model", work / "teacher", "--tasks", "glue", "--data", data, "--seeds", "1,2", "--output", output]
+    run(*GLUE_RUN, *flags, *QUICK)
+    return output
+
+
+def glue_here(model: Path, output: Path, *flags: object) -> dict[str, dict[str, Any]]:
+    """run.py's main in this process; returns the results by file."""
+    glue.run.main([str(flag) for flag in ("--model", model, "--output", output, *flags)])
+    return read(output)
+
+
+def read(output: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(output.glob("*.json"))}
+
+
+def test_all_nine_tasks(results: Path, data: Path) -> None:
+    found = read(results)
+    assert set(found) == {f"{task}-seed{seed}" for task in GLUE for seed in (1, 2)}
+    metrics = {
+        **{"cola": ["matthews"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]},
+        **{"stsb": ["pearson", "spearman"], "mnli": ["accuracy_matched", "accuracy_mismatched"]},
+    }
+    for result in found.values():
+        task = result["task"]
+        assert list(result["metrics"]) == metrics.get(task, ["accuracy"])
+        assert result["score"] == pytest.approx(100 * np.mean(list(result["metrics"].values())))
+        assert result["train_rows"] == 64 and result["eval_rows"] == (48 if task == "mnli" else 24)
+        assert result["train_split"] == ("train_subset" if task == "qnli" else "train")
+        assert result["settings"]["epochs"] == 1 and result["settings"]["dropout"] == 0.1
+        assert result["training"] is None, "the teacher was not trained by run.py"
+    assert found["cola-seed1"]["metrics"] != found["cola-seed2"]["metrics"] or (
+        found["stsb-seed1"]["metrics"] != found["stsb-seed2"]["metrics"]
+    )
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "mnli"])
+def test_a_task_that_can_be_learned_is_learned(work: Path, words: list[str], tmp_path: Path, task: str) -> None:
+    write_rows(make_rows(GLUE[task], words, 512, 1), tmp_path / "data" / task / "train.jsonl")
+    for suffix in GLUE[task].evaluations:
+        write_rows(make_rows(GLUE[task], words, 64, 2), tmp_path / "data" / task / f"dev{suffix}.jsonl")
+    flags = ["--tasks", task, "--data", tmp_path / "data", *QUICK, "--epochs", 8, "--learning-rate", 3e-3]
+    (result,) = glue_here(work / "teacher", tmp_path / "out", *flags).values()
+    assert result["score"] > 90 and not result["collapsed"]
+
+
+def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
+    work: Path, data: Path, results: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in results.glob("*.json"):
+        if path.name != "rte-seed2.json":
+            (copy / path.name).write_bytes(path.read_bytes())
+    flags = ["--model", work / "teacher", "--tasks", "glue", "--data", data, "--seeds", "1,2", "--output", copy]
+    before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
+    assert "17 of 18 results are there already" in run(*GLUE_RUN, *flags, *QUICK)
+    assert {name: (copy / name).stat().st_mtime_ns for name in before} == before
+    old, new = (read(path)["rte-seed2"] for path in (results, copy))
+    assert {**old, "seconds": 0} == {**new, "seconds": 0}
+
+    message = refused(*GLUE_RUN, *flags, *QUICK, "--epochs", 2)
+    assert "cola-seed1.json was made otherwise" in message and "epochs" in message and "--overwrite" in message
+    (copy / "cola-seed1.json").write_text("{")
+    assert "no result of glue/run.py" in refused(*GLUE_RUN, *flags, *QUICK)
+    glue_here(work / "teacher", copy, "--tasks", "cola", "--data", data, *QUICK, "--epochs", 2, "--overwrite")
+    assert read(copy)["cola-seed1"]["settings"]["epochs"] == 2
+
+
+def test_a_killed_run_goes_on(work: Path, data: Path, results: Path, tmp_path: Path) -> None:
+    flags = ["--model", work / "teacher", "--tasks", "cola,rte,wnli", "--data", data, "--seeds", "1,2"]
+    command = [str(part) for part in [*GLUE_RUN, *flags, *QUICK, "--output", tmp_path]]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*.json")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(list(tmp_path.glob("*.json"))) < 6
+    assert "results are there already" in run(*command)
+    whole = read(results)
+    for name, result in read(tmp_path).items():
+        assert {**result, "seconds": 0} == {**whole[name], "seconds": 0}
+
+
+def test_grid_takes_the_best_of_the_dev_scores(work: Path, data: Path, tmp_path: Path) -> None:
+    flags = ["--tasks", "wnli", "--data", data, "--protocol", "bert-grid", "--max-length", 16]
+    (result,) = glue_here(work / "teacher", tmp_path, *flags).values()
+    assert {(tried["learning_rate"], tried["epochs"]) for tried in result["grid"]} == {
+        (rate, epochs) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)
+    }
+    assert result["score"] == max(tried["score"] for tried in result["grid"])
+
+
+def test_limits_of_a_protocol_and_of_the_user(work: Path, words: list[str], tmp_path: Path) -> None:
+    for name in ("qqp", "rte"):
+        write_rows(make_rows(GLUE[name], words, 10_500, 1), tmp_path / "data" / name / "train.parquet")
+        write_rows(make_rows(GLUE[name], words, 8, 2), tmp_path / "data" / name / "dev.parquet")
+    model = work / "teacher"
+    args = glue.run.parse([f"--model={model}", "--tasks=qqp,rte", "--protocol=babylm", "--output=x"])
+    limits = {}
+    for task in args.tasks:
+        loaded = glue.tasks.load(task, str(tmp_path / "data"))
+        limits[task.name] = glue.run.plan(args, task, 1, {"hash": "", "path": ""}, loaded).grid[0].limit_train
+    assert limits == {"qqp": 10_000, "rte": None}
+    flags = ["--tasks", "qqp", "--data", tmp_path / "data", *QUICK, "--limit-train", 16, "--seeds", "1,2"]
+    assert [result["train_rows"] for result in glue_here(model, tmp_path / "out", *flags).values()] == [16, 16]
+
+
+def test_from_the_hub(
+    work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    """The same code as for the Hub on a local dataset with a configuration a task; labels are named there."""
+    configurations = []
+    for name in ("rte", "mnli"):
+        splits = {"train": 64} | {f"validation{suffix}": 24 for suffix in GLUE[name].evaluations}
+        for number, (split, count) in enumerate(splits.items()):
+            write_rows(make_rows(GLUE[name], words, count, 1 + number), tmp_path / "hub" / name / f"{split}.jsonl")
+        files = "".join(f"      - split: {split}\n        path: {name}/{split}.jsonl\n" for split in splits)
+        configurations.append(f"  - config_name: {name}\n    data_files:\n{files}")
+    (tmp_path / "hub" / "README.md").write_text("---\nconfigs:\n" + "".join(configurations) + "---\n")
+    monkeypatch.setattr(glue.tasks, "HUB_NAME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = glue_here(work / "teacher", tmp_path / "out", "--tasks", "rte,mnli", "--data", "hub", *QUICK)
+    assert found["rte-seed1"]["train_rows"] == 64 and found["mnli-seed1"]["eval_rows"] == 48
+    with pytest.raises(UsageError, match=r"cannot load .* cola .train. from the Hub"):
+        glue_here(work / "teacher", tmp_path / "out", "--tasks", "cola", "--data", "hub", *QUICK)
+
+
+def test_label_order_is_set_not_inferred(words: list[str], tmp_path: Path) -> None:
+    """Names and numbers of the labels mean the same, whichever comes first in a file."""
+    frame = pl.DataFrame({"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"]})
+    for labels in (["not_entailment", "entailment", "not_entailment"], [1, 0, 1], ["1", "0", "1"]):
+        write_rows(frame.with_columns(label=pl.Series(labels)), tmp_path / "rte" / "train.jsonl")
+        write_rows(frame.with_columns(label=pl.Series(labels)), tmp_path / "rte" / "dev.jsonl")
+        assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train.labels.tolist() == [1, 0, 1]
+
+
+def test_quotation_marks_in_tsv_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "sst2" / f"{split}.tsv").write_text('sentence\tlabel\n"half a quote\t1\nit\'s "fine"\t0\n')
+    loaded = glue.tasks.load(GLUE["sst2"], str(tmp_path))
+    assert loaded.train.texts == [['"half a quote', 'it\'s "fine"']] and loaded.train.labels.tolist() == [1, 0]
+
+
+def test_compare(results: Path, work: Path, data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = AutoModelForMaskedLM.from_pretrained(work / "teacher")
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(work / "teacher").save_pretrained(tmp_path / "other")
+    summary = {"regime": "parquet", "steps": 7, "tokens": 99, "seconds": 1.5, "eval_loss": 3.25}
+    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
+    glue_here(tmp_path / "other", tmp_path / "b", "--tasks", "glue", "--data", data, "--seeds", "1,2", *QUICK)
+
+    output = run(*COMPARE, f"first={results}", f"second={tmp_path / 'b'}", "--output", tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    by_regime = {"first": read(results), "second": read(tmp_path / "b")}
+    for task in GLUE:
+        for regime, found in by_regime.items():
+            scores = [found[f"{task}-seed{seed}"]["score"] for seed in (1, 2)]
+            cell = table["tasks"][task]["scores"][regime]
+            assert cell["mean"] == pytest.approx(np.mean(scores))
+            assert cell["sd"] == pytest.approx(np.std(scores, ddof=1))
+            assert f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" in output
+    eight = [task for task in GLUE if task != "wnli"]
+    by_seed = [np.mean([by_regime["first"][f"{task}-seed{seed}"]["score"] for task in eight]) for seed in (1, 2)]
+    assert table["averages"]["glue8"]["first"]["values"] == pytest.approx(by_seed)
+    assert set(table["averages"]) == {"glue8", "bert9", "leaderboard9", "local6"}
+    assert table["training"]["second"]["steps"] == 7 and table["training"]["first"] is None
+    assert output.startswith("| cramming | first | second |") and "qnli (train_subset)" in output
+    assert (tmp_path / "out" / "table.md").read_text() in output
+    assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_cannot_be_compared(results: Path, work: Path, data: Path, tmp_path: Path) -> None:
+    def case(name: str, *flags: object) -> str:
+        glue_here(work / "teacher", tmp_path / name, "--data", data, *QUICK, *flags)
+        return f"{name}={tmp_path / name}"
+
+    one = case("one", "--tasks", "cola,rte", "--seeds", "1,2")
+    out = ["--output", tmp_path / "out"]
+    # an average whose tasks are missing
+    message = refused(*COMPARE, one, *out, "--average", "local6")
+    assert "the average local6 needs sst2, mrpc, stsb, qnli" in message
+    glue.compare.main([one, *map(str, out)])
+    assert "Not computed: the average" in (tmp_path / "out" / "table.md").read_text()
+    # other tasks, seeds, settings
+    with pytest.raises(UsageError, match="one has the task rte, tasks has not"):
+        glue.compare.main([one, case("tasks", "--tasks", "cola", "--seeds", "1,2"), *map(str, out)])
+    with pytest.raises(UsageError, match="cola has seeds 1, 2 in one but 1 in seeds"):
+        glue.compare.main([one, case("seeds", "--tasks", "cola,rte"), *map(str, out)])
+    with pytest.raises(UsageError, match=r"cola was fine-tuned differently in one and epochs .*epochs"):
+        glue.compare.main([one, case("epochs", "--tasks", "cola,rte", "--seeds", "1,2", "--epochs", 2), *map(str, out)])
+    # results of two models in one directory
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    result = json.loads((results / "cola-seed1.json").read_text())
+    (mixed / "cola-seed1.json").write_text(json.dumps(result))
+    (mixed / "cola-seed2.json").write_text(
+        json.dumps({**result, "seed": 2, "key": {**result["key"], "model_hash": "x"}})
+    )
+    assert "results of 2 models" in refused(*COMPARE, f"mixed={mixed}", *out)
+    assert "holds no results" in refused(*COMPARE, f"none={tmp_path / 'nothing'}", *out)
+    assert "is no NAME=DIR" in refused(*COMPARE, str(results), *out)
+    assert "same name" in refused(*COMPARE, f"a={results}", f"a={results}", *out)
+
+
+def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
+    """Each is one sentence with the thing and the mend, exit code 2."""
+    model, out = ["--model", work / "teacher"], ["--output", tmp_path / "out"]
+
+    def table(name: str, frame: pl.DataFrame) -> list[object]:
+        for split in ("train", "dev"):
+            write_rows(frame, tmp_path / name / "cola" / f"{split}.jsonl")
+        return ["--tasks", "cola", "--data", tmp_path / name]
+
+    good = pl.DataFrame({"sentence": ["a", "b"], "label": [0, 1]})
+    cases: list[tuple[list[object], str]] = [
+        ([*model, "--tasks", "cola"], "needs --data"),
+        ([*model, "--tasks", "cola", "--data", tmp_path / "nothing"], "there is no directory"),
+        ([*model, "--tasks", "sst3", "--data", data], "there is no task 'sst3'"),
+        ([*model, "--tasks", "probes", "--data", data], "leave out --data"),
+        ([*model, "--tasks", "cola", "--data", data, "--seeds", "one"], "no list of whole numbers"),
+        ([*model, *table("column", good.rename({"sentence": "text"}))], "has no column 'sentence'"),
+        ([*model, *table("hidden", good.with_columns(label=pl.Series([-1, -1])))], "label -1 in row 0"),
+        ([*model, *table("label", good.with_columns(label=pl.Series([0, 2])))], "has the label 2 in row 1"),
+        ([*model, *table("null", good.with_columns(sentence=pl.Series(["a", None])))], "no sentence in row 1"),
+        ([*model, *table("empty", good.clear())], "cannot read|has no"),
+        (["--model", tmp_path / "nothing", "--tasks", "cola", "--data", data], "nothing"),
+    ]
+    (tmp_path / "half" / "cola").mkdir(parents=True)
+    (tmp_path / "half" / "cola" / "train.parquet").write_bytes(b"PAR1")
+    cases.append(([*model, "--tasks", "cola", "--data", tmp_path / "half"], "cannot read"))
+
+    headless, tuned, pickled = tmp_path / "headless", tmp_path / "tuned", tmp_path / "pickled"
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    save_bert(pickled, tokenizer)
+    masked = AutoModelForMaskedLM.from_pretrained(pickled)
+    BertForSequenceClassification(masked.config).save_pretrained(tuned)
+    tokenizer.save_pretrained(tuned)
+    (pickled / "model.safetensors").unlink()
+    torch.save(masked.state_dict(), pickled / "pytorch_model.bin")
+    headless.mkdir()
+    cases += [
+        (["--model", tuned, "--tasks", "cola", "--data", data], "is fine-tuned already"),
+        (["--model", pickled, "--tasks", "cola", "--data", data], "pickle"),
+        (["--model", headless, "--tasks", "cola", "--data", data], "headless"),
+    ]
+    for flags, sentence in cases:
+        with pytest.raises(UsageError, match=sentence):
+            glue.run.main([str(flag) for flag in [*flags, *out]])
+    assert "there is no task 'x'" in refused(*GLUE_RUN, *model, *out, "--tasks", "x")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,180 @@
+"""Every command of the README, run as it stands there, with small sizes appended; and what the demo leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from harness import LENGTH, ROOT, SCORE, run, save_bert
+from transformers import AutoTokenizer
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.S)
+# appended to a command to make it small
+SMALLER = {
+    "pipeline/score.py": "--sequence-length 32 --shard-tokens 4000 --passes 2",
+    "train/run.py": "--max-steps 2 --per-device-train-batch-size 4",
+    "glue/run.py": "--epochs 1 --limit-train 8 --max-length 32",
+    "glue/compare.py": "",
+}
+
+
+def shell(command: str, directory: Path, **environment: str) -> str:
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=directory, env=os.environ | paths | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def home(work: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's reader has: the project, texts, a teacher, GLUE."""
+    root = tmp_path_factory.mktemp("home")
+    for name in ("pipeline", "train", "glue"):
+        (root / name).symlink_to(ROOT / name)
+    (root / "texts").mkdir()
+    shutil.copy(work / "corpus.jsonl", root / "texts" / "a.jsonl")
+    shutil.copytree(work / "teacher", root / "TEACHER")
+    (root / "GLUE").symlink_to(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def demo(home: Path) -> Path:
+    """`make demo`, small; the environment that runs the tests takes the place of .venv."""
+    sizes = {"OUT": str(home / "runs" / "demo"), "DOCUMENTS": "1200", "STEPS": "4", "SEEDS": "1"}
+    output = shell("make -o .venv/installed demo", ROOT, **sizes)
+    assert "A run this small shows the machinery. It proves nothing about quality." in output
+    assert "results are there already" in shell("make -o .venv/installed demo", ROOT, **sizes), "done is skipped"
+    return home / "runs" / "demo"
+
+
+def test_the_commands_are_those_that_are_tested_here() -> None:
+    commands = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+    kinds = {" ".join(line.split()[:3]) if line.startswith("ray") else line.split()[1] for line in commands}
+    assert kinds == {"demo", "test", *SMALLER, "ray job submit"}
+    assert commands[:2] == ["make demo", "make test"]
+    assert "make test\n" in (ROOT / ".ci" / "run").read_text()
+    in_text = re.findall(r"`(make [^`]*|[^`]* make [^`]*)`", README)
+    known = {"make demo", "make test", "make lint", "make test-all"}
+    assert {text for text in in_text if "=" not in text} <= known
+
+
+def test_on_your_own_text(home: Path) -> None:
+    block = next(block for _, block in BLOCKS if "TEACHER" in block)
+    for line in block.splitlines():
+        shell(f"{line} {SMALLER[line.split()[1]]}", home)
+    table = json.loads((home / "runs" / "comparison" / "table.json").read_text())
+    assert table["regimes"] == ["random", "parquet"] and len(table["tasks"]) == 9
+    assert table["training"]["parquet"]["steps"] == 2
+
+
+def test_the_demo_compares_four_students(demo: Path) -> None:
+    table = json.loads((demo / "comparison" / "table.json").read_text())
+    assert table["regimes"] == ["random", "parquet", "parquet+kd", "self"]
+    assert set(table["tasks"]) == {"package", "adjacent"} and set(table["averages"]) == {"probes"}
+    assert {row["regime"] for row in table["training"].values()} == set(table["regimes"])
+    assert len({(row["steps"], row["tokens"]) for row in table["training"].values()}) == 1
+    assert (demo / "comparison" / "chart.png").stat().st_size > 10_000
+
+
+def test_the_demos_shards_are_what_the_documents_say(demo: Path) -> None:
+    """Columns and types as in docs/shards.md, in polars and datasets; NaN exactly on special tokens and padding."""
+    files = str(demo / "scored" / "part-*.parquet")
+    manifest = json.loads((demo / "scored" / "manifest.json").read_text())
+    length, top_k = manifest["sequence_length"], manifest["top_k"]
+    ids = pl.List(pl.UInt16)
+    half = pl.List(pl.Float16)
+    frame = pl.read_parquet(files)
+    assert dict(frame.schema) == {
+        **{"sequence_id": pl.UInt64, "input_ids": ids, "entropy": half, "surprisal": half},
+        **{"topk_ids": ids, "topk_logprobs": half},
+    }
+    schema = pq.read_schema(next((demo / "scored").glob("part-*.parquet")))
+    assert not any(field.nullable for field in schema)
+    assert not any(field.type.value_field.nullable for field in schema if pa.types.is_list(field.type))
+
+    table = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(demo / "cache")
+    ).with_format("numpy")
+    assert len(table) == len(frame) == manifest["totals"]["rows"]
+    columns = {name: np.stack([np.asarray(row) for row in table[name]]) for name in table.column_names[1:]}
+    assert columns["topk_logprobs"].shape == (len(frame), length * top_k)
+    special_NL = np.isin(columns["input_ids"], manifest["special_token_ids"])
+    for name in ("entropy", "surprisal"):
+        assert np.array_equal(np.isnan(columns[name]), special_NL)
+    scored = columns["entropy"][~special_NL].astype(np.float64)
+    assert 0 < scored.mean() < math.log(manifest["vocab_size"])
+    assert scored.min() >= 0 and scored.max() <= math.log(manifest["vocab_size"]) + 0.01
+    logprobs = columns["topk_logprobs"].reshape(len(frame), length, top_k)[~special_NL].astype(np.float64)
+    assert (np.diff(logprobs) <= 0).all() and (np.exp(logprobs).sum(-1) <= 1.01).all()
+
+
+def test_the_python_of_the_readme(demo: Path) -> None:
+    code = next(block for kind, block in BLOCKS if kind == "python")
+    printed = float(run(sys.executable, "-c", f"import os; os.chdir({str(demo.parents[1])!r})\n{code}"))
+    manifest = json.loads((demo / "scored" / "manifest.json").read_text())
+    assert printed == pytest.approx(manifest["totals"]["mean_entropy"], abs=0.01)
+
+
+@pytest.fixture
+def head_node() -> Iterator[str]:
+    """The address of the dashboard of a one-node Ray cluster on loopback."""
+    with socket.socket() as one, socket.socket() as two:
+        for each in (one, two):
+            each.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie below it
+    ray = str(Path(sys.executable).parent / "ray")
+    flags = f"--head --block --port {port} --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --num-cpus 2"
+    flags += f" --dashboard-port {dashboard} --object-store-memory 100000000 --temp-dir {home}"
+    with open(home / "output", "w") as output:
+        process = subprocess.Popen([ray, "start", *flags.split()], stdout=output, stderr=output, start_new_session=True)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (home / "output").read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def test_ray_job_submit(work: Path, head_node: str, tmp_path: Path) -> None:
+    line = next(line for _, block in BLOCKS for line in block.splitlines() if line.startswith("ray job submit"))
+    shared = tmp_path / "shared"
+    (shared / "texts").mkdir(parents=True)
+    shutil.copy(work / "corpus.jsonl", shared / "texts")
+    save_bert(shared / "teacher", AutoTokenizer.from_pretrained(work / "tokenizer"))
+    flags = f"--sequence-length {LENGTH} --shard-tokens 4000 --dtype float32 --top-k 4"
+    shell(f"{line.replace('/shared', str(shared))} {flags}", ROOT, RAY_ADDRESS=head_node)
+    local = ["--corpus", shared / "texts", "--teacher", shared / "teacher", "--output", tmp_path / "local"]
+    run(*SCORE, *local, *flags.split(), "--backend", "local")
+    hashes = [
+        [entry["sha256"] for entry in json.loads((path / "manifest.json").read_text())["shards"]]
+        for path in (shared / "scored", tmp_path / "local")
+    ]
+    assert hashes[0] == hashes[1] and len(hashes[0]) > 1
