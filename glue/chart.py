@@ -32,12 +32,19 @@ def draw(table: dict[str, Any]) -> bytes:
         colour = COLOURS[number % len(COLOURS)]
         bars = axes.bar(places, means, width * 0.92, yerr=deviations, label=regime, color=colour, capsize=2)
         axes.bar_label(bars, labels=[f"{mean:.1f}" for mean in means], fontsize=6, padding=2)
+    constants = [row["constant_score"] for row in table["tasks"].values()]
+    centres = np.arange(len(constants))
+    axes.hlines(
+        constants, centres - 0.45, centres + 0.45, color="#555555", linestyle="--", linewidth=0.8, label="constant"
+    )
     axes.axvline(len(table["tasks"]) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("score (%)")
     axes.set_title(f"fine-tuned by the {table['protocol']} protocol", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=min(4, len(regimes)), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    axes.legend(
+        ncols=min(5, len(regimes) + 1), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     pyplot.close(figure)

@@ -19,11 +19,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from glue.chart import draw
 from glue.metrics import AVERAGES, IncompleteAverage, average
-from glue.run import TRAINING
 from glue.tasks import GLUE, PROBES
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
+
+# what the table shows of the models' own summaries
+TRAINING = ("regime", "steps", "tokens", "seconds", "tokens_per_second", "scoring_seconds", "eval_loss")
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by task, by seed
 
@@ -125,7 +127,7 @@ def compare(regimes: dict[str, Results], required: list[str]) -> dict[str, Any]:
     }
     for task in tasks:
         result = next(iter(reference[task].values()))
-        rows = {name: result[name] for name in ("train_split", "train_rows", "eval_rows")}
+        rows = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "constant_score")}
         row = {name: spread([r["score"] for _, r in sorted(res[task].items())]) for name, res in regimes.items()}
         for name, results in regimes.items():
             row[name]["collapsed"] = sum(r["collapsed"] for r in results[task].values())
@@ -136,7 +138,8 @@ def compare(regimes: dict[str, Results], required: list[str]) -> dict[str, Any]:
         except IncompleteAverage as error:
             if name in required:
                 raise UsageError(f"{error}, which were not run; run them, or leave out --average {name}") from None
-            table["not_computed"][name] = str(error)
+            if any(part.partition(":")[0] in tasks for part in AVERAGES[name]):
+                table["not_computed"][name] = str(error)
     for regime, results in regimes.items():
         table["training"][regime] = next(iter(results[tasks[0]].values()))["training"]
     return table
@@ -159,15 +162,17 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def to_markdown(table: dict[str, Any]) -> str:
     regimes = table["regimes"]
-    lines = [f"| {table['protocol']} | {' | '.join(regimes)} |", f"|---|{'---:|' * len(regimes)}"]
+    lines = [f"| {table['protocol']} | {' | '.join(regimes)} | constant |", f"|---|{'---:|' * (len(regimes) + 1)}"]
     notes = []
     for task, row in table["tasks"].items():
         label = task if row["train_split"] == "train" else f"{task} ({row['train_split']})"
-        lines.append(f"| {label} | {' | '.join(cell(row['scores'][name]) for name in regimes)} |")
+        cells = [cell(row["scores"][name]) for name in regimes]
+        lines.append(f"| {label} | {' | '.join(cells)} | {row['constant_score']:.1f} |")
     for name, row in table["averages"].items():
-        lines.append(f"| **{name}** | {' | '.join(cell(row[regime]) for regime in regimes)} |")
+        lines.append(f"| **{name}** | {' | '.join(cell(row[regime]) for regime in regimes)} | |")
     seeds = len(next(iter(table["tasks"].values()))["scores"][regimes[0]]["values"])
     notes.append(f"Scores in percent, {f'mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'}.")
+    notes.append("constant: the score of the best model that says the same of every row.")
     if any(row["scores"][name]["collapsed"] for row in table["tasks"].values() for name in regimes):
         notes.append("† In some runs the model says the same of every row.")
     if table["not_computed"]:

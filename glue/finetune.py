@@ -51,8 +51,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
+    """``collapsed``: the model says the same of every row; ``constant_score``: what the best such model scores."""
+
     metrics: dict[str, float]
     collapsed: bool
+    constant_score: float
     train_rows: int
     eval_rows: int
 
@@ -134,8 +137,9 @@ def finetune(
             found = metrics.evaluate(data.task.metrics, split.labels, predictions)
             values |= {name + suffix: value for name, value in found.items()}
             constant = constant or metrics.collapsed(predictions)
-    eval_rows = sum(len(split.labels) for split in data.evaluations.values())
-    return Result(values, constant, len(train.labels), eval_rows)
+    labels = [split.labels for split in data.evaluations.values()]
+    constant_score = metrics.constant_score(data.task.metrics, labels, len(data.task.labels))
+    return Result(values, constant, constant_score, len(train.labels), sum(map(len, labels)))
 
 
 def limited(split: Split, rows: int | None) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -54,6 +54,21 @@ def collapsed(predictions: np.ndarray) -> bool:
 def score(metrics: Mapping[str, float]) -> float:
     """A task's score: the mean of its metrics, in percent."""
     return 100 * sum(metrics.values()) / len(metrics)
+
+
+def constant_score(names: tuple[str, ...], evaluations: Sequence[np.ndarray], classes: int) -> float:
+    """The score, in percent, of the best model that says the same class of every row; 0 for a regression.
+
+    Args:
+        names: the task's metrics.
+        evaluations: labels [N] of each evaluation.
+        classes: number of classes, 0 for a regression.
+    """
+    scores = [
+        [score(evaluate(names, labels, np.full_like(labels, value))) for labels in evaluations]
+        for value in range(classes)
+    ]
+    return max((sum(found) / len(found) for found in scores), default=0.0)
 
 
 def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:

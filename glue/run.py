@@ -29,9 +29,6 @@ from pipeline.cli import UsageError
 from pipeline.commit import differences
 from pipeline.teacher import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
 
-# what of a model's summary.json a comparison shows
-TRAINING = ("regime", "steps", "tokens", "seconds", "tokens_per_second", "scoring_seconds", "eval_loss")
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -142,7 +139,7 @@ def plan(args: argparse.Namespace, task: Task, seed: int, model: dict[str, str],
         "task": task.name,
         "seed": seed,
         "protocol": args.protocol,
-        "grid": [asdict(settings) for settings in grid],
+        "settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)},
         "train_split": data.train_split,
         "rows": [len(data.train.labels), *(len(split.labels) for split in data.evaluations.values())],
         "model_hash": model["hash"],
@@ -186,6 +183,7 @@ def report(
         "metrics": best.metrics,
         "score": best.score,
         "collapsed": best.collapsed,
+        "constant_score": best.constant_score,
         "train_split": run.key["train_split"],
         "train_rows": best.train_rows,
         "eval_rows": best.eval_rows,
@@ -201,10 +199,9 @@ def report(
 def training_of(directory: Path) -> dict[str, Any] | None:
     """What the model's own summary says of its pretraining, if it was trained by train/run.py."""
     try:
-        summary = storage.read_json(str(directory / "summary.json"))
+        return storage.read_json(str(directory / "summary.json"))
     except (FileNotFoundError, ValueError):
         return None
-    return {name: summary.get(name) for name in TRAINING}
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -41,8 +41,9 @@ def scored(work: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def words(work: Path) -> list[str]:
-    """Words of the corpus."""
-    return [word for word in (work / "corpus.jsonl").read_text().replace('"', " ").split() if len(word) == 5][:100]
+    """A hundred different words of the corpus."""
+    text = (work / "corpus.jsonl").read_text()
+    return list(dict.fromkeys(word for word in text.replace('"', " ").split() if len(word) == 5))[:100]
 
 
 @pytest.fixture(scope="session")

@@ -73,9 +73,9 @@ def test_a_task_that_can_be_learned_is_learned(work: Path, words: list[str], tmp
     write_rows(make_rows(GLUE[task], words, 512, 1), tmp_path / "data" / task / "train.jsonl")
     for suffix in GLUE[task].evaluations:
         write_rows(make_rows(GLUE[task], words, 64, 2), tmp_path / "data" / task / f"dev{suffix}.jsonl")
-    flags = ["--tasks", task, "--data", tmp_path / "data", *QUICK, "--epochs", 8, "--learning-rate", 3e-3]
+    flags = ["--tasks", task, "--data", tmp_path / "data", *QUICK, "--epochs", 12]
     (result,) = glue_here(work / "teacher", tmp_path / "out", *flags).values()
-    assert result["score"] > 90 and not result["collapsed"]
+    assert result["score"] > 80 > result["constant_score"] and not result["collapsed"]
 
 
 def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
@@ -94,7 +94,7 @@ def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
     assert {**old, "seconds": 0} == {**new, "seconds": 0}
 
     message = refused(*GLUE_RUN, *flags, *QUICK, "--epochs", 2)
-    assert "cola-seed1.json was made otherwise" in message and "epochs" in message and "--overwrite" in message
+    assert "cola-seed1.json was made otherwise (settings.1.epochs: 1 → 2)" in message and "--overwrite" in message
     (copy / "cola-seed1.json").write_text("{")
     assert "no result of glue/run.py" in refused(*GLUE_RUN, *flags, *QUICK)
     glue_here(work / "teacher", copy, "--tasks", "cola", "--data", data, *QUICK, "--epochs", 2, "--overwrite")
@@ -204,7 +204,7 @@ def test_compare(results: Path, work: Path, data: Path, tmp_path: Path) -> None:
     assert table["averages"]["glue8"]["first"]["values"] == pytest.approx(by_seed)
     assert set(table["averages"]) == {"glue8", "bert9", "leaderboard9", "local6"}
     assert table["training"]["second"]["steps"] == 7 and table["training"]["first"] is None
-    assert output.startswith("| cramming | first | second |") and "qnli (train_subset)" in output
+    assert output.startswith("| cramming | first | second | constant |") and "qnli (train_subset)" in output
     assert (tmp_path / "out" / "table.md").read_text() in output
     assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -226,7 +226,9 @@ def test_what_cannot_be_compared(results: Path, work: Path, data: Path, tmp_path
         glue.compare.main([one, case("tasks", "--tasks", "cola", "--seeds", "1,2"), *map(str, out)])
     with pytest.raises(UsageError, match="cola has seeds 1, 2 in one but 1 in seeds"):
         glue.compare.main([one, case("seeds", "--tasks", "cola,rte"), *map(str, out)])
-    with pytest.raises(UsageError, match=r"cola was fine-tuned differently in one and epochs .*epochs"):
+    with pytest.raises(
+        UsageError, match=r"cola was fine-tuned differently in one and epochs \(settings.1.epochs: 1 → 2\)"
+    ):
         glue.compare.main([one, case("epochs", "--tasks", "cola,rte", "--seeds", "1,2", "--epochs", 2), *map(str, out)])
     # results of two models in one directory
     mixed = tmp_path / "mixed"
@@ -266,7 +268,8 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         (["--model", tmp_path / "nothing", "--tasks", "cola", "--data", data], "nothing"),
     ]
     (tmp_path / "half" / "cola").mkdir(parents=True)
-    (tmp_path / "half" / "cola" / "train.parquet").write_bytes(b"PAR1")
+    for split in ("train", "dev"):
+        (tmp_path / "half" / "cola" / f"{split}.parquet").write_bytes(b"PAR1")
     cases.append(([*model, "--tasks", "cola", "--data", tmp_path / "half"], "cannot read"))
 
     headless, tuned, pickled = tmp_path / "headless", tmp_path / "tuned", tmp_path / "pickled"

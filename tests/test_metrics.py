@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from glue.metrics import AVERAGES, IncompleteAverage, average, collapsed, evaluate, score
+from glue.metrics import AVERAGES, IncompleteAverage, average, collapsed, constant_score, evaluate, score
 from glue.tasks import GLUE
 
 
@@ -42,6 +42,14 @@ def test_correlations() -> None:
 def test_a_model_that_says_the_same_of_every_row_is_told() -> None:
     assert collapsed(np.array([1, 1, 1])) and collapsed(np.array([2.5, 2.5 + 1e-9]))
     assert not collapsed(np.array([1, 0, 1])) and not collapsed(np.array([2.5, 2.51]))
+
+
+def test_the_score_of_a_constant() -> None:
+    labels = np.array([1, 1, 1, 0])
+    assert constant_score(("accuracy",), [labels], 2) == pytest.approx(75)
+    assert constant_score(("accuracy", "f1"), [labels], 2) == pytest.approx(100 * (0.75 + 6 / 7) / 2)
+    assert constant_score(("matthews",), [labels], 2) == constant_score(("pearson",), [labels / 3], 0) == 0
+    assert constant_score(("accuracy",), [labels, 1 - labels], 2) == pytest.approx(50), "one class for both"
 
 
 def published(model: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -63,7 +63,7 @@ class Options:
         default=None, metadata={"help": "share of the hidden tokens that is drawn uniformly (default: 0)"}
     )
     corruption: Literal["bert", "mask-only"] = field(
-        default="bert", metadata={"help": "80 % [MASK], 10 % random, 10 % kept; or [MASK] only"}
+        default="bert", metadata={"help": "80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"}
     )
     distill_weight: float = field(default=0.0, metadata={"help": "α in (1 - α)·CE + α·KL(teacher ‖ student)"})
     self_warmup_steps: int | None = field(
