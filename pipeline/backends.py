@@ -4,88 +4,151 @@ from __future__ import annotations
 
 import json
 import os
-import traceback
+import signal
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from pipeline import shards, storage
 from pipeline.cli import UsageError
 from pipeline.documents import Piece
 from pipeline.job import Job
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
+VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[Piece]]
 
 
-def local_records(job: Job, todo: list[Shard], workers: int | None = None) -> Iterator[dict[str, Any]]:
-    """Score shards in this process, in order; yields each record as its shard is committed."""
-    from pipeline.worker import ShardScorer
+def local_records(job: Job, todo: list[Shard]) -> Iterator[dict[str, Any]]:
+    """Score shards in this process; yields each record (or error) as its shard ends."""
+    from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
-    scorer = ShardScorer(replace(job, threads=psutil.cpu_count(logical=False) or 1))
-    for index, pieces in todo:
-        yield _record_or_error(scorer, index, pieces)
+    scorer, waiting = ShardScorer(job), iter(todo)
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        try:
+            running = {pool.submit(scorer, *shard) for _, shard in zip(range(SHARDS_AT_ONCE), waiting, strict=False)}
+            while running:
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(scorer, *shard) for _, shard in zip(ended, waiting, strict=False)}
+                for future in ended:
+                    yield future.result()
+        except BaseException:
+            scorer.stop()
+            raise
 
 
-def ray_records(job: Job, todo: list[Shard], workers: int | None = None) -> Iterator[dict[str, Any]]:
+def ray_records(
+    job: Job, todo: list[Shard], workers: int | None = None, gpus_per_worker: float | None = None
+) -> Iterator[dict[str, Any]]:
     """Score shards on Ray Data's actor pool, on the cluster that ``ray.init`` finds, else on a local one.
 
     The dataset's items are shard descriptors: an actor commits its own file and hands back the record only, so that
-    a retried item can do no harm. Yields records as shards are committed, in any order.
+    a retried item can do no harm. The pool grows onto nodes that join later. Yields records (or errors) as shards end,
+    in any order.
+
+    Raises:
+        UsageError: no worker fits the cluster, or a committed shard cannot be seen from here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    from pipeline.worker import SHARDS_AT_ONCE
+
     _connect()
     try:
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
-        threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
-        fitting = gpus or max(1, int(cpus / threads_per_core))
-        pool = min(workers or fitting, len(todo))
+        fitting, resources = _fit(ray.cluster_resources(), job.threads, gpus_per_worker)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts tokens
         context.print_on_execution_start = False
         context.execution_options.preserve_order = False
+        most = min(workers or len(todo), len(todo))
         items = [{"index": index, "pieces": json.dumps([asdict(piece) for piece in pieces])} for index, pieces in todo]
         records = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            RayShardScorer,
+            ScoreShard,
             fn_constructor_kwargs={"job": job},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=min(pool, fitting), max_size=pool),
-            num_gpus=1 if gpus else None,
-            num_cpus=None if gpus else min(threads_per_core, cpus / pool),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=most,
+                initial_size=min(fitting, most),
+                max_tasks_in_flight_per_actor=SHARDS_AT_ONCE,
+                max_concurrent_calls_per_actor=SHARDS_AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+            **resources,
         )
+        records.set_name(f"score {job.output.rstrip('/').rpartition('/')[2]}")
         for row in records.iter_rows():
-            yield json.loads(row["record"])
+            record = json.loads(row["record"])
+            if "error" not in record:
+                _check_visible(job.output, record)
+            yield record
     finally:
         ray.shutdown()
 
 
-class RayShardScorer:
-    """Ray Data's view of ``ShardScorer``: one descriptor in, one record out, both as JSON."""
+class ScoreShard:
+    """Ray Data's view of ``ShardScorer``: one descriptor in, one record out, both as JSON; counts tokens for Ray."""
 
     def __init__(self, job: Job) -> None:
+        from ray.util.metrics import Counter, Gauge
+
         from pipeline.worker import ShardScorer
 
         self.scorer = ShardScorer(job)
+        tags = {"output": job.output, "worker": f"{os.uname().nodename}:{os.getpid()}"}
+        self.tokens = Counter("scoring_tokens", "tokens scored and committed", tuple(tags))
+        self.rate = Gauge("scoring_tokens_per_second", "tokens of the last shard over its seconds", tuple(tags))
+        self.tokens.set_default_tags(tags)
+        self.rate.set_default_tags(tags)
+        self.last = time.monotonic()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         pieces = [Piece(**fields) for fields in json.loads(batch["pieces"][0])]
-        return {"record": [json.dumps(_record_or_error(self.scorer, int(batch["index"][0]), pieces))]}
+        record = self.scorer(int(batch["index"][0]), pieces)
+        if tokens := record.get("scored_tokens") or record.get("tokens"):
+            now = time.monotonic()
+            self.tokens.inc(tokens)
+            self.rate.set(tokens / max(now - self.last, 1e-3))
+            self.last = now
+        return {"record": [json.dumps(record)]}
 
 
-def _record_or_error(scorer: Any, index: int, pieces: list[Piece]) -> dict[str, Any]:
-    """A shard that raises must not end the others: its error comes back in place of its record."""
-    try:
-        return scorer(index, pieces)
-    except UsageError as error:
-        return {"index": index, "error": str(error), "usage": True}
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        return {"index": index, "error": reason, "traceback": traceback.format_exc()}
+def _fit(cluster: dict[str, float], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
+    """How many workers the cluster holds now, and the resources of one.
+
+    Raises:
+        UsageError: not even one fits.
+    """
+    gpus, cpus = cluster.get("GPU", 0), cluster.get("CPU", 1)
+    if gpus_per_worker and not gpus:
+        raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
+    if gpus:
+        each = gpus_per_worker or 1
+        if each > gpus:
+            raise UsageError(f"--gpus-per-worker {each:g} is more than the cluster's {gpus:g} GPUs")
+        return int(gpus / each), {"num_gpus": each}
+    threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
+    each = min(threads * threads_per_core, cpus)  # a hyper-thread is no core
+    return max(1, int(cpus / each)), {"num_cpus": each}
+
+
+def _check_visible(output: str, record: dict[str, Any]) -> None:
+    """A worker on another node may have written to a disk of its own."""
+    uri = storage.join(output, shards.shard_file(record["index"]))
+    until = time.monotonic() + VISIBLE_SECONDS
+    while storage.size(uri) != record["bytes"]:
+        if time.monotonic() > until:
+            raise UsageError(
+                f"{uri}, committed by {record['worker']}, is not to be seen from here; "
+                "choose an --output on a path that all nodes share, or in an object store"
+            )
+        time.sleep(0.5)
 
 
 def _connect() -> None:
@@ -97,7 +160,9 @@ def _connect() -> None:
         "log_to_driver": False,
         "logging_level": "warning",
     }
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address="auto", **settings)
     except ConnectionError:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **settings)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 from tqdm import tqdm
@@ -22,8 +23,20 @@ class RunError(Exception):
     """A failure that is no wrong use (a job that could not finish). Exit code 1."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: somebody wants this process to end. It unwinds as for Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
 def run(main: Callable[[], int | None]) -> None:
-    """Call an entry point and turn its outcome into an exit code: 0, 1 (failure), 2 (wrong use), 130 (Ctrl-C)."""
+    """Call an entry point and turn its outcome into an exit code.
+
+    0, 1 (failure), 2 (wrong use), 130 (Ctrl-C), 143 (SIGTERM).
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main() or 0
     except UsageError as error:
@@ -32,6 +45,9 @@ def run(main: Callable[[], int | None]) -> None:
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         code = 1
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        code = 143
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -1,4 +1,4 @@
-"""Committing shards: records, the binding of a directory to one fingerprint, and the manifest that ends a run.
+"""Committing shards: records, attempts, one fingerprint a directory, and the manifest that ends a run.
 
 One shard is one unit of work with one file name. Its file is put whole first, its record second; a shard without a
 matching record is done again. So work is never done half, and a late write of a lost worker changes nothing.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,34 +19,64 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import storage
 from pipeline.cli import UsageError
-from pipeline.job import Job
 from pipeline.shards import SCHEMA_VERSION, Manifest, entry_of, footer_rows, manifest_uri, run_uri, shard_file
+
+READERS = 16  # records read at a time: an object store answers many requests as fast as one
 
 
 def record_uri(directory: str, index: int) -> str:
     return storage.join(directory, "_records", f"part-{index:05d}.json")
 
 
-def commit_file(directory: str, index: int, data: bytes, rows: int) -> None:
-    """Put a shard whole under its name and read its footer back. The shard counts only once its record exists."""
+def attempt_uri(directory: str, index: int) -> str:
+    return storage.join(directory, "_attempts", f"part-{index:05d}.json")
+
+
+# --- one shard -------------------------------------------------------------------------------------------------------
+
+
+def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any]) -> dict[str, Any]:
+    """Put a shard whole under its name, read its footer back, then write its record, which makes the shard count.
+
+    Args:
+        record: what the record says besides the file's name, size and hash; ``rows`` is checked against the footer.
+
+    Raises:
+        OSError: the file reads back with another number of rows, or cannot be written.
+    """
     uri = storage.join(directory, shard_file(index))
     storage.write_bytes(uri, data)
-    if (found := footer_rows(uri)) != rows:
-        raise OSError(f"{uri} was written with {rows} rows but reads back with {found}")
+    if (found := footer_rows(uri)) != record["rows"]:
+        raise OSError(f"{uri} was written with {record['rows']} rows but reads back with {found}")
+    named = {"index": index, "file": shard_file(index), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
+    record = named | record
+    storage.write_json(record_uri(directory, index), record)
+    return record
 
 
-def read_record(directory: str, index: int, fingerprint_hash: str) -> dict[str, Any] | None:
-    """The record of a finished shard, or None if the shard is to be (re)done.
+def begin_attempt(directory: str, index: int, run: str, attempt: int) -> None:
+    """Note that a worker starts on a shard.
 
-    A shard is done when its record is readable, carries the run's fingerprint, and the file has the record's size.
+    A process that dies leaves the note behind, so it is known how often it died of this shard: Ray retries for ever.
     """
+    storage.write_json(attempt_uri(directory, index), {"run": run, "attempts": attempt})
+
+
+def failed_attempts(directory: str, index: int, run: str) -> int:
+    """How many attempts of this run on a shard have begun and not ended well."""
     try:
-        record = storage.read_json(record_uri(directory, index))
-        same = record["fingerprint_hash"] == fingerprint_hash and record["file"] == shard_file(index)
-        size = record["bytes"]
+        note = storage.read_json(attempt_uri(directory, index))
+        return int(note["attempts"]) if note["run"] == run else 0
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return record if same and storage.size(storage.join(directory, shard_file(index))) == size else None
+        return 0
+
+
+def end_attempt(directory: str, index: int) -> None:
+    """The shard is committed: nothing more to remember of its attempts."""
+    storage.delete(attempt_uri(directory, index))
+
+
+# --- a directory -----------------------------------------------------------------------------------------------------
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
@@ -95,14 +126,43 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
+def read_records(directory: str) -> dict[int, dict[str, Any]]:
+    """All records of a directory that can be read, by index, whatever run they belong to."""
+    infos = [i for i in storage.list_files(storage.join(directory, "_records")) if i.base_name.startswith("part-")]
+    with ThreadPoolExecutor(READERS) as pool:
+        found = pool.map(_read_record, [storage.join(directory, "_records", info.base_name) for info in infos])
+        return {record["index"]: record for record in found if record is not None}
+
+
+def _read_record(uri: str) -> dict[str, Any] | None:
+    try:
+        record = storage.read_json(uri)
+        named = record["file"] == shard_file(record["index"]) and uri.endswith(f"part-{record['index']:05d}.json")
+        return record if named and record["bytes"] and record["fingerprint_hash"] else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int, dict[str, Any]]:
-    """Records of the shards that are done, by index."""
-    found = ((index, read_record(directory, index, fingerprint_hash)) for index in range(shards))
-    return {index: record for index, record in found if record is not None}
+    """Records of the shards that are done, by index.
+
+    A shard is done when its record is readable, carries the run's fingerprint, and the file has the record's size.
+    """
+    sizes = {info.base_name: info.size for info in storage.list_files(directory)}
+    return {
+        index: record
+        for index, record in sorted(read_records(directory).items())
+        if index < shards
+        and record["fingerprint_hash"] == fingerprint_hash
+        and sizes.get(record["file"]) == record["bytes"]
+    }
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
 
 
 def busy_seconds(records: list[dict[str, Any]]) -> float:
-    """Seconds in which at least one worker was scoring: the wall time of a run, however often it was resumed."""
+    """Seconds in which at least one shard was worked on: the wall time of a run, however often it was resumed."""
     ends = [datetime.fromisoformat(record["finished_at"]).timestamp() for record in records]
     spans = sorted((end - record["seconds"], end) for end, record in zip(ends, records, strict=True))
     total, until = 0.0, float("-inf")
@@ -112,41 +172,61 @@ def busy_seconds(records: list[dict[str, Any]]) -> float:
     return total
 
 
-def write_manifest(job: Job, records: dict[int, dict[str, Any]]) -> Manifest:
-    """Sum up the records of a complete run and write ``manifest.json``, which makes the directory a finished one."""
-    ordered = [records[index] for index in sorted(records)]
-    entries = [entry_of(record) for record in ordered]
-    totals: dict[str, Any] = {
-        "sequences": sum(entry.rows for entry in entries),
-        "tokens": sum(entry.tokens for entry in entries),
-        "scored_tokens": sum(entry.scored_tokens for entry in entries),
-        "bytes": sum(entry.bytes for entry in entries),
-        "entropy_sum": sum(entry.entropy_sum for entry in entries),
-        "worker_seconds": round(sum(record["seconds"] for record in ordered), 3),
-        "seconds": round(busy_seconds(ordered), 3),
-        "documents": sum(record["documents"] for record in ordered),
-        "rejected": sum(record["rejected"]["count"] for record in ordered),
-        "rejected_reasons": dict(sum((Counter(record["rejected"]["reasons"]) for record in ordered), Counter())),
+def worker_costs(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By worker: shards, tokens, ``seconds`` it was busy, ``forward_seconds`` of them inside the model, and its rate.
+
+    A worker prepares one shard while it scores another, so its seconds are the union of its shards', not their sum.
+    """
+    costs = {}
+    for worker in sorted({record["worker"] for record in records}):
+        own = [record for record in records if record["worker"] == worker]
+        seconds, tokens = busy_seconds(own), sum(record["tokens"] for record in own)
+        costs[worker] = {
+            "shards": len(own),
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "forward_seconds": round(sum(record["forward_seconds"] for record in own), 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
+        }
+    return costs
+
+
+def totals(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sums that a manifest and a summary show."""
+    workers = worker_costs(records)
+    worker_seconds = sum(cost["seconds"] for cost in workers.values())
+    forward = sum(cost["forward_seconds"] for cost in workers.values())
+    names = ("rows", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "flops")
+    sums = {name: sum(record[name] for record in records) for name in names}
+    sums["sequences"] = sums.pop("rows")
+    return sums | {
+        "seconds": round(busy_seconds(records), 3),
+        "worker_seconds": round(worker_seconds, 3),
+        "forward_seconds": round(forward, 3),
+        "utilisation": round(forward / max(worker_seconds, 1e-3), 4),
+        "workers": len(workers),
+        "rescued_shards": sum("batch_tokens" in record for record in records),
+        "rejected": sum(record["rejected"]["count"] for record in records),
+        "rejected_reasons": dict(sum((Counter(r["rejected"]["reasons"]) for r in records), Counter())),
     }
-    manifest = Manifest(
-        uri=job.output,
-        sequence_length=job.sequence_length,
-        vocab_size=job.vocab_size,
-        special_ids=job.special_ids,
-        special_token_ids=job.special_token_ids,
-        scored=job.teacher is not None,
-        top_k=job.top_k,
-        context=job.context,
-        passes=job.passes,
-        teacher=job.teacher,
-        fingerprint=job.fingerprint,
-        fingerprint_hash=job.fingerprint_hash,
-        tokenizer_hash=job.tokenizer_hash,
-        shards=entries,
-        totals=totals,
+
+
+def write_manifest(empty: Manifest, records: dict[int, dict[str, Any]], failed: dict[int, str]) -> Manifest:
+    """Sum up the records of a run and write ``manifest.json``, which makes the directory a finished one.
+
+    Args:
+        empty: all that is known of the directory before its shards.
+        failed: reasons of the shards that the run was allowed to end without.
+    """
+    ordered = [records[index] for index in sorted(records)]
+    manifest = replace(
+        empty,
+        shards=[entry_of(record) for record in ordered],
+        failed={shard_file(index): reason for index, reason in sorted(failed.items())},
+        totals=totals(ordered),
     )
     fields = asdict(manifest)
     del fields["uri"]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow", "ray")}
-    storage.write_json(manifest_uri(job.output), {"schema_version": SCHEMA_VERSION, **fields, "versions": versions})
+    storage.write_json(manifest_uri(empty.uri), {"schema_version": SCHEMA_VERSION, **fields, "versions": versions})
     return manifest

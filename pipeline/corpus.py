@@ -213,7 +213,8 @@ def _plan_shard_directory(spec: str, limit_documents: int | None) -> Corpus:
     check_shards(manifest)
     pieces = [[Piece(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)] for entry in manifest.shards]
     # only the tokens count: scoring a scored directory again must be the same as scoring its tokens
-    return Corpus(pieces, {"sequences": manifest.fingerprint["corpus"]}, manifest)
+    corpus = manifest.fingerprint["corpus"]
+    return Corpus(pieces, corpus if "sequences" in corpus else {"sequences": corpus}, manifest)
 
 
 def _materialise_hub_dataset(spec: str) -> Path:

@@ -7,56 +7,94 @@ surprisal of token t ``lse - z_t``, log-probability of token i ``z_i - lse``. Co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+GROUP = 128  # neighbouring ids whose largest logit is found first: the top k lie in the k groups with the largest
+
+
+class Reduced(NamedTuple):
+    """What is kept of the logits of N positions; nats.
+
+    ``lse_NT`` has a column for each temperature T: ``log Σ e^{z/T} - (1/T)·log Σ e^z``, so that the log-probabilities
+    at T are ``log p / T - lse``.
+    """
+
+    entropy_N: Tensor
+    surprisal_N: Tensor
+    topk_ids_NK: Tensor
+    topk_logprobs_NK: Tensor
+    lse_NT: Tensor
 
 
 def entropy(logits_NV: Tensor) -> Tensor:
     """Predictive entropy H_N in nats, between 0 and ln V; float32 (float64 for float64 logits)."""
     z_NV = _at_least_float32(logits_NV)
-    return _entropy(z_NV, torch.logsumexp(z_NV, dim=-1, keepdim=True))
+    return _entropy_and_lse(z_NV, z_NV.amax(-1, keepdim=True))[0]
 
 
-def score(logits_NV: Tensor, targets_N: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequence[float] = ()) -> Reduced:
     """Reduce logits to what a shard stores.
 
     Args:
         logits_NV: any floating dtype.
         targets_N: the actual tokens, int64.
         top_k: K ≤ V, may be 0.
+        temperatures: T ≠ 1 at which the top k are to be known too.
 
     Returns:
-        entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id) and
-        topk_logprobs_NK (natural logs under the softmax over all of V, so the tail's mass is 1 - Σ exp).
+        entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id),
+        topk_logprobs_NK (natural logs under the softmax over all of V, so the tail's mass is 1 - Σ exp), and lse_NT.
     """
     z_NV = _at_least_float32(logits_NV)
-    lse_N1 = torch.logsumexp(z_NV, dim=-1, keepdim=True)
+    max_N1 = z_NV.amax(-1, keepdim=True)
+    entropy_N, lse_N1 = _entropy_and_lse(z_NV, max_N1)
     surprisal_N = (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
     ids_NK = top_k_ids(z_NV, top_k)
-    return _entropy(z_NV, lse_N1), surprisal_N, ids_NK, z_NV.gather(-1, ids_NK) - lse_N1
+    at_T = [((z_NV - max_N1) / t).exp_().sum(-1, keepdim=True).log() + (max_N1 - lse_N1) / t for t in temperatures]
+    lse_NT = torch.cat([lse_N1[:, :0], *at_T], dim=-1)
+    return Reduced(entropy_N, surprisal_N, ids_NK, z_NV.gather(-1, ids_NK) - lse_N1, lse_NT)
 
 
 def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values of each row, largest first, ties to the lower id: independent of hardware.
 
-    ``torch.topk`` leaves the order of ties open. A stable sort of its ids settles it among those it found; a tie that
-    crosses the k-th place is rare, so only rows with one are sorted whole.
+    ``torch.topk`` leaves the order of ties open and takes longer than the softmax. So the ids are cut into groups of
+    neighbours. Every one of the k best, by value and then by lower id, lies in one of the k groups that are best by
+    their largest value and then by lower ids: each better group would hold an id that beats it. Those few are sorted.
     """
-    vocabulary = z_NV.shape[-1]
-    values, ids = torch.topk(z_NV, min(k + 1, vocabulary), dim=-1)
-    crossing_N = values[:, k - 1] == values[:, k] if 0 < k < vocabulary else None
-    ids_NK = ids[:, :k].sort(dim=-1).values
-    order_NK = z_NV.gather(-1, ids_NK).sort(dim=-1, descending=True, stable=True).indices
-    ids_NK = ids_NK.gather(-1, order_NK)
-    if crossing_N is not None and crossing_N.any():
-        ids_NK[crossing_N] = z_NV[crossing_N].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids_NK
+    V = z_NV.shape[-1]
+    groups = V // GROUP
+    if groups <= 2 * k or z_NV.dtype != torch.float32:
+        return z_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    largest_NG = z_NV[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1)
+    if groups * GROUP < V:  # what is left over is a group too
+        largest_NG = torch.cat([largest_NG, z_NV[:, groups * GROUP :].amax(-1, keepdim=True)], dim=1)
+    group_NK = _best(largest_NG, torch.arange(largest_NG.shape[1], device=z_NV.device).expand_as(largest_NG), k)
+    ids_NC = (group_NK[:, :, None] * GROUP + torch.arange(GROUP, device=z_NV.device)).flatten(1)
+    values_NC = z_NV.gather(-1, ids_NC.clamp_max(V - 1)).masked_fill(ids_NC >= V, -torch.inf)
+    return _best(values_NC, ids_NC, k)
 
 
-def _entropy(z_NV: Tensor, lse_N1: Tensor) -> Tensor:
-    # -Σ p·(z - lse) is the same sum as lse - Σ p·z with less cancellation; -inf logits (p = 0) contribute nothing.
-    log_p_NV = (z_NV - lse_N1).clamp_min_(torch.finfo(z_NV.dtype).min)
-    return log_p_NV.exp().mul_(log_p_NV).sum(-1).neg_().clamp_min_(0)
+def _best(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
+    """The ids [N, k] of the k largest float32 values, largest first, ties to the lower id."""
+    # a float's bits, read as a whole number, keep its order once those of negative ones are flipped (+ 0 turns -0 to 0)
+    bits_NC = (values_NC + 0.0).view(torch.int32)
+    bits_NC = bits_NC ^ ((bits_NC >> 31) & 0x7FFFFFFF)
+    key_NC = (bits_NC.long() << 32) | (0xFFFFFFFF - ids_NC)
+    return 0xFFFFFFFF - (key_NC.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def _entropy_and_lse(z_NV: Tensor, max_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """H_N and logsumexp_N1 with one exponential: with d = z - max, ``log Σ e^d - Σ e^d·d / Σ e^d``, two terms ≥ 0."""
+    d_NV = (z_NV - max_N1).clamp_min_(torch.finfo(z_NV.dtype).min)  # -inf logits (p = 0) contribute nothing
+    e_NV = d_NV.exp()
+    sum_N1 = e_NV.sum(-1, keepdim=True)
+    log_sum_N1 = sum_N1.log()
+    return (log_sum_N1 - e_NV.mul_(d_NV).sum(-1, keepdim=True) / sum_N1).squeeze(-1), max_N1 + log_sum_N1
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline import shards, storage
 from pipeline.cli import UsageError
 from pipeline.corpus import Corpus
+from pipeline.shards import Manifest
 from pipeline.teacher import (
     load_config,
     load_tokenizer,
@@ -28,33 +30,36 @@ class Job:
     """What a worker must know besides the shard descriptor; plain data.
 
     Attributes:
-        output: shard directory, an absolute path or a URI.
-        fingerprint: everything that decides the bytes of the shards.
+        manifest: of the directory to be written, without its shards.
+        run: a name for this run of the command; attempts are counted by run.
         teacher: absolute path or Hub id; None writes tokens only.
         teacher_hash: of the teacher's configuration and weights, wherever they are loaded.
-        special_ids: special tokens by role; ``special_token_ids``: every id that is never scored.
-        context, passes, top_k, dtype, batch_tokens: see ``Teacher``.
+        dtype, batch_tokens: see ``Teacher``.
+        plan: the mask plan to score, whose shards are those of the corpus; None for a scan.
         threads: torch threads of a CPU worker.
+        compile: use ``torch.compile``.
+        max_attempts: how often a shard may fail, or end its worker, before it is given up.
+        shard_timeout: seconds after which a shard's worker is taken to hang, and ended.
     """
 
-    output: str
-    fingerprint: dict[str, Any]
-    fingerprint_hash: str
+    manifest: Manifest
+    run: str
     teacher: str | None
     teacher_hash: str | None
     trust_remote_code: bool
-    sequence_length: int
-    vocab_size: int
-    tokenizer_hash: str
-    special_ids: dict[str, int]
-    special_token_ids: list[int]
-    context: str | None
-    passes: int | None
-    top_k: int
     dtype: str | None
     batch_tokens: int
     text_column: str
+    plan: Manifest | None = None
     threads: int = 1
+    compile: bool = False
+    max_attempts: int = 3
+    shard_timeout: float | None = None
+
+    @property
+    def output(self) -> str:
+        """Shard directory to be written, an absolute path or a URI."""
+        return self.manifest.uri
 
 
 def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> PreTrainedTokenizerBase:
@@ -81,7 +86,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
     """Check and resolve the flags of ``score.py``.
 
     Raises:
-        UsageError: settings that contradict the corpus, the tokenizer or the teacher.
+        UsageError: settings that contradict the corpus, the tokenizer, the teacher or the mask plan.
     """
     length = sequence_length(args.sequence_length, corpus)
     fingerprint: dict[str, Any] = {
@@ -90,37 +95,78 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         "tokenizer": tokenization_hash(tokenizer),
         "sequence_length": length,
     }
+    sequences_hash = shards.sequences_hash(fingerprint)
+    plan = read_plan(args.masks, corpus, sequences_hash) if args.masks else None
     teacher = None
     if args.teacher != "none":
         teacher = local_checkpoint(args.teacher)
         check_teacher(teacher, args, tokenizer, length)
+        masked = args.context == "masked" and not plan
         fingerprint |= {
             "teacher": weights_hash(teacher),
-            "context": args.context,
-            "passes": min(args.passes, length) if args.context == "masked" else 1,
+            "context": "plan" if plan else args.context,
+            "passes": min(args.passes, length) if masked else 1,
             "top_k": args.top_k,
+            "temperatures": args.temperatures,
             "dtype": resolve_dtype(args.dtype),
             "batch_tokens": args.batch_tokens,
+            "compile": args.torch_compile,
         }
-    return Job(
-        output=args.output if storage.is_remote(args.output) else str(Path(args.output).absolute()),
-        fingerprint=fingerprint,
-        fingerprint_hash=storage.sha256_json(fingerprint),
-        teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
-        teacher_hash=fingerprint.get("teacher"),
-        trust_remote_code=args.trust_remote_code,
+    if plan:
+        fingerprint["plan"] = plan.fingerprint_hash
+    manifest = Manifest(
+        uri=args.output if storage.is_remote(args.output) else str(Path(args.output).absolute()),
+        kind="targets" if plan else "sequences",
         sequence_length=length,
         vocab_size=len(tokenizer),
-        tokenizer_hash=shards.tokenizer_hash(tokenizer),
         special_ids=shards.special_ids(tokenizer),
         special_token_ids=sorted(set(tokenizer.all_special_ids)),
+        scored=teacher is not None,
+        top_k=fingerprint.get("top_k", 0),
+        temperatures=fingerprint.get("temperatures", []),
         context=fingerprint.get("context"),
         passes=fingerprint.get("passes"),
-        top_k=fingerprint.get("top_k", 0),
+        teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
+        masks=plan.masks if plan else None,
+        sequences_hash=sequences_hash,
+        fingerprint=fingerprint,
+        fingerprint_hash=storage.sha256_json(fingerprint),
+        tokenizer_hash=shards.tokenizer_hash(tokenizer),
+        planned_shards=len(corpus.shards),
+        shards=[],
+        failed={},
+        totals={},
+    )
+    return Job(
+        manifest=manifest,
+        run=uuid.uuid4().hex,
+        teacher=manifest.teacher,
+        teacher_hash=fingerprint.get("teacher"),
+        trust_remote_code=args.trust_remote_code,
         dtype=fingerprint.get("dtype"),
         batch_tokens=args.batch_tokens,
         text_column=args.text_column,
+        plan=plan,
+        threads=args.cpus_per_worker,
+        compile=args.torch_compile,
+        max_attempts=args.max_attempts,
+        shard_timeout=args.shard_timeout,
     )
+
+
+def read_plan(uri: str, corpus: Corpus, sequences_hash: str) -> Manifest:
+    """The mask plan in ``uri``, which must have been made for the shards that are the corpus.
+
+    Raises:
+        UsageError: no plan, or one for other sequences.
+    """
+    plan = shards.read_manifest(storage.absolute(uri), kind="plan")
+    shards.check_shards(plan)
+    if not corpus.from_shards:
+        raise UsageError(f"--masks {uri} is a plan for a shard directory; name that directory as --corpus")
+    if plan.sequences_hash != sequences_hash or len(plan.shards) != len(corpus.shards):
+        raise UsageError(f"--masks {uri} was made for other sequences than {corpus.from_shards.uri}; plan them anew")
+    return plan
 
 
 def sequence_length(asked: int | None, corpus: Corpus) -> int:

@@ -12,6 +12,7 @@ A killed run is finished by the same command: shards that are done are not score
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline import cli, commit
+import psutil
+
+from pipeline import cli, commit, masks, shards, storage
 from pipeline.backends import local_records, ray_records
 from pipeline.cli import RunError, UsageError
 from pipeline.corpus import Corpus, plan_corpus
 from pipeline.job import Job, choose_tokenizer, describe
-from pipeline.shards import schema
+from pipeline.shards import shard_file
 from pipeline.teacher import load_masked_lm, local_checkpoint
 
 
@@ -42,16 +45,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print_plan(job, corpus)
         return
-    commit.claim_directory(job.output, job.fingerprint, len(corpus.shards))
-    records = commit.done_records(job.output, len(corpus.shards), job.fingerprint_hash)
+    commit.claim_directory(job.output, job.manifest.fingerprint, len(corpus.shards))
+    records = commit.done_records(job.output, len(corpus.shards), job.manifest.fingerprint_hash)
     todo = [(index, pieces) for index, pieces in enumerate(corpus.shards) if index not in records]
+    failed: dict[int, str] = {}
     if todo:
         if job.teacher:
             load_masked_lm(local_checkpoint(job.teacher), job.trust_remote_code)  # fails here, before there are workers
         commit.save_tokenizer(tokenizer, job.output)
-        run = ray_records if args.backend == "ray" else local_records
-        collect(run(job, todo, args.workers), records, len(corpus.shards), args.shard_tokens)
-    finish(job, records, scored_now=len(todo))
+        on_ray = args.backend == "ray"
+        run = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
+        failed = collect(run, records, len(corpus.shards), args.shard_tokens)
+    finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,76 +82,148 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
     add("--batch-tokens", type=cli.positive, help="tokens in one forward (default: 8192)")
     add("--shard-tokens", type=cli.positive, default=1 << 18, help="about how many tokens a shard (default: 262144)")
-    add("--workers", type=cli.positive, help="actors (default: one a GPU, or one a physical core)")
+    add("--temperatures", type=temperatures, help="also keep what the top-k need at these, as in 1,2 (default: 1)")
+    add("--masks", help="a mask plan of train/plan.py for the corpus: predict its positions of its inputs only")
+    add("--workers", type=cli.positive, help="actors at most (default: as many as fit the cluster)")
+    add("--gpus-per-worker", type=float, help="GPUs of an actor, fractions too (default: 1 where there are GPUs)")
+    add(
+        "--cpus-per-worker", type=cli.positive, help="threads without GPUs (default: 1; with --backend local all cores)"
+    )
+    add("--torch-compile", action="store_true", help="compile the model: worth it on a GPU and a long run")
     add("--backend", choices=["ray", "local"], default="ray", help="local scores in this process")
+    add("--max-attempts", type=cli.positive, default=3, help="before a shard is given up (default: 3)")
+    add("--max-failed-shards", type=int, default=0, help="shards a run may end without (default: 0)")
+    add(
+        "--shard-timeout", type=float, help="seconds to read, score or write a shard before its worker is taken to hang"
+    )
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
     add("--dry-run", action="store_true", help="show the plan and stop")
     args = parser.parse_args(argv)
-    scoring = {"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192}
+    scoring: dict[str, Any] = {"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192}
+    scoring |= {"temperatures": [1.0], "masks": None, "gpus_per_worker": None}
     if args.teacher == "none" and (given := [name for name in scoring if getattr(args, name) is not None]):
         raise UsageError(f"--{given[0].replace('_', '-')} needs a teacher; leave it out with --teacher none")
     if args.context == "full" and args.passes is not None:
         raise UsageError("--passes only applies to --context masked; leave it out with --context full")
+    if args.masks and (args.context or args.passes):
+        raise UsageError("--masks says what the teacher sees; leave out --context and --passes")
+    if args.gpus_per_worker is not None and not args.gpus_per_worker > 0:
+        raise UsageError(f"--gpus-per-worker {args.gpus_per_worker:g} is not above 0")
+    if args.shard_timeout is not None and not args.shard_timeout > 0:
+        raise UsageError(f"--shard-timeout {args.shard_timeout:g} is not above 0")
     for name, default in scoring.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.workers and args.workers > 1 and args.backend == "local":
-        raise UsageError("--backend local has one worker, this process; leave out --workers or use --backend ray")
+    if args.masks and not args.top_k:
+        raise UsageError("--masks is for the teacher's top-k; set --top-k above 0")
+    if len(args.temperatures) > 1 and not args.top_k:
+        raise UsageError("--temperatures are of the top-k; set --top-k above 0")
+    if args.backend == "local":
+        for name in ("workers", "gpus_per_worker"):
+            if getattr(args, name) and not (name == "workers" and args.workers == 1):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"--backend local has one worker, this process; leave out {flag} or use --backend ray")
+        args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
+    args.cpus_per_worker = args.cpus_per_worker or 1
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_remote(args.output) or args.output[:1] == "/"):
+        raise UsageError(
+            f"--output {args.output} would be lost with the job's directory; name an absolute path or a URI"
+        )
     return args
 
 
-def collect(run: Iterator[dict[str, Any]], records: dict[int, dict[str, Any]], shards: int, shard_tokens: int) -> None:
-    """Add the records that a backend yields to ``records``, showing progress in tokens.
+def temperatures(text: str) -> list[float]:
+    """argparse type of ``1,2``: positive numbers, ascending, 1 always among them."""
+    values = {float(part) for part in text.split(",")} | {1.0}
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"{text} are no positive numbers")
+    return sorted(values)
+
+
+def collect(
+    run: Iterator[dict[str, Any]], records: dict[int, dict[str, Any]], shards: int, shard_tokens: int
+) -> dict[int, str]:
+    """Add the records that a backend yields to ``records``, showing progress in tokens; returns what failed, and why.
 
     Raises:
-        UsageError: a shard failed for a reason that the user can mend.
-        RunError: shards failed; every other shard is done by then.
+        UsageError: a shard failed for a reason that the user can mend; every other shard is done by then.
+        RunError: nothing more can be written.
     """
     tokens = sum(record["tokens"] for record in records.values())
-    failed = []
+    failed, usage = {}, []
     with cli.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
-        for record in run:
-            if "error" in record:
-                failed.append(record)
-                progress.note(record.get("traceback") or "")
-                continue
-            records[record["index"]] = record
-            tokens += record["tokens"]
-            progress.total = round(tokens / len(records) * shards)  # better known with every shard
-            progress.advance(record["tokens"])
-    if failed:
-        sentence = f"{len(failed)} of {shards} shards failed, the first with: {failed[0]['error']}"
-        raise UsageError(sentence) if failed[0].get("usage") else RunError(f"{sentence}; run the command again")
+        try:
+            for record in run:
+                if "error" in record:
+                    failed[record["index"]] = record["error"]
+                    usage += [record["error"]] if record.get("usage") else []
+                    progress.note(record.get("traceback") or f"shard {record['index']} failed: {record['error']}")
+                    if record.get("fatal"):
+                        raise RunError(f"{record['error']}; make room, then run the command again")
+                    continue
+                records[record["index"]] = record
+                tokens += record["tokens"]
+                progress.total = round(tokens / len(records) * shards)  # better known with every shard
+                progress.advance(record["tokens"])
+        except KeyboardInterrupt:
+            progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command goes on")
+            raise
+    if usage:
+        raise UsageError(f"{len(failed)} of {shards} shards failed, the first with: {usage[0]}")
+    return failed
 
 
-def finish(job: Job, records: dict[int, dict[str, Any]], scored_now: int) -> None:
-    """Write the manifest and print what the directory holds."""
+def finish(job: Job, records: dict[int, dict[str, Any]], failed: dict[int, str], allowed: int, scored_now: int) -> None:
+    """Write the manifest and print what the directory holds.
+
+    Raises:
+        RunError: more shards failed than allowed; the others are kept.
+        UsageError: there is nothing in the corpus.
+    """
+    named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
+    if len(failed) > allowed:
+        raise RunError(
+            f"{len(failed)} of {job.manifest.planned_shards} shards failed ({named}); the others are done. "
+            "Run the command again to retry them, or with --max-failed-shards to end without them"
+        )
     if not any(record["rows"] for record in records.values()):
         reasons = "; ".join(sorted({reason for record in records.values() for reason in record["rejected"]["reasons"]}))
         raise UsageError(f"the corpus holds no text: every document was rejected ({reasons or 'there are none'})")
-    totals = commit.write_manifest(job, records).totals
+    totals = commit.write_manifest(job.manifest, records, failed).totals
+    tokens = totals["scored_tokens"] if job.plan else totals["tokens"]
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
-    print(f"  sequences           {totals['sequences']:,} of {job.sequence_length} tokens")
-    print(f"  tokens              {totals['tokens']:,}")
-    if totals["scored_tokens"]:
+    if failed:
+        print(f"  given up            {len(failed)} shards ({named})")
+    print(f"  sequences           {totals['sequences']:,} of {job.manifest.sequence_length} tokens")
+    print(f"  {'scored positions' if job.plan else 'tokens          '}    {tokens:,}")
+    if totals["entropy_sum"]:
         print(f"  mean entropy        {totals['entropy_sum'] / totals['scored_tokens']:.3f} nats")
-    print(f"  seconds             {totals['seconds']:,.1f} ({totals['worker_seconds']:,.1f} of workers)")
-    print(f"  tokens/s            {totals['tokens'] / max(totals['seconds'], 1e-3):,.0f}")
+    workers = f"{totals['worker_seconds']:,.1f} of {totals['workers']} workers"
+    print(f"  seconds             {totals['seconds']:,.1f} ({workers})")
+    print(f"  tokens/s            {tokens / max(totals['seconds'], 1e-3):,.0f}")
+    if totals["flops"]:
+        print(f"  in the model        {totals['utilisation']:.0%} of the workers' seconds, {totals['flops']:.3g} FLOPs")
+    if totals["rescued_shards"]:
+        print(f"  smaller batches     {totals['rescued_shards']} shards, for want of memory")
     reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())
     print(f"  rejected documents  {totals['rejected']:,}{f' ({reasons}), listed in _records/' if reasons else ''}")
-    print(f"  bytes per token     {totals['bytes'] / totals['tokens']:.2f}")
+    print(f"  bytes per token     {totals['bytes'] / tokens:.2f}")
 
 
 def print_plan(job: Job, corpus: Corpus) -> None:
     """What a run would do, without doing it."""
-    done = len(commit.done_records(job.output, len(corpus.shards), job.fingerprint_hash))
-    scoring = f"{job.teacher}, {job.context} context, {job.passes} passes, top-{job.top_k}, {job.dtype}"
+    manifest = job.manifest
+    done = len(commit.done_records(job.output, len(corpus.shards), manifest.fingerprint_hash))
+    scoring = f"{job.teacher}, {manifest.context} context, {manifest.passes} passes, top-{manifest.top_k}, {job.dtype}"
+    schema = shards.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
+    if job.plan:
+        schema = masks.targets_schema(manifest.vocab_size, manifest.temperatures)
     print(f"would write {job.output}: {len(corpus.shards)} shards, {done} of them done")
     print(f"  teacher    {scoring if job.teacher else 'none: tokens only'}")
-    print(f"  sequences  of {job.sequence_length} tokens, vocabulary of {job.vocab_size}")
-    print(f"  columns    {', '.join(schema(job.vocab_size, job.teacher is not None, job.top_k).names)}")
+    print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
+    print(f"  columns    {', '.join(schema.names)}")
 
 
 if __name__ == "__main__":

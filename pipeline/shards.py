@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipeline import storage
 from pipeline.cli import UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROW_GROUP = 1024
 SCORE_COLUMNS = ("entropy", "surprisal")
 TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
@@ -36,17 +37,25 @@ class Scores:
         surprisal_NL: -log p(actual token) in nats, float32.
         topk_ids_NLK: the most probable tokens, most probable first, 0 where not scored, int64.
         topk_logprobs_NLK: their log-probabilities under the full softmax, float32.
+        temperature_lse_NL: by temperature T ≠ 1, ``log Σ e^{z/T} - (1/T)·log Σ e^z``, float32: the log-probabilities
+            of the top k at T are ``topk_logprobs / T - temperature_lse``.
     """
 
     entropy_NL: np.ndarray
     surprisal_NL: np.ndarray
     topk_ids_NLK: np.ndarray
     topk_logprobs_NLK: np.ndarray
+    temperature_lse_NL: dict[float, np.ndarray]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One committed shard, as its record and the manifest name it. ``tokens`` leaves padding out."""
+    """One committed shard, as its record and the manifest name it.
+
+    Attributes:
+        tokens: without padding; 0 in a plan and in targets.
+        scored_tokens: positions that a teacher scored (in a plan: that it is to score).
+    """
 
     index: int
     file: str
@@ -60,22 +69,37 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished shard directory. ``special_ids`` by role; ``special_token_ids`` are all ids that are never masked."""
+    """A finished shard directory.
+
+    Attributes:
+        kind: ``sequences`` (tokens, and scores if a teacher was there), ``plan`` or ``targets`` (``pipeline.masks``).
+        special_ids: by role; ``special_token_ids`` are all ids that are never masked.
+        context, passes, top_k, temperatures: of the teacher; None, None, 0, () without one.
+        masks: of a plan and its targets: ``source``, ``policy``, ``variants`` and ``positions`` (K).
+        sequences_hash: what the tokens are; equal in a shard directory and the plans and targets made for it.
+        planned_shards: shards of the run; ``shards`` lacks those in ``failed``, which says why.
+    """
 
     uri: str
+    kind: str
     sequence_length: int
     vocab_size: int
     special_ids: dict[str, int]
     special_token_ids: list[int]
     scored: bool
     top_k: int
+    temperatures: list[float]
     context: str | None
     passes: int | None
     teacher: str | None
+    masks: dict[str, Any] | None
+    sequences_hash: str
     fingerprint: dict[str, Any]
     fingerprint_hash: str
     tokenizer_hash: str
+    planned_shards: int
     shards: list[ShardEntry]
+    failed: dict[str, str]
     totals: dict[str, Any]
 
     def shard_uri(self, entry: ShardEntry) -> str:
@@ -102,30 +126,44 @@ def manifest_uri(directory: str) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def schema(vocab_size: int, scored: bool, top_k: int) -> pa.Schema:
-    """Arrow schema of a shard. Inner fields are not nullable: nullability alone costs a third of the bytes."""
+def list_of(value: pa.DataType) -> pa.DataType:
+    """A list column. Inner fields are not nullable: nullability alone costs a third of the bytes."""
+    return pa.list_(pa.field("element", value, nullable=False))
 
-    def list_of(value: pa.DataType) -> pa.DataType:
-        return pa.list_(pa.field("element", value, nullable=False))
 
-    token = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+def token_type(vocab_size: int) -> pa.DataType:
+    """uint16 whenever the vocabulary fits."""
+    return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+
+
+def temperature_column(temperature: float) -> str:
+    """``temperature_lse_2``: the column of one temperature."""
+    return f"temperature_lse_{temperature:g}"
+
+
+def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[float] = ()) -> pa.Schema:
+    """Arrow schema of a shard of sequences."""
+    token = token_type(vocab_size)
     columns = {"sequence_id": pa.uint64(), "input_ids": list_of(token)}
     if scored:
         columns |= dict.fromkeys(SCORE_COLUMNS, list_of(pa.float16()))
     if scored and top_k:
         columns |= {"topk_ids": list_of(token), "topk_logprobs": list_of(pa.float16())}
+        columns |= {temperature_column(t): list_of(pa.float16()) for t in temperatures if t != 1}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
 def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_size: int, top_k: int) -> pa.Table:
     """Arrow table of one shard; sequence ids are ``index << 32 | row``."""
     rows, length = input_ids_NL.shape
-    arrow_schema = schema(vocab_size, scores is not None, top_k)
+    lse = scores.temperature_lse_NL if scores else {}
+    arrow_schema = schema(vocab_size, scores is not None, top_k, list(lse))
     columns: dict[str, np.ndarray] = {"input_ids": input_ids_NL}
     if scores is not None:
         columns |= {"entropy": scores.entropy_NL, "surprisal": scores.surprisal_NL}
         if top_k:
             columns |= {"topk_ids": scores.topk_ids_NLK, "topk_logprobs": scores.topk_logprobs_NLK}
+            columns |= {temperature_column(t): values for t, values in lse.items()}
     arrays = [pa.array((np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64))]
     for field in list(arrow_schema)[1:]:
         values = columns[field.name].reshape(-1)
@@ -136,38 +174,60 @@ def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_
     return pa.Table.from_arrays(arrays, schema=arrow_schema)
 
 
-def to_parquet(table: pa.Table) -> bytes:
-    """Parquet bytes of a shard: a pure function of the table (and of the Arrow version).
+def to_parquet(groups: Sequence[pa.Table]) -> bytes:
+    """Parquet bytes of a shard, a row group for each table: a pure function of the tables (and of the Arrow version).
 
     Integer columns are split by byte (their upper bytes are mostly zero), floats stay plain because DuckDB
     cannot read a split float16.
     """
-    encodings = {"sequence_id": "BYTE_STREAM_SPLIT"}
-    for field in list(table.schema)[1:]:
-        integer = pa.types.is_integer(field.type.value_type)
-        encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT" if integer else "PLAIN"
+    arrow_schema = groups[0].schema
+    encodings = {}
+    for field in arrow_schema:
+        listed = pa.types.is_list(field.type)
+        integer = pa.types.is_integer(field.type.value_type if listed else field.type)
+        encodings[f"{field.name}.list.element" if listed else field.name] = "BYTE_STREAM_SPLIT" if integer else "PLAIN"
     sink = io.BytesIO()
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         sink,
-        row_group_size=ROW_GROUP,
+        arrow_schema,
         compression="zstd",
         use_dictionary=False,
         column_encoding=encodings,
         write_statistics=["sequence_id"],
-    )
+    ) as writer:
+        for table in groups:
+            writer.write_table(table, row_group_size=max(1, len(table)))
     return sink.getvalue()
+
+
+def row_groups(table: pa.Table) -> list[pa.Table]:
+    """A table cut into the row groups of a shard of sequences."""
+    return [table.slice(start, ROW_GROUP) for start in range(0, len(table), ROW_GROUP)] or [table]
+
+
+def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict[str, Any]:
+    """What a record says of a shard of sequences."""
+    entropy = scores.entropy_NL[~np.isnan(scores.entropy_NL)] if scores else np.empty(0)
+    return {
+        "rows": len(input_ids_NL),
+        "tokens": int((input_ids_NL != pad_id).sum()),
+        "scored_tokens": len(entropy),
+        "entropy_sum": float(entropy.sum(dtype=np.float64)),
+    }
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(uri: str) -> Manifest:
+MADE_BY = {"sequences": "pipeline/score.py", "plan": "train/plan.py", "targets": "pipeline/score.py --masks"}
+
+
+def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
     """Open a finished shard directory.
 
     Raises:
-        UsageError: no such directory, an unfinished run, an unreadable manifest, another schema version, or a file name
-            that is not a plain shard name.
+        UsageError: no such directory, an unfinished run, an unreadable manifest, another schema version, another kind,
+            or a file name that is not a plain shard name.
     """
     try:
         fields = storage.read_json(manifest_uri(uri))
@@ -186,6 +246,8 @@ def read_manifest(uri: str) -> Manifest:
         manifest = Manifest(uri=uri, **{name: fields[name] for name in names})
     except (KeyError, TypeError) as error:
         raise UsageError(f"{manifest_uri(uri)} is no shard manifest ({error}); score the corpus again") from None
+    if manifest.kind != kind:
+        raise UsageError(f"{uri} holds {manifest.kind}, not {kind}; name a directory made by {MADE_BY[kind]}")
     for entry in manifest.shards:
         if not re.fullmatch(r"part-\d{5,}\.parquet", str(entry.file)):
             raise UsageError(
@@ -266,6 +328,13 @@ def column_2d(table: pa.Table, name: str, width: int) -> np.ndarray:
     """A list column as an array [rows, width] without copying single values; width is L, or L·k for top-k columns."""
     column = table.column(name).combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def sequences_hash(fingerprint: dict[str, Any]) -> str:
+    """What decides the tokens of a run, whether they came from text or from a shard directory."""
+    corpus = fingerprint["corpus"]
+    tokens = [corpus.get("sequences", corpus), fingerprint["tokenizer"], fingerprint["sequence_length"]]
+    return storage.sha256_json(tokens)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -6,6 +6,8 @@ is complete, so there a file is put whole under its final name.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -85,7 +87,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write ``data`` so that a reader sees either the old file or the whole new one."""
     filesystem, path = resolve(uri)
     if is_remote(uri):
-        with filesystem.open_output_stream(path, compression=None) as stream:
+        # one write of all bytes: a part that fails makes the upload fail as a whole, and nothing becomes visible
+        with filesystem.open_output_stream(path, compression=None, buffer_size=0) as stream:
             stream.write(data)
         return
     target = Path(path)
@@ -119,6 +122,23 @@ def read_json(uri: str) -> Any:
 def write_json(uri: str, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def delete(uri: str) -> None:
+    """Delete a file; nothing happens if there is none."""
+    filesystem, path = resolve(uri)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(path)
+
+
+def is_exhausted(error: OSError) -> bool:
+    """Whether writing failed for want of space, quota or permission to grow: no other shard would fare better."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes in memory."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256(uri: str) -> str:

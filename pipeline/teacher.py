@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +16,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -25,6 +30,7 @@ from transformers.utils import logging
 
 from pipeline import entropy, storage
 from pipeline.cli import UsageError
+from pipeline.masks import Targets
 from pipeline.shards import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -157,9 +163,9 @@ def resolve_dtype(name: str) -> str:
 class Teacher:
     """Scores sequences with a masked LM.
 
-    The encoder runs under autocast in ``dtype``; the vocabulary projection multiplies in float32, because logits
-    rounded to bfloat16 tie neighbours among the most probable tokens. The head runs on the scored positions only, and
-    its logits exist for a few hundred positions at a time.
+    The encoder runs under autocast in ``dtype``; the vocabulary projection accumulates and emits float32, because
+    logits rounded to bfloat16 tie neighbours among the most probable tokens. The head runs on the scored positions
+    only, and its logits exist for a few hundred positions at a time.
 
     Args:
         directory: checkpoint of any ``AutoModelForMaskedLM`` whose forward is encoder, head.
@@ -170,8 +176,15 @@ class Teacher:
         context: ``masked`` (a position is scored in the pass that hides it) or ``full`` (nothing is hidden).
         passes: P; pass g hides the positions i with i mod P = g.
         top_k: how many log-probabilities to keep.
+        temperatures: T at which they are to be known; 1 is always.
         batch_tokens: tokens in one forward.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
+        compile: compile the encoder and the reduction with ``torch.compile``.
+
+    Attributes:
+        forward_seconds, flops: spent so far in forwards (encoder, head and reduction); multiplications and additions of
+            matrix products and attention, counted by torch on one sequence and one position.
+        stopped: set it, and the next forward raises ``Stopped`` instead.
     """
 
     def __init__(
@@ -185,8 +198,10 @@ class Teacher:
         context: str = "masked",
         passes: int = 7,
         top_k: int = 16,
+        temperatures: Sequence[float] = (),
         batch_tokens: int = 8192,
         dtype: str = "float32",
+        compile: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,74 +210,207 @@ class Teacher:
         self.special_ids, self.vocab_size = np.array(special_ids), vocab_size
         self.context, self.passes = context, passes if context == "masked" else 1
         self.top_k, self.batch_tokens, self.dtype = top_k, batch_tokens, DTYPES[dtype]
+        self.temperatures = [t for t in temperatures if t != 1]
         self.model, self.decoder = _cut_decoder(model)
+        self._weight_VH = self.decoder.weight.detach().to(self.dtype if self.device.type == "cuda" else torch.float32)
+        self._chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // self.decoder.out_features)
         self._select: tuple[Tensor, Tensor] | None = None
         model.base_model.register_forward_hook(self._keep_selected)
+        self._reduce: Callable[..., entropy.Reduced] = entropy.score
+        if compile:
+            model.base_model.compile(dynamic=False)
+            self._reduce = torch.compile(entropy.score, dynamic=False)
+        self.forward_seconds, self.flops = 0.0, 0
+        self.stopped = threading.Event()
+        self._flops: dict[int, tuple[int, int]] = {}
 
     def _keep_selected(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the encoder: hand only the scored positions on to the head."""
-        rows, columns = self._select or (None, None)
-        output.last_hidden_state = output.last_hidden_state[rows, columns]
+        if self._select is not None:
+            output.last_hidden_state = output.last_hidden_state[self._select]
         return output
 
-    @torch.inference_mode()
-    def score(self, input_ids_NL: np.ndarray) -> Scores:
+    def score(self, input_ids_NL: np.ndarray, batch_tokens: int | None = None) -> Scores:
         """Score N sequences of L tokens; special tokens and padding stay NaN (top-k: id 0, NaN).
 
         The batches are a function of (N, L, P) alone, so the same sequences always give the same bits on the same
         hardware, whoever scores them.
         """
         N, L = input_ids_NL.shape
-        ids_NL = input_ids_NL.astype(np.int64)
-        candidates_NL = ~np.isin(ids_NL, self.special_ids)
-        scores = Scores(
+        results = Scores(
             entropy_NL=np.full((N, L), np.nan, np.float32),
             surprisal_NL=np.full((N, L), np.nan, np.float32),
             topk_ids_NLK=np.zeros((N, L, self.top_k), np.int32),
             topk_logprobs_NLK=np.full((N, L, self.top_k), np.nan, np.float32),
+            temperature_lse_NL={t: np.full((N, L), np.nan, np.float32) for t in self.temperatures},
         )
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for sequences_R, passes_R in self._batches(N, L):
-                scored_RL = candidates_NL[sequences_R]
-                if self.context == "masked":
-                    scored_RL = scored_RL & (np.arange(L) % self.passes == passes_R[:, None])
-                rows, columns = np.nonzero(scored_RL)
-                if not len(rows):
-                    continue
-                ids_RL = ids_NL[sequences_R]
-                targets = ids_RL[rows, columns]
-                if self.context == "masked":
-                    ids_RL[rows, columns] = self.mask_id
-                results = self._forward(ids_RL, rows, columns, targets)
-                where = sequences_R[rows], columns
-                for array, result in zip(vars(scores).values(), results, strict=True):
-                    array[where] = result
-        return scores
+        for (rows, columns), found in self._run(self._scan(input_ids_NL, batch_tokens), L):
+            results.entropy_NL[rows, columns] = found.entropy_N
+            results.surprisal_NL[rows, columns] = found.surprisal_N
+            results.topk_ids_NLK[rows, columns] = found.topk_ids_NK
+            results.topk_logprobs_NLK[rows, columns] = found.topk_logprobs_NK
+            for lse_NL, lse_N in zip(results.temperature_lse_NL.values(), found.lse_NT.T, strict=True):
+                lse_NL[rows, columns] = lse_N
+        return results
 
-    def _batches(self, N: int, L: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _scan(self, input_ids_NL: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         """(sequence, pass) pairs in order, cut into forwards of at most ``batch_tokens`` tokens."""
-        rows = max(1, self.batch_tokens // L)
-        for start in range(0, N * self.passes, rows):
-            pairs_R = np.arange(start, min(start + rows, N * self.passes))
-            yield pairs_R // self.passes, pairs_R % self.passes
+        N, L = input_ids_NL.shape
+        ids_NL = input_ids_NL.astype(np.int64)
+        candidates_NL = ~np.isin(ids_NL, self.special_ids)
+        for pairs_R in _cut(N * self.passes, L, batch_tokens or self.batch_tokens):
+            sequences_R, passes_R = pairs_R // self.passes, pairs_R % self.passes
+            ids_RL, scored_RL = ids_NL[sequences_R], candidates_NL[sequences_R]
+            if self.context == "masked":
+                scored_RL = scored_RL & (np.arange(L) % self.passes == passes_R[:, None])
+            rows, columns = np.nonzero(scored_RL)
+            targets = ids_RL[rows, columns]
+            if self.context == "masked":
+                ids_RL[rows, columns] = self.mask_id
+            yield Batch(ids_RL, rows, columns, targets, (sequences_R[rows], columns))
 
-    def _forward(
-        self, ids_RL: np.ndarray, rows: np.ndarray, columns: np.ndarray, targets: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
-        """Entropy, surprisal, top-k ids and log-probabilities of the positions (rows, columns)."""
-        ids = torch.from_numpy(ids_RL).to(self.device)
-        padding_RL = ids_RL == self.pad_id
-        attention = torch.from_numpy((~padding_RL).astype(np.int64)).to(self.device) if padding_RL.any() else None
-        self._select = torch.from_numpy(rows).to(self.device), torch.from_numpy(columns).to(self.device)
-        features_NH = self.model(input_ids=ids, attention_mask=attention).logits
-        targets_N = torch.from_numpy(targets).to(self.device)
-        chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // self.decoder.out_features)
+    def score_positions(
+        self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
+    ) -> Targets:
+        """What the model predicts at the given positions of inputs that are corrupted already (``pipeline.masks``).
+
+        Args:
+            inputs_NL: ids as the student will see them.
+            positions_NK: positions to score, negative where a row has fewer than K.
+        """
+        N, K = positions_NK.shape
+        L = inputs_NL.shape[1]
+        results = Targets(
+            topk_ids_NKT=np.zeros((N, K, self.top_k), np.int32),
+            topk_logprobs_NKT=np.full((N, K, self.top_k), np.nan, np.float32),
+            temperature_lse_NK={t: np.full((N, K), np.nan, np.float32) for t in self.temperatures},
+        )
+        for (rows, places), found in self._run(self._planned(inputs_NL, positions_NK, batch_tokens), L):
+            results.topk_ids_NKT[rows, places] = found.topk_ids_NK
+            results.topk_logprobs_NKT[rows, places] = found.topk_logprobs_NK
+            for lse_NK, lse_N in zip(results.temperature_lse_NK.values(), found.lse_NT.T, strict=True):
+                lse_NK[rows, places] = lse_N
+        return results
+
+    def _planned(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
+        N, L = inputs_NL.shape
+        for rows_R in _cut(N, L, batch_tokens or self.batch_tokens):
+            ids_RL = inputs_NL[rows_R].astype(np.int64)
+            rows, places = np.nonzero(positions_NK[rows_R] >= 0)
+            columns = positions_NK[rows_R][rows, places]
+            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places))
+
+    def _run(self, batches: Iterator[Batch], L: int) -> Iterator[tuple[Place, Any]]:
+        """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
+        pending: tuple[Place, list[entropy.Reduced]] | None = None
+        for batch in batches:
+            if self.stopped.is_set():
+                raise Stopped
+            if not len(batch.rows):
+                continue
+            started = time.monotonic()
+            ready, pending = pending, (batch.place, self._forward(batch))
+            if self.device.type == "cpu":
+                ready, pending = pending, None
+            result = (ready[0], _fetch(ready[1])) if ready else None
+            self.forward_seconds += time.monotonic() - started
+            encoder, head = self._flops_of(L)
+            self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head
+            if result:
+                yield result
+        if pending:
+            started = time.monotonic()
+            result = pending[0], _fetch(pending[1])
+            self.forward_seconds += time.monotonic() - started
+            yield result
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> list[entropy.Reduced]:
+        """Entropy, surprisal, top-k ids and log-probabilities of the batch's positions, in chunks, on the device."""
+        ids = self._to_device(batch.ids_RL)
+        padding_RL = batch.ids_RL == self.pad_id
+        attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
+        targets_N = self._to_device(batch.targets)
+        self._select = self._to_device(batch.rows), self._to_device(batch.columns)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features_NH = self.model(input_ids=ids, attention_mask=attention).logits
         parts = []
-        with torch.autocast(self.device.type, enabled=False):
-            for start in range(0, len(targets), chunk):
-                logits_CV = self.decoder(features_NH[start : start + chunk].float())[:, : self.vocab_size]
-                parts.append(entropy.score(logits_CV, targets_N[start : start + chunk], self.top_k))
-        return tuple(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        for start in range(0, len(targets_N), self._chunk):
+            logits_CV = self._project(features_NH[start : start + self._chunk])
+            parts.append(self._reduce(logits_CV, targets_N[start : start + self._chunk], self.top_k, self.temperatures))
+        return parts
+
+    def _project(self, features_CH: Tensor) -> Tensor:
+        """float32 logits of a chunk over the tokenizer's vocabulary."""
+        weight_VH, bias_V = self._weight_VH[: self.vocab_size], self.decoder.bias
+        if weight_VH.dtype == torch.float32:
+            with _bfloat16_products(self.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
+                logits_CV = F.linear(features_CH.float(), weight_VH)
+        else:  # the GPU multiplies halves and keeps the sum whole
+            logits_CV = torch.mm(features_CH.to(weight_VH.dtype), weight_VH.T, out_dtype=torch.float32)
+        return logits_CV if bias_V is None else logits_CV.add_(bias_V[: self.vocab_size])
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def _flops_of(self, L: int) -> tuple[int, int]:
+        """Floating-point operations of (encoder on a sequence of L, head on a position), as torch counts them."""
+        if L not in self._flops:
+            ids_1L = torch.full((1, L), self.mask_id, device=self.device)
+            counts = []
+            for positions in (1, 2):
+                columns = torch.arange(positions, device=self.device)
+                self._select = torch.zeros_like(columns), columns
+                with FlopCounterMode(display=False) as counter:
+                    self._project(self.model(input_ids=ids_1L).logits)
+                counts.append(counter.get_total_flops())
+            self._flops[L] = 2 * counts[0] - counts[1], counts[1] - counts[0]
+        return self._flops[L]
+
+
+Place = tuple[np.ndarray, np.ndarray]
+
+
+class Stopped(BaseException):
+    """The teacher was told to stop before it was done."""
+
+
+class Batch(NamedTuple):
+    """One forward: inputs, the positions to score in them, the actual tokens there, and where the results belong."""
+
+    ids_RL: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    targets: np.ndarray
+    place: Place
+
+
+@contextlib.contextmanager
+def _bfloat16_products(enabled: bool) -> Iterator[None]:
+    """Let a CPU that has bfloat16 tiles multiply float32 matrices in them; sums and results stay float32."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if enabled:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _cut(rows: int, L: int, batch_tokens: int) -> Iterator[np.ndarray]:
+    """Row numbers, cut into forwards of at most ``batch_tokens`` tokens."""
+    size = max(1, batch_tokens // L)
+    for start in range(0, rows, size):
+        yield np.arange(start, min(start + size, rows))
+
+
+def _fetch(parts: list[entropy.Reduced]) -> Any:
+    """``Reduced`` of the chunks of a batch put together, with numpy arrays in place of tensors."""
+    columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return entropy.Reduced(*columns)
 
 
 def _cut_decoder(model: Any) -> tuple[nn.Module, nn.Linear]:

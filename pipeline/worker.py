@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import faulthandler
 import os
 import platform
+import sys
+import threading
 import time
+import traceback
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,83 +18,239 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import commit, shards, storage
-from pipeline.cli import RunError
+from pipeline import commit, masks, shards, storage
+from pipeline.cli import RunError, UsageError
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.job import Job
+from pipeline.masks import MaskedRows
 from pipeline.packing import pack, tokenize
 from pipeline.teacher import Teacher, local_checkpoint, weights_hash
 
+SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model
+LEAST_BATCH_TOKENS = 64
+
 
 class ShardScorer:
-    """Scores shards of one job, one after the other; loads the tokenizer and the teacher once, when first needed."""
+    """Scores shards of one job; loads the tokenizer and the teacher once, when first needed.
+
+    May be called from ``SHARDS_AT_ONCE`` threads: the forwards of one shard overlap the reading and writing of another.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.model = threading.Lock()
+        self.company, self.deadlines = _Company(), _Deadlines()
         self.tokenizer: Any = None
         self.teacher: Teacher | None = None
         torch.set_num_threads(job.threads)
 
     def __call__(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        """Score and commit shard ``index``; returns its record (see docs/shards.md)."""
+        """Score and commit shard ``index``; returns its record (see docs/shards.md), or what went wrong.
+
+        A shard that raises is tried again up to ``max_attempts`` times, and one that ended its process so often is
+        given up. Neither ends the other shards: in place of its record comes ``{"index", "error"}``, with ``usage`` if
+        the user can mend it, and ``fatal`` if no other shard would fare better.
+        """
+        job = self.job
+        failed = commit.failed_attempts(job.output, index, job.run)
+        error = {"index": index, "error": f"its worker died or hung {failed} times"}
+        # what ended a process once may do so again; it must not take an innocent shard with it
+        with self.company.alone() if failed else self.company.among_others():
+            for attempt in range(failed + 1, job.max_attempts + 1):
+                try:
+                    commit.begin_attempt(job.output, index, job.run, attempt)
+                    record = self._score(index, pieces, attempt)
+                    commit.end_attempt(job.output, index)
+                    return record
+                except UsageError as failure:
+                    return {"index": index, "error": str(failure), "usage": True}
+                except Exception as failure:
+                    if isinstance(failure, OSError) and storage.is_exhausted(failure):
+                        return {
+                            "index": index,
+                            "error": f"cannot write to {job.output}: {failure.strerror}",
+                            "fatal": True,
+                        }
+                    reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]}"
+                    error = {"index": index, "error": reason, "traceback": traceback.format_exc()}
+        return error
+
+    def _score(self, index: int, pieces: list[Piece], attempt: int) -> dict[str, Any]:
         job, started = self.job, time.monotonic()
-        rejects = Rejects()
-        input_ids_NL = self._sequences(pieces, rejects)
-        scores = self._teacher().score(input_ids_NL) if job.teacher else None
-        data = shards.to_parquet(shards.to_table(index, input_ids_NL, scores, job.vocab_size, job.top_k))
-        commit.commit_file(job.output, index, data, rows=len(input_ids_NL))
-        scored = scores is not None and ~np.isnan(scores.entropy_NL)
-        record = {
-            "index": index,
-            "file": shards.shard_file(index),
-            "rows": len(input_ids_NL),
-            "tokens": int((input_ids_NL != job.special_ids["pad"]).sum()),
-            "scored_tokens": int(np.sum(scored)),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "entropy_sum": float(scores.entropy_NL[scored].sum(dtype=np.float64)) if scores else 0.0,
-            "fingerprint_hash": job.fingerprint_hash,
-            "attempt": 1,
-            "seconds": round(time.monotonic() - started, 3),
-            "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-            "worker": f"{platform.node()}:{os.getpid()}",
-            "documents": rejects.documents,
-            "rejected": rejects.report(),
-        }
-        storage.write_json(commit.record_uri(job.output, index), record)
-        return record
+        rejects, scored = Rejects(), {"forward_seconds": 0.0, "flops": 0}
+        with self.deadlines.within(job.shard_timeout):
+            input_ids_NL = self._sequences(pieces, rejects)
+            plan = self._plan(index, input_ids_NL) if job.plan else None
+        scores = targets = None
+        if job.teacher:
+            with self.model, self.deadlines.within(job.shard_timeout):
+                if plan:
+                    inputs_NL = masks.apply_mask(input_ids_NL[masks.row_numbers(plan)], plan)
+                    targets = self._in_the_model(
+                        lambda t, b: t.score_positions(inputs_NL, plan.positions_NK, b), scored
+                    )
+                else:
+                    scores = self._in_the_model(lambda t, b: t.score(input_ids_NL, b), scored)
+        with self.deadlines.within(job.shard_timeout):
+            if plan and targets:
+                data = shards.to_parquet(
+                    masks.row_groups(masks.targets_table(plan, targets, job.manifest.vocab_size), plan)
+                )
+                counts = masks.counts(plan)
+            else:
+                table = shards.to_table(index, input_ids_NL, scores, job.manifest.vocab_size, job.manifest.top_k)
+                data = shards.to_parquet(shards.row_groups(table))
+                counts = shards.counts(input_ids_NL, job.manifest.special_ids["pad"], scores)
+            record = {
+                **counts,
+                "fingerprint_hash": job.manifest.fingerprint_hash,
+                "attempt": attempt,
+                "seconds": round(time.monotonic() - started, 3),
+                **scored,
+                "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+                "worker": f"{platform.node()}:{os.getpid()}",
+                "documents": rejects.documents,
+                "rejected": rejects.report(),
+            }
+            return commit.commit_shard(job.output, index, data, record)
 
     def _sequences(self, pieces: list[Piece], rejects: Rejects) -> np.ndarray:
         """Token ids [N, L] of a shard: from text, or as they stand in the shard of another directory."""
-        job = self.job
+        manifest = self.job.manifest
         if pieces[0].kind == "shard":
             filesystem, path = storage.resolve(pieces[0].path)
             table = pq.read_table(path, columns=["input_ids"], filesystem=filesystem)
-            return shards.column_2d(table, "input_ids", job.sequence_length)
+            return shards.column_2d(table, "input_ids", manifest.sequence_length)
         if self.tokenizer is None:
-            self.tokenizer = shards.load_tokenizer(job.output)
-        ids = job.special_ids
-        token_lists = tokenize(read_documents(pieces, job.text_column, rejects), self.tokenizer, rejects)
-        return pack(token_lists, job.sequence_length, ids["cls"], ids["sep"], ids["pad"])
+            self.tokenizer = shards.load_tokenizer(self.job.output)
+        ids = manifest.special_ids
+        token_lists = tokenize(read_documents(pieces, self.job.text_column, rejects), self.tokenizer, rejects)
+        return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
+
+    def _plan(self, index: int, input_ids_NL: np.ndarray) -> MaskedRows:
+        """The rows of the mask plan for shard ``index``."""
+        plan = self.job.plan
+        assert plan and plan.masks
+        entry = next(entry for entry in plan.shards if entry.index == index)
+        columns = masks.plan_schema(plan.vocab_size).names
+        rows = masks.rows_of(shards.read_table(plan, entry, columns), plan.masks["positions"])
+        if len(rows.variant_N) != plan.masks["variants"] * len(input_ids_NL):
+            raise UsageError(f"{plan.shard_uri(entry)} has not as many rows as its sequences; make the plan anew")
+        return rows
+
+    def _in_the_model(self, call: Any, scored: dict[str, Any]) -> Any:
+        """Call with the teacher, again with half the batch where memory does not suffice; costs go to ``scored``."""
+        teacher = self._teacher()
+        seconds, flops = teacher.forward_seconds, teacher.flops
+        batch_tokens = self.job.batch_tokens
+        while True:
+            try:
+                result = call(teacher, batch_tokens)
+                break
+            except (RuntimeError, MemoryError) as failure:
+                if not _out_of_memory(failure) or batch_tokens // 2 < LEAST_BATCH_TOKENS:
+                    raise
+                batch_tokens //= 2
+                scored["batch_tokens"] = batch_tokens  # marks a shard whose bytes another machine may not repeat
+                print(f"out of memory: going on with batches of {batch_tokens} tokens", file=sys.stderr)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        scored["forward_seconds"] = round(teacher.forward_seconds - seconds, 3)
+        scored["flops"] = teacher.flops - flops
+        return result
 
     def _teacher(self) -> Teacher:
-        job = self.job
+        job, manifest = self.job, self.job.manifest
         if self.teacher is None:
             directory = local_checkpoint(job.teacher or "")
             if weights_hash(directory) != job.teacher_hash:
                 raise RunError(f"{directory} on {platform.node()} has other weights than where the job was started")
             self.teacher = Teacher(
                 directory,
-                mask_id=job.special_ids["mask"],
-                pad_id=job.special_ids["pad"],
-                special_ids=job.special_token_ids,
-                vocab_size=job.vocab_size,
-                context=job.context or "masked",
-                passes=job.passes or 1,
-                top_k=job.top_k,
+                mask_id=manifest.special_ids["mask"],
+                pad_id=manifest.special_ids["pad"],
+                special_ids=manifest.special_token_ids,
+                vocab_size=manifest.vocab_size,
+                context=manifest.context or "masked",
+                passes=manifest.passes or 1,
+                top_k=manifest.top_k,
+                temperatures=manifest.temperatures,
                 batch_tokens=job.batch_tokens,
                 dtype=job.dtype or "float32",
+                compile=job.compile,
                 trust_remote_code=job.trust_remote_code,
             )
         return self.teacher
+
+    def stop(self) -> None:
+        """Drop the shards under way at the next forward: nothing of them is lost that a rerun does not do again."""
+        if self.teacher:
+            self.teacher.stopped.set()
+
+
+def _out_of_memory(failure: BaseException) -> bool:
+    return isinstance(failure, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(failure)
+
+
+class _Deadlines:
+    """End the process, with a traceback, if a body takes too long: nothing else interrupts what hangs in C."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.ends: dict[object, float] = {}
+
+    @contextlib.contextmanager
+    def within(self, seconds: float | None) -> Iterator[None]:
+        key = object()
+        try:
+            with self.lock:
+                if seconds is not None:
+                    self.ends[key] = time.monotonic() + seconds
+                    self._arm()
+            yield
+        finally:
+            with self.lock:
+                if self.ends.pop(key, None):
+                    self._arm()
+
+    def _arm(self) -> None:
+        """There is one timer a process: it is for the next end."""
+        faulthandler.cancel_dump_traceback_later()
+        if self.ends:
+            left = max(min(self.ends.values()) - time.monotonic(), 0.001)
+            faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or 2)
+
+
+class _Company:
+    """Many may be among others; one that wants to be alone waits until they are gone, and holds up who comes."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.others = 0
+        self.solitary = False
+
+    @contextlib.contextmanager
+    def among_others(self) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.solitary)
+            self.others += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.others -= 1
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.solitary)
+            self.solitary = True
+            self.changed.wait_for(lambda: not self.others)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.solitary = False
+                self.changed.notify_all()
