@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -66,6 +67,9 @@ def ray_records(
         context.enable_progress_bars = False  # ours counts tokens
         context.print_on_execution_start = False
         context.execution_options.preserve_order = False
+        # every worker has all the shards that it may have at once: then the pool may grow, if there is room
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         most = min(workers or len(todo), len(todo))
         items = [{"index": index, "pieces": json.dumps([asdict(piece) for piece in pieces])} for index, pieces in todo]
         records = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

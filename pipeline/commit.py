@@ -87,22 +87,26 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
             storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
 
 
-def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int) -> None:
+def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int, write: bool = True) -> None:
     """Bind an output directory to one fingerprint, before anything else is written there.
+
+    Args:
+        write: False only looks whether it could be.
 
     Raises:
         UsageError: the directory belongs to a run with another fingerprint; says what differs.
     """
     try:
-        previous = storage.read_json(run_uri(directory))
+        previous = storage.read_json(run_uri(directory))["fingerprint"]
     except FileNotFoundError:
         if storage.list_files(directory):
             raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output") from None
-        storage.write_json(run_uri(directory), {"fingerprint": fingerprint, "shards": shards})
+        if write:
+            storage.write_json(run_uri(directory), {"fingerprint": fingerprint, "shards": shards})
         return
-    except ValueError:
-        raise UsageError(f"{run_uri(directory)} is not readable JSON; choose a new --output") from None
-    if differing := differences(previous["fingerprint"], fingerprint):
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{run_uri(directory)} is no record of a run; choose a new --output") from None
+    if differing := differences(previous, fingerprint):
         raise UsageError(
             f"{directory} was made with other settings ({'; '.join(differing)}); "
             "choose a new --output, or delete this one, or repeat the old command"

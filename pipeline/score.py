@@ -42,10 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = describe(args, corpus, tokenizer)
+    commit.claim_directory(job.output, job.manifest.fingerprint, len(corpus.shards), write=not args.dry_run)
+    if job.teacher and args.dry_run:
+        load_masked_lm(local_checkpoint(job.teacher), job.trust_remote_code)
     if args.dry_run:
         print_plan(job, corpus)
         return
-    commit.claim_directory(job.output, job.manifest.fingerprint, len(corpus.shards))
     records = commit.done_records(job.output, len(corpus.shards), job.manifest.fingerprint_hash)
     todo = [(index, pieces) for index, pieces in enumerate(corpus.shards) if index not in records]
     failed: dict[int, str] = {}
@@ -191,6 +193,8 @@ def finish(job: Job, records: dict[int, dict[str, Any]], failed: dict[int, str],
     if not any(record["rows"] for record in records.values()):
         reasons = "; ".join(sorted({reason for record in records.values() for reason in record["rejected"]["reasons"]}))
         raise UsageError(f"the corpus holds no text: every document was rejected ({reasons or 'there are none'})")
+    if job.teacher and not any(record["scored_tokens"] for record in records.values()):
+        raise UsageError("no token of the corpus was scored, all are special to the tokenizer; use the teacher's own")
     totals = commit.write_manifest(job.manifest, records, failed).totals
     tokens = totals["scored_tokens"] if job.plan else totals["tokens"]
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")

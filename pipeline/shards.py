@@ -154,8 +154,14 @@ def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[flo
 
 
 def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_size: int, top_k: int) -> pa.Table:
-    """Arrow table of one shard; sequence ids are ``index << 32 | row``."""
+    """Arrow table of one shard; sequence ids are ``index << 32 | row``.
+
+    Raises:
+        UsageError: more values than an Arrow list can hold.
+    """
     rows, length = input_ids_NL.shape
+    if rows * length * max(1, top_k) >= 1 << 31:  # offsets of an Arrow list are int32
+        raise UsageError(f"shard {index} has {rows * length:,} tokens, too many for one file; split its text file")
     lse = scores.temperature_lse_NL if scores else {}
     arrow_schema = schema(vocab_size, scores is not None, top_k, list(lse))
     columns: dict[str, np.ndarray] = {"input_ids": input_ids_NL}

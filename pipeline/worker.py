@@ -93,11 +93,14 @@ class ShardScorer:
                     scores = self._in_the_model(lambda t, b: t.score(input_ids_NL, b), scored)
         with self.deadlines.within(job.shard_timeout):
             if plan and targets:
+                self._check_finite(targets.topk_logprobs_NKT[plan.positions_NK >= 0])
                 data = shards.to_parquet(
                     masks.row_groups(masks.targets_table(plan, targets, job.manifest.vocab_size), plan)
                 )
                 counts = masks.counts(plan)
             else:
+                if scores:
+                    self._check_finite(scores.entropy_NL[~np.isin(input_ids_NL, job.manifest.special_token_ids)])
                 table = shards.to_table(index, input_ids_NL, scores, job.manifest.vocab_size, job.manifest.top_k)
                 data = shards.to_parquet(shards.row_groups(table))
                 counts = shards.counts(input_ids_NL, job.manifest.special_ids["pad"], scores)
@@ -159,6 +162,15 @@ class ShardScorer:
         scored["forward_seconds"] = round(teacher.forward_seconds - seconds, 3)
         scored["flops"] = teacher.flops - flops
         return result
+
+    def _check_finite(self, values: np.ndarray) -> None:
+        """A NaN in a shard means *not scored*; a teacher must not write one.
+
+        Raises:
+            UsageError: it would.
+        """
+        if np.isnan(values).any():
+            raise UsageError(f"{self.job.teacher} gives NaN in {self.job.dtype}; use --dtype float32, or another teacher")
 
     def _teacher(self) -> Teacher:
         job, manifest = self.job, self.job.manifest
