@@ -170,7 +170,8 @@ class ShardScorer:
             UsageError: it would.
         """
         if np.isnan(values).any():
-            raise UsageError(f"{self.job.teacher} gives NaN in {self.job.dtype}; use --dtype float32, or another teacher")
+            teacher, dtype = self.job.teacher, self.job.dtype
+            raise UsageError(f"{teacher} gives NaN in {dtype}; use --dtype float32, or another teacher")
 
     def _teacher(self) -> Teacher:
         job, manifest = self.job, self.job.manifest
