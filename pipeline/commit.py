@@ -54,21 +54,21 @@ def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any]
     return record
 
 
-def begin_attempt(directory: str, index: int, run: str, attempt: int) -> None:
+def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself: bool) -> None:
     """Note that a worker starts on a shard.
 
     A process that dies leaves the note behind, so it is known how often it died of this shard: Ray retries for ever.
     """
-    storage.write_json(attempt_uri(directory, index), {"run": run, "attempts": attempt})
+    storage.write_json(attempt_uri(directory, index), {"run": run, "attempts": attempt, "by_itself": by_itself})
 
 
-def failed_attempts(directory: str, index: int, run: str) -> int:
-    """How many attempts of this run on a shard have begun and not ended well."""
+def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
+    """How many attempts of this run on a shard have begun and not ended well, and whether the last was by itself."""
     try:
         note = storage.read_json(attempt_uri(directory, index))
-        return int(note["attempts"]) if note["run"] == run else 0
+        return (int(note["attempts"]), bool(note["by_itself"])) if note["run"] == run else (0, False)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return 0
+        return 0, False
 
 
 def end_attempt(directory: str, index: int) -> None:
@@ -145,6 +145,14 @@ def _read_record(uri: str) -> dict[str, Any] | None:
         return record if named and record["bytes"] and record["fingerprint_hash"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def done_record(directory: str, index: int, fingerprint_hash: str) -> dict[str, Any] | None:
+    """The record of one shard if it is done (see ``done_records``)."""
+    record = _read_record(record_uri(directory, index))
+    if record is None or record["fingerprint_hash"] != fingerprint_hash:
+        return None
+    return record if storage.size(storage.join(directory, record["file"])) == record["bytes"] else None
 
 
 def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int, dict[str, Any]]:

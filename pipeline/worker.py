@@ -52,13 +52,18 @@ class ShardScorer:
         the user can mend it, and ``fatal`` if no other shard would fare better.
         """
         job = self.job
-        failed = commit.failed_attempts(job.output, index, job.run)
+        # a worker that died after its commit could not say so, and Ray gives the shard to another
+        if done := commit.done_record(job.output, index, job.manifest.fingerprint_hash):
+            return done
+        failed, by_itself = commit.failed_attempts(job.output, index, job.run)
         error = {"index": index, "error": f"its worker died or hung {failed} times"}
-        # what ended a process once may do so again; it must not take an innocent shard with it
+        # What ended a process once may do so again. It must not take an innocent shard with it, and one that died in
+        # company may be that innocent: it gets another attempt, by itself.
+        most = job.max_attempts if by_itself else max(job.max_attempts, failed + 1)
         with self.company.alone() if failed else self.company.among_others():
-            for attempt in range(failed + 1, job.max_attempts + 1):
+            for attempt in range(failed + 1, most + 1):
                 try:
-                    commit.begin_attempt(job.output, index, job.run, attempt)
+                    commit.begin_attempt(job.output, index, job.run, attempt, by_itself=failed > 0)
                     record = self._score(index, pieces, attempt)
                     commit.end_attempt(job.output, index)
                     return record

@@ -1,0 +1,219 @@
+"""What a scoring run lives through: killed drivers, workers, nodes; shards that kill or hang; full disks; SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from harness import LENGTH, SCORE, TOP_K, command, run
+from ray.cluster_utils import Cluster
+from trap import save_trap
+
+from pipeline import shards
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {entry.file: entry.sha256 for entry in shards.read_manifest(str(directory)).shards}
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """The records that are there; each is whole, since records are written atomically."""
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("_records/part-*.json"))]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, env=os.environ | environment, start_new_session=True, **pipes)
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], Any]) -> Any:
+    """What ``reached`` gives, once it gives something; the process must still be at work then."""
+    while not (found := reached()):
+        assert process.poll() is None, f"it ended too early\n{process.communicate()[0]}"
+        time.sleep(0.01)
+    return found
+
+
+def end_of(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, f"exit code {process.returncode}\n{output}"
+    return output
+
+
+@pytest.fixture(scope="module")
+def slow(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The world's teacher, but a forward takes its time: long enough to be killed in the middle."""
+    return save_trap(work / "teacher", tmp_path_factory.mktemp("slow") / "teacher", "none", seconds_a_forward=0.05)
+
+
+def slowly(work: Path, teacher: Path, output: Path, *more: str) -> list[str]:
+    return command(work, output, "--teacher", str(teacher), "--trust-remote-code", *more)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_a_driver_killed_at_random_points(work: Path, scored: Path, slow: Path, tmp_path: Path, kills: int) -> None:
+    """Each time with its cluster, as when a machine goes; what was done by then is never done again."""
+    generator = random.Random(kills)
+    expected = hashes(scored)
+    arguments = slowly(work, slow, tmp_path / "out", "--workers", "2")
+    done: dict[str, str] = {}
+    for kill in range(kills):
+        process = start(arguments)
+        goal = len(done) + generator.randint(0, max(0, (len(expected) - len(done)) // (kills - kill) - 1))
+        wait_for(process, lambda goal=goal: len(records(tmp_path / "out")) > goal)
+        time.sleep(generator.random() * 0.3)
+        kill_with_children(process)
+        found = {path.name: path.read_text() for path in tmp_path.glob("out/_records/part-*.json")}
+        assert found.items() >= done.items(), "a shard that was done was scored again"
+        assert not (tmp_path / "out" / "manifest.json").exists() or len(found) == len(expected)
+        done = found
+    end_of(start(arguments))
+    assert hashes(tmp_path / "out") == expected
+    assert {p.name for p in tmp_path.glob("out/part-*")} == expected.keys()
+    found = {path.name: path.read_text() for path in tmp_path.glob("out/_records/part-*.json")}
+    assert found.items() >= done.items()
+
+
+def kill_with_children(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the driver first, then to what it had started."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    for each in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def test_a_killed_worker_is_replaced(work: Path, scored: Path, slow: Path, tmp_path: Path) -> None:
+    process = start(slowly(work, slow, tmp_path / "out", "--workers", "1"))
+    first = wait_for(process, lambda: records(tmp_path / "out"))[0]
+    os.kill(int(first["worker"].rpartition(":")[2]), signal.SIGKILL)
+    end_of(process)
+    assert hashes(tmp_path / "out") == hashes(scored)
+    assert len({record["worker"] for record in records(tmp_path / "out")}) == 2
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    each = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=each)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_nodes_come_and_go(work: Path, scored: Path, slow: Path, tmp_path: Path, cluster: Cluster) -> None:
+    """A node that joins later is used; one that is removed with shards under way takes nothing along."""
+    process = start(slowly(work, slow, tmp_path / "out", "--batch-tokens", "128"), RAY_ADDRESS=cluster.address)
+    wait_for(process, lambda: records(tmp_path / "out"))
+    node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    wait_for(process, lambda: len({record["worker"] for record in records(tmp_path / "out")}) == 2)
+    cluster.remove_node(node)
+    end_of(process)
+    run(*command(work, tmp_path / "local", "--batch-tokens", "128", "--backend", "local"))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
+
+
+def trapped(work: Path, tmp_path: Path, trap: str, *more: str, **settings: Any) -> list[str]:
+    """Twelve documents in about as many shards, of which one springs the teacher's trap."""
+    lines = (work / "corpus.jsonl").read_text().splitlines()[:12]
+    lines[5] = json.dumps({"text": "abcd ü " * 20})
+    (tmp_path / "trapped.jsonl").write_text("\n".join(lines) + "\n")
+    teacher = save_trap(work / "teacher", tmp_path / "teacher", trap, **settings)
+    flags = ["--corpus", tmp_path / "trapped.jsonl", "--teacher", teacher, "--output", tmp_path / "out"]
+    sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 60, "--dtype", "float32"]
+    return [*SCORE, *map(str, flags + sizes), "--trust-remote-code", *more]
+
+
+def test_a_shard_that_ends_its_process_is_given_up(work: Path, tmp_path: Path) -> None:
+    arguments = trapped(work, tmp_path, "exit", "--max-attempts", "2", "--workers", "1")
+    output = run(*arguments, code=1)
+    assert "its worker died or hung 2 times" in output and "Traceback" not in output.partition("failed: ")[2]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    done = len(records(tmp_path / "out"))
+    output = run(*arguments, "--max-failed-shards", "1")
+    manifest = shards.read_manifest(str(tmp_path / "out"))
+    assert len(manifest.failed) == 1 and manifest.planned_shards == len(manifest.shards) + 1 == done + 1
+    assert f"given up            1 shards ({next(iter(manifest.failed))}" in output
+
+
+def test_a_shard_that_hangs_is_given_up(work: Path, tmp_path: Path) -> None:
+    arguments = trapped(work, tmp_path, "hang", "--max-attempts", "1", "--shard-timeout", "5", "--workers", "1")
+    output = run(*arguments, "--max-failed-shards", "1")
+    manifest = shards.read_manifest(str(tmp_path / "out"))
+    assert len(manifest.failed) == 1 and len(manifest.shards) == manifest.planned_shards - 1
+    assert "its worker died or hung 2 times" in output, "the second time by itself"
+
+
+def test_a_shard_that_raises_is_tried_again_and_named(work: Path, tmp_path: Path) -> None:
+    output = run(*trapped(work, tmp_path, "error", "--backend", "local"), code=1)
+    assert "1 of" in output and "a kernel that was never written" in output
+    (attempts,) = [json.loads(path.read_text()) for path in tmp_path.glob("out/_attempts/*")]
+    assert attempts["attempts"] == 3
+    assert len(records(tmp_path / "out")) >= 5
+
+
+def test_a_teacher_without_memory_gets_smaller_batches(work: Path, tmp_path: Path) -> None:
+    arguments = trapped(work, tmp_path, "memory", "--backend", "local", rows_that_fit=5)
+    output = run(*arguments, "--batch-tokens", str(LENGTH * 32))
+    rescued = [record for record in records(tmp_path / "out") if "batch_tokens" in record]
+    assert [record["batch_tokens"] for record in rescued] == [LENGTH * 4]
+    assert "smaller batches     1 shards" in output
+    assert all(record["scored_tokens"] for record in records(tmp_path / "out") if record["rows"])
+
+
+def test_nan_is_never_stored_as_a_score(work: Path, tmp_path: Path) -> None:
+    output = run(*trapped(work, tmp_path, "nan", "--backend", "local"), code=2)
+    assert "gives NaN in float32" in output
+
+
+def test_sigterm_ends_a_run_cleanly(work: Path, scored: Path, slow: Path, tmp_path: Path) -> None:
+    for backend in ("local", "ray"):
+        arguments = slowly(work, slow, tmp_path / backend, "--backend", backend)
+        process = start(arguments)
+        wait_for(process, lambda backend=backend: records(tmp_path / backend))
+        process.terminate()
+        output = end_of(process, code=143)
+        assert "shards are done; the same command goes on" in output and "Traceback" not in output
+        assert not list((tmp_path / backend).glob(".*.tmp"))
+        assert len(records(tmp_path / backend)) < len(hashes(scored))
+    run(*slowly(work, slow, tmp_path / "local", "--backend", "local"))
+    assert hashes(tmp_path / "local") == hashes(scored)
+
+
+def test_a_full_disk_ends_the_run_at_once(work: Path, tmp_path: Path) -> None:
+    """No other shard would fare better. (A limit on file size stands for the disk: both fail a write half-way.)"""
+    arguments = command(work, tmp_path / "out", "--backend", "local", "--shard-tokens", "12000")
+    sizes = [path.stat().st_size for path in (work / "tokenizer").iterdir()]
+    limits = (max(sizes) + 100, resource.RLIM_INFINITY)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
+    output = end_of(process, code=1)
+    assert "make room, then run the command again" in output and "Traceback" not in output
+    assert not list(tmp_path.rglob("*.tmp")) and not records(tmp_path / "out")
+
+
+def test_a_late_write_of_a_lost_worker_does_no_harm(work: Path, scored: Path, tmp_path: Path) -> None:
+    """What a zombie leaves: its shard again, the same bytes; a half-written temporary file; a file nobody asked for."""
+    run(*command(work, tmp_path / "out", "--backend", "local"))
+    again = tmp_path / "out" / "part-00003.parquet"
+    again.write_bytes((scored / "part-00003.parquet").read_bytes())
+    (tmp_path / "out" / ".part-00004.parquet.0123.tmp").write_bytes(b"half")
+    (tmp_path / "out" / "part-99999.parquet").write_bytes(b"stray")
+    assert "(0 scored now)" in run(*command(work, tmp_path / "out", "--backend", "local"))
+    assert hashes(tmp_path / "out") == hashes(scored)
