@@ -13,23 +13,32 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.cli import UsageError
-from pipeline.shards import SCHEMA_VERSION, Manifest, entry_of, footer_rows, manifest_uri, run_uri, shard_file
+from pipeline.shards import (
+    READERS,
+    SCHEMA_VERSION,
+    Manifest,
+    entry_of,
+    footer_rows,
+    manifest_uri,
+    record_file,
+    run_uri,
+    shard_file,
+)
 
-READERS = 16  # records read at a time: an object store answers many requests as fast as one
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def record_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_records", f"part-{index:05d}.json")
+    return storage.join(directory, "_records", record_file(index))
 
 
 def attempt_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_attempts", f"part-{index:05d}.json")
+    return storage.join(directory, "_attempts", record_file(index))
 
 
 # --- one shard -------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def read_records(directory: str) -> dict[int, dict[str, Any]]:
 def _read_record(uri: str) -> dict[str, Any] | None:
     try:
         record = storage.read_json(uri)
-        named = record["file"] == shard_file(record["index"]) and uri.endswith(f"part-{record['index']:05d}.json")
+        named = record["file"] == shard_file(record["index"]) and uri.endswith(record_file(record["index"]))
         return record if named and record["bytes"] and record["fingerprint_hash"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -9,21 +9,25 @@ from __future__ import annotations
 import io
 import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline import storage
 from pipeline.cli import UsageError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SCHEMA_VERSION = 2
 ROW_GROUP = 1024
+READERS = 16  # files read at a time: an object store answers many requests as fast as one
 SCORE_COLUMNS = ("entropy", "surprisal")
 TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 
@@ -112,6 +116,11 @@ class Manifest:
 def shard_file(index: int) -> str:
     """``part-00000.parquet``: one shard, one name, whoever writes it."""
     return f"part-{index:05d}.parquet"
+
+
+def record_file(index: int) -> str:
+    """``part-00000.json``: its record, in ``_records/``."""
+    return f"part-{index:05d}.json"
 
 
 def run_uri(directory: str) -> str:
@@ -276,25 +285,92 @@ def _why_no_manifest(uri: str) -> str:
 
 
 def check_shards(manifest: Manifest) -> None:
-    """Cheap checks before reading: each file exists with the manifest's size and the footer's row count.
+    """Before shards are read: they are all there, and every byte is what was committed.
+
+    Each shard of the run is named or known to have failed; each file has the manifest's size, SHA-256 and rows; its
+    record says what the manifest says (a copy may do without ``_records/``); the tokenizer is the one that made the
+    ids. Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
 
     Raises:
-        UsageError: names the first file that is missing, of another size, or unreadable.
+        UsageError: names the first file that is missing, damaged, swapped, edited or not to be read.
     """
+    program = MADE_BY[manifest.kind]
+    try:
+        if fault := next(_shard_faults(manifest), None):
+            raise UsageError(f"{fault}; delete its record in _records/ and run {program} again")
+        if fault := tokenizer_fault(manifest):
+            raise UsageError(
+                f"{storage.join(manifest.uri, 'tokenizer')} {fault}; put back the one that made the shards"
+            )
+    except PermissionError as error:
+        raise UsageError(f"{manifest.uri} may not be read ({error}); allow this user to read it") from None
+
+
+def _shard_faults(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the shards, the quickest checks first. Raises PermissionError."""
+    for index in missing_shards(manifest):
+        yield f"{manifest_uri(manifest.uri)} lacks {shard_file(index)}"
+    sizes = {info.base_name: info.size for info in storage.list_files(manifest.uri)}
     for entry in manifest.shards:
-        uri = manifest.shard_uri(entry)
-        mend = "delete its record in _records/ and run pipeline/score.py again"
-        size = storage.size(uri)
-        if size is None:
-            raise UsageError(f"{uri} is missing; {mend}")
-        if size != entry.bytes:
-            raise UsageError(f"{uri} has {size} bytes, its manifest says {entry.bytes}; {mend}")
-        try:
-            rows = footer_rows(uri)
-        except (pa.ArrowInvalid, OSError):
-            raise UsageError(f"{uri} is no readable Parquet file; {mend}") from None
-        if rows != entry.rows:
-            raise UsageError(f"{uri} has {rows} rows, its manifest says {entry.rows}; {mend}")
+        if entry.file not in sizes:
+            yield f"{manifest.shard_uri(entry)} is missing"
+        elif sizes[entry.file] != entry.bytes:
+            yield f"{manifest.shard_uri(entry)} has {sizes[entry.file]} bytes, its manifest says {entry.bytes}"
+    recorded = has_records(manifest.uri)
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from filter(None, pool.map(lambda entry: _content_fault(manifest, entry, recorded), manifest.shards))
+
+
+def _content_fault(manifest: Manifest, entry: ShardEntry, recorded: bool) -> str | None:
+    uri = manifest.shard_uri(entry)
+    try:
+        if recorded:
+            record = storage.read_json(storage.join(manifest.uri, "_records", record_file(entry.index)))
+            if differing := record_differences(manifest, entry, record):
+                return f"the manifest and the record of {uri} differ in {', '.join(differing)}"
+    except (FileNotFoundError, ValueError):
+        return f"the record of {uri} is missing or unreadable"
+    try:
+        if storage.sha256(uri) != entry.sha256:
+            return f"{uri} is not the file that was committed (its SHA-256 is another)"
+        if (rows := footer_rows(uri)) != entry.rows:
+            return f"{uri} has {rows} rows, its manifest says {entry.rows}"
+    except PermissionError:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        return f"{uri} cannot be read ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+def has_records(directory: str) -> bool:
+    """Whether the records of the shards are there: people copy shards without them."""
+    return any(info.base_name.startswith("part-") for info in storage.list_files(storage.join(directory, "_records")))
+
+
+def missing_shards(manifest: Manifest) -> list[int]:
+    """Shards of the run that the manifest neither holds nor names as failed."""
+    known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
+    return [index for index in range(manifest.planned_shards) if shard_file(index) not in known]
+
+
+def record_differences(manifest: Manifest, entry: ShardEntry, record: Any) -> list[str]:
+    """Names of what a shard's record says otherwise than the manifest."""
+    expected = asdict(entry) | {"fingerprint_hash": manifest.fingerprint_hash}
+    given = record if isinstance(record, dict) else {}
+    return [name for name, value in expected.items() if given.get(name) != value]
+
+
+def tokenizer_fault(manifest: Manifest) -> str | None:
+    """What is wrong with ``tokenizer/``; a plan may do without one. Raises PermissionError."""
+    if manifest.kind == "plan" and not storage.exists(storage.join(manifest.uri, "tokenizer")):
+        return None
+    try:
+        found = tokenizer_hash(load_tokenizer(manifest.uri))
+    except PermissionError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        return f"cannot be loaded ({' '.join(str(error).split())[:200]})"
+    return None if found == manifest.tokenizer_hash else "is not the tokenizer that made the ids"
 
 
 def footer_rows(uri: str) -> int:
@@ -305,6 +381,8 @@ def footer_rows(uri: str) -> int:
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     """The tokenizer that made the shards in ``directory``."""
+    from transformers import AutoTokenizer  # takes seconds, and most readers of shards need none
+
     with tempfile.TemporaryDirectory() as temporary:
         copy_tokenizer(directory, Path(temporary))
         return AutoTokenizer.from_pretrained(temporary)

@@ -1,0 +1,407 @@
+"""verify.py and the checks before training: every damage is named, and nothing is trained on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
+from transformers import AutoTokenizer
+
+from pipeline import checks, commit, masks, shards, storage
+from pipeline.cli import UsageError
+from pipeline.shards import Manifest, ShardEntry
+
+VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
+VARIANTS, HIDDEN = 2, 5
+
+
+@pytest.fixture
+def copy(scored: Path, tmp_path: Path) -> Path:
+    """The scored shards, to be damaged."""
+    return Path(shutil.copytree(scored, tmp_path / "copy"))
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+# --- damages ---------------------------------------------------------------------------------------------------------
+
+
+def flip_a_byte(directory: Path) -> None:
+    data = bytearray((directory / "part-00002.parquet").read_bytes())
+    data[len(data) // 3] ^= 1
+    (directory / "part-00002.parquet").write_bytes(data)
+
+
+def truncate(directory: Path) -> None:
+    data = (directory / "part-00002.parquet").read_bytes()
+    (directory / "part-00002.parquet").write_bytes(data[:-100])
+
+
+def lose_a_shard(directory: Path) -> None:
+    (directory / "part-00002.parquet").unlink()
+
+
+def swap_two_shards(directory: Path) -> None:
+    first, second = directory / "part-00002.parquet", directory / "part-00003.parquet"
+    first.rename(directory / "third")
+    second.rename(first)
+    (directory / "third").rename(second)
+
+
+def edit_a_record(directory: Path) -> None:
+    edit(directory / "_records" / "part-00002.json", entropy_sum=1.0)
+
+
+def change_the_tokenizer(directory: Path) -> None:
+    definition = json.loads((directory / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (directory / "tokenizer" / "tokenizer.json").write_text(json.dumps(definition))
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
+    (flip_a_byte, "part-00002.parquet: is not the file that was committed", "part-00002.parquet is not the file"),
+    (truncate, "part-00002.parquet: has ", "part-00002.parquet has "),
+    (lose_a_shard, "part-00002.parquet: is missing", "part-00002.parquet is missing"),
+    (swap_two_shards, "part-00003.parquet: holds sequences of shard 2, not of 3", "part-00002.parquet"),
+    (edit_a_record, "_records/part-00002.json: differs from the manifest in entropy_sum", "differ in entropy_sum"),
+    (change_the_tokenizer, "tokenizer: is not the tokenizer that made the ids", "is not the tokenizer that made"),
+]
+
+
+@pytest.mark.parametrize(("damage", "named", "refusal"), DAMAGES, ids=[damage.__name__ for damage, *_ in DAMAGES])
+def test_a_damage_is_named_and_not_trained_on(
+    copy: Path, tmp_path: Path, damage: Callable[[Path], None], named: str, refusal: str
+) -> None:
+    damage(copy)
+    output = run(*VERIFY, copy, code=1)
+    assert named in output and "Traceback" not in output
+    faulty = {line.partition(": ")[0] for line in output.splitlines() if "part-0" in line and line[0] in "p_"}
+    assert all("part-00002" in name or "part-00003" in name for name in faulty), output
+    flags = ["--entropy-source", "random", "--output-dir", tmp_path / "student", "--max-steps", 1]
+    assert refusal in refused(*TRAIN, "--shards", copy, *flags)
+    assert not (tmp_path / "student").exists()
+
+
+def test_the_mend_mends(work: Path, scored: Path, copy: Path) -> None:
+    flip_a_byte(copy)
+    with pytest.raises(UsageError, match=r"delete its record in _records/ and run pipeline/score.py again"):
+        shards.check_shards(shards.read_manifest(str(copy)))
+    (copy / "_records" / "part-00002.json").unlink()
+    assert "(1 scored now)" in run(*command(work, copy, "--backend", "local"))
+    shards.check_shards(shards.read_manifest(str(copy)))
+    assert (copy / "part-00002.parquet").read_bytes() == (scored / "part-00002.parquet").read_bytes()
+
+
+def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = shards.read_manifest(str(copy))
+    shards.check_shards(manifest)
+    with pytest.raises(UsageError, match=r"manifest\.json lacks part-00001"):
+        shards.check_shards(replace(manifest, shards=[manifest.shards[0], *manifest.shards[2:]]))
+    shards.check_shards(replace(manifest, shards=manifest.shards[1:], failed={"part-00000.parquet": "it was given up"}))
+    (copy / "_records" / "part-00001.json").write_text("{")
+    with pytest.raises(UsageError, match=r"part-00001\.parquet is missing or unreadable"):
+        shards.check_shards(manifest)
+    shutil.rmtree(copy / "_records")
+    shards.check_shards(manifest)
+    rows = [replace(entry, rows=entry.rows + 1) for entry in manifest.shards]
+    with pytest.raises(UsageError, match="rows, its manifest says"):
+        shards.check_shards(replace(manifest, shards=rows))
+
+    def denied(uri: str) -> str:
+        raise PermissionError(13, "Permission denied", uri)
+
+    monkeypatch.setattr(storage, "sha256", denied)
+    with pytest.raises(UsageError, match=r"may not be read .*allow this user"):
+        shards.check_shards(manifest)
+
+
+def test_sound_directories_have_no_faults(work: Path, scored: Path, copy: Path) -> None:
+    assert "no faults" in run(*VERIFY, scored, "--deep")
+    shutil.copy(copy / "part-00000.parquet", copy / "part-99999.parquet")
+    shutil.rmtree(copy / "_records")
+    output = run(*VERIFY, copy)
+    assert "note: part-99999.parquet" in output and "note: there are no records" in output and "no faults" in output
+
+
+def test_an_unfinished_run_says_how_far_it_is(scored: Path, copy: Path, tmp_path: Path) -> None:
+    (copy / "manifest.json").unlink()
+    for index in (0, 4):
+        (copy / "_records" / f"part-{index:05d}.json").unlink()
+    total = len(shards.read_manifest(str(scored)).shards)
+    output = run(*VERIFY, copy, "--deep")
+    assert f"unfinished, {total - 2} of {total} shards" in output and "note: part-00004.parquet" in output
+    flip_a_byte(copy)
+    assert "part-00002.parquet: is not the file that was committed" in run(*VERIFY, copy, code=1)
+    assert "no shard directory" in refused(*VERIFY, tmp_path)
+
+
+def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
+    totals = json.loads((copy / "manifest.json").read_text())["totals"]
+    edit(copy / "manifest.json", totals=totals | {"documents": 399, "worker_seconds": 1e9})
+    assert "manifest.json: its totals differ from the records' in documents" in run(*VERIFY, copy, code=1)
+    manifest = shards.read_manifest(str(copy))
+    assert not checks.manifest_faults(manifest)
+    forged = manifest.fingerprint | {"top_k": 99}
+    renamed = [replace(manifest.shards[0], index=1), *manifest.shards[1:]]
+    for fields, fault in (
+        ({"planned_shards": 99}, "lacks part-00098.parquet"),
+        ({"fingerprint": forged}, "fingerprint does not have the hash"),
+        ({"shards": renamed}, "calls shard 1 part-00000.parquet"),
+        ({"shards": manifest.shards[::-1]}, "not each once and in order"),
+        ({"sequences_hash": "0"}, "sequences_hash"),
+    ):
+        assert any(fault in found for found in checks.manifest_faults(replace(manifest, **fields))), fault
+
+
+def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> None:
+    teacher = ["--teacher", work / "teacher", "--sample", 200]
+    assert "200 sequences with the teacher: no faults" in run(*VERIFY, copy, *teacher)
+    # what no checksum shows: another teacher's scores, committed as they should be
+    manifest = shards.read_manifest(str(copy))
+    table = pq.read_table(copy / "part-00001.parquet")
+    entropy = np.abs(shards.column_2d(table, "entropy", LENGTH) - np.float16(0.1))
+    topk_ids = np.flip(shards.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K), 2)
+    changed = replace_list(replace_list(table, "entropy", entropy), "topk_ids", topk_ids)
+    entry, data = recommitted(manifest.shards[1], changed)
+    (copy / entry.file).write_bytes(data)
+    edit(copy / "_records" / "part-00001.json", **asdict(entry))
+    entries = [asdict(entry if e.index == 1 else e) for e in manifest.shards]
+    totals = manifest.totals | {"bytes": sum(e["bytes"] for e in entries)}
+    edit(copy / "manifest.json", shards=entries, totals=totals)
+    assert "no faults" in run(*VERIFY, copy)
+    output = run(*VERIFY, copy, *teacher, code=1)
+    assert "part-00001.parquet: has entropies up to 0.1" in output and "another most probable token" in output
+    assert "part-00002" not in output
+
+    save_bert(tmp_path / "other", AutoTokenizer.from_pretrained(work / "tokenizer"))
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    assert "other weights" in refused(*VERIFY, copy, "--teacher", tmp_path / "other")
+    assert "--sample needs --teacher" in refused(*VERIFY, copy, "--sample", 3)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def recommitted(entry: ShardEntry, table: pa.Table, groups: list[pa.Table] | None = None) -> tuple[ShardEntry, bytes]:
+    """What a shard would be that was written so."""
+    data = shards.to_parquet(groups or shards.row_groups(table))
+    return replace(entry, rows=len(table), bytes=len(data), sha256=storage.sha256_bytes(data)), data
+
+
+def replace_list(table: pa.Table, name: str, values: np.ndarray, lengths: np.ndarray | None = None) -> pa.Table:
+    """The table with other values in a list column [rows, …], or with rows of the given lengths."""
+    field = table.schema.field(name)
+    if lengths is None:
+        lengths = np.full(len(table), values.reshape(len(table), -1).shape[1])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    flat = pa.array(values.reshape(-1).astype(field.type.value_type.to_pandas_dtype()))
+    column = pa.ListArray.from_arrays(offsets, flat, type=field.type)
+    return table.set_column(table.schema.get_field_index(name), field, column)
+
+
+def changed(table: pa.Table, name: str, width: int, place: tuple[int, int], value: float) -> pa.Table:
+    values = shards.column_2d(table, name, width).copy()
+    values[place] = value
+    return replace_list(table, name, values)
+
+
+@pytest.fixture(scope="module")
+def tempered(work: Path) -> Path:
+    """A scored shard with a temperature; not to be changed."""
+    flags = ["--backend", "local", "--limit-documents", "60", "--temperatures", "1,2"]
+    run(*command(work, work / "tempered", *flags))
+    return work / "tempered"
+
+
+K, L = TOP_K, LENGTH
+FIRST = (0, 3 * TOP_K)  # the first row's third word
+VALUES: list[tuple[str, int, tuple[int, int], float, str]] = [
+    ("input_ids", L, (1, 4), 300, "has token ids outside the vocabulary"),
+    ("entropy", L, (1, 4), np.nan, "has entropy at a special token, or none elsewhere"),
+    ("entropy", L, (1, 0), 1, "has entropy at a special token, or none elsewhere"),
+    ("entropy", L, (1, 4), 5.8, "has entropies outside 0 … 5.70 nats"),
+    ("entropy", L, (1, 4), -0.1, "has entropies outside 0 … 5.70 nats"),
+    ("surprisal", L, (1, 4), np.nan, "has surprisal at a special token, or none elsewhere"),
+    ("surprisal", L, (1, 4), -0.1, "has surprisals below 0"),
+    ("topk_ids", L * K, FIRST, 300, "has top-k ids outside the vocabulary"),
+    ("topk_logprobs", L * K, FIRST, -9, "has log-probabilities that are not sorted"),
+    ("topk_logprobs", L * K, FIRST, 0.5, "has log-probabilities above 0"),
+    ("topk_logprobs", L * K, FIRST, 0.0, "has probabilities that sum to more than 1"),
+    ("topk_logprobs", L * K, FIRST, np.nan, "has log-probabilities where nothing is scored, or none elsewhere"),
+    ("topk_logprobs", L * K, (0, 0), -1, "has log-probabilities where nothing is scored, or none elsewhere"),
+    ("temperature_lse_2", L, (1, 4), np.inf, "has temperature_lse_2 that is not finite exactly where it is scored"),
+    ("temperature_lse_2", L, (1, 0), 1, "has temperature_lse_2 that is not finite exactly where it is scored"),
+]
+
+
+@pytest.mark.parametrize(("name", "width", "place", "value", "fault"), VALUES, ids=[f"{v[0]}={v[3]}" for v in VALUES])
+def test_wrong_values_are_named(
+    tempered: Path, name: str, width: int, place: tuple[int, int], value: float, fault: str
+) -> None:
+    manifest = shards.read_manifest(str(tempered))
+    table = shards.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+    entry, data = recommitted(manifest.shards[0], table)
+    assert not checks.file_faults(manifest, entry, data, deep=True)
+    entry, data = recommitted(entry, changed(table, name, width, place, value))
+    assert not checks.file_faults(manifest, entry, data)
+    faults = checks.file_faults(manifest, entry, data, deep=True)
+    assert any(found.startswith(fault) for found in faults), faults
+
+
+def test_wrong_tables_are_named(tempered: Path) -> None:
+    manifest = shards.read_manifest(str(tempered))
+    table = shards.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+    topk_ids = shards.column_2d(table, "topk_ids", L * K).copy()
+    topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
+    entropy = shards.column_2d(table, "entropy", L)
+    padded = changed(table, "input_ids", L, (0, 4), manifest.special_ids["pad"])
+    wide = table.cast(pa.schema([f if f.name != "sequence_id" else f.with_type(pa.int64()) for f in table.schema]))
+    numbers = pa.array(table["sequence_id"].to_numpy()[::-1])
+    reverse = table.set_column(0, table.schema.field(0), numbers)
+    cases: list[tuple[pa.Table, list[pa.Table] | None, str]] = [
+        (replace_list(table, "topk_ids", topk_ids), None, "has a top-k id twice at a position"),
+        (replace_list(table, "entropy", entropy[:, 1:]), None, f"has entropy of another length than {L}"),
+        (padded, None, "has entropy at a special token"),
+        (wide, None, "has other columns than the contract"),
+        (reverse, None, "its sequence ids are not contiguous (first at row 0)"),
+        (table, [table.slice(0, 7), table.slice(7)], "its row groups are cut elsewhere"),
+    ]
+    for bad, groups, fault in cases:
+        entry, data = recommitted(manifest.shards[0], bad, groups)
+        faults = checks.file_faults(manifest, entry, data, deep=True)
+        assert any(found.startswith(fault) for found in faults), (fault, faults)
+    entry, data = recommitted(manifest.shards[0], table)
+    for field in ("tokens", "scored_tokens"):
+        short = replace(entry, **{field: getattr(entry, field) - 1})
+        assert f"{field.replace('_', ' ')}, not" in checks.file_faults(manifest, short, data, deep=True)[0]
+    less = replace(entry, entropy_sum=entry.entropy_sum * 0.99)
+    assert "its entropies sum to" in checks.file_faults(manifest, less, data, deep=True)[0]
+
+
+# --- plans and targets -----------------------------------------------------------------------------------------------
+
+
+def make_plan(source: Manifest, directory: Path) -> None:
+    """A mask plan that hides the first words of each sequence, as a run of its own."""
+    records = {}
+    for entry in source.shards:
+        table = shards.read_table(source, entry, ["sequence_id", "input_ids"])
+        inputs_NL = shards.column_2d(table, "input_ids", LENGTH).astype(np.int64)
+        parts = []
+        for numbers, variant in masks.blocks(entry.rows, VARIANTS):
+            positions_NK = np.tile(np.arange(HIDDEN) + variant + 1, (len(numbers), 1))
+            positions_NK[0, HIDDEN - variant :] = masks.NO_POSITION
+            corrupted_NK = np.where(positions_NK < 0, 0, source.special_ids["mask"])
+            row, column = np.nonzero(positions_NK >= 0)
+            masked_NL = inputs_NL[numbers]
+            masked_NL[row, positions_NK[row, column]] = source.special_ids["mask"]
+            parts.append(
+                masks.MaskedRows(
+                    table["sequence_id"].to_numpy()[numbers],
+                    np.full(len(numbers), variant, np.uint16),
+                    positions_NK,
+                    corrupted_NK,
+                    masks.input_crc32(masked_NL),
+                )
+            )
+        rows = masks.MaskedRows(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
+        groups = masks.row_groups(masks.plan_table(rows, source.vocab_size), rows)
+        record = masks.counts(rows) | {"fingerprint_hash": storage.sha256_json({"plan": 1}), "documents": 0, "flops": 0}
+        record |= {"seconds": 0.1, "forward_seconds": 0.0, "finished_at": "2024-01-01T00:00:00+00:00", "worker": "w:1"}
+        record |= {"rejected": {"count": 0, "reasons": {}, "listed": []}}
+        records[entry.index] = commit.commit_shard(str(directory), entry.index, shards.to_parquet(groups), record)
+    fields = {"policy": "first words", "variants": VARIANTS, "positions": HIDDEN, "source": source.uri}
+    fingerprint = {"fingerprint": {"plan": 1}, "fingerprint_hash": storage.sha256_json({"plan": 1})}
+    empty = replace(source, uri=str(directory), kind="plan", scored=False, top_k=0, masks=fields, **fingerprint)
+    commit.write_manifest(empty, records, {})
+
+
+@pytest.fixture(scope="module")
+def targets(work: Path, tempered: Path) -> Path:
+    """Targets of a plan for ``tempered``, with a temperature; not to be changed."""
+    make_plan(shards.read_manifest(str(tempered)), work / "plan")
+    flags = [
+        "--corpus",
+        tempered,
+        "--masks",
+        work / "plan",
+        "--teacher",
+        work / "teacher",
+        "--output",
+        work / "targets",
+    ]
+    run(*SCORE, *flags, "--top-k", TOP_K, "--temperatures", "1,2", "--dtype", "float32", "--backend", "local")
+    return work / "targets"
+
+
+def test_plans_and_targets_are_verified_too(work: Path, targets: Path, tmp_path: Path) -> None:
+    for directory, kind in ((work / "plan", "plan"), (targets, "targets")):
+        output = run(*VERIFY, directory, "--deep")
+        assert f"of {kind}" in output and "no faults" in output
+    copy = Path(shutil.copytree(targets, tmp_path / "copy"))
+    (copy / "manifest.json").unlink()
+    assert "no faults" in run(*VERIFY, copy, "--deep")
+    data = bytearray((copy / "part-00000.parquet").read_bytes())
+    data[99] ^= 1
+    (copy / "part-00000.parquet").write_bytes(data)
+    assert "part-00000.parquet: is not the file" in run(*VERIFY, copy, code=1)
+    assert "leave out --teacher" in refused(*VERIFY, targets, "--teacher", work / "teacher")
+
+
+def test_wrong_plans_and_targets_are_named(work: Path, targets: Path) -> None:
+    for directory, kind, cases in (
+        (
+            work / "plan",
+            "plan",
+            [
+                ("positions", 0, LENGTH, "has positions past the end"),
+                ("positions", 3, 1, "has positions that do not ascend"),
+                ("corrupted_ids", 0, 300, "has ids outside the vocabulary"),
+            ],
+        ),
+        (
+            targets,
+            "targets",
+            [
+                ("positions", 3, 1, "has positions that do not ascend"),
+                ("topk_ids", 0, 300, "has top-k ids outside the vocabulary"),
+                ("topk_logprobs", 0, -9, "has log-probabilities that are not sorted"),
+                ("temperature_lse_2", 0, np.nan, "has temperature_lse_2 that is not finite"),
+            ],
+        ),
+    ):
+        manifest = shards.read_manifest(str(directory), kind)
+        table = shards.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+        rows = masks.rows_of(table, HIDDEN)
+
+        def faults(bad: pa.Table, manifest: Manifest = manifest, rows: masks.MaskedRows = rows) -> list[str]:
+            entry, data = recommitted(manifest.shards[0], bad, masks.row_groups(bad, rows))
+            return checks.file_faults(manifest, entry, data, deep=True)
+
+        assert not faults(table)
+        for name, place, value, fault in cases:
+            flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
+            flat[place] = value
+            found = faults(replace_list(table, name, flat, checks.list_lengths(table, name)))
+            assert any(text.startswith(fault) for text in found), (fault, found)
+        numbers = table.schema.get_field_index("variant")
+        same = table.set_column(numbers, table.schema.field("variant"), pa.array(np.zeros(len(table), np.uint16)))
+        assert any("variants are not 0 … 1" in text for text in faults(same))
+        short = replace_list(table, "positions", np.ones(len(table)))
+        assert any("of another length than its positions" in text for text in faults(short))
+        narrow = replace(manifest, masks=(manifest.masks or {}) | {"positions": HIDDEN - 1})
+        assert any(f"hides {HIDDEN} positions" in text for text in faults(table, narrow))
