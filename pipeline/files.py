@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import fsspec
 from pyarrow import fs
 
 from pipeline import storage
@@ -102,12 +101,8 @@ def content_identity(path: str) -> str:
     """Hash of a local file's bytes; of a remote file its size and etag (or time, where the store has no etag)."""
     if not storage.is_remote(path):
         return storage.sha256(path)
-    filesystem, name = fsspec.core.url_to_fs(path)
-    info = filesystem.info(name)
-    tag = (
-        info.get("ETag")
-        or info.get("etag")
-        or info.get("md5Hash")
-        or str(info.get("mtime") or info.get("LastModified"))
-    )
-    return f"{info['size']}:{tag}"
+    filesystem, name = storage.resolve(path)
+    with filesystem.open_input_stream(name, compression=None) as stream:
+        known = {str(key).lower(): str(value) for key, value in (stream.metadata() or {}).items()}
+    info = filesystem.get_file_info(name)
+    return f"{info.size}:{known.get('etag') or info.mtime_ns}"
