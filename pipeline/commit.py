@@ -237,13 +237,13 @@ def write_manifest(empty: Manifest, records: dict[int, dict[str, Any]], failed: 
 
     Args:
         empty: all that is known of the directory before its shards.
-        failed: reasons of the shards that the run was allowed to end without.
+        failed: reasons of the shards that the run was allowed to end without, besides those that ``empty`` names.
     """
     ordered = [records[index] for index in sorted(records)]
     manifest = replace(
         empty,
         shards=[entry_of(record) for record in ordered],
-        failed={shard_file(index): reason for index, reason in sorted(failed.items())},
+        failed=empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())},
         totals=totals(ordered),
     )
     fields = asdict(manifest)

@@ -211,7 +211,9 @@ def _plan_shard_directory(spec: str, limit_documents: int | None) -> Corpus:
         raise UsageError(f"{spec} holds sequences, not documents; leave out --limit-documents")
     manifest = read_manifest(spec)
     check_shards(manifest)
-    pieces = [[Piece(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)] for entry in manifest.shards]
+    pieces: list[list[Piece]] = [[] for _ in range(manifest.planned_shards)]  # no pieces: the shard was given up
+    for entry in manifest.shards:
+        pieces[entry.index] = [Piece(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
     # only the tokens count: scoring a scored directory again must be the same as scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     return Corpus(pieces, corpus if "sequences" in corpus else {"sequences": corpus}, manifest)

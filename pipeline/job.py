@@ -134,7 +134,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         tokenizer_hash=shards.tokenizer_hash(tokenizer),
         planned_shards=len(corpus.shards),
         shards=[],
-        failed={},
+        failed=corpus.from_shards.failed if corpus.from_shards else {},
         totals={},
     )
     return Job(
@@ -164,7 +164,8 @@ def read_plan(uri: str, corpus: Corpus, sequences_hash: str) -> Manifest:
     shards.check_shards(plan)
     if not corpus.from_shards:
         raise UsageError(f"--masks {uri} is a plan for a shard directory; name that directory as --corpus")
-    if plan.sequences_hash != sequences_hash or len(plan.shards) != len(corpus.shards):
+    indices = {index for index, pieces in enumerate(corpus.shards) if pieces}
+    if plan.sequences_hash != sequences_hash or indices != {entry.index for entry in plan.shards}:
         raise UsageError(f"--masks {uri} was made for other sequences than {corpus.from_shards.uri}; plan them anew")
     return plan
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -247,7 +248,7 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
     try:
         fields = storage.read_json(manifest_uri(uri))
     except FileNotFoundError:
-        raise UsageError(_why_no_manifest(uri)) from None
+        raise UsageError(_why_no_manifest(uri, kind)) from None
     except ValueError:
         raise UsageError(f"{manifest_uri(uri)} is not valid JSON; finish or repeat the scoring run") from None
     try:
@@ -259,6 +260,7 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
         fields["shards"] = [entry_of(entry) for entry in fields["shards"]]
         names = Manifest.__dataclass_fields__.keys() - {"uri"}
         manifest = Manifest(uri=uri, **{name: fields[name] for name in names})
+        _check_types(manifest)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{manifest_uri(uri)} is no shard manifest ({error}); score the corpus again") from None
     if manifest.kind != kind:
@@ -271,17 +273,30 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
     return manifest
 
 
+def _check_types(manifest: Manifest) -> None:
+    """Raises TypeError or KeyError for a manifest that no program of this project wrote."""
+    for part in (manifest, *manifest.shards):
+        for name, kind in get_type_hints(type(part)).items():
+            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            plain = tuple((int, float) if each is float else get_origin(each) or each for each in kinds)
+            if not isinstance(value := getattr(part, name), plain):
+                raise TypeError(f"{name} is {str(value)[:40]!r}")
+    for role in ("pad", "cls", "sep", "mask"):
+        if not isinstance(token := manifest.special_ids[role], int):
+            raise TypeError(f"the {role} token is {token!r}")
+
+
 def entry_of(record: dict[str, Any]) -> ShardEntry:
     return ShardEntry(**{name: record[name] for name in ShardEntry.__dataclass_fields__})
 
 
-def _why_no_manifest(uri: str) -> str:
+def _why_no_manifest(uri: str, kind: str) -> str:
     try:
         total = storage.read_json(run_uri(uri))["shards"]
     except (FileNotFoundError, ValueError, KeyError):
-        return f"{uri} is no shard directory (it has no manifest.json); make one with pipeline/score.py"
+        return f"{uri} is no shard directory (it has no manifest.json); make one with {MADE_BY[kind]}"
     done = sum(info.base_name.startswith("part-") for info in storage.list_files(storage.join(uri, "_records")))
-    return f"{uri} is unfinished ({done} of {total} shards); run the same pipeline/score.py command again to finish it"
+    return f"{uri} is unfinished ({done} of {total} shards); run the same {MADE_BY[kind]} command again to finish it"
 
 
 def check_shards(manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,16 @@ from torch.utils.data import DataLoader
 
 import train.data
 from pipeline import shards
-from pipeline.cli import UsageError
-from train.data import Columns, TrainingSequences, evaluation_batches, read_rows, split_shards
-from train.masking import IGNORED, Masker, MaskPolicy
+from pipeline.cli import RunError, UsageError
+from train.data import Columns, TrainingSequences, evaluation_batches, masker_of, read_rows, split_shards
+from train.masking import IGNORED, MaskPolicy
 
 POLICY = MaskPolicy(temperature=1.0)
 
 
 class MaskBatch:
     def __init__(self, manifest: shards.Manifest) -> None:
-        special, ids = manifest.special_token_ids, manifest.special_ids
-        self.masker = Masker(
-            vocab_size=manifest.vocab_size, special_token_ids=special, mask_id=ids["mask"], pad_id=ids["pad"]
-        )
+        self.masker = masker_of(manifest)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.masker(batch, POLICY) | {name: batch[name] for name in ("sequence_id", "epoch", "entropy")}
@@ -97,7 +95,7 @@ def test_memory_is_bounded_by_the_window(manifest: shards.Manifest, monkeypatch:
     dataset = sequences(manifest, manifest.totals["sequences"])
     for start in range(0, len(dataset), 8):
         dataset.__getitems__(list(range(start, min(start + 8, len(dataset)))))
-        held = sum(len(rows["sequence_id"]) for rows in dataset._windows.values())
+        held = sum(len(rows["sequence_id"]) for rows, _ in dataset._windows.values())
         assert held <= 4 * max(entry.rows for entry in manifest.shards)
 
 
@@ -124,3 +122,28 @@ def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifes
     manifest = shards.Manifest(**(vars(manifest) | {"shards": manifest.shards[:1]}))
     with pytest.raises(UsageError, match="only one shard"):
         split_shards(manifest, 0.1)
+
+
+def test_the_split_survives_shards_that_were_given_up(manifest: shards.Manifest) -> None:
+    kept, held_out = split_shards(manifest, 0.3)
+    for lost in manifest.shards:
+        left = [entry for entry in manifest.shards if entry is not lost]
+        fewer = shards.Manifest(**(vars(manifest) | {"shards": left}))
+        # what is held out stays held out, up to the one that may take the place of another
+        now_kept, now_held_out = split_shards(fewer, 0.3)
+        assert len({e.index for e in held_out} - {e.index for e in now_held_out} - {lost.index}) <= 1
+        assert len({e.index for e in now_held_out} - {e.index for e in held_out}) <= 1
+        assert len(now_kept) + len(now_held_out) == len(left) == len(kept) + len(held_out) - 1
+
+
+def test_a_shard_that_cannot_be_read_is_named(scored: Path, tmp_path: Path) -> None:
+    shutil.copytree(scored, tmp_path / "shards")
+    manifest = shards.read_manifest(str(tmp_path / "shards"))
+    entry = manifest.shards[0]
+    file = tmp_path / "shards" / entry.file
+    data = bytearray(file.read_bytes())
+    data[50 : len(data) // 2] = bytes(len(data) // 2 - 50)  # the footer stays as it was
+    file.write_bytes(data)
+    with pytest.raises(RunError, match=r"cannot read .*part-00000.parquet .*pipeline/verify.py") as caught:
+        read_rows(manifest, entry, Columns(entropy=True))
+    assert "\n" not in str(caught.value)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from train.distill import tail_kl
+from train.distill import distillation, tail_kl
 
 N, V = 64, 300
 
@@ -117,3 +118,60 @@ def test_positions_without_scores_give_nothing() -> None:
     kl_N.sum().backward()
     assert (kl_N[::2] == 0).all() and (kl_N[1::2] > 0).all()
     assert student.grad is not None and (student.grad[::2] == 0).all() and student.grad.isfinite().all()
+
+
+# --- temperature -----------------------------------------------------------------------------------------------------
+
+
+def lse_at(logits_NV: Tensor, T: float) -> Tensor:
+    return (logits_NV / T).logsumexp(1) - logits_NV.logsumexp(1) / T
+
+
+@pytest.mark.parametrize("T", [0.5, 2.0, 10.0])
+@pytest.mark.parametrize("k", [1, 16, V])
+def test_at_a_temperature_it_is_the_divergence_of_both_at_that_temperature(T: float, k: int) -> None:
+    teacher, student = logits(0), logits(1)
+    ids_NK, log_p_NK = top(teacher, k)
+    found_N = distillation(student, ids_NK, log_p_NK, T, lse_at(teacher, T))
+    at_T_NK = (teacher / T).log_softmax(1).gather(1, ids_NK)
+    expected_N = T**2 * tail_kl(student / T, ids_NK, at_T_NK)
+    torch.testing.assert_close(found_N, expected_N, atol=1e-9, rtol=1e-9)
+    if k == V:
+        dense_N = F.kl_div(
+            (student / T).log_softmax(1), (teacher / T).log_softmax(1), reduction="none", log_target=True
+        )
+        torch.testing.assert_close(found_N, T**2 * dense_N.sum(1), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("T", [0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("k", [1, 16, V])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_student_that_agrees_has_nothing_to_learn_at_any_temperature(T: float, k: int, stored: bool) -> None:
+    """Exactly in float64; as far as float16 tells them apart through storage, where the gradient is one of rounding."""
+    teacher = logits(0)
+    ids_NK, log_p_NK = top(teacher, k)
+    lse_N = lse_at(teacher, T)
+    if stored:
+        log_p_NK, lse_N = log_p_NK.half().double(), lse_N.half().double()
+    student = teacher.clone().requires_grad_()
+    loss_N = distillation(student, ids_NK, log_p_NK, T, None if T == 1 else lse_N)
+    loss_N.sum().backward()
+    assert student.grad is not None and (loss_N >= 0).all()
+    off = 2e-3 if stored else 1e-12  # a half of 2 to 4 is off by 2^-10 at most
+    assert float(loss_N.detach().max()) <= off * T**2
+    assert float(student.grad.abs().max()) <= off * T
+
+
+def test_a_temperature_keeps_the_size_of_the_gradient() -> None:
+    teacher, student = logits(0, 0.01), logits(1, 0.01)
+    norms = []
+    for T in (1.0, 5.0):
+        student = student.detach().requires_grad_()
+        distillation(student, *top(teacher, V), T, lse_at(teacher, T)).sum().backward()
+        norms.append(float(student.grad.norm()))
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_a_temperature_needs_its_constant() -> None:
+    with pytest.raises(ValueError, match="temperature 2 need"):
+        distillation(logits(1), *top(logits(0), 4), 2.0)

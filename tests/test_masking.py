@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -164,6 +165,22 @@ def test_impossible_policies_are_refused(settings: dict) -> None:
         MaskPolicy(**settings)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7, math.inf])
+def test_a_policy_comes_back_from_json(temperature: float) -> None:
+    policy = MaskPolicy(0.3, temperature, (0.25, 1.0), 0.1, "mask-only", 7)
+    text = json.dumps(policy.to_json(), allow_nan=False)
+    assert MaskPolicy.from_json(json.loads(text)) == policy
+    for broken in ({}, {"band": 1}, policy.to_json() | {"ratio": 2}, policy.to_json() | {"other": 1}):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            MaskPolicy.from_json(broken)
+
+
+def test_a_policy_repeats_where_two_epochs_hide_the_same() -> None:
+    for policy in (MaskPolicy(), MaskPolicy(band=(0.2, 0.8)), MaskPolicy(floor=0.3), MaskPolicy(temperature=0.1)):
+        first, second = (select_positions(entropies(99), candidates(99), *keys(99, e), policy) for e in (0, 1))
+        assert policy.repeats() == torch.equal(first, second)
+
+
 def test_a_row_is_masked_alike_in_any_batch_and_anew_each_epoch() -> None:
     entropy_BL, candidates_BL, (ids_B, epoch_B) = entropies(64), candidates(64), keys(64)
     for temperature in (1.0, math.inf):
@@ -213,8 +230,11 @@ def test_masker_gathers_what_the_teacher_said_of_the_masked_positions() -> None:
     sequence_B, epoch_B = keys(rows)
     topk_BLT = torch.randint(0, VOCAB, (rows, L, top))
     raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "entropy": entropies(rows)}
+    lse_BL = torch.rand(rows, L)
     masker = Masker(vocab_size=VOCAB, special_token_ids=[PAD, CLS, SEP, MASK], mask_id=MASK, pad_id=PAD)
-    batch = masker(raw | {"topk_ids": topk_BLT, "topk_logprobs": -topk_BLT.float()}, MaskPolicy())
+    batch = masker(
+        raw | {"topk_ids": topk_BLT, "topk_logprobs": -topk_BLT.float(), "temperature_lse": lse_BL}, MaskPolicy()
+    )
     assert torch.equal(batch["attention_mask"], (ids_BL != PAD).long())
     for row, position in ((r, p) for r in range(rows) for p in range(K)):
         where = int(batch["positions_BK"][row, position])
@@ -222,6 +242,7 @@ def test_masker_gathers_what_the_teacher_said_of_the_masked_positions() -> None:
             assert 0 < where < L - 1 and ids_BL[row, where] >= 4
             assert torch.equal(batch["teacher_ids_BKT"][row, position], topk_BLT[row, where])
             assert torch.equal(batch["teacher_logprobs_BKT"][row, position], -topk_BLT[row, where].float())
+            assert batch["temperature_lse_BK"][row, position] == lse_BL[row, where]
     without = masker({name: raw[name][:-1] for name in raw}, MaskPolicy())
     assert without.keys() == {"input_ids", "positions_BK", "labels_BK"}
     assert torch.equal(without["input_ids"], batch["input_ids"][:-1])
@@ -262,6 +283,13 @@ def test_noise_is_uniform_and_independent_across_everything() -> None:
     for name, other in others.items():
         correlation = np.corrcoef(base.flatten().numpy(), other.flatten().numpy())[0, 1]
         assert abs(correlation) < 5 / math.sqrt(rows * length), name
+
+
+def test_hashes_are_of_each_number_alone() -> None:
+    whole = masking.hashes(5, 1, of_N=torch.arange(100))
+    assert torch.equal(masking.hashes(5, 1, of_N=torch.arange(40, 60)), whole[40:60])
+    assert len(set(whole.tolist())) == 100
+    assert not (masking.hashes(5, 2, of_N=torch.arange(100)) == whole).any()
 
 
 def test_hash_order_is_a_permutation_of_its_key() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from pipeline.entropy import entropy
-from train.distill import tail_kl
+from train.distill import distillation
 from train.masking import IGNORED, Masker, MaskPolicy
 from train.student import student_entropy, with_masked_positions
 
@@ -28,7 +28,8 @@ def masked_batch(distil: bool = False) -> dict[str, torch.Tensor]:
     }
     if distil:
         log_p = torch.randn(ROWS, LENGTH, VOCAB, generator=generator).log_softmax(-1).topk(TOP)
-        raw |= {"topk_ids": log_p.indices, "topk_logprobs": log_p.values}
+        lse = torch.rand(ROWS, LENGTH, generator=generator)
+        raw |= {"topk_ids": log_p.indices, "topk_logprobs": log_p.values, "temperature_lse": lse}
     masker = Masker(vocab_size=VOCAB, special_token_ids=[0, 1, 2, 3, 4], mask_id=4, pad_id=PAD)
     batch = masker(raw, MaskPolicy(ratio=0.3))
     assert (batch["positions_BK"] == IGNORED).any(), "a short row is part of the test"
@@ -44,12 +45,14 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_sparse_head_equals_full_head(name: str, alpha: float) -> None:
+@pytest.mark.parametrize("alpha, T", [(0.0, 1.0), (0.4, 1.0), (0.4, 2.0)])
+def test_sparse_head_equals_full_head(name: str, alpha: float, T: float) -> None:
     plain = model_of(name)
     sparse = with_masked_positions(copy.deepcopy(plain))
     batch = masked_batch(distil=True)
-    found = sparse(**batch, distill_weight=alpha)
+    if T == 1:
+        del batch["temperature_lse_BK"]
+    found = sparse(**batch, distill_weight=alpha, distill_temperature=T)
     assert found["logits"].shape == (ROWS, batch["positions_BK"].shape[1], VOCAB)
 
     logits_BLV = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -58,7 +61,9 @@ def test_sparse_head_equals_full_head(name: str, alpha: float) -> None:
     labels_N = batch["labels_BK"].flatten()
     count = labels_N.numel()
     expected = F.cross_entropy(logits_NV, labels_N, reduction="sum") / count
-    kl_N = tail_kl(logits_NV, batch["teacher_ids_BKT"].flatten(0, 1), batch["teacher_logprobs_BKT"].flatten(0, 1))
+    said = batch["teacher_ids_BKT"].flatten(0, 1), batch["teacher_logprobs_BKT"].flatten(0, 1)
+    lse_N = batch["temperature_lse_BK"].flatten() if T != 1 else None
+    kl_N = distillation(logits_NV, *said, T, lse_N)
     expected = (1 - alpha) * expected + alpha * kl_N[labels_N >= 0].sum() / count
     torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=0)
 

@@ -10,13 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline.cli import UsageError
-from pipeline.shards import ROW_GROUP, TOP_K_COLUMNS, Manifest, ShardEntry, column_2d, read_table
-from train.masking import hash_order
+from pipeline import masks
+from pipeline.cli import RunError, UsageError
+from pipeline.shards import (
+    ROW_GROUP,
+    TOP_K_COLUMNS,
+    Manifest,
+    ShardEntry,
+    column_2d,
+    read_table,
+    temperature_column,
+)
+from train.masking import Masker, hash_order, hashes
 
 WINDOW = 16  # row groups that are shuffled together, and the most that a loader keeps decoded, twice
 SPLIT_SEED = 0  # the split is the same for every run on the same shards, whatever its --seed
@@ -26,8 +36,8 @@ ORDER_STREAM = 1
 def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEntry], list[ShardEntry]]:
     """(train, evaluation) shards: ⌈fraction · n⌉ shards by hash, at least one on each side.
 
-    A function of the number of shards alone, so that a reference, trained on tokens, and students, trained on the same
-    shards scored, hold out the same documents.
+    Shards are ranked by a hash of their index, so that a reference, trained on tokens, and students, trained on the
+    same shards scored, hold out the same documents, even where a scoring run ended without some of its shards.
 
     Raises:
         UsageError: there are fewer than two shards.
@@ -40,46 +50,113 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
             f"{manifest.uri} has only one shard, so none can be held out; make more with a smaller --shard-tokens, "
             "or train without evaluation (--eval-fraction 0)"
         )
-    order = hash_order(SPLIT_SEED, size=len(manifest.shards)).tolist()
-    entries.sort(key=lambda entry: order[entry.index])
+    ranks = hashes(SPLIT_SEED, of_N=torch.tensor([entry.index for entry in entries])).tolist()
+    entries = [entry for _, entry in sorted(zip(ranks, entries, strict=True), key=lambda pair: pair[0])]
     held_out = min(len(entries) - 1, math.ceil(eval_fraction * len(entries)))
     return sorted(entries[held_out:], key=lambda e: e.index), sorted(entries[:held_out], key=lambda e: e.index)
 
 
+def masker_of(manifest: Manifest) -> Masker:
+    """What masks the sequences of a shard directory."""
+    return Masker(
+        vocab_size=manifest.vocab_size,
+        special_token_ids=manifest.special_token_ids,
+        mask_id=manifest.special_ids["mask"],
+        pad_id=manifest.special_ids["pad"],
+    )
+
+
 @dataclass(frozen=True)
 class Columns:
-    """What of a shard is read: no more than a run uses."""
+    """What of a shard is read: no more than a run uses. ``temperature``: at which the top k are to be known."""
 
     entropy: bool = False
     top_k: bool = False
+    temperature: float = 1.0
 
     def names(self) -> list[str]:
-        columns = ["sequence_id", "input_ids"]
-        return columns + ["entropy"] * self.entropy + list(TOP_K_COLUMNS) * self.top_k
+        columns = ["sequence_id", "input_ids"] + ["entropy"] * self.entropy
+        if self.top_k:
+            columns += TOP_K_COLUMNS
+            columns += [temperature_column(self.temperature)] * (self.temperature != 1)
+        return columns
 
 
 Rows = dict[str, np.ndarray]
 
 
 def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_groups: list[int] | None = None) -> Rows:
-    """Rows of a shard as arrays: sequence_id [N], input_ids [N, L], entropy [N, L], topk_* [N, L, k]."""
-    table = read_table(manifest, entry, columns.names(), row_groups)
+    """Rows of a shard as arrays: sequence_id [N], input_ids, entropy, temperature_lse [N, L], topk_* [N, L, k].
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    table = _table(manifest, entry, columns.names(), row_groups)
     length = manifest.sequence_length
     rows: Rows = {"sequence_id": table["sequence_id"].to_numpy()}
     for name in columns.names()[1:]:
         if name in TOP_K_COLUMNS:
             rows[name] = column_2d(table, name, length * manifest.top_k).reshape(-1, length, manifest.top_k)
+        elif name == temperature_column(columns.temperature):
+            rows["temperature_lse"] = column_2d(table, name, length)
         else:
             rows[name] = column_2d(table, name, length)
     return rows
 
 
-def to_tensors(rows: Rows) -> dict[str, Tensor]:
-    """Integers as int64, floats as float32: what torch computes with."""
-    return {
-        name: torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float32))
-        for name, array in rows.items()
+def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: int, variant: int, T: float) -> Rows:
+    """What a teacher says of one variant of one row group of sequences (``pipeline.masks``).
+
+    Args:
+        targets: manifest of a target directory, and ``entry`` its shard.
+        sequences: the rows of the row group ``block``.
+        T: temperature at which the top k are to be known.
+
+    Returns:
+        planned_positions [N, K] (``NO_POSITION`` where a row hides fewer), input_crc32 [N], teacher_ids and
+        teacher_logprobs [N, K, k], and with T ≠ 1 temperature_lse [N, K].
+
+    Raises:
+        RunError: the file cannot be read, or holds other rows.
+    """
+    assert targets.masks
+    K, variants, lse = targets.masks["positions"], targets.masks["variants"], [T] if T != 1 else []
+    columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
+    table = _table(targets, entry, columns, [masks.row_group(block, variant, variants)])
+    rows = masks.rows_of(table, K)
+    if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
+        raise RunError(f"{targets.shard_uri(entry)} does not hold the rows that its manifest says; make it anew")
+    found = masks.targets_of(table, K, targets.top_k, lse)
+    joined = {
+        "planned_positions": rows.positions_NK,
+        "input_crc32": rows.crc32_N,
+        "teacher_ids": found.topk_ids_NKT,
+        "teacher_logprobs": found.topk_logprobs_NKT,
     }
+    return joined if T == 1 else joined | {"temperature_lse": found.temperature_lse_NK[T]}
+
+
+def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups: list[int] | None) -> pa.Table:
+    try:
+        return read_table(manifest, entry, columns, row_groups)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"cannot read {manifest.shard_uri(entry)} ({reason}); pipeline/verify.py says what is wrong with it"
+        ) from None
+
+
+def to_tensors(rows: Rows) -> dict[str, Tensor]:
+    """Integers as int64, floats as float32: what torch computes with. The top k stay as they are stored.
+
+    Those are k times as many as the rest, and few of them will be wanted.
+    """
+    wide = {name: array for name, array in rows.items() if name not in TOP_K_COLUMNS}
+    tensors = {
+        name: torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float32))
+        for name, array in wide.items()
+    }
+    return tensors | {name: torch.from_numpy(rows[name]) for name in TOP_K_COLUMNS if name in rows}
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):
@@ -94,7 +171,10 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         size: sequences of the whole run.
         seed: of the order.
         prepare: from raw batch to what the model takes, called in the loader's worker. A raw batch has ``input_ids``
-            [B, L], ``sequence_id`` and ``epoch`` [B], and by ``columns`` ``entropy`` [B, L] and ``topk_*`` [B, L, k].
+            [B, L], ``sequence_id`` and ``epoch`` [B], and by ``columns`` ``entropy`` and ``temperature_lse`` [B, L] and
+            ``topk_*`` [B, L, k].
+        targets: a target directory, whose rows are added to the raw batch (see ``read_targets``). ``epoch``, which
+            decides the mask, is then the variant: epoch e has variant e mod R.
     """
 
     def __init__(
@@ -106,16 +186,19 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         size: int,
         seed: int,
         prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        targets: Manifest | None = None,
     ) -> None:
         self.manifest, self.columns = manifest, columns
         self.size, self.seed, self.prepare = size, seed, prepare
+        self.targets = targets
+        self.target_shards = {entry.index: entry for entry in targets.shards} if targets else {}
         self.groups = [
             (entry, group, min(ROW_GROUP, entry.rows - group * ROW_GROUP))
             for entry in entries
             for group in range(math.ceil(entry.rows / ROW_GROUP))
         ]
         self.rows = sum(rows for _, _, rows in self.groups)
-        self._windows: OrderedDict[tuple[int, int], Rows] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], tuple[Rows, np.ndarray]] = OrderedDict()
         self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -128,10 +211,13 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         """The batch at these positions of the run."""
         parts: list[Rows] = []
         for epoch, window, offsets in self._runs(indices):
-            rows = self._window(epoch, window)
-            part = {name: array[offsets] for name, array in rows.items()}
-            parts.append(part | {"epoch": np.full(len(offsets), epoch, np.int64)})
+            rows, shuffled = self._window(epoch, window)
+            part = {name: array[shuffled[offsets]] for name, array in rows.items()}
+            parts.append(part | {"epoch": np.full(len(offsets), self._mask_of(epoch), np.int64)})
         return self.prepare(to_tensors({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
+
+    def _mask_of(self, epoch: int) -> int:
+        return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch
 
     def _runs(self, indices: list[int]) -> Iterator[tuple[int, int, list[int]]]:
         """(epoch, window, offsets in it) of the indices, neighbours in the same window together."""
@@ -158,8 +244,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             _keep(self._epochs, epoch, (order, starts[:-1].tolist()))
         return self._epochs[epoch]
 
-    def _window(self, epoch: int, window: int) -> Rows:
-        """A decoded window in its order; the two used last are kept."""
+    def _window(self, epoch: int, window: int) -> tuple[Rows, np.ndarray]:
+        """A decoded window and the order of its rows; the two used last are kept."""
         key = (epoch, window)
         if key in self._windows:
             self._windows.move_to_end(key)
@@ -168,10 +254,14 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         parts = []
         for index in order[window * WINDOW : (window + 1) * WINDOW]:
             entry, group, _ = self.groups[index]
-            parts.append(read_rows(self.manifest, entry, self.columns, [group]))
+            part = read_rows(self.manifest, entry, self.columns, [group])
+            if self.targets:
+                shard, variant, T = self.target_shards[entry.index], self._mask_of(epoch), self.columns.temperature
+                part |= read_targets(self.targets, shard, part, group, variant, T)
+            parts.append(part)
         rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=len(rows["sequence_id"])).numpy()
-        _keep(self._windows, key, {name: array[shuffled] for name, array in rows.items()})
+        _keep(self._windows, key, (rows, shuffled))
         return self._windows[key]
 
 

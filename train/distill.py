@@ -6,6 +6,34 @@ import torch
 from torch import Tensor
 
 
+def distillation(
+    logits_NV: Tensor,
+    teacher_ids_NK: Tensor,
+    teacher_logprobs_NK: Tensor,
+    temperature: float = 1.0,
+    temperature_lse_N: Tensor | None = None,
+) -> Tensor:
+    """T²·KL(teacher ‖ student), both at temperature T (Hinton et al. 2015, arXiv 1503.02531), by ``tail_kl``.
+
+    The teacher's logits z are not kept, but its log-probabilities at T follow exactly from those at 1 and
+    ``lse_T = log Σ e^{z/T} - (1/T)·log Σ e^z``: they are ``log p / T - lse_T``.
+
+    Args:
+        teacher_logprobs_NK: at temperature 1; see ``tail_kl``.
+        temperature: T > 0.
+        temperature_lse_N: lse_T in nats; needed unless T = 1.
+
+    Returns:
+        loss_N ≥ 0. T² keeps its gradient as large as at T = 1.
+    """
+    if temperature_lse_N is not None:
+        teacher_logprobs_NK = teacher_logprobs_NK / temperature - temperature_lse_N[:, None]
+    elif temperature != 1:
+        raise ValueError(f"the teacher's log-probabilities at temperature {temperature:g} need temperature_lse_N")
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    return temperature**2 * tail_kl(logits_NV / temperature, teacher_ids_NK, teacher_logprobs_NK)
+
+
 def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
     """KL(teacher ‖ student) over the teacher's top K and one bucket for all other tokens.
 

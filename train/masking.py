@@ -12,7 +12,8 @@ batch, the number of loader workers or ranks, nor on where a run was resumed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -62,6 +63,23 @@ class MaskPolicy:
             raise ValueError(f"corruption {self.corruption!r} is unknown; use bert or mask-only")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"mask floor {self.floor:g} is not between 0 and 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """The policy as JSON can hold it: an infinite temperature is ``"inf"``."""
+        return asdict(self) | {
+            "temperature": "inf" if math.isinf(self.temperature) else self.temperature,
+            "band": list(self.band),
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The policy that ``to_json`` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        low, high = fields["band"]
+        return cls(**(fields | {"temperature": float(fields["temperature"]), "band": (low, high)}))
+
+    def repeats(self) -> bool:
+        """Whether every epoch hides the same positions: nothing is drawn, but among equal entropies."""
+        return self.temperature == 0 and self.floor == 0
 
     def positions(self, length: int) -> int:
         """k, the masked positions of a row of L tokens whose ends are special: round(ratio · (L - 2)), at least 1."""
@@ -165,11 +183,12 @@ class Masker:
 
         Args:
             batch: input_ids [B, L], sequence_id [B], epoch [B]; entropy [B, L] in nats unless τ = ∞; and where a
-                teacher is to be followed topk_ids and topk_logprobs [B, L, T].
+                teacher's scan is to be followed topk_ids and topk_logprobs [B, L, T] and, at a temperature other than
+                1, temperature_lse [B, L].
 
         Returns:
             input_ids [B, L], positions_BK, labels_BK, with padding attention_mask [B, L], and with a teacher
-            teacher_ids_BKT and teacher_logprobs_BKT.
+            teacher_ids_BKT, teacher_logprobs_BKT and temperature_lse_BK.
         """
         ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
         device = ids_BL.device
@@ -185,8 +204,10 @@ class Masker:
         if "topk_ids" in batch:
             rows_B1 = torch.arange(len(ids_BL), device=device)[:, None]
             where_BK = positions_BK.clamp_min(0)
-            masked["teacher_ids_BKT"] = batch["topk_ids"][rows_B1, where_BK]
-            masked["teacher_logprobs_BKT"] = batch["topk_logprobs"][rows_B1, where_BK]
+            masked["teacher_ids_BKT"] = batch["topk_ids"][rows_B1, where_BK].long()
+            masked["teacher_logprobs_BKT"] = batch["topk_logprobs"][rows_B1, where_BK].float()
+            if "temperature_lse" in batch:
+                masked["temperature_lse_BK"] = batch["temperature_lse"][rows_B1, where_BK]
         return masked
 
 
@@ -202,10 +223,15 @@ def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, length
 
 def hash_order(seed: int, *key: int, size: int) -> Tensor:
     """A permutation of ``range(size)`` that is a function of (seed, key) alone, whatever the library versions."""
+    return hashes(seed, *key, of_N=torch.arange(size)).argsort(stable=True)
+
+
+def hashes(seed: int, *key: int, of_N: Tensor) -> Tensor:
+    """An int64 for each int64 in ``of_N``, a function of it and (seed, key) alone."""
     state = _mix(torch.tensor(seed, dtype=torch.int64))
     for part in key:
         state = _mix(state + part)
-    return _mix(_mix(torch.arange(size)) + state).argsort(stable=True)
+    return _mix(_mix(of_N) + state)
 
 
 def _within_band(entropy_BL: Tensor, candidates_BL: Tensor, count_B1: Tensor, band: tuple[float, float]) -> Tensor:

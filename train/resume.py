@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from pipeline import storage
 from pipeline.cli import UsageError
@@ -33,7 +37,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     A run that has no checkpoint yet gives way to any other: nothing would be lost.
 
     Args:
-        overwrite: drop the run that is there, its checkpoints included, where the flags differ or it is finished.
+        overwrite: drop the run that is there, its checkpoints included; files of no run are never dropped.
 
     Raises:
         UsageError: it belongs to a run with other flags (says which), or holds files of no run.
@@ -42,16 +46,16 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     try:
         previous = storage.read_json(str(directory / FLAGS))
     except FileNotFoundError:
-        if directory.exists() and any(directory.iterdir()) and not overwrite:
-            raise UsageError(
-                f"{directory} holds files but no training run; choose another --output-dir, or pass --overwrite"
-            ) from None
-        previous = None
+        if directory.exists() and any(directory.iterdir()):
+            raise UsageError(f"{directory} holds files but no training run; choose another --output-dir") from None
+        previous = {}
     except ValueError:
-        raise UsageError(f"{directory / FLAGS} is not readable JSON; choose another --output-dir") from None
+        previous = None
+    if not isinstance(previous, dict):
+        raise UsageError(f"{directory / FLAGS} does not hold the flags of a run; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
     # a flag that a library has added or removed since is no other flag
-    shared = {name: previous[name] for name in flags if name in previous} if previous else {}
+    shared = {name: previous[name] for name in flags if name in previous}
     differing = differences(shared, {name: flags[name] for name in shared})
     if differing and not overwrite and (finished or last_checkpoint(directory)):
         raise UsageError(
@@ -59,7 +63,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
             "choose another --output-dir, or pass --overwrite to start afresh"
         )
     if overwrite:
-        for checkpoint in directory.glob("checkpoint-*"):
+        for checkpoint in checkpoints(directory):
             shutil.rmtree(checkpoint)
         (directory / SUMMARY).unlink(missing_ok=True)
     elif finished:
@@ -68,15 +72,26 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint: Trainer writes ``trainer_state.json`` last, so one without it was cut short."""
-    checkpoints = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    return next((path for path in reversed(checkpoints) if _complete(path)), None)
+    """The newest complete checkpoint."""
+    return next((path for path in reversed(checkpoints(directory)) if _complete(path)), None)
 
 
 def _complete(checkpoint: Path) -> bool:
+    """Whether the state, which Trainer writes last, is there, and neither weights nor the rest were cut short."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        weights = list(checkpoint.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
         return False
-    return True
+    others = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
+    return bool(weights) and all(zipfile.is_zipfile(file) for file in others)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
+from pipeline import storage
 from pipeline.cli import UsageError
 from pipeline.entropy import entropy
 from pipeline.shards import Manifest, special_ids, tokenizer_hash
-from pipeline.teacher import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length
-from train.distill import tail_kl
+from pipeline.teacher import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length, weights_hash
+from train.distill import distillation
 from train.masking import IGNORED_LABEL
 
 # Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962): layers, hidden size
@@ -36,9 +37,9 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
         UsageError: the checkpoint does not fit the shards, or cannot be loaded.
     """
     if name in PRESETS:
-        model = _from_config(_preset(name, manifest), seed)
+        model = _from_config(name, _preset(name, manifest), seed)
     elif name.endswith(".json") and Path(name).is_file():
-        model = _from_config(load_config(Path(name), trust_remote_code), seed)
+        model = _from_config(name, load_config(Path(name), trust_remote_code), seed)
     else:
         if "/" not in name and not Path(name).exists():
             raise UsageError(f"--model {name} is no preset ({', '.join(PRESETS)}), file, directory or Hub id")
@@ -47,7 +48,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
             _check_tokenizer(name, directory, manifest)
             model = load_masked_lm(directory, trust_remote_code)
         else:
-            model = _from_config(load_config(directory, trust_remote_code), seed)
+            model = _from_config(name, load_config(directory, trust_remote_code), seed)
     if model.config.vocab_size < manifest.vocab_size:
         raise UsageError(
             f"--model {name} has {model.config.vocab_size} tokens, the shards {manifest.vocab_size}; "
@@ -57,6 +58,20 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
     if longest and manifest.sequence_length > longest:
         raise UsageError(f"the shards have {manifest.sequence_length} tokens a sequence, --model {name} only {longest}")
     return with_masked_positions(model)
+
+
+def model_identity(name: str) -> str:
+    """What decides the initial weights besides the seed: a preset's name, else a hash of configuration and weights.
+
+    Raises:
+        UsageError: as ``build_student``, which is to be called first.
+    """
+    if name in PRESETS:
+        return name
+    path = Path(name) if Path(name).is_file() else local_checkpoint(name)
+    if path.is_dir() and list(path.glob("*.safetensors")):
+        return weights_hash(path)
+    return storage.sha256(str(path / "config.json" if path.is_dir() else path))
 
 
 def _preset(name: str, manifest: Manifest) -> BertConfig:
@@ -74,9 +89,13 @@ def _preset(name: str, manifest: Manifest) -> BertConfig:
     )
 
 
-def _from_config(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+def _from_config(name: str, config: PretrainedConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    return AutoModelForMaskedLM.from_config(config)
+    try:
+        return AutoModelForMaskedLM.from_config(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"--model {name} is no configuration that a model can be made of: {reason}") from None
 
 
 def _check_tokenizer(name: str, directory: Path, manifest: Manifest) -> None:
@@ -106,7 +125,9 @@ class MaskedPositions:
         labels_BK: Tensor | None = None,
         teacher_ids_BKT: Tensor | None = None,
         teacher_logprobs_BKT: Tensor | None = None,
+        temperature_lse_BK: Tensor | None = None,
         distill_weight: float = 0.0,
+        distill_temperature: float = 1.0,
         **others: Any,
     ) -> Any:
         """Loss of a masked batch, a mean over B·K positions.
@@ -116,7 +137,9 @@ class MaskedPositions:
             positions_BK: masked positions; negative ones are ignored.
             labels_BK: hidden tokens, -100 where ignored.
             teacher_ids_BKT, teacher_logprobs_BKT: the teacher's top T at those positions; needed if ``distill_weight``.
-            distill_weight: α in ``(1 - α)·CE + α·KL(teacher ‖ student)``.
+            temperature_lse_BK: lse_T of the teacher there (``train.distill``); needed if T is not 1.
+            distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
+            distill_temperature: T of both distributions in the KL.
 
         Returns:
             ``{"loss": scalar, "logits": logits_BKV}``.
@@ -136,7 +159,13 @@ class MaskedPositions:
             logits_NV, labels_N = logits_BKV.flatten(0, 1).float(), labels_BK.flatten()
             loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="sum") / count
             if distill_weight and teacher_ids_BKT is not None and teacher_logprobs_BKT is not None:
-                kl_N = tail_kl(logits_NV, teacher_ids_BKT.flatten(0, 1), teacher_logprobs_BKT.flatten(0, 1))
+                kl_N = distillation(
+                    logits_NV,
+                    teacher_ids_BKT.flatten(0, 1),
+                    teacher_logprobs_BKT.flatten(0, 1),
+                    distill_temperature,
+                    None if temperature_lse_BK is None else temperature_lse_BK.flatten(),
+                )
                 kl = (kl_N * (labels_N != IGNORED_LABEL)).sum() / count
                 loss = (1 - distill_weight) * loss + distill_weight * kl
             output["loss"] = loss

@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from pipeline import cli
+from pipeline.cli import RunError
+from pipeline.masks import input_crc32
 from pipeline.shards import Manifest, ShardEntry
-from train.data import Columns, TrainingSequences, evaluation_batches
+from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
 from train.masking import IGNORED_LABEL, Masker, MaskPolicy
 from train.student import student_entropy
 
@@ -42,7 +44,9 @@ class MaskedLMTrainer(Trainer):
     Args:
         source: ``random``, ``parquet`` (the shards' entropies) or ``self`` (the student's, on the unmasked batch).
         policy: which positions to mask; ``random`` needs τ = ∞.
-        distill_weight: α of the distillation loss; above 0 reads the shards' top-k.
+        distill_weight: α of the distillation loss; above 0 reads the targets or, without, the shards' top-k.
+        distill_temperature: T of the distillation loss.
+        targets: a target directory for the very masks of ``policy``.
         self_warmup_steps: with ``self``, mask at random for so many steps, while the student knows nothing.
     """
 
@@ -60,24 +64,23 @@ class MaskedLMTrainer(Trainer):
         source: str,
         policy: MaskPolicy,
         distill_weight: float = 0.0,
+        distill_temperature: float = 1.0,
+        targets: Manifest | None = None,
         self_warmup_steps: int = 0,
     ) -> None:
         self.manifest, self.held_out = manifest, held_out
         self.source, self.policy = source, policy
-        self.distill_weight, self.self_warmup_steps = distill_weight, self_warmup_steps
-        self.masker = Masker(
-            vocab_size=manifest.vocab_size,
-            special_token_ids=manifest.special_token_ids,
-            mask_id=manifest.special_ids["mask"],
-            pad_id=manifest.special_ids["pad"],
-        )
+        self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
+        self.self_warmup_steps = self_warmup_steps
+        self.masker = masker_of(manifest)
         sequences = TrainingSequences(
             manifest,
             shards,
-            Columns(entropy=source == "parquet", top_k=distill_weight > 0),
+            Columns(source == "parquet", distill_weight > 0 and targets is None, distill_temperature),
             size=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
             prepare=_Prepare(None if source == "self" else self.masker, policy),
+            targets=targets,
         )
         super().__init__(
             model=model,
@@ -96,7 +99,7 @@ class MaskedLMTrainer(Trainer):
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw one, masked on the device."""
         if "positions_BK" not in inputs:
             inputs = self.mask_by_student(inputs)
-        output = model(**inputs, distill_weight=self.distill_weight)
+        output = model(**inputs, distill_weight=self.distill_weight, distill_temperature=self.distill_temperature)
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def mask_by_student(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +124,10 @@ class MaskedLMTrainer(Trainer):
         started = time.monotonic()
         rank, ranks = self.args.process_index, self.args.world_size
         own = [self._evaluate_batch(b) for number, b in enumerate(self._held_out_batches()) if number % ranks == rank]
-        loss_N, hit_N, entropy_N = (np.concatenate(column) for column in zip(*gather_object(own), strict=True))
+        columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
+        # by sequence and position, so that neither sums nor ties depend on the number of ranks
+        order = np.lexsort((columns[1], columns[0]))
+        loss_N, hit_N, entropy_N = (column[order] for column in columns[2:])
         metrics: dict[str, float] = {
             f"{metric_key_prefix}_loss": float(loss_N.mean()),
             f"{metric_key_prefix}_accuracy": float(hit_N.mean()),
@@ -141,8 +147,8 @@ class MaskedLMTrainer(Trainer):
         columns = Columns(entropy=self.manifest.scored)
         return evaluation_batches(self.manifest, self.held_out, columns, self.args.eval_batch_size)
 
-    def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(loss, correct, shard entropy) of the masked positions of a batch."""
+    def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, ...]:
+        """(sequence id, position, loss, correct, shard entropy) of the masked positions of a batch."""
         entropy_BL = raw.pop("entropy", torch.zeros(raw["input_ids"].shape))
         batch = self.masker(raw | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
         positions_BK, labels_N = batch["positions_BK"], batch.pop("labels_BK").flatten()
@@ -156,12 +162,20 @@ class MaskedLMTrainer(Trainer):
         loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
         entropy_N = entropy_BL.gather(1, positions_BK.clamp_min(0)).flatten()
         hit_N = logits_NV.argmax(1) == labels_N
-        return loss_N[kept_N].numpy(), hit_N[kept_N].numpy(), entropy_N[kept_N].numpy()
+        sequence_N = raw["sequence_id"].repeat_interleave(positions_BK.shape[1])
+        found = (sequence_N, positions_BK.flatten(), loss_N, hit_N, entropy_N)
+        return tuple(values_N[kept_N].numpy() for values_N in found)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Also keeps the seconds trained so far, in the state's history, for a run that is resumed."""
         self.state.log_history.append({"step": self.state.global_step, "train_seconds": self.train_seconds()})
         super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Checkpoints leave out weights that are another's, as the decoder's are the embedding's: no news."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def train_seconds(self) -> float:
         """Seconds in ``train``, over all sessions of the run."""
@@ -175,7 +189,29 @@ class _Prepare:
         self.masker, self.policy = masker, policy
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.masker(batch, self.policy) if self.masker else batch
+        if not self.masker:  # a GPU may not know every type of integer
+            return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+        masked = self.masker(batch, self.policy)
+        return masked | _targets(batch, masked) if "input_crc32" in batch else masked
+
+
+def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The teacher's part of a batch that was joined with targets, once its input is known to be what the teacher saw.
+
+    Raises:
+        RunError: an input or its masked positions are not those of the targets.
+    """
+    crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
+    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BK"] == batch["planned_positions"]).all(1)
+    if not same_B.all():
+        sequence = int(batch["sequence_id"][~same_B][0])
+        raise RunError(
+            f"the masked input of sequence {sequence} is not the one that its targets were made for; plan the masks of "
+            "these shards with train/plan.py and score them anew"
+        )
+    names = {"teacher_ids": "teacher_ids_BKT", "teacher_logprobs": "teacher_logprobs_BKT"}
+    names |= {"temperature_lse": "temperature_lse_BK"}
+    return {name: batch[raw] for raw, name in names.items() if raw in batch}
 
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,6 +244,9 @@ class _ProgressReport(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if self.progress:
             self.progress.advance(self.tokens_per_step)
+        # a logged loss is a mean since the last one: logged at every checkpoint, it is the same after a resume
+        if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
+            control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **others: Any

@@ -1,0 +1,281 @@
+"""The flags of train/run.py: parsed, filled in, and refused where they contradict each other, the shards or targets."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from pipeline.cli import UsageError
+from pipeline.shards import Manifest, check_shards, read_manifest
+from pipeline.teacher import resolve_dtype
+from train.masking import MaskPolicy
+
+# learning rate and sequences a step, by preset; other models take those of base
+LEARNING_RATES = {"tiny": 1e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4}
+BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
+
+# flags of TrainingArguments that have no use here, and the value that they keep
+FIXED: dict[str, Any] = {
+    "train_sampling_strategy": "sequential",  # the dataset knows the order
+    "remove_unused_columns": False,
+    "label_smoothing_factor": 0.0,
+    "auto_find_batch_size": False,
+    "ignore_data_skip": False,
+    "resume_from_checkpoint": None,  # the same command resumes
+    "save_only_model": False,  # a run could not go on from it
+    "disable_tqdm": True,  # the trainer draws its own bar
+    "do_train": False,
+    "do_predict": False,
+    "prediction_loss_only": False,
+    "eval_do_concat_batches": True,
+    "eval_use_gather_object": False,
+    "eval_accumulation_steps": None,
+    "include_for_metrics": [],
+    "batch_eval_metrics": False,
+    "label_names": None,
+    "length_column_name": "length",
+}
+# ranges of numbers that would fail late or, worse, not at all
+MOST_SEED = (1 << 32) - 1
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, MOST_SEED),
+    "data_seed": (0, MOST_SEED),
+    "learning_rate": (0, sys.float_info.max),
+    "weight_decay": (0, sys.float_info.max),
+    "adam_beta1": (0, math.nextafter(1, 0)),
+    "adam_beta2": (0, math.nextafter(1, 0)),
+    "adam_epsilon": (0, sys.float_info.max),
+    "max_grad_norm": (0, sys.float_info.max),
+    "num_train_epochs": (sys.float_info.min, sys.float_info.max),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "self_warmup_steps": (0, math.inf),
+    "distill_weight": (0, 1),
+    "distill_temperature": (sys.float_info.min, sys.float_info.max),
+}
+
+
+@dataclass(kw_only=True)
+class MaskOptions:
+    """Which tokens to hide; None where the flag was not given."""
+
+    mask_ratio: float | None = field(
+        default=None, metadata={"help": "share of the tokens of a sequence that is hidden (default: 0.15)"}
+    )
+    mask_temperature: float | None = field(
+        default=None, metadata={"help": "0 (default) hides the highest entropies, inf any, between it is sampled"}
+    )
+    mask_band: list[float] | None = field(
+        default=None, metadata={"metavar": "Q", "help": "hide only within this quantile range of entropy: LO HI"}
+    )
+    mask_floor: float | None = field(
+        default=None, metadata={"help": "share of the hidden tokens that is drawn uniformly (default: 0)"}
+    )
+    corruption: Literal["bert", "mask-only"] | None = field(
+        default=None, metadata={"help": "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"}
+    )
+
+
+@dataclass(kw_only=True)
+class Options(MaskOptions):
+    """What this trainer knows beyond TrainingArguments."""
+
+    shards: str = field(metadata={"help": "shard directory made by pipeline/score.py, a path or a URI"})
+    entropy_source: Literal["random", "parquet", "self"] = field(
+        metadata={"help": "mask at random, by the entropies of the shards, or by the student's own"}
+    )
+    model: str = field(
+        default="tiny",
+        metadata={"help": "tiny, mini, small, medium, base; a config.json; or a checkpoint, whose training goes on"},
+    )
+    targets: str | None = field(
+        default=None,
+        metadata={"help": "distil from these (pipeline/score.py --masks), with their masks (default: from the shards)"},
+    )
+    distill_weight: float = field(default=0.0, metadata={"help": "α in (1 - α)·CE + α·T²·KL(teacher ‖ student)"})
+    distill_temperature: float | None = field(
+        default=None, metadata={"help": "T of both distributions, one that was scored (default: 1)"}
+    )
+    self_warmup_steps: int | None = field(
+        default=None, metadata={"help": "self: steps masked at random first (default: a tenth of all)"}
+    )
+    eval_fraction: float = field(default=0.01, metadata={"help": "share of the shards held out; 0 for no evaluation"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run model code that a checkpoint brings along"})
+    overwrite: bool = field(default=False, metadata={"help": "drop the run that the output directory holds"})
+
+
+def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
+    """Flags → options and training arguments, with the defaults that pretraining wants."""
+    parser = HfArgumentParser(
+        [Options, TrainingArguments],  # type: ignore[arg-type, list-item]
+        prog="train/run.py",
+        description=description,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(
+        output_dir="",
+        learning_rate=None,
+        per_device_train_batch_size=None,
+        per_device_eval_batch_size=64,
+        num_train_epochs=1.0,
+        warmup_steps=0.06,  # below 1 it is a share of all steps
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        adam_epsilon=1e-6,
+        bf16=resolve_dtype("auto") == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
+        logging_steps=50,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+    )
+    flags = vars(parser.parse_args(argv))
+    by_preset: dict[str, dict[str, Any]] = {"learning_rate": LEARNING_RATES, "per_device_train_batch_size": BATCH_SIZES}
+    for name, defaults in by_preset.items():
+        if flags[name] is None:
+            flags[name] = defaults.get(flags["model"], defaults["base"])
+    if not flags["output_dir"]:
+        raise UsageError("--output-dir is needed: the directory of the model to be trained")
+    if flags["max_steps"] < 1 and flags["max_steps"] != TrainingArguments.max_steps:
+        raise UsageError(f"--max-steps {flags['max_steps']} is not positive")
+    for name, (low, high) in RANGES.items():
+        if flags[name] is not None and not low <= flags[name] <= high:
+            raise UsageError(f"{flag(name)} {flags[name]:g} is out of range; use {_range(low, high)}")
+    try:
+        options, args = parser.parse_dict(flags)
+    except (ValueError, ImportError) as error:  # TrainingArguments checks itself
+        raise UsageError(" ".join(str(error).split())) from None
+    return options, args
+
+
+def _range(low: float, high: float) -> str:
+    """A range in words; its open ends are the nearest numbers of the machine."""
+    least = "more than 0" if low == sys.float_info.min else f"at least {low:g}"
+    if high >= sys.float_info.max:
+        return least
+    return f"{least} and {'less than 1' if high == math.nextafter(1, 0) else f'at most {high:.10g}'}"
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> None:
+    """Refuse flags that contradict each other, the shards or the targets, before anything is built."""
+    check_shards(manifest)
+    source, again = options.entropy_source, "score the corpus with pipeline/score.py --teacher"
+    if source == "parquet" and not manifest.scored:
+        raise UsageError(f"{manifest.uri} has no entropies (made with --teacher none); {again} for parquet")
+    if not 0 <= options.eval_fraction < 1:
+        raise UsageError(f"--eval-fraction {options.eval_fraction:g} is not at least 0 and below 1")
+    if source != "self" and options.self_warmup_steps is not None:
+        raise UsageError("--self-warmup-steps only applies to --entropy-source self; leave it out")
+    if args.eval_strategy != "no" and not options.eval_fraction:
+        raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0")
+    for name, value in FIXED.items():
+        if getattr(args, name) != value:
+            raise UsageError(f"{flag(name)} has no use here; leave it out")
+    if args.do_eval and args.eval_strategy == "no":
+        raise UsageError("--do-eval has no use here; --eval-fraction holds shards out, --eval-strategy says when")
+    for name in ("targets", "distill_temperature"):
+        if getattr(options, name) is not None and not options.distill_weight:
+            raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
+    if options.distill_weight and not targets and not manifest.top_k:
+        raise UsageError(f"{manifest.uri} has no top-k log-probabilities to distil from; {again} … --top-k 16")
+    taught = targets or manifest
+    if options.distill_temperature not in (None, 1.0, *taught.temperatures):
+        scored = ", ".join(f"{T:g}" for T in taught.temperatures)
+        raise UsageError(
+            f"--distill-temperature {options.distill_temperature:g} was not scored: {taught.uri} has {scored}; "
+            "use one of those, or score it with pipeline/score.py --temperatures"
+        )
+
+
+def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:
+    """The policy that the flags of a run, or of a plan, name.
+
+    Raises:
+        UsageError: flags out of range, or that have no use with the others.
+    """
+    for name in ("mask_temperature", "mask_band", "mask_floor"):
+        if source == "random" and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} ranks by entropy, which --entropy-source random has none of; leave it out")
+    for name in ("mask_band", "mask_floor"):
+        if options.mask_temperature == math.inf and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} has no use with --mask-temperature inf, which hides any; leave it out")
+    if options.mask_band and len(options.mask_band) != 2:
+        raise UsageError("--mask-band takes two quantiles, as in --mask-band 0.5 1")
+    random = {"temperature": math.inf} if source == "random" else {}
+    try:
+        return MaskPolicy(seed=seed, **(_given(options) | random))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _given(options: MaskOptions) -> dict[str, Any]:
+    """The mask flags that were given, by the name that a policy has for them."""
+    given = {
+        "ratio": options.mask_ratio,
+        "temperature": options.mask_temperature,
+        "band": options.mask_band and tuple(options.mask_band),
+        "floor": options.mask_floor,
+        "corruption": options.corruption,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def open_targets(options: Options, manifest: Manifest) -> Manifest:
+    """The target directory of a run.
+
+    Raises:
+        UsageError: no target directory, or one for other shards or another source of entropy.
+    """
+    uri, source = str(options.targets), options.entropy_source
+    if source == "self":
+        raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
+    targets = read_manifest(uri, kind="targets")
+    check_shards(targets)
+    if not _is_plan(targets):
+        raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it anew")
+    assert targets.masks
+    if targets.sequences_hash != manifest.sequences_hash:
+        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; plan and score them anew")
+    rows, variants = {entry.index: entry.rows for entry in targets.shards}, targets.masks["variants"]
+    for entry in manifest.shards:
+        if rows.get(entry.index, 0) != entry.rows * variants:
+            raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; plan and score it")
+    if (planned := targets.masks["source"]) != source:
+        raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan anew")
+    return targets
+
+
+def _is_plan(targets: Manifest) -> bool:
+    plan, length = targets.masks or {}, targets.sequence_length
+    try:
+        positions = min(MaskPolicy.from_json(plan["policy"]).positions(length), length)
+        return plan["positions"] == positions and plan["variants"] >= 1 and "source" in plan
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
+    """The masks that targets were made for, their seed among it.
+
+    Raises:
+        UsageError: a mask flag was given that differs.
+    """
+    policy = MaskPolicy.from_json((targets.masks or {})["policy"])
+    for name, value in _given(options).items():
+        if value != (planned := getattr(policy, name)):
+            label = flag(name if name == "corruption" else f"mask_{name}")
+            raise UsageError(f"{label} {value} is not {planned}, which {targets.uri} was planned with; leave it out")
+    return policy
