@@ -18,7 +18,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from glue.chart import draw
-from glue.metrics import AVERAGES, IncompleteAverage, average
+from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
 from glue.tasks import GLUE, PROBES
 from pipeline import cli, storage
 from pipeline.cli import UsageError
@@ -26,6 +26,13 @@ from pipeline.commit import differences
 
 # what the table shows of the models' own summaries
 TRAINING = ("regime", "steps", "tokens", "seconds", "tokens_per_second", "scoring_seconds", "eval_loss")
+
+# what a result must have to be compared, besides the metrics of its task
+FIELDS = {
+    **{"task": str, "seed": int, "protocol": str, "metrics": dict, "score": float | int, "collapsed": bool},
+    **{"constant_score": float | int, "train_split": str, "train_rows": int, "eval_rows": int, "key": dict},
+    **{"training": dict | None},
+}
 
 Results = dict[str, dict[int, dict[str, Any]]]  # by task, by seed
 
@@ -73,6 +80,7 @@ def read_results(name: str, directory: str) -> Results:
     for file in files:
         try:
             result = storage.read_json(storage.join(directory, file))
+            check_result(result)
             results.setdefault(result["task"], {})[result["seed"]] = result
             models.add(result["key"]["model_hash"])
         except (ValueError, KeyError, TypeError):
@@ -82,6 +90,15 @@ def read_results(name: str, directory: str) -> Results:
     if len(models) > 1:
         raise UsageError(f"{directory} ({name}) holds results of {len(models)} models; keep one directory a model")
     return results
+
+
+def check_result(result: Any) -> None:
+    """Raises KeyError, TypeError or ValueError if a result is not whole: see ``FIELDS``."""
+    if wrong := [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]:
+        raise ValueError(f"{wrong[0]} is {result[wrong[0]]!r}")
+    task = (GLUE | PROBES)[result["task"]]
+    for name in (metric + suffix for metric in task.metrics for suffix in task.evaluations):
+        float(result["metrics"][name])
 
 
 def check_comparable(regimes: dict[str, Results]) -> None:
@@ -137,8 +154,8 @@ def compare(regimes: dict[str, Results], required: list[str]) -> dict[str, Any]:
             table["averages"][name] = {regime: over_seeds(name, results) for regime, results in regimes.items()}
         except IncompleteAverage as error:
             if name in required:
-                raise UsageError(f"{error}, which were not run; run them, or leave out --average {name}") from None
-            if any(part.partition(":")[0] in tasks for part in AVERAGES[name]):
+                raise UsageError(f"{error}; run what is missing, or leave out --average {name}") from None
+            if any(task in tasks for task in tasks_of(name)):
                 table["not_computed"][name] = str(error)
     for regime, results in regimes.items():
         table["training"][regime] = next(iter(results[tasks[0]].values()))["training"]
@@ -147,11 +164,12 @@ def compare(regimes: dict[str, Results], required: list[str]) -> dict[str, Any]:
 
 def over_seeds(name: str, results: Results) -> dict[str, Any]:
     """An average's spread over the seeds that all of its tasks have."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in results.values()))
-    values = [average(name, {task: by[seed]["metrics"] for task, by in results.items()}) for seed in sorted(seeds)]
-    if not values:
-        raise IncompleteAverage(f"the average {name} needs one seed that all tasks share")
-    return spread(values)
+    require_tasks(name, results)
+    own = {task: results[task] for task in tasks_of(name)}
+    seeds = set.intersection(*(set(by_seed) for by_seed in own.values()))
+    if not seeds:
+        raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
+    return spread([average(name, {task: by[seed]["metrics"] for task, by in own.items()}) for seed in sorted(seeds)])
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -162,16 +180,18 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def to_markdown(table: dict[str, Any]) -> str:
     regimes = table["regimes"]
-    lines = [f"| {table['protocol']} | {' | '.join(regimes)} | constant |", f"|---|{'---:|' * (len(regimes) + 1)}"]
+    columns = [*regimes, "constant", "seeds"]
+    lines = [f"| {table['protocol']} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     notes = []
     for task, row in table["tasks"].items():
         label = task if row["train_split"] == "train" else f"{task} ({row['train_split']})"
         cells = [cell(row["scores"][name]) for name in regimes]
-        lines.append(f"| {label} | {' | '.join(cells)} | {row['constant_score']:.1f} |")
+        seeds = len(row["scores"][regimes[0]]["values"])
+        lines.append(f"| {label} | {' | '.join(cells)} | {row['constant_score']:.1f} | {seeds} |")
     for name, row in table["averages"].items():
-        lines.append(f"| **{name}** | {' | '.join(cell(row[regime]) for regime in regimes)} | |")
-    seeds = len(next(iter(table["tasks"].values()))["scores"][regimes[0]]["values"])
-    notes.append(f"Scores in percent, {f'mean ± standard deviation over {seeds} seeds' if seeds > 1 else 'one seed'}.")
+        seeds = len(row[regimes[0]]["values"])
+        lines.append(f"| **{name}** | {' | '.join(cell(row[regime]) for regime in regimes)} | | {seeds} |")
+    notes.append("Scores in percent, mean ± standard deviation over the seeds.")
     notes.append("constant: the score of the best model that says the same of every row.")
     if any(row["scores"][name]["collapsed"] for row in table["tasks"].values() for name in regimes):
         notes.append("† In some runs the model says the same of every row.")

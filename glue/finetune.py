@@ -25,7 +25,7 @@ from transformers import (
 from glue import metrics
 from glue.tasks import Split, Task, TaskData
 from pipeline.cli import UsageError
-from pipeline.teacher import load_config, safetensors_files
+from pipeline.teacher import load_config, max_length, safetensors_files
 
 DROPOUT = 0.1
 # what encoders call it; pretraining sets it to 0
@@ -64,8 +64,8 @@ class Result:
         return metrics.score(self.metrics)
 
 
-def check_model(directory: Path) -> None:
-    """Refuse what is no pretrained encoder: a pickle, no masked LM, or a model that is fine-tuned already.
+def check_model(directory: Path, length: int) -> None:
+    """Refuse what is no pretrained encoder of ``length`` tokens: a pickle, no masked LM, fine-tuned already, too short.
 
     Raises:
         UsageError: says which.
@@ -78,6 +78,9 @@ def check_model(directory: Path) -> None:
             f"{directory} is fine-tuned already ({tuned[0]}); every task starts from the pretrained model, "
             "RTE, MRPC and STS-B never from MNLI"
         )
+    longest = max_length(config) or length
+    if not 8 <= length <= longest:
+        raise UsageError(f"--max-length {length} must be between 8 and {longest}, the positions of {directory}")
 
 
 def finetune(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -71,6 +71,17 @@ def constant_score(names: tuple[str, ...], evaluations: Sequence[np.ndarray], cl
     return max((sum(found) / len(found) for found in scores), default=0.0)
 
 
+def tasks_of(name: str) -> list[str]:
+    """The tasks of a named average."""
+    return list(dict.fromkeys(part.partition(":")[0] for part in AVERAGES[name]))
+
+
+def require_tasks(name: str, tasks: Collection[str]) -> None:
+    """Raises IncompleteAverage, which names the tasks of the average that are not among ``tasks``."""
+    if missing := [task for task in tasks_of(name) if task not in tasks]:
+        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
+
+
 def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:
     """A named average over tasks, in percent.
 
@@ -81,9 +92,8 @@ def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:
     Raises:
         IncompleteAverage: names the tasks that are missing.
     """
+    require_tasks(name, results)
     parts = [part.partition(":") for part in AVERAGES[name]]
-    if missing := list(dict.fromkeys(task for task, _, _ in parts if task not in results)):
-        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
     scores = [100 * results[task][metric] if metric else score(results[task]) for task, _, metric in parts]
     return sum(scores) / len(scores)
 

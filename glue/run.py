@@ -64,7 +64,7 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     directory = local_checkpoint(args.model)
-    check_model(directory)
+    check_model(directory, args.max_length or Settings.max_length)
     tokenizer = load_tokenizer(str(directory))
     data = {task.name: load(task, args.data) for task in args.tasks}
     model = {"path": str(args.model), "hash": weights_hash(directory)}
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", default="1", help="comma-separated (default: 1)")
     add("--protocol", choices=PROTOCOLS, default="cramming", help="(default: cramming)")
     add("--output", required=True, help="directory of the results, one JSON a task and seed")
-    add("--learning-rate", type=float, help="instead of the protocol's")
+    add("--learning-rate", type=cli.positive_float, help="instead of the protocol's")
     add("--epochs", type=cli.positive, help="instead of the protocol's")
     add("--batch-size", type=cli.positive, help="instead of the protocol's")
     add("--max-length", type=cli.positive, help="tokens of a text or pair (default: 128)")
@@ -119,6 +119,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
     except ValueError:
         raise UsageError(f"--seeds {args.seeds} is no list of whole numbers, as in --seeds 1,2,3") from None
+    if wrong := [seed for seed in args.seeds if not 0 <= seed < 1 << 32]:
+        raise UsageError(f"--seeds {wrong[0]} is not between 0 and {(1 << 32) - 1}")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UsageError(f"--seeds {','.join(map(str, args.seeds))} names a seed twice; each makes one result")
     return args
 
 
@@ -141,7 +145,7 @@ def plan(args: argparse.Namespace, task: Task, seed: int, model: dict[str, str],
         "protocol": args.protocol,
         "settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)},
         "train_split": data.train_split,
-        "rows": [len(data.train.labels), *(len(split.labels) for split in data.evaluations.values())],
+        "data_hash": data.hash,
         "model_hash": model["hash"],
     }
     return Run(task, seed, grid, storage.join(args.output, f"{task.name}-seed{seed}.json"), key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from glue import probes
+from pipeline import storage
 from pipeline.cli import UsageError
 
 HUB_NAME = "nyu-mll/glue"
@@ -78,6 +80,12 @@ class TaskData:
     evaluations: dict[str, Split]
     train_split: str
 
+    @cached_property
+    def hash(self) -> str:
+        """Hash of all texts and labels."""
+        splits = {"train": self.train, **{f"dev{suffix}": split for suffix, split in self.evaluations.items()}}
+        return storage.sha256_json({name: [split.texts, split.labels.tolist()] for name, split in splits.items()})
+
 
 def choose(names: str) -> list[Task]:
     """Tasks by comma-separated names; ``glue`` and ``probes`` stand for all of theirs.
@@ -138,8 +146,8 @@ def _read(path: Path) -> pl.DataFrame:
             return pl.read_parquet(path)
         if path.suffix == ".jsonl":
             return pl.read_ndjson(path, infer_schema_length=None)
-        # GLUE's own files are not quoted: a quotation mark is a character
-        return pl.read_csv(path, separator="\t", quote_char=None, infer_schema=False)
+        # GLUE's own files are not quoted: a quotation mark is a character, and an empty field an empty text
+        return pl.read_csv(path, separator="\t", quote_char=None, infer_schema=False).fill_null("")
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import signal
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import Self
 from tqdm import tqdm
 
 LOG_SECONDS = 15.0  # one progress line an interval where there is no terminal
+FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a machine; other file errors are wrong paths
 
 
 class UsageError(Exception):
@@ -34,7 +37,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Call an entry point and turn its outcome into an exit code.
 
-    0, 1 (failure), 2 (wrong use), 130 (Ctrl-C), 143 (SIGTERM).
+    0, 1 (failure), 2 (wrong use, a file or directory that cannot be used included), 130 (Ctrl-C), 143 (SIGTERM).
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -45,6 +48,10 @@ def run(main: Callable[[], int | None]) -> None:
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         code = 1
+    except OSError as error:
+        failure = error.errno in FAILURES or isinstance(error, ConnectionError | TimeoutError)
+        print(f"{'failed' if failure else 'error'}: {one_line(error)}", file=sys.stderr)
+        code = 1 if failure else 2
     except Terminated:
         print("terminated", file=sys.stderr)
         code = 143
@@ -56,10 +63,25 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and not too long; of a file error the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # Arrow's names the file
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
 def positive(text: str) -> int:
     """argparse type of a whole number above zero."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type of a finite number above zero."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
 
 

@@ -6,9 +6,7 @@ and, for the fingerprint, the bytes of local files.
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,11 +18,13 @@ import pyarrow.parquet as pq
 
 from pipeline import docstrings, storage
 from pipeline.cli import UsageError
-from pipeline.documents import COMPRESSIONS, Piece, Rejects, open_binary, read_documents
+from pipeline.documents import COMPRESSIONS, Piece, Rejects, csv_rows, json_keys, read_documents
 from pipeline.files import compression_suffix, content_identity, file_kind, find_files
 from pipeline.shards import Manifest, check_shards, read_manifest
 
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
+SHARD_TOKENS = 1 << 18
+JSON_LINES = 100  # of JSON lines are looked at to find a wrong key
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,26 @@ class Corpus:
 
     Attributes:
         shards: the pieces of each shard; the place in the list is the shard's index.
-        identity: what the corpus is, for the fingerprint: names and content hashes (remote: etags) and reading options.
+        identity: what the corpus is, for the fingerprint: names and content hashes (remote: etags) of its files in
+            order, and reading options.
+        text_column: column or key of the text.
+        shard_tokens: about how many tokens a shard has.
         from_shards: the manifest, if the corpus is a shard directory, whose tokens, ids and shards are kept.
     """
 
     shards: list[list[Piece]]
     identity: dict[str, Any]
+    text_column: str
+    shard_tokens: int
     from_shards: Manifest | None = None
 
 
 def plan_corpus(
     spec: str,
     *,
-    text_column: str = "text",
-    document: str = "line",
-    shard_tokens: int = 1 << 18,
+    text_column: str | None = None,
+    document: str | None = None,
+    shard_tokens: int | None = None,
     limit_documents: int | None = None,
 ) -> Corpus:
     """Plan the shards of a corpus.
@@ -55,22 +60,35 @@ def plan_corpus(
     Args:
         spec: ``docstrings``; ``hf:NAME[:CONFIG[:SPLIT]]``; a shard directory; or files, directories and globs, several
             separated by commas, local or as URIs.
-        text_column: column or key of the text in Parquet, CSV and JSON lines.
-        document: what a document is in a plain-text file: ``line`` or ``file``.
-        shard_tokens: about how many tokens a shard should have.
+        text_column: column or key of the text in Parquet, CSV and JSON lines (default: text).
+        document: what a document is in a plain-text file: ``line`` (default) or ``file``.
+        shard_tokens: about how many tokens a shard should have (default: 262144).
         limit_documents: only the first so many documents, rejected ones included.
 
     Raises:
-        UsageError: nothing there, unreadable, no such text column, an unfinished shard directory.
+        UsageError: nothing there, unreadable, no such text column, an unfinished shard directory, or an option that
+            says nothing of such a corpus.
     """
+    if not all(part.strip() for part in spec.split(",")):
+        raise UsageError(f"--corpus {spec!r} has an empty part, which names nothing; leave out the comma, or name it")
     if _is_shard_directory(spec):
-        return _plan_shard_directory(spec, limit_documents)
+        flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
+        flags |= {"limit-documents": limit_documents}
+        if given := [name for name, value in flags.items() if value is not None]:
+            raise UsageError(f"{spec} holds sequences in shards, not documents; leave out --{given[0]}")
+        return _plan_shard_directory(spec)
     if spec == "docstrings":
         files = [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
     elif spec.startswith("hf:"):
         files = [(str(_materialise_hub_dataset(spec)), spec)]
     else:
         files = [file for part in spec.split(",") for file in find_files(part.strip())]
+    kinds = {file_kind(path) for path, _ in files}
+    if document and "text" not in kinds:
+        raise UsageError(f"{spec} holds no plain-text files; leave out --document")
+    if text_column and kinds == {"text"}:
+        raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
+    text_column, document, shard_tokens = text_column or "text", document or "line", shard_tokens or SHARD_TOKENS
     shard_bytes = shard_tokens * BYTES_PER_TOKEN
     pieces = [piece for path, _ in files for piece in _cut_file(path, text_column, document, shard_bytes)]
     if limit_documents:
@@ -79,13 +97,14 @@ def plan_corpus(
     if not shards:
         raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
     identity = {
-        "files": {name: content_identity(path) for path, name in files},
+        # numbered: their order counts, and two may have the same name
+        "files": {f"{number} {name}": content_identity(path) for number, (path, name) in enumerate(files, 1)},
         "text_column": text_column,
         "document": document,
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
     }
-    return Corpus([[piece for piece, _ in shard] for shard in shards], identity)
+    return Corpus([[piece for piece, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
 # --- cutting files into pieces ---------------------------------------------------------------------------------------
@@ -121,11 +140,13 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
         raise UsageError(f"cannot read {path} as Parquet: {' '.join(str(error).split())[:200]}") from None
     if text_column not in schema.names:
         raise UsageError(f"{path} has no column {text_column!r}; name one of {schema.names} with --text-column")
+    if schema.names.count(text_column) > 1:
+        raise UsageError(f"{path} has several columns {text_column!r}; rename all but one, or name another")
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
-    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.split(".")[0] == text_column)
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     size = sum(group.column(leaf).total_uncompressed_size for group in groups)
     cuts = min(metadata.num_rows, max(1, round(size / shard_bytes)))
@@ -135,23 +156,17 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
 
 
 def _check_text_column(piece: Piece, text_column: str) -> None:
-    """Find a wrong ``--text-column`` by the first line, before anything is scored."""
+    """Find a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
     if piece.kind not in ("csv", "tsv", "jsonl"):
         return
     try:
-        with open_binary(piece) as stream:
-            line = stream.readline().decode("utf-8-sig", errors="replace")
+        if piece.kind == "jsonl":
+            names = json_keys(piece, JSON_LINES) or [text_column]  # broken lines only are rejected like any other
+        else:
+            names = next(csv_rows(piece), (1, [text_column]))[1] or []
     except (OSError, EOFError) as error:
         raise UsageError(f"cannot read {piece.path}: {' '.join(str(error).split())[:200]}") from None
-    if piece.kind == "jsonl":
-        try:
-            first = json.loads(line)
-        except ValueError:
-            return  # a broken first line is rejected like any other
-        names = list(first) if isinstance(first, dict) else [text_column]
-    else:
-        names = next(csv.reader([line], delimiter="\t" if piece.kind == "tsv" else ","), [])
-    if line and text_column not in names:
+    if text_column not in names:
         raise UsageError(f"{piece.path} has no column {text_column!r}; name one of {names} with --text-column")
 
 
@@ -206,9 +221,7 @@ def _is_shard_directory(spec: str) -> bool:
     )
 
 
-def _plan_shard_directory(spec: str, limit_documents: int | None) -> Corpus:
-    if limit_documents:
-        raise UsageError(f"{spec} holds sequences, not documents; leave out --limit-documents")
+def _plan_shard_directory(spec: str) -> Corpus:
     manifest = read_manifest(spec)
     check_shards(manifest)
     pieces: list[list[Piece]] = [[] for _ in range(manifest.planned_shards)]  # no pieces: the shard was given up
@@ -216,7 +229,9 @@ def _plan_shard_directory(spec: str, limit_documents: int | None) -> Corpus:
         pieces[entry.index] = [Piece(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
     # only the tokens count: scoring a scored directory again must be the same as scoring its tokens
     corpus = manifest.fingerprint["corpus"]
-    return Corpus(pieces, corpus if "sequences" in corpus else {"sequences": corpus}, manifest)
+    identity = corpus if "sequences" in corpus else {"sequences": corpus}
+    tokens = sum(entry.tokens for entry in manifest.shards)
+    return Corpus(pieces, identity, "", tokens // max(1, len(pieces)), manifest)
 
 
 def _materialise_hub_dataset(spec: str) -> Path:

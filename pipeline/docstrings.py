@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import cli, storage
+from pipeline.cli import UsageError
 
 PACKAGES = (
     *("torch", "transformers", "ray", "datasets", "pyarrow", "polars", "numpy", "scipy", "sklearn", "pandas"),
@@ -43,11 +44,19 @@ def materialise() -> dict[str, Path]:
 
     A source file gives all of its docstrings to one part, and texts that begin alike are kept once, so that the parts
     share none. Rows are in the order of their hash, which mixes the packages.
+
+    Raises:
+        UsageError: the cache cannot be made.
     """
     installed = [name for name in PACKAGES if find_spec(name)]
     key = storage.sha256_json([FORMAT, {name: _version(name) for name in installed}, BYTES_PER_PACKAGE, SHORTEST])[:16]
-    paths = {part: cache_directory() / f"docstrings-{key}" / f"{part}.parquet" for part in ("pretrain", "probes")}
+    directory = cache_directory() / f"docstrings-{key}"
+    paths = {part: directory / f"{part}.parquet" for part in ("pretrain", "probes")}
     if not all(path.exists() for path in paths.values()):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        except OSError as error:
+            raise UsageError(f"{cli.one_line(error)}; set ENTROPY_MASKING_CACHE to a writable directory") from None
         rows = _collect(installed)
         for part, path in paths.items():
             table = pa.table({name: [row[name] for row in rows if row["part"] == part] for name in ("text", "package")})

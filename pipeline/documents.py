@@ -6,10 +6,11 @@ import codecs
 import csv
 import io
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -20,7 +21,9 @@ from pipeline.cli import UsageError
 
 LISTED = 100  # rejected documents that a record names; all are counted
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-csv.field_size_limit(1 << 30)  # a field is a document; the default of 131,072 characters is for spreadsheets
+# a field is a document, and the default of 131,072 characters is for spreadsheets; but an unclosed quote ends here
+csv.field_size_limit(1 << 26)
+DIALECTS: dict[str, Any] = {"csv": {"strict": True}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
 
 
 @dataclass(frozen=True)
@@ -91,33 +94,31 @@ def read_documents(pieces: list[Piece], text_column: str, rejects: Rejects) -> I
                 if number == piece.limit:
                     break
                 rejects.documents += 1
-                if isinstance(value, str) and (text := _encodable(value)).strip():
-                    yield Document(text, piece, line)
+                if reason := _why_unusable(value):
+                    rejects.add(piece, line, reason)
                 else:
-                    rejects.add(piece, line, _why_unusable(value))
+                    yield Document(value, piece, line)
         except (OSError, EOFError, pa.ArrowInvalid) as error:
             raise UsageError(f"cannot read {piece.path} to its end: {' '.join(str(error).split())[:200]}") from None
 
 
-def _encodable(text: str) -> str:
-    """The text, or nothing if it holds half a surrogate pair (of bad UTF-8 in a CSV, or of an escape in JSON)."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return ""
-    return text
-
-
-def _why_unusable(value: Any) -> str:
+def _why_unusable(value: Any) -> str | None:
+    """Why a value is no text to be scored, or None."""
     if isinstance(value, Broken):
         return value.reason
     if value is None:
         return "null text"
     if not isinstance(value, str):
         return "text is not a string"
-    return "bad UTF-8" if value.strip() else "empty text"
+    if not value.strip():
+        return "empty text"
+    if "\0" in value:
+        return "NUL characters (UTF-16?)"
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair: of bad UTF-8 in a CSV, or of an escape in JSON
+        return "bad UTF-8"
+    return None
 
 
 def _values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
@@ -173,6 +174,12 @@ def lines_before(piece: Piece) -> int:
     return lines if not position or ends_line else lines + 1
 
 
+def json_keys(piece: Piece, lines: int) -> list[str]:
+    """The keys of the objects in the first so many lines of JSON lines."""
+    values = (_json_object(_decode(raw)) for raw in islice(_lines(piece), lines))
+    return list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
+
+
 def _decode(raw: bytes) -> str | Broken:
     try:
         return raw.removeprefix(codecs.BOM_UTF8).decode()
@@ -180,7 +187,8 @@ def _decode(raw: bytes) -> str | Broken:
         return Broken("bad UTF-8")
 
 
-def _json_value(line: str | Broken, key: str) -> Any:
+def _json_object(line: str | Broken) -> Any:
+    """The object of a line; ``Broken`` where there is none, nothing for a blank line."""
     if isinstance(line, Broken):
         return line
     if not line.strip():
@@ -189,34 +197,62 @@ def _json_value(line: str | Broken, key: str) -> Any:
         value = json.loads(line)
     except (ValueError, RecursionError):
         return Broken("broken JSON")
+    return value if isinstance(value, dict) else Broken("not a JSON object")
+
+
+def _json_value(line: str | Broken, key: str) -> Any:
+    value = _json_object(line)
     if not isinstance(value, dict):
-        return Broken("not a JSON object")
+        return value
     return value[key] if key in value else Broken(f"no key {key!r}")
 
 
-def _csv_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
-    """A row ends at a line end outside quotes; its line is the one that it begins on."""
+def csv_rows(piece: Piece) -> Iterator[tuple[int, list[str] | None]]:
+    """(line that it begins on, cells) of each row, the header first; None for a row that is broken.
+
+    A row ends at a line end outside quotes. A quotation mark that is not closed must not swallow the rows behind it: of
+    a broken row only the first line is dropped, and the lines after it are read again.
+    """
     with open_binary(piece) as stream:
         # bytes that are no UTF-8 become lone surrogates, which condemn their own row only
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter="\t" if piece.kind == "tsv" else ",")
-        header = next(reader, [])
-        column = header.index(text_column) if text_column in header else None
+        taken: list[str] = []
+        again: deque[str] = deque()
+
+        def take() -> str:
+            taken.append(again.popleft() if again else text.readline())
+            return taken[-1]
+
+        line, width = 1, None
         while True:
-            line = reader.line_num + 1
+            taken.clear()
             try:
-                row = next(reader, None)
+                row = next(csv.reader(iter(take, ""), **DIALECTS[piece.kind]), None)
             except csv.Error:
-                yield line, Broken("broken CSV row")
-                continue
-            if row is None:
+                row = None
+            if taken == [""]:
                 return
-            if column is None:
-                yield line, Broken(f"no column {text_column!r}")
-            elif len(row) != len(header):
-                yield line, Broken("broken CSV row") if row else ""
+            if row is None or (row and width is not None and len(row) != width):
+                yield line, None
+                again.extendleft(reversed(taken[1:]))
+                line += 1
             else:
-                yield line, row[column]
+                yield line, row
+                line += len(taken)
+            width = len(row or []) if width is None else width
+
+
+def _csv_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
+    rows = csv_rows(piece)
+    _, header = next(rows, (1, None))
+    column = header.index(text_column) if header and text_column in header else None
+    for line, row in rows:
+        if row is None:
+            yield line, Broken("broken CSV row")
+        elif column is None:
+            yield line, Broken(f"no column {text_column!r}")
+        else:
+            yield line, row[column] if row else ""
 
 
 def _parquet_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:

@@ -145,7 +145,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         trust_remote_code=args.trust_remote_code,
         dtype=fingerprint.get("dtype"),
         batch_tokens=args.batch_tokens,
-        text_column=args.text_column,
+        text_column=corpus.text_column,
         plan=plan,
         threads=args.cpus_per_worker,
         compile=args.torch_compile,

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
         run = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(run, records, len(corpus.shards), args.shard_tokens)
+        failed = collect(run, records, len(corpus.shards), corpus.shard_tokens)
     finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 
@@ -74,8 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher", required=True, help="masked LM by path or Hub id; none writes tokens without scores")
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
     add("--tokenizer", help="path or Hub id (default: the teacher's, or the corpus' if that is a shard directory)")
-    add("--text-column", default="text", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], default="line", help="what a document is in a plain-text file")
+    add("--text-column", help="column or key of the text (default: text)")
+    add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
     add("--limit-documents", type=cli.positive, help="only the first N documents of the corpus")
     add("--sequence-length", type=cli.positive, help="tokens a sequence, specials included (default: 128)")
     add("--context", choices=["masked", "full"], help="hide the scored position, or not (default: masked)")
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, help="log-probabilities to keep a position, 0 for none (default: 16)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
     add("--batch-tokens", type=cli.positive, help="tokens in one forward (default: 8192)")
-    add("--shard-tokens", type=cli.positive, default=1 << 18, help="about how many tokens a shard (default: 262144)")
+    add("--shard-tokens", type=cli.positive, help="about how many tokens a shard (default: 262144)")
     add("--temperatures", type=temperatures, help="also keep what the top-k need at these, as in 1,2 (default: 1)")
     add("--masks", help="a mask plan of train/plan.py for the corpus: predict its positions of its inputs only")
     add("--workers", type=cli.positive, help="actors at most (default: as many as fit the cluster)")

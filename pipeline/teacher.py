@@ -35,6 +35,7 @@ from pipeline.shards import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # float32 logits at a time: they stay in the cache, fill the GPU
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 ROBERTA_LIKE = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer", "mpnet"}
 
 
@@ -106,6 +107,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UsageError: there is none, or only a slow one.
     """
     directory = local_checkpoint(name)
+    # without these files AutoTokenizer makes up a tokenizer of special tokens from config.json alone
+    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UsageError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's own there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, AttributeError) as error:

@@ -37,14 +37,18 @@ def main(argv: list[str] | None = None) -> None:
     made_from = {"corpus": corpus.identity, "vocab_size": args.vocab_size, "lowercase": args.lowercase}
     origin = args.output / "made_from.json"
     if origin.exists():
-        if storage.read_json(str(origin)) != made_from:
+        try:
+            same = storage.read_json(str(origin)) == made_from
+        except ValueError:
+            same = False
+        if not same:
             raise UsageError(f"{args.output} holds a tokenizer made from something else; choose a new --output")
         print(f"{args.output} is made already")
         return
     if args.output.exists() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; choose a new --output")
     rejects = Rejects()
-    texts = list(documents(corpus, args.text_column, rejects))
+    texts = list(documents(corpus, rejects))
     tokenizer = train(texts, args.vocab_size, args.lowercase)
     tokenizer.save_pretrained(args.output)
     storage.write_json(str(origin), made_from)  # last: it marks the tokenizer as complete
@@ -61,19 +65,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")
-    add("--vocab-size", type=int, default=8192, help="tokens, specials included (default: 8192)")
+    add("--vocab-size", type=cli.positive, default=8192, help="tokens, specials included (default: 8192)")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="(default: lowercase)")
-    add("--text-column", default="text", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], default="line", help="what a document is in a plain-text file")
+    add("--text-column", help="column or key of the text (default: text)")
+    add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
     add("--limit-documents", type=cli.positive, help="only the first N documents of the corpus")
     return parser.parse_args(argv)
 
 
-def documents(corpus: Corpus, text_column: str, rejects: Rejects) -> Iterator[str]:
+def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
     """The texts of the whole corpus, with progress by shard."""
     with cli.Progress(len(corpus.shards), "shards", "reading") as progress:
         for pieces in corpus.shards:
-            yield from (document.text for document in read_documents(pieces, text_column, rejects))
+            yield from (document.text for document in read_documents(pieces, corpus.text_column, rejects))
             progress.advance(1)
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from harness import SCORE, refused
 from transformers import AutoTokenizer
 
-from pipeline import docstrings
+from pipeline import docstrings, storage
 from pipeline.cli import UsageError
+from pipeline.commit import differences
 from pipeline.corpus import Corpus, plan_corpus
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.packing import pack, tokenize
@@ -117,6 +120,47 @@ def test_rejects_in_csv_and_parquet(tmp_path: Path) -> None:
     assert found == [(2, "null text"), (3, "empty text"), (4, "bad UTF-8")]
 
 
+def test_a_stray_quotation_mark_costs_its_own_row_only(tmp_path: Path) -> None:
+    rows = ["id,text", '1,"never closed', "2,two", '3,"three, 3"', '4,"four"x', '5,"two', 'lines"', '6,"six', "7,seven"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    rejects = Rejects()
+    assert texts_of(plan_corpus(str(tmp_path / "a.csv")), rejects) == ["two", "three, 3", "two\nlines", "seven"]
+    found = [(entry["line"], entry["reason"]) for entry in rejects.listed]
+    assert found == [(line, "broken CSV row") for line in (2, 5, 8)] and rejects.documents == 7
+    # in a TSV a quotation mark is a character
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"half\n2\ta "whole" one\n3\t"all"\n')
+    assert texts_of(plan_corpus(str(tmp_path / "a.tsv"))) == ['"half', 'a "whole" one', '"all"']
+
+
+def test_headers_are_read_as_rows_are(tmp_path: Path) -> None:
+    (tmp_path / "cr.csv").write_bytes(b"id,text\r1,one\r2,two\r")
+    (tmp_path / "header.csv").write_text('"first\ncolumn",text\n1,three\n')
+    (tmp_path / "later.jsonl").write_text('{"meta": 1}\n' + '{"text": "four"}\n')
+    names = ",".join(str(tmp_path / name) for name in ("cr.csv", "header.csv", "later.jsonl"))
+    rejects = Rejects()
+    assert texts_of(plan_corpus(names), rejects) == ["one", "two", "three", "four"]
+    assert rejects.report()["reasons"] == {"no key 'text'": 1}
+
+
+def test_names_of_parquet_columns(tmp_path: Path) -> None:
+    table = pa.table({"a": [["x"]], "a.b": ["dotted"]})
+    pq.write_table(table, tmp_path / "dot.parquet")
+    corpus = plan_corpus(str(tmp_path / "dot.parquet"), text_column="a.b")
+    found = [document.text for document in read_documents(corpus.shards[0], corpus.text_column, Rejects())]
+    assert found == ["dotted"]
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UsageError, match="several columns 'text'"):
+        plan_corpus(str(tmp_path / "twice.parquet"))
+
+
+def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\ntwo\n".encode("utf-16"))
+    rejects = Rejects()
+    assert texts_of(plan_corpus(str(tmp_path / "a.txt")), rejects) == []
+    assert rejects.report()["reasons"] == {"bad UTF-8": 1, "NUL characters (UTF-16?)": 2}
+
+
 def test_directories_globs_and_lists(tmp_path: Path) -> None:
     for name, text in {
         "b/two.txt": "two",
@@ -206,6 +250,44 @@ def test_identity_is_the_content_not_the_place(tmp_path: Path) -> None:
     assert identities[0] == identities[1] != identities[2]
 
 
+def test_identity_knows_the_order_of_files_and_those_of_the_same_name(tmp_path: Path) -> None:
+    for name in ("A/x.txt", "B/x.txt", "B/y.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    a, b, y = (str(tmp_path / name) for name in ("A/x.txt", "B/x.txt", "B/y.txt"))
+    identities = [plan_corpus(spec).identity for spec in (f"{a},{b}", f"{b},{a}", b, f"{b},{y}", f"{y},{b}")]
+    assert len({storage.sha256_json(identity) for identity in identities}) == 5
+    assert all(name.startswith("files.") for name in differences(identities[3], identities[4]))
+    assert any("files.1 x.txt: " in name for name in differences(identities[3], identities[4]))
+
+
+@pytest.mark.parametrize("spec", ["", " ", "{},", ",{}", "{},,{}"])
+def test_an_empty_part_of_a_list_is_not_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="empty part"):
+        plan_corpus(spec.format("a.txt", "a.txt"))
+
+
+def test_options_that_say_nothing_of_a_corpus(scored: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["two"]))
+    cases: list[tuple[Path, dict[str, Any]]] = [
+        *((scored, option) for option in ({"text_column": "text"}, {"document": "line"}, {"shard_tokens": 7})),
+        (scored, {"limit_documents": 1}),
+        (tmp_path / "a.jsonl", {"document": "file"}),
+        (tmp_path / "a.txt", {"text_column": "text"}),
+    ]
+    for path, option in cases:
+        with pytest.raises(UsageError, match=f"leave out --{next(iter(option)).replace('_', '-')}"):
+            plan_corpus(str(path), **option)
+    assert len(plan_corpus(str(tmp_path), document="file", text_column="text").shards) == 1
+    flags = ["--corpus", scored, "--teacher", "none", "--output", tmp_path / "out", "--document", "line"]
+    assert "leave out --document" in refused(*SCORE, *flags)
+
+
 def slow_pack(documents: list[list[int]], length: int) -> list[list[int]]:
     stream = [token for number, ids in enumerate(documents) for token in ([] if number == 0 else [2]) + ids]
     blocks = [stream[i : i + length - 2] for i in range(0, len(stream), length - 2)]
@@ -264,3 +346,11 @@ def test_docstrings_are_parsed_not_imported(tmp_path: Path, monkeypatch: pytest.
         assert len(homes) == 1, "a file's docstrings are in one part"
     assert {row["package"] for row in parts["pretrain"]} == {"demo_package"}
     assert len(texts_of(plan_corpus("docstrings"))) == len(parts["pretrain"])
+
+
+def test_docstrings_without_a_place_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("ENTROPY_MASKING_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(docstrings, "PACKAGES", ())
+    with pytest.raises(UsageError, match=r"Not a directory; set ENTROPY_MASKING_CACHE"):
+        docstrings.materialise()

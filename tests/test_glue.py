@@ -178,6 +178,65 @@ def test_quotation_marks_in_tsv_are_characters(tmp_path: Path) -> None:
     assert loaded.train.texts == [['"half a quote', 'it\'s "fine"']] and loaded.train.labels.tolist() == [1, 0]
 
 
+def test_an_empty_field_of_a_tsv_is_an_empty_text(tmp_path: Path) -> None:
+    (tmp_path / "rte").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "rte" / f"{split}.tsv").write_text("sentence1\tsentence2\tlabel\na\t\t1\n\tb\t0\n")
+    assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train.texts == [["a", ""], ["", "b"]]
+
+
+def test_other_data_of_the_same_size_is_other_data(work: Path, words: list[str], tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        write_rows(make_rows(GLUE["rte"], words, 16, 1), tmp_path / "data" / "rte" / f"{split}.parquet")
+    flags = ["--tasks", "rte", "--data", tmp_path / "data", *QUICK]
+    glue_here(work / "teacher", tmp_path / "out", *flags)
+    glue_here(work / "teacher", tmp_path / "out", *flags)
+    write_rows(make_rows(GLUE["rte"], words, 16, 2), tmp_path / "data" / "rte" / "dev.parquet")
+    with pytest.raises(UsageError, match=r"rte-seed1.json was made otherwise .data_hash: "):
+        glue_here(work / "teacher", tmp_path / "out", *flags)
+
+
+def test_an_average_takes_the_seeds_of_its_own_tasks(results: Path, tmp_path: Path) -> None:
+    for path in results.glob("*.json"):
+        if path.name != "wnli-seed2.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    glue.compare.main([f"a={tmp_path}", "--output", str(tmp_path / "out")])
+    averages = json.loads((tmp_path / "out" / "table.json").read_text())["averages"]
+    assert len(averages["glue8"]["a"]["values"]) == 2 and len(averages["leaderboard9"]["a"]["values"]) == 1
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    seeds = {
+        line.split(" | ")[0].strip("| *"): line.strip("| ").split("|")[-1].strip() for line in lines if "|" in line
+    }
+    assert (seeds["cola"], seeds["wnli"], seeds["glue8"], seeds["leaderboard9"]) == ("2", "1", "2", "1")
+    for path in tmp_path.glob("*-seed2.json"):
+        path.unlink()
+    for name in ("rte-seed1", "wnli-seed1"):
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        (tmp_path / f"{name}.json").unlink()
+        (tmp_path / f"{result['task']}-seed7.json").write_text(json.dumps({**result, "seed": 7}))
+    with pytest.raises(UsageError, match="glue8 needs a seed that all of its tasks share; run what is missing"):
+        glue.compare.main([f"a={tmp_path}", "--output", str(tmp_path / "out"), "--average", "glue8"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "sst3"},
+        {"metrics": {"accuracy": 0.5}},
+        {"metrics": {"accuracy": 0.5, "f1": None}},
+        {"score": None},
+        {"train_rows": ...},
+        {"training": ...},
+    ],
+)
+def test_half_a_result(results: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    result = json.loads((results / "mrpc-seed1.json").read_text()) | change
+    text = json.dumps({name: value for name, value in result.items() if value is not ...})
+    (tmp_path / "mrpc-seed1.json").write_text(text)
+    with pytest.raises(UsageError, match=r"mrpc-seed1.json is no result of glue/run.py"):
+        glue.compare.main([f"a={tmp_path}", "--output", str(tmp_path / "out")])
+
+
 def test_compare(results: Path, work: Path, data: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = AutoModelForMaskedLM.from_pretrained(work / "teacher")
@@ -260,6 +319,11 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, "--tasks", "sst3", "--data", data], "there is no task 'sst3'"),
         ([*model, "--tasks", "probes", "--data", data], "leave out --data"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds", "one"], "no list of whole numbers"),
+        ([*model, "--tasks", "cola", "--data", data, "--seeds=-1"], "--seeds -1 is not between 0 and"),
+        ([*model, "--tasks", "cola", "--data", data, "--seeds=1,5000000000"], "--seeds 5000000000 is not between 0"),
+        ([*model, "--tasks", "cola", "--data", data, "--seeds=1,2,1"], "names a seed twice"),
+        ([*model, "--tasks", "cola", "--data", data, "--max-length=65"], "--max-length 65 must be between 8 and 64"),
+        ([*model, "--tasks", "cola", "--data", data, "--max-length=7"], "--max-length 7 must be between 8 and 64"),
         ([*model, *table("column", good.rename({"sentence": "text"}))], "has no column 'sentence'"),
         ([*model, *table("hidden", good.with_columns(label=pl.Series([-1, -1])))], "label -1 in row 0"),
         ([*model, *table("label", good.with_columns(label=pl.Series([0, 2])))], "has the label 2 in row 1"),
@@ -288,6 +352,8 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     ]
     for flags, sentence in cases:
         with pytest.raises(UsageError, match=sentence):
-            glue.run.main([str(flag) for flag in [*flags, *out]])
+            glue.run.main([str(flag) for flag in ["--max-length", 32, *flags, *out]])
+    with pytest.raises(SystemExit):
+        glue.run.parse(["--model=x", "--tasks=cola", "--output=x", "--learning-rate=-1"])
     assert "there is no task 'x'" in refused(*GLUE_RUN, *model, *out, "--tasks", "x")
     assert not (tmp_path / "out").exists()

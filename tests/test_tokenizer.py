@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
-from harness import ROOT, refused, run
+import pytest
+from harness import ROOT, SCORE, refused, run
 from transformers import AutoTokenizer
+
+from pipeline import cli
+from pipeline.cli import UsageError
+from pipeline.teacher import load_tokenizer
+from pipeline.tokenizer import parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
 
@@ -44,3 +51,52 @@ def test_case_may_be_kept(tmp_path: Path) -> None:
     run(*COMMAND, *flags, "--output", tmp_path / "cased")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")
     assert tokenizer.decode(tokenizer("Some Case", add_special_tokens=False).input_ids) == "Some Case"
+
+
+def test_what_is_no_tokenizer(work: Path, tmp_path: Path) -> None:
+    """From config.json alone AutoTokenizer would make one of five tokens, to which every text is [UNK]."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((work / "teacher" / "config.json").read_bytes())
+    with pytest.raises(UsageError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path / "bare"))
+    with pytest.raises(SystemExit):
+        parse(["--corpus=x", "--output=y", "--vocab-size=-5"])
+
+
+def test_files_and_directories_that_cannot_be_used(work: Path, tmp_path: Path) -> None:
+    """One sentence that names the file, whether Python or Arrow finds the fault."""
+    (tmp_path / "file").write_text("x")
+    corpus = ["--corpus", work / "corpus.jsonl"]
+    flags = [*corpus, "--vocab-size", 250, "--output"]
+    assert "file" in refused(*COMMAND, *flags, tmp_path / "file")
+    assert "file/below" in refused(*COMMAND, *flags, tmp_path / "file" / "below")
+    tokens = ["--teacher", "none", "--tokenizer", work / "tokenizer", "--backend", "local", "--output"]
+    assert "file" in refused(*SCORE, *corpus, *tokens, tmp_path / "file")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "made_from.json").write_text("{")
+    assert "made from something else" in refused(*COMMAND, *flags, tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "error: /a/b: Permission denied\n"),
+        (
+            OSError(errno.EROFS, "Failed to open '/a/b'.\n Detail: read-only"),
+            2,
+            "error: Failed to open '/a/b'. Detail: ",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1, "failed: /a/b: No space left on device\n"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), 1, "failed: Connection reset\n"),
+    ],
+)
+def test_file_errors_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], error: OSError, code: int, sentence: str
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == code
+    assert capsys.readouterr().err.startswith(sentence)
