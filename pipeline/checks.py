@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import commit, masks, shards, storage
+from pipeline import commit, manifests, masks, shards, storage
+from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import NO_POSITION
-from pipeline.shards import Manifest, Scores, ShardEntry, shard_file, temperature_column
+from pipeline.shards import Scores, shard_file, temperature_column
 
 PROBABILITY_SUM = 1.01  # float16 is good for a two-thousandth of a log-probability, and that of what it weighs
 ABOVE_ZERO = 1e-3  # nats that float32 may leave of a logarithm that ought to be 0
@@ -24,7 +25,7 @@ RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # position
 
 def manifest_faults(manifest: Manifest) -> list[str]:
     """The manifest by itself: every planned shard accounted for once, names that fit, and hashes of what it says."""
-    faults = [f"lacks {shard_file(index)}" for index in shards.missing_shards(manifest)]
+    faults = [f"lacks {shard_file(index)}" for index in manifests.missing_shards(manifest)]
     indices = [entry.index for entry in manifest.shards]
     if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
         faults.append(f"its shards are not each once and in order among {manifest.planned_shards}")
@@ -33,7 +34,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     ]
     if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
         faults.append("its fingerprint does not have the hash that stands beside it")
-    if manifest.kind == "sequences" and shards.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
+    if manifest.kind == "sequences" and manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
         faults.append("its sequences_hash is not that of its fingerprint")
     return faults
 

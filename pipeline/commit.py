@@ -17,17 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.cli import UsageError
-from pipeline.shards import (
-    READERS,
-    SCHEMA_VERSION,
-    Manifest,
-    entry_of,
-    footer_rows,
-    manifest_uri,
-    record_file,
-    run_uri,
-    shard_file,
-)
+from pipeline.manifests import READERS, Manifest, entry_of, manifest_uri, record_file, run_uri
+from pipeline.shards import SCHEMA_VERSION, footer_rows, shard_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

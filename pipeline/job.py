@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import shards, storage
+from pipeline import manifests, shards, storage
 from pipeline.cli import UsageError
 from pipeline.corpus import Corpus
-from pipeline.shards import Manifest
+from pipeline.manifests import Manifest
 from pipeline.teacher import (
     load_config,
     load_tokenizer,
@@ -71,11 +71,11 @@ def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> Pre
     if corpus.from_shards:
         if tokenizer:
             raise UsageError(f"{corpus.from_shards.uri} brings its own tokenizer; leave out --tokenizer")
-        return shards.load_tokenizer(corpus.from_shards.uri)
+        return manifests.load_tokenizer(corpus.from_shards.uri)
     if not tokenizer and teacher == "none":
         raise UsageError("--teacher none needs --tokenizer (make one with pipeline/tokenizer.py)")
     loaded = load_tokenizer(tokenizer or teacher)
-    if missing := {"pad", "cls", "sep", "mask"} - shards.special_ids(loaded).keys():
+    if missing := {"pad", "cls", "sep", "mask"} - manifests.special_ids(loaded).keys():
         raise UsageError(
             f"the tokenizer {tokenizer or teacher} has no {', '.join(sorted(missing))} token; use one of a masked LM"
         )
@@ -95,7 +95,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         "tokenizer": tokenization_hash(tokenizer),
         "sequence_length": length,
     }
-    sequences_hash = shards.sequences_hash(fingerprint)
+    sequences_hash = manifests.sequences_hash(fingerprint)
     plan = read_plan(args.masks, corpus, sequences_hash) if args.masks else None
     teacher = None
     if args.teacher != "none":
@@ -119,7 +119,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         kind="targets" if plan else "sequences",
         sequence_length=length,
         vocab_size=len(tokenizer),
-        special_ids=shards.special_ids(tokenizer),
+        special_ids=manifests.special_ids(tokenizer),
         special_token_ids=sorted(set(tokenizer.all_special_ids)),
         scored=teacher is not None,
         top_k=fingerprint.get("top_k", 0),
@@ -131,7 +131,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         sequences_hash=sequences_hash,
         fingerprint=fingerprint,
         fingerprint_hash=storage.sha256_json(fingerprint),
-        tokenizer_hash=shards.tokenizer_hash(tokenizer),
+        tokenizer_hash=manifests.tokenizer_hash(tokenizer),
         planned_shards=len(corpus.shards),
         shards=[],
         failed=corpus.from_shards.failed if corpus.from_shards else {},
@@ -160,8 +160,8 @@ def read_plan(uri: str, corpus: Corpus, sequences_hash: str) -> Manifest:
     Raises:
         UsageError: no plan, or one for other sequences.
     """
-    plan = shards.read_manifest(storage.absolute(uri), kind="plan")
-    shards.check_shards(plan)
+    plan = manifests.read_manifest(storage.absolute(uri), kind="plan")
+    manifests.check_shards(plan)
     if not corpus.from_shards:
         raise UsageError(f"--masks {uri} is a plan for a shard directory; name that directory as --corpus")
     indices = {index for index, pieces in enumerate(corpus.shards) if pieces}
@@ -194,7 +194,7 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
         raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {len(tokenizer)} tokens")
     if any((teacher / name).exists() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
         own = load_tokenizer(str(teacher))
-        if shards.tokenizer_hash(own) != shards.tokenizer_hash(tokenizer):
+        if manifests.tokenizer_hash(own) != manifests.tokenizer_hash(tokenizer):
             raise UsageError(
                 f"the tokenizer does not fit {args.teacher}, which was trained with another vocabulary; "
                 "use the teacher's own tokenizer"
@@ -204,4 +204,6 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
 def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of what turns text into ids: the fast tokenizer's whole definition, less truncation and padding."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    return storage.sha256_json([definition | {"truncation": None, "padding": None}, shards.tokenizer_hash(tokenizer)])
+    return storage.sha256_json(
+        [definition | {"truncation": None, "padding": None}, manifests.tokenizer_hash(tokenizer)]
+    )

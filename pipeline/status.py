@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline import cli, commit, shards, storage
+from pipeline import cli, commit, manifests, shards, storage
 from pipeline.cli import RunError, UsageError
 
 RECENT_SECONDS = 300.0  # the rate now is that of the last five minutes, or of as long as two shards take
@@ -44,8 +44,8 @@ def status(directory: str, now: float) -> dict[str, Any]:
     Raises:
         UsageError: no shard directory, or one whose own account cannot be read.
     """
-    manifest = _read(shards.manifest_uri(directory), ("planned_shards", "shards", "failed", "totals"))
-    run = _read(shards.run_uri(directory), ("fingerprint", "shards"))
+    manifest = _read(manifests.manifest_uri(directory), ("planned_shards", "shards", "failed", "totals"))
+    run = _read(manifests.run_uri(directory), ("fingerprint", "shards"))
     done = commit.done_records(directory, run["shards"], storage.sha256_json(run["fingerprint"])) if run else {}
     if manifest:
         planned, shards_done, totals = manifest["planned_shards"], len(manifest["shards"]), manifest["totals"]

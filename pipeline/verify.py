@@ -24,9 +24,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pipeline import checks, cli, commit, shards, storage
+from pipeline import checks, cli, commit, manifests, shards, storage
 from pipeline.cli import RunError, UsageError
-from pipeline.shards import Manifest, Scores, ShardEntry
+from pipeline.manifests import Manifest, ShardEntry
+from pipeline.shards import Scores
 
 FILES = 4  # in memory at a time
 SAMPLE = 8  # sequences to score again
@@ -77,12 +78,12 @@ def open_directory(uri: str) -> tuple[Manifest, bool]:
         UsageError: no shard directory, or an unreadable manifest.
     """
     try:
-        kind = storage.read_json(shards.manifest_uri(uri))["kind"]
+        kind = storage.read_json(manifests.manifest_uri(uri))["kind"]
     except FileNotFoundError:
         return unfinished(uri), False
     except (ValueError, KeyError, TypeError):
         kind = "sequences"  # read_manifest says what is wrong
-    return shards.read_manifest(uri, kind if kind in shards.MADE_BY else "sequences"), True
+    return manifests.read_manifest(uri, kind if kind in manifests.MADE_BY else "sequences"), True
 
 
 def unfinished(uri: str) -> Manifest:
@@ -92,10 +93,10 @@ def unfinished(uri: str) -> Manifest:
         UsageError: there is no such run, or no shard of it.
     """
     try:
-        run = storage.read_json(shards.run_uri(uri))
+        run = storage.read_json(manifests.run_uri(uri))
         fingerprint, planned = run["fingerprint"], run["shards"]
         length, key = fingerprint["sequence_length"], storage.sha256_json(fingerprint)
-        sequences_hash = shards.sequences_hash(fingerprint)
+        sequences_hash = manifests.sequences_hash(fingerprint)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise UsageError(f"{uri} is no shard directory; name the --output of a pipeline/score.py run") from None
     records = [record for _, record in sorted(commit.read_records(uri).items()) if record["fingerprint_hash"] == key]
@@ -104,8 +105,8 @@ def unfinished(uri: str) -> Manifest:
             f"{uri} is unfinished (none of {planned} shards); run the same pipeline/score.py command again"
         )
     try:
-        tokenizer = shards.load_tokenizer(uri)
-        entries = [shards.entry_of(record) for record in records]
+        tokenizer = manifests.load_tokenizer(uri)
+        entries = [manifests.entry_of(record) for record in records]
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"{uri} is unfinished and cannot be read ({reason}); run pipeline/score.py again") from None
@@ -114,7 +115,7 @@ def unfinished(uri: str) -> Manifest:
         kind="targets" if "plan" in fingerprint else "sequences",
         sequence_length=length,
         vocab_size=len(tokenizer),
-        special_ids=shards.special_ids(tokenizer),
+        special_ids=manifests.special_ids(tokenizer),
         special_token_ids=sorted(set(tokenizer.all_special_ids)),
         scored="teacher" in fingerprint,
         top_k=fingerprint.get("top_k", 0),
@@ -126,7 +127,7 @@ def unfinished(uri: str) -> Manifest:
         sequences_hash=sequences_hash,
         fingerprint=fingerprint,
         fingerprint_hash=key,
-        tokenizer_hash=shards.tokenizer_hash(tokenizer),
+        tokenizer_hash=manifests.tokenizer_hash(tokenizer),
         planned_shards=planned,
         shards=entries,
         failed={},
@@ -174,7 +175,7 @@ def notes(manifest: Manifest) -> Iterator[str]:
     for info in storage.list_files(manifest.uri):
         if info.base_name.startswith("part-") and info.base_name not in known:
             yield f"{info.base_name} belongs to no committed shard; nobody reads it"
-    if not shards.has_records(manifest.uri):
+    if not manifests.has_records(manifest.uri):
         yield "there are no records; the shards are checked against the manifest alone"
 
 
@@ -185,12 +186,12 @@ def faults(manifest: Manifest, finished: bool, deep: bool, teacher: Any, sample:
             yield "manifest.json", fault
         yield from record_faults(manifest)
     else:
-        unreadable = {shards.record_file(index) for index in range(manifest.planned_shards)}
-        unreadable -= {shards.record_file(entry.index) for entry in manifest.shards}
+        unreadable = {manifests.record_file(index) for index in range(manifest.planned_shards)}
+        unreadable -= {manifests.record_file(entry.index) for entry in manifest.shards}
         for info in storage.list_files(storage.join(manifest.uri, "_records")):
             if info.base_name in unreadable:
                 yield f"_records/{info.base_name}", "is unreadable, or of another run"
-    if wrong := shards.tokenizer_fault(manifest):
+    if wrong := manifests.tokenizer_fault(manifest):
         yield "tokenizer", wrong
     damaged = set()
     for file, fault in shard_faults(manifest, deep):
@@ -202,15 +203,15 @@ def faults(manifest: Manifest, finished: bool, deep: bool, teacher: Any, sample:
 
 def record_faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Records against the manifest; a copy may do without any."""
-    if not shards.has_records(manifest.uri):
+    if not manifests.has_records(manifest.uri):
         return
     records = commit.read_records(manifest.uri)
     intact = []
     for entry in manifest.shards:
-        file = f"_records/{shards.record_file(entry.index)}"
+        file = f"_records/{manifests.record_file(entry.index)}"
         if (record := records.get(entry.index)) is None:
             yield file, "is missing or unreadable"
-        elif differing := shards.record_differences(manifest, entry, record):
+        elif differing := manifests.record_differences(manifest, entry, record):
             yield file, f"differs from the manifest in {', '.join(differing)}"
         else:
             intact.append(record)
@@ -246,7 +247,7 @@ def rescore_faults(
     """Sequences that a hash picks, scored again."""
     dtype, L, k = manifest.fingerprint["dtype"], manifest.sequence_length, manifest.top_k
     for entry, row in picked(manifest.fingerprint_hash, entries, sample):
-        table = shards.read_table(manifest, entry, contract_columns(manifest), [row // shards.ROW_GROUP])
+        table = manifests.read_table(manifest, entry, contract_columns(manifest), [row // shards.ROW_GROUP])
         table = table.slice(row % shards.ROW_GROUP, 1)
         columns = {name: shards.column_2d(table, name, L) for name in ("input_ids", *shards.SCORE_COLUMNS)}
         top = {name: shards.column_2d(table, name, L * k).reshape(1, L, k) for name in shards.TOP_K_COLUMNS if k}
@@ -286,7 +287,7 @@ def summary(manifest: Manifest, finished: bool, found: int, args: argparse.Names
     state += f"{len(manifest.failed)} shards were given up; " if manifest.failed else ""
     looked = "every value" if args.deep else "files"
     looked += f" and {args.sample or SAMPLE} sequences with the teacher" if args.teacher else ""
-    mend = f"; delete the records of bad shards in _records/ and run {shards.MADE_BY[manifest.kind]} again"
+    mend = f"; delete the records of bad shards in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
     outcome = f"{found:,} fault{'s' * (found != 1)}{mend}" if found else "no faults"
     return f"{args.directory}: {state}{done:,} shards, {rows:,} rows of {manifest.kind}, checked {looked}: {outcome}"
 

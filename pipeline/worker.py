@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import commit, masks, shards, storage
+from pipeline import commit, manifests, masks, shards, storage
 from pipeline.cli import RunError, UsageError
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.job import Job
@@ -131,7 +131,7 @@ class ShardScorer:
             table = pq.read_table(path, columns=["input_ids"], filesystem=filesystem)
             return shards.column_2d(table, "input_ids", manifest.sequence_length)
         if self.tokenizer is None:
-            self.tokenizer = shards.load_tokenizer(self.job.output)
+            self.tokenizer = manifests.load_tokenizer(self.job.output)
         ids = manifest.special_ids
         token_lists = tokenize(read_documents(pieces, self.job.text_column, rejects), self.tokenizer, rejects)
         return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
@@ -142,7 +142,7 @@ class ShardScorer:
         assert plan and plan.masks
         entry = next(entry for entry in plan.shards if entry.index == index)
         columns = masks.plan_schema(plan.vocab_size).names
-        rows = masks.rows_of(shards.read_table(plan, entry, columns), plan.masks["positions"])
+        rows = masks.rows_of(manifests.read_table(plan, entry, columns), plan.masks["positions"])
         if len(rows.variant_N) != plan.masks["variants"] * len(input_ids_NL):
             raise UsageError(f"{plan.shard_uri(entry)} has not as many rows as its sequences; make the plan anew")
         return rows

@@ -13,7 +13,7 @@ from harness import LENGTH
 from torch.utils.data import DataLoader
 
 import train.data
-from pipeline import shards
+from pipeline import manifests
 from pipeline.cli import RunError, UsageError
 from train.data import Columns, TrainingSequences, evaluation_batches, masker_of, read_rows, split_shards
 from train.masking import IGNORED, MaskPolicy
@@ -22,7 +22,7 @@ POLICY = MaskPolicy(temperature=1.0)
 
 
 class MaskBatch:
-    def __init__(self, manifest: shards.Manifest) -> None:
+    def __init__(self, manifest: manifests.Manifest) -> None:
         self.masker = masker_of(manifest)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -33,14 +33,14 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def sequences(manifest: shards.Manifest, size: int, seed: int = 0, prepare: Any = as_it_is) -> TrainingSequences:
+def sequences(manifest: manifests.Manifest, size: int, seed: int = 0, prepare: Any = as_it_is) -> TrainingSequences:
     columns = Columns(entropy=True, top_k=True)
     return TrainingSequences(manifest, manifest.shards, columns, size=size, seed=seed, prepare=prepare)
 
 
 @pytest.fixture(scope="module")
-def manifest(scored: Path) -> shards.Manifest:
-    return shards.read_manifest(str(scored))
+def manifest(scored: Path) -> manifests.Manifest:
+    return manifests.read_manifest(str(scored))
 
 
 def load(dataset: TrainingSequences, batch_size: int, workers: int) -> dict[str, np.ndarray]:
@@ -50,7 +50,7 @@ def load(dataset: TrainingSequences, batch_size: int, workers: int) -> dict[str,
     return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in names}
 
 
-def test_masks_are_the_same_for_any_workers_and_batch_size(manifest: shards.Manifest) -> None:
+def test_masks_are_the_same_for_any_workers_and_batch_size(manifest: manifests.Manifest) -> None:
     size = 2 * manifest.totals["sequences"] + 16  # into the third epoch
     results = [
         load(sequences(manifest, size, prepare=MaskBatch(manifest)), batch_size, workers)
@@ -66,7 +66,7 @@ def test_masks_are_the_same_for_any_workers_and_batch_size(manifest: shards.Mani
     assert (counts[:-1] > 0).all() and counts.max() == POLICY.positions(LENGTH)
 
 
-def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(manifest: shards.Manifest) -> None:
+def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(manifest: manifests.Manifest) -> None:
     rows = manifest.totals["sequences"]
     batch = sequences(manifest, 2 * rows).__getitems__(list(range(2 * rows)))
     first, second = batch["sequence_id"][:rows].tolist(), batch["sequence_id"][rows:].tolist()
@@ -79,7 +79,9 @@ def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(manifest: sh
 
 
 @pytest.mark.parametrize("window", [1, 2, 16])
-def test_any_position_is_read_directly(manifest: shards.Manifest, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
+def test_any_position_is_read_directly(
+    manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
     """Reading from the middle gives what reading from the start gives there."""
     monkeypatch.setattr(train.data, "WINDOW", window)
     rows = manifest.totals["sequences"]
@@ -90,7 +92,7 @@ def test_any_position_is_read_directly(manifest: shards.Manifest, monkeypatch: p
             torch.testing.assert_close(tensor, whole[name][start : start + 7], equal_nan=True)
 
 
-def test_memory_is_bounded_by_the_window(manifest: shards.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_the_window(manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.data, "WINDOW", 2)
     dataset = sequences(manifest, manifest.totals["sequences"])
     for start in range(0, len(dataset), 8):
@@ -99,7 +101,7 @@ def test_memory_is_bounded_by_the_window(manifest: shards.Manifest, monkeypatch:
         assert held <= 4 * max(entry.rows for entry in manifest.shards)
 
 
-def test_rows_are_those_of_the_file(manifest: shards.Manifest) -> None:
+def test_rows_are_those_of_the_file(manifest: manifests.Manifest) -> None:
     batch = sequences(manifest, 64).__getitems__(list(range(64)))
     by_shard = {entry.index: read_rows(manifest, entry, Columns(True, True)) for entry in manifest.shards}
     for number, sequence in enumerate(batch["sequence_id"].tolist()):
@@ -110,7 +112,7 @@ def test_rows_are_those_of_the_file(manifest: shards.Manifest) -> None:
             )
 
 
-def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifest: shards.Manifest) -> None:
+def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifest: manifests.Manifest) -> None:
     for fraction in (0.01, 0.3, 0.99):
         kept, held_out = split_shards(manifest, fraction)
         assert {e.index for e in kept} | {e.index for e in held_out} == {e.index for e in manifest.shards}
@@ -119,16 +121,16 @@ def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifes
     assert split_shards(manifest, 0) == (manifest.shards, [])
     rows = sum(len(b["sequence_id"]) for b in evaluation_batches(manifest, held_out, Columns(), 7))
     assert rows == sum(entry.rows for entry in held_out)
-    manifest = shards.Manifest(**(vars(manifest) | {"shards": manifest.shards[:1]}))
+    manifest = manifests.Manifest(**(vars(manifest) | {"shards": manifest.shards[:1]}))
     with pytest.raises(UsageError, match="only one shard"):
         split_shards(manifest, 0.1)
 
 
-def test_the_split_survives_shards_that_were_given_up(manifest: shards.Manifest) -> None:
+def test_the_split_survives_shards_that_were_given_up(manifest: manifests.Manifest) -> None:
     kept, held_out = split_shards(manifest, 0.3)
     for lost in manifest.shards:
         left = [entry for entry in manifest.shards if entry is not lost]
-        fewer = shards.Manifest(**(vars(manifest) | {"shards": left}))
+        fewer = manifests.Manifest(**(vars(manifest) | {"shards": left}))
         # what is held out stays held out, up to the one that may take the place of another
         now_kept, now_held_out = split_shards(fewer, 0.3)
         assert len({e.index for e in held_out} - {e.index for e in now_held_out} - {lost.index}) <= 1
@@ -138,7 +140,7 @@ def test_the_split_survives_shards_that_were_given_up(manifest: shards.Manifest)
 
 def test_a_shard_that_cannot_be_read_is_named(scored: Path, tmp_path: Path) -> None:
     shutil.copytree(scored, tmp_path / "shards")
-    manifest = shards.read_manifest(str(tmp_path / "shards"))
+    manifest = manifests.read_manifest(str(tmp_path / "shards"))
     entry = manifest.shards[0]
     file = tmp_path / "shards" / entry.file
     data = bytearray(file.read_bytes())

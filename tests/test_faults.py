@@ -20,11 +20,11 @@ from harness import LENGTH, SCORE, TOP_K, command, run
 from ray.cluster_utils import Cluster
 from trap import save_trap
 
-from pipeline import shards
+from pipeline import manifests
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {entry.file: entry.sha256 for entry in shards.read_manifest(str(directory)).shards}
+    return {entry.file: entry.sha256 for entry in manifests.read_manifest(str(directory)).shards}
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def test_a_shard_that_ends_its_process_is_given_up(work: Path, tmp_path: Path) -
     assert not (tmp_path / "out" / "manifest.json").exists()
     done = len(records(tmp_path / "out"))
     output = run(*arguments, "--max-failed-shards", "1")
-    manifest = shards.read_manifest(str(tmp_path / "out"))
+    manifest = manifests.read_manifest(str(tmp_path / "out"))
     assert len(manifest.failed) == 1 and manifest.planned_shards == len(manifest.shards) + 1 == done + 1
     assert f"given up            1 shards ({next(iter(manifest.failed))}" in output
 
@@ -150,7 +150,7 @@ def test_a_shard_that_ends_its_process_is_given_up(work: Path, tmp_path: Path) -
 def test_a_shard_that_hangs_is_given_up(work: Path, tmp_path: Path) -> None:
     arguments = trapped(work, tmp_path, "hang", "--max-attempts", "1", "--shard-timeout", "5", "--workers", "1")
     output = run(*arguments, "--max-failed-shards", "1")
-    manifest = shards.read_manifest(str(tmp_path / "out"))
+    manifest = manifests.read_manifest(str(tmp_path / "out"))
     assert len(manifest.failed) == 1 and len(manifest.shards) == manifest.planned_shards - 1
     assert "its worker died or hung 2 times" in output, "the second time by itself"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import SCORE
 
-from pipeline import shards
+from pipeline import manifests
 
 SHARDS = 1000
 FLAGS = ["--sequence-length", "8", "--passes", "2", "--top-k", "2", "--dtype", "float32", "--batch-tokens", "256"]
@@ -22,7 +22,7 @@ def test_a_finished_run_of_a_thousand_shards_resumes_at_once(work: Path, tmp_pat
     flags = ["--corpus", tmp_path / "corpus.jsonl", "--teacher", work / "teacher", "--output", tmp_path / "scored"]
     flags += [*FLAGS, "--shard-tokens", size // SHARDS // 4]
     subprocess.run([*SCORE, *map(str, flags), "--backend", "local"], check=True, timeout=240)
-    found = len(shards.read_manifest(str(tmp_path / "scored")).shards)
+    found = len(manifests.read_manifest(str(tmp_path / "scored")).shards)
     assert found >= SHARDS
 
     (tmp_path / "temporary").mkdir()

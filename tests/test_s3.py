@@ -20,7 +20,7 @@ from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, run
 from moto.server import ThreadedMotoServer
 from trap import save_trap
 
-from pipeline import shards
+from pipeline import manifests
 
 BUCKET = "corpora"
 
@@ -83,8 +83,8 @@ def test_from_s3_to_s3_killed_and_resumed(s3: Any, work: Path, scored: Path, tmp
     run(*arguments)
     after = objects(s3, "scored/")
     assert {key: after[key] for key in before} == before, "a shard that was done was scored again"
-    manifest = shards.read_manifest(f"s3://{BUCKET}/scored")
-    local = shards.read_manifest(str(scored))
+    manifest = manifests.read_manifest(f"s3://{BUCKET}/scored")
+    local = manifests.read_manifest(str(scored))
     assert [entry.sha256 for entry in manifest.shards] == [entry.sha256 for entry in local.shards]
     assert "(0 scored now)" in run(*arguments)
 
@@ -102,8 +102,8 @@ def student(tmp_path: Path) -> list[object]:
 def test_ray_workers_write_to_s3(s3: Any, work: Path, scored: Path) -> None:
     s3.upload_file(str(work / "corpus.jsonl"), BUCKET, "text/corpus.jsonl")
     run(*score(work, work / "teacher", f"s3://{BUCKET}/ray", "--workers", "2"))
-    manifest = shards.read_manifest(f"s3://{BUCKET}/ray")
-    assert [e.sha256 for e in manifest.shards] == [e.sha256 for e in shards.read_manifest(str(scored)).shards]
+    manifest = manifests.read_manifest(f"s3://{BUCKET}/ray")
+    assert [e.sha256 for e in manifest.shards] == [e.sha256 for e in manifests.read_manifest(str(scored)).shards]
 
 
 def test_another_object_under_the_same_name_is_another_corpus(s3: Any, work: Path) -> None:

@@ -16,15 +16,15 @@ import torch
 from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
 from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
-from pipeline import shards
+from pipeline import manifests, shards
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {entry.file: entry.sha256 for entry in shards.read_manifest(str(directory)).shards}
+    return {entry.file: entry.sha256 for entry in manifests.read_manifest(str(directory)).shards}
 
 
 def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
-    manifest = shards.read_manifest(str(scored))
+    manifest = manifests.read_manifest(str(scored))
     assert len(manifest.shards) > 5
     assert manifest.totals["documents"] == 400
     tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
@@ -47,8 +47,8 @@ def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
 
 def test_stored_scores_are_within_one_float16_step_of_the_model(work: Path) -> None:
     run(*command(work, work / "exact", "--backend", "local", "--passes", str(LENGTH), "--limit-documents", "5"))
-    manifest = shards.read_manifest(str(work / "exact"))
-    table = shards.read_table(manifest, manifest.shards[0], ["input_ids", "entropy", "topk_ids", "topk_logprobs"])
+    manifest = manifests.read_manifest(str(work / "exact"))
+    table = manifests.read_table(manifest, manifest.shards[0], ["input_ids", "entropy", "topk_ids", "topk_logprobs"])
     ids_NL = torch.from_numpy(shards.column_2d(table, "input_ids", LENGTH).astype(np.int64))
     entropy_NL = shards.column_2d(table, "entropy", LENGTH)
     log_p_NLK = shards.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
@@ -73,7 +73,7 @@ def test_polars_and_datasets_open_the_shards(scored: Path) -> None:
     frame = pl.read_parquet(scored / "part-*.parquet")
     assert frame.schema["entropy"] == pl.List(pl.Float16) and frame.schema["input_ids"] == pl.List(pl.UInt16)
     rows = datasets.load_dataset("parquet", data_files=str(scored / "part-*.parquet"), split="train")
-    assert len(rows) == len(frame) == shards.read_manifest(str(scored)).totals["sequences"]
+    assert len(rows) == len(frame) == manifests.read_manifest(str(scored)).totals["sequences"]
     assert len(rows[0]["topk_ids"]) == LENGTH * TOP_K
 
 
@@ -129,7 +129,7 @@ def test_a_shard_directory_is_a_corpus(work: Path, scored: Path) -> None:
         "local",
     ]
     run(*SCORE, *flags, "--teacher", "none", "--tokenizer", work / "tokenizer", "--output", work / "tokens")
-    manifest = shards.read_manifest(str(work / "tokens"))
+    manifest = manifests.read_manifest(str(work / "tokens"))
     assert not manifest.scored and manifest.top_k == 0
     table = pq.read_table(work / "tokens" / "part-00000.parquet")
     assert table.column_names == ["sequence_id", "input_ids"]

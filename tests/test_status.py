@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from harness import ROOT, refused, run
 
-from pipeline import shards
+from pipeline import manifests
 from pipeline.status import duration, recent_rate
 
 STATUS = [sys.executable, str(ROOT / "pipeline" / "status.py")]
@@ -48,7 +48,7 @@ def stamp(directory: Path, last: datetime) -> list[dict[str, Any]]:
 
 def test_a_run_under_way(scored: Path, under_way: Path) -> None:
     records = stamp(under_way, datetime.now(UTC) - timedelta(seconds=10))
-    total, tokens = len(shards.read_manifest(str(scored)).shards), sum(record["tokens"] for record in records)
+    total, tokens = len(manifests.read_manifest(str(scored)).shards), sum(record["tokens"] for record in records)
     found = json.loads(run(*STATUS, under_way, "--json"))
     assert (found["finished"], found["done"], found["shards"]) == (False, total - 3, total)
     assert found["unfinished_attempts"] == {"part-00000.parquet": 2, "part-00001.parquet": 1}
@@ -84,7 +84,7 @@ def test_a_dead_run_has_no_rate_and_no_end(under_way: Path) -> None:
 
 def test_a_finished_run_says_what_its_manifest_says(scored: Path, tmp_path: Path) -> None:
     found = json.loads(run(*STATUS, scored, "--json"))
-    manifest = shards.read_manifest(str(scored))
+    manifest = manifests.read_manifest(str(scored))
     assert found["finished"] and found["totals"] == manifest.totals and found["done"] == len(manifest.shards)
     assert sum(worker["shards"] for worker in found["workers"].values()) == len(manifest.shards)
     shutil.copytree(scored, tmp_path / "copy", ignore=shutil.ignore_patterns("_records"))

@@ -23,7 +23,7 @@ import pipeline.score
 import train.plan
 import train.run
 import train.trainer
-from pipeline import masks, shards, storage
+from pipeline import manifests, masks, shards, storage
 from pipeline.cli import RunError, UsageError
 from train.data import Columns, TrainingSequences, masker_of, read_rows, to_tensors
 from train.masking import IGNORED_LABEL, MaskPolicy
@@ -42,10 +42,10 @@ def score(corpus: Path, teacher: Path, output: Path, *flags: object) -> Path:
     return output
 
 
-def plan(sequences: Path, output: Path, *flags: object) -> shards.Manifest:
+def plan(sequences: Path, output: Path, *flags: object) -> manifests.Manifest:
     """plan.py's main in this process; returns the manifest."""
     train.plan.main([str(flag) for flag in ("--shards", sequences, "--output", output, *flags)])
-    return shards.read_manifest(str(output), kind="plan")
+    return manifests.read_manifest(str(output), kind="plan")
 
 
 def train_here(sequences: Path, output: Path, *flags: object) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def planned(scan: Path, root: Path) -> Path:
 @pytest.fixture(scope="module")
 def dense(scan: Path, teacher: Path, planned: Path, root: Path) -> Path:
     """Targets with the whole vocabulary."""
-    V = shards.read_manifest(str(scan)).vocab_size
+    V = manifests.read_manifest(str(scan)).vocab_size
     return score(scan, teacher, root / "dense", "--masks", planned, "--top-k", V, "--temperatures", "1,2")
 
 
@@ -107,7 +107,7 @@ def sparse(scan: Path, teacher: Path, planned: Path, root: Path) -> Path:
 
 
 def test_a_plan_holds_what_the_trainer_would_mask(scan: Path, planned: Path) -> None:
-    manifest, sequences = shards.read_manifest(str(planned), kind="plan"), shards.read_manifest(str(scan))
+    manifest, sequences = manifests.read_manifest(str(planned), kind="plan"), manifests.read_manifest(str(scan))
     assert manifest.masks and manifest.masks["variants"] == 4
     assert manifest.sequences_hash == sequences.sequences_hash
     assert [entry.index for entry in manifest.shards] == [entry.index for entry in sequences.shards]
@@ -164,9 +164,9 @@ def test_a_plan_that_was_cut_short_goes_on(
         patch.setattr(train.plan, "plan_shard", cut_short)
         plan(scan, tmp_path / "plan", *flags)
     with pytest.raises(UsageError, match=r"unfinished \(2 of \d+ shards\); run the same train/plan.py command"):
-        shards.read_manifest(str(tmp_path / "plan"), kind="plan")
+        manifests.read_manifest(str(tmp_path / "plan"), kind="plan")
     records = {path: path.read_text() for path in (tmp_path / "plan" / "_records").glob("part-*.json")}
-    found, whole = plan(scan, tmp_path / "plan", *flags), shards.read_manifest(str(planned), kind="plan")
+    found, whole = plan(scan, tmp_path / "plan", *flags), manifests.read_manifest(str(planned), kind="plan")
     assert [entry.sha256 for entry in found.shards] == [entry.sha256 for entry in whole.shards]
     assert len(records) == 2 and all(path.read_text() == text for path, text in records.items())
     with pytest.raises(UsageError, match=r"policy\.temperature: 1.0 → 2.0"):
@@ -237,7 +237,7 @@ def test_targets_teach_as_the_teacher_online_does(
     np.testing.assert_allclose(found["sparse"], found["online-sparse"], atol=5e-4, rtol=0)  # halves move the tail too
     assert np.abs(found["sparse"] - found["online"]).max() > 0.01, "truncation is seen, so the tolerance says something"
     assert summary["regime"] == "parquet+kd" and summary["targets"]["variants"] == 4
-    totals = [shards.read_manifest(str(scan)).totals, shards.read_manifest(str(dense), kind="targets").totals]
+    totals = [manifests.read_manifest(str(scan)).totals, manifests.read_manifest(str(dense), kind="targets").totals]
     assert summary["scoring_seconds"] == pytest.approx(sum(each["worker_seconds"] for each in totals))
     assert summary["scoring_flops"] == sum(each["flops"] for each in totals)
 
@@ -261,7 +261,7 @@ def test_without_targets_the_scan_is_distilled(
     monkeypatch.setattr(train.trainer._Prepare, "__call__", prepare)
     monkeypatch.setattr(MaskedLMTrainer, "compute_loss", compute_loss)
     summary = train_here(scan, tmp_path / "out", *PARQUET, *DISTIL, "--distill-temperature", T, "--max-steps", 1)
-    batch, logits_BKV, manifest = batches[0], outputs[0], shards.read_manifest(str(scan))
+    batch, logits_BKV, manifest = batches[0], outputs[0], manifests.read_manifest(str(scan))
     total = 0.0
     for row, sequence in enumerate(batch["sequence_id"].tolist()):
         entry = next(entry for entry in manifest.shards if entry.index == sequence >> 32)
@@ -286,7 +286,7 @@ def test_without_targets_the_scan_is_distilled(
 def test_epochs_take_the_variants_in_turn(scan: Path, teacher: Path, tmp_path: Path) -> None:
     plan(scan, tmp_path / "plan", *PARQUET, "--mask-temperature", 1, "--variants", 2, "--seed", 9)
     directory = score(scan, teacher, tmp_path / "targets", "--masks", tmp_path / "plan", "--top-k", TOP_K)
-    manifest, targets = shards.read_manifest(str(scan)), shards.read_manifest(str(directory), kind="targets")
+    manifest, targets = manifests.read_manifest(str(scan)), manifests.read_manifest(str(directory), kind="targets")
     N = manifest.totals["sequences"]
     sequences = TrainingSequences(
         manifest, manifest.shards, Columns(), size=3 * N, seed=0, prepare=lambda batch: batch, targets=targets
@@ -408,7 +408,7 @@ def test_targets_that_do_not_fit_are_refused(
     same = ["--mask-temperature", 1, "--mask-ratio", 0.15, "--mask-floor", 0, "--corruption", "bert"]
     summary = train_here(scan, tmp_path / "out", *PARQUET, *DISTIL, *targets, *same, "--max-steps", 1)
     assert summary["flags"]["mask_temperature"] == 1
-    assert summary["flags"]["targets"] == shards.read_manifest(str(sparse), kind="targets").fingerprint_hash
+    assert summary["flags"]["targets"] == manifests.read_manifest(str(sparse), kind="targets").fingerprint_hash
 
 
 def test_a_run_that_ended_without_a_shard(scan: Path, teacher: Path, tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_a_run_that_ended_without_a_shard(scan: Path, teacher: Path, tmp_path: P
     found = plan(directory, tmp_path / "plan", *PARQUET, "--variants", 1)
     flags = ["--masks", tmp_path / "plan", "--top-k", TOP_K]
     targets = score(directory, teacher, tmp_path / "targets", *flags)
-    for each in (found, shards.read_manifest(str(targets), kind="targets")):
+    for each in (found, manifests.read_manifest(str(targets), kind="targets")):
         assert each.failed == {lost: "it hung"}
         assert [entry.file for entry in each.shards] == [entry["file"] for entry in manifest["shards"]]
     train_here(directory, tmp_path / "out", *PARQUET, *DISTIL, "--targets", targets, "--max-steps", 2)

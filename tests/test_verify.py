@@ -16,9 +16,9 @@ import pytest
 from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
 from transformers import AutoTokenizer
 
-from pipeline import checks, commit, masks, shards, storage
+from pipeline import checks, commit, manifests, masks, shards, storage
 from pipeline.cli import UsageError
-from pipeline.shards import Manifest, ShardEntry
+from pipeline.manifests import Manifest, ShardEntry
 
 VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
 VARIANTS, HIDDEN = 2, 5
@@ -98,34 +98,36 @@ def test_a_damage_is_named_and_not_trained_on(
 def test_the_mend_mends(work: Path, scored: Path, copy: Path) -> None:
     flip_a_byte(copy)
     with pytest.raises(UsageError, match=r"delete its record in _records/ and run pipeline/score.py again"):
-        shards.check_shards(shards.read_manifest(str(copy)))
+        manifests.check_shards(manifests.read_manifest(str(copy)))
     (copy / "_records" / "part-00002.json").unlink()
     assert "(1 scored now)" in run(*command(work, copy, "--backend", "local"))
-    shards.check_shards(shards.read_manifest(str(copy)))
+    manifests.check_shards(manifests.read_manifest(str(copy)))
     assert (copy / "part-00002.parquet").read_bytes() == (scored / "part-00002.parquet").read_bytes()
 
 
 def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest = shards.read_manifest(str(copy))
-    shards.check_shards(manifest)
+    manifest = manifests.read_manifest(str(copy))
+    manifests.check_shards(manifest)
     with pytest.raises(UsageError, match=r"manifest\.json lacks part-00001"):
-        shards.check_shards(replace(manifest, shards=[manifest.shards[0], *manifest.shards[2:]]))
-    shards.check_shards(replace(manifest, shards=manifest.shards[1:], failed={"part-00000.parquet": "it was given up"}))
+        manifests.check_shards(replace(manifest, shards=[manifest.shards[0], *manifest.shards[2:]]))
+    manifests.check_shards(
+        replace(manifest, shards=manifest.shards[1:], failed={"part-00000.parquet": "it was given up"})
+    )
     (copy / "_records" / "part-00001.json").write_text("{")
     with pytest.raises(UsageError, match=r"part-00001\.parquet is missing or unreadable"):
-        shards.check_shards(manifest)
+        manifests.check_shards(manifest)
     shutil.rmtree(copy / "_records")
-    shards.check_shards(manifest)
+    manifests.check_shards(manifest)
     rows = [replace(entry, rows=entry.rows + 1) for entry in manifest.shards]
     with pytest.raises(UsageError, match="rows, its manifest says"):
-        shards.check_shards(replace(manifest, shards=rows))
+        manifests.check_shards(replace(manifest, shards=rows))
 
     def denied(uri: str) -> str:
         raise PermissionError(13, "Permission denied", uri)
 
     monkeypatch.setattr(storage, "sha256", denied)
     with pytest.raises(UsageError, match=r"may not be read .*allow this user"):
-        shards.check_shards(manifest)
+        manifests.check_shards(manifest)
 
 
 def test_sound_directories_have_no_faults(work: Path, scored: Path, copy: Path) -> None:
@@ -140,7 +142,7 @@ def test_an_unfinished_run_says_how_far_it_is(scored: Path, copy: Path, tmp_path
     (copy / "manifest.json").unlink()
     for index in (0, 4):
         (copy / "_records" / f"part-{index:05d}.json").unlink()
-    total = len(shards.read_manifest(str(scored)).shards)
+    total = len(manifests.read_manifest(str(scored)).shards)
     output = run(*VERIFY, copy, "--deep")
     assert f"unfinished, {total - 2} of {total} shards" in output and "note: part-00004.parquet" in output
     flip_a_byte(copy)
@@ -152,7 +154,7 @@ def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
     totals = json.loads((copy / "manifest.json").read_text())["totals"]
     edit(copy / "manifest.json", totals=totals | {"documents": 399, "worker_seconds": 1e9})
     assert "manifest.json: its totals differ from the records' in documents" in run(*VERIFY, copy, code=1)
-    manifest = shards.read_manifest(str(copy))
+    manifest = manifests.read_manifest(str(copy))
     assert not checks.manifest_faults(manifest)
     forged = manifest.fingerprint | {"top_k": 99}
     renamed = [replace(manifest.shards[0], index=1), *manifest.shards[1:]]
@@ -170,7 +172,7 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
     teacher = ["--teacher", work / "teacher", "--sample", 200]
     assert "200 sequences with the teacher: no faults" in run(*VERIFY, copy, *teacher)
     # what no checksum shows: another teacher's scores, committed as they should be
-    manifest = shards.read_manifest(str(copy))
+    manifest = manifests.read_manifest(str(copy))
     table = pq.read_table(copy / "part-00001.parquet")
     entropy = np.abs(shards.column_2d(table, "entropy", LENGTH) - np.float16(0.1))
     topk_ids = np.flip(shards.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K), 2)
@@ -252,8 +254,8 @@ VALUES: list[tuple[str, int, tuple[int, int], float, str]] = [
 def test_wrong_values_are_named(
     tempered: Path, name: str, width: int, place: tuple[int, int], value: float, fault: str
 ) -> None:
-    manifest = shards.read_manifest(str(tempered))
-    table = shards.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+    manifest = manifests.read_manifest(str(tempered))
+    table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
     entry, data = recommitted(manifest.shards[0], table)
     assert not checks.file_faults(manifest, entry, data, deep=True)
     entry, data = recommitted(entry, changed(table, name, width, place, value))
@@ -263,8 +265,8 @@ def test_wrong_values_are_named(
 
 
 def test_wrong_tables_are_named(tempered: Path) -> None:
-    manifest = shards.read_manifest(str(tempered))
-    table = shards.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+    manifest = manifests.read_manifest(str(tempered))
+    table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
     topk_ids = shards.column_2d(table, "topk_ids", L * K).copy()
     topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
     entropy = shards.column_2d(table, "entropy", L)
@@ -299,7 +301,7 @@ def make_plan(source: Manifest, directory: Path) -> None:
     """A mask plan that hides the first words of each sequence, as a run of its own."""
     records = {}
     for entry in source.shards:
-        table = shards.read_table(source, entry, ["sequence_id", "input_ids"])
+        table = manifests.read_table(source, entry, ["sequence_id", "input_ids"])
         inputs_NL = shards.column_2d(table, "input_ids", LENGTH).astype(np.int64)
         parts = []
         for numbers, variant in masks.blocks(entry.rows, VARIANTS):
@@ -333,7 +335,7 @@ def make_plan(source: Manifest, directory: Path) -> None:
 @pytest.fixture(scope="module")
 def targets(work: Path, tempered: Path) -> Path:
     """Targets of a plan for ``tempered``, with a temperature; not to be changed."""
-    make_plan(shards.read_manifest(str(tempered)), work / "plan")
+    make_plan(manifests.read_manifest(str(tempered)), work / "plan")
     flags = [
         "--corpus",
         tempered,
@@ -384,8 +386,8 @@ def test_wrong_plans_and_targets_are_named(work: Path, targets: Path) -> None:
             ],
         ),
     ):
-        manifest = shards.read_manifest(str(directory), kind)
-        table = shards.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+        manifest = manifests.read_manifest(str(directory), kind)
+        table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
         rows = masks.rows_of(table, HIDDEN)
 
         def faults(bad: pa.Table, manifest: Manifest = manifest, rows: masks.MaskedRows = rows) -> list[str]:

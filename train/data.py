@@ -17,15 +17,8 @@ from torch.utils.data import Dataset
 
 from pipeline import masks
 from pipeline.cli import RunError, UsageError
-from pipeline.shards import (
-    ROW_GROUP,
-    TOP_K_COLUMNS,
-    Manifest,
-    ShardEntry,
-    column_2d,
-    read_table,
-    temperature_column,
-)
+from pipeline.manifests import Manifest, ShardEntry, read_table
+from pipeline.shards import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
 from train.masking import Masker, hash_order, hashes
 
 WINDOW = 16  # row groups that are shuffled together, and the most that a loader keeps decoded, twice

@@ -11,7 +11,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from pipeline.cli import UsageError
-from pipeline.shards import Manifest, check_shards, read_manifest
+from pipeline.manifests import Manifest, check_shards, read_manifest
 from pipeline.teacher import resolve_dtype
 from train.masking import MaskPolicy
 

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser
 
-from pipeline import cli, commit, masks, shards, storage
+from pipeline import cli, commit, manifests, masks, shards, storage
 from pipeline.cli import UsageError
 from pipeline.documents import Rejects
+from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from pipeline.masks import MaskedRows
-from pipeline.shards import Manifest, ShardEntry, check_shards, read_manifest
 from train.data import Columns, Rows, masker_of, read_rows, to_tensors
 from train.masking import IGNORED, Masker, MaskPolicy
 from train.options import MOST_SEED, MaskOptions, mask_policy
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     records = commit.done_records(plan.uri, plan.planned_shards, plan.fingerprint_hash)
     todo = [entry for entry in sequences.shards if entry.index not in records]
     if todo:
-        commit.save_tokenizer(shards.load_tokenizer(sequences.uri), plan.uri)
+        commit.save_tokenizer(manifests.load_tokenizer(sequences.uri), plan.uri)
         done = sum(record["rows"] for record in records.values())
         with cli.Progress(
             sum(entry.rows for entry in sequences.shards) * variants_of(plan), "seq", "planning", done=done

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from pipeline import cli, storage
 from pipeline.cli import RunError
-from pipeline.shards import Manifest, copy_tokenizer, read_manifest
+from pipeline.manifests import Manifest, copy_tokenizer, read_manifest
 from train import resume
 from train.data import split_shards
 from train.masking import MaskPolicy

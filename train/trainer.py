@@ -24,8 +24,8 @@ from transformers import (
 
 from pipeline import cli
 from pipeline.cli import RunError
+from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
-from pipeline.shards import Manifest, ShardEntry
 from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
 from train.masking import IGNORED_LABEL, Masker, MaskPolicy
 from train.student import student_entropy
