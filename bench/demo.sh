@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/demo}
-documents=${DOCUMENTS:-2000} steps=${STEPS:-120} seeds=${SEEDS:-1,2} rows=${ROWS:-1000}
+documents=${DOCUMENTS:-1500} steps=${STEPS:-120} seeds=${SEEDS:-1,2} rows=${ROWS:-700}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # otherwise glibc hands large buffers back to the kernel at each step; to keep them doubles the speed of the MLM head
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,20 @@ LENGTH, TOP_K = 32, 4
 def run(*args: object, code: int = 0) -> str:
     result = subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=240)
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def shell(command: str, directory: Path, code: int = 0, **environment: str) -> str:
+    """Run a line of the documents in a shell, as after `source .venv/bin/activate`."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=directory,
+        env=os.environ | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == code, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
 
 

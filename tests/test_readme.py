@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import numpy as np
 import polars as pl
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from harness import LENGTH, ROOT, SCORE, run, save_bert
-from transformers import AutoTokenizer
+from harness import ROOT, run, shell
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.S)
 # appended to a command to make it small
 SMALLER = {
     "pipeline/score.py": "--sequence-length 32 --shard-tokens 4000 --passes 2",
+    "pipeline/status.py": "",
+    "pipeline/verify.py": "",
+    "train/plan.py": "",
     "train/run.py": "--max-steps 2 --per-device-train-batch-size 4",
     "glue/run.py": "--epochs 1 --limit-train 8 --max-length 32",
     "glue/compare.py": "",
 }
-# as after `source .venv/bin/activate`
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def shell(command: str, directory: Path, **environment: str) -> str:
-    result = subprocess.run(
-        ["bash", "-c", command], cwd=directory, env=ENVIRONMENT | environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +70,8 @@ def test_the_tree_names_every_file() -> None:
 def test_on_your_own_text(home: Path) -> None:
     block = next(block for _, block in BLOCKS if "TEACHER" in block)
     for line in block.splitlines():
-        shell(f"{line} {SMALLER[line.split()[1]]}", home)
+        # a plan says itself what is scored, and how long its sequences are
+        shell(line if "--masks" in line else f"{line} {SMALLER[line.split()[1]]}", home)
     table = json.loads((home / "runs" / "comparison" / "table.json").read_text())
     assert table["regimes"] == ["random", "parquet"] and len(table["tasks"]) == 9
     assert table["training"]["parquet"]["steps"] == 2
@@ -139,50 +124,3 @@ def test_the_python_of_the_readme(demo: Path) -> None:
     manifest = json.loads((demo / "scored" / "manifest.json").read_text())
     mean = manifest["totals"]["entropy_sum"] / manifest["totals"]["scored_tokens"]
     assert printed == pytest.approx(mean, abs=0.01)
-
-
-@pytest.fixture
-def head_node() -> Iterator[str]:
-    """The address of the dashboard of a one-node Ray cluster on loopback."""
-    with socket.socket() as one, socket.socket() as two:
-        for each in (one, two):
-            each.bind(("127.0.0.1", 0))
-        port, dashboard = one.getsockname()[1], two.getsockname()[1]
-    home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie below it
-    ray = str(Path(sys.executable).parent / "ray")
-    flags = f"--head --block --port {port} --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --num-cpus 2"
-    flags += f" --dashboard-port {dashboard} --object-store-memory 100000000 --temp-dir {home}"
-    with open(home / "output", "w") as output:
-        process = subprocess.Popen([ray, "start", *flags.split()], stdout=output, stderr=output, env=ENVIRONMENT)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, (home / "output").read_text()
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        nodes = [process, *psutil.Process(process.pid).children(recursive=True)]
-        for each in nodes:  # at once: a terminated node waits for its idle workers
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-        process.wait(30)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def test_ray_job_submit(work: Path, head_node: str, tmp_path: Path) -> None:
-    line = next(line for _, block in BLOCKS for line in block.splitlines() if line.startswith("ray job submit"))
-    shared = tmp_path / "shared"
-    (shared / "texts").mkdir(parents=True)
-    shutil.copy(work / "corpus.jsonl", shared / "texts")
-    save_bert(shared / "teacher", AutoTokenizer.from_pretrained(work / "tokenizer"))
-    flags = f"--sequence-length {LENGTH} --shard-tokens 4000 --dtype float32 --top-k 4"
-    shell(f"{line.replace('/shared', str(shared))} {flags}", ROOT, RAY_ADDRESS=head_node)
-    local = ["--corpus", shared / "texts", "--teacher", shared / "teacher", "--output", tmp_path / "local"]
-    run(*SCORE, *local, *flags.split(), "--backend", "local")
-    hashes = [
-        [entry["sha256"] for entry in json.loads((path / "manifest.json").read_text())["shards"]]
-        for path in (shared / "scored", tmp_path / "local")
-    ]
-    assert hashes[0] == hashes[1] and len(hashes[0]) > 1

@@ -1,0 +1,105 @@
+"""The ways to hand a scoring job to a Ray cluster, on a head node started as its operators start one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from harness import LENGTH, ROOT, SCORE, run, shell
+
+README = (ROOT / "README.md").read_text()
+
+
+class Head(NamedTuple):
+    """A one-node cluster on loopback: where jobs are submitted, and where drivers connect."""
+
+    dashboard: str
+    address: str
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with socket.socket() as one, socket.socket() as two:
+        for each in (one, two):
+            each.bind(("127.0.0.1", 0))
+        port, dashboard = one.getsockname()[1], two.getsockname()[1]
+    home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie below it
+    ray = str(Path(sys.executable).parent / "ray")
+    flags = f"--head --block --port {port} --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --num-cpus 2"
+    flags += f" --dashboard-port {dashboard} --object-store-memory 100000000 --temp-dir {home}"
+    # as after `source .venv/bin/activate`
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with open(home / "output", "w") as output:
+        process = subprocess.Popen([ray, "start", *flags.split()], stdout=output, stderr=output, env=environment)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (home / "output").read_text()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(0.1)
+        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
+    finally:
+        nodes = [process, *psutil.Process(process.pid).children(recursive=True)]
+        for each in nodes:  # at once: a terminated node waits for its idle workers
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait(30)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def shared(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage that all nodes see: texts, a teacher, and the shards of the local backend to compare with."""
+    shared = tmp_path_factory.mktemp("shared")
+    (shared / "texts").mkdir()
+    shutil.copy(work / "corpus.jsonl", shared / "texts")
+    shutil.copytree(work / "teacher", shared / "teacher")
+    local = ["--corpus", shared / "texts", "--teacher", shared / "teacher", "--output", shared / "local"]
+    run(*SCORE, *local, *SIZES.split(), "--backend", "local")
+    return shared
+
+
+SIZES = f"--sequence-length {LENGTH} --shard-tokens 4000 --dtype float32 --top-k 4"
+
+
+def hashes(directory: Path) -> list[str]:
+    return [entry["sha256"] for entry in json.loads((directory / "manifest.json").read_text())["shards"]]
+
+
+def test_submitting_a_checkout(head: Head, shared: Path) -> None:
+    """The command of the README."""
+    line = next(line for line in README.splitlines() if line.startswith("ray job submit"))
+    shell(f"{line.replace('/shared', str(shared))} {SIZES}", ROOT, RAY_ADDRESS=head.dashboard)
+    assert hashes(shared / "scored") == hashes(shared / "local") and len(hashes(shared / "local")) > 1
+
+
+def test_submitting_the_script_that_the_cluster_has(head: Head, shared: Path, tmp_path: Path) -> None:
+    flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output {shared}/bare {SIZES}"
+    shell(f"ray job submit -- {ROOT}/pipeline/score.py {flags}", tmp_path, RAY_ADDRESS=head.dashboard)
+    assert hashes(shared / "bare") == hashes(shared / "local")
+
+
+def test_a_driver_beside_the_cluster(head: Head, shared: Path, tmp_path: Path) -> None:
+    flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output {shared}/driver {SIZES}"
+    shell(f"python {ROOT}/pipeline/score.py {flags}", tmp_path, RAY_ADDRESS=head.address)
+    assert hashes(shared / "driver") == hashes(shared / "local")
+
+
+def test_an_output_that_would_be_lost_with_the_job(head: Head, shared: Path, tmp_path: Path) -> None:
+    flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output relative {SIZES}"
+    line = f"ray job submit --working-dir {ROOT} -- python pipeline/score.py {flags}"
+    output = shell(line, tmp_path, code=1, RAY_ADDRESS=head.dashboard)
+    assert "would be lost with the job's directory" in output and "Traceback" not in output
