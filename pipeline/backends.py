@@ -156,8 +156,15 @@ def _check_visible(output: str, record: dict[str, Any]) -> None:
 
 
 def _connect() -> None:
-    """Join the cluster of RAY_ADDRESS, of the submitted job or of this machine; else start one for this run."""
+    """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
+
+    Raises:
+        UsageError: that cluster does not answer.
+
+    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
+    """
     import ray
+    from ray._private.services import find_bootstrap_address
 
     settings: dict[str, Any] = {
         "runtime_env": {"py_modules": [str(Path(__file__).resolve().parent)]},
@@ -165,8 +172,11 @@ def _connect() -> None:
         "logging_level": "warning",
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address="auto", **settings)
-    except ConnectionError:
+    if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
+        try:
+            ray.init(address=address, **settings)
+        except ConnectionError:
+            raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
+    else:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **settings)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own

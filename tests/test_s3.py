@@ -61,7 +61,7 @@ def score(work: Path, teacher: Path, output: str, *more: str) -> list[str]:
 
 def test_from_s3_to_s3_killed_and_resumed(s3: Any, work: Path, scored: Path, tmp_path: Path) -> None:
     s3.upload_file(str(work / "corpus.jsonl"), BUCKET, "text/corpus.jsonl")
-    teacher = save_trap(work / "teacher", tmp_path / "teacher", "none", seconds_a_forward=0.05)
+    teacher = save_trap(work / "teacher", tmp_path / "teacher", "none", seconds_a_forward=0.02)
     arguments = score(work, teacher, f"s3://{BUCKET}/scored", "--backend", "local")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     done = 0
@@ -99,6 +99,7 @@ def student(tmp_path: Path) -> list[object]:
     return [*flags, "--max-steps", 2, "--per-device-train-batch-size", 8, "--dataloader-num-workers", 1]
 
 
+@pytest.mark.exhaustive
 def test_ray_workers_write_to_s3(s3: Any, work: Path, scored: Path) -> None:
     s3.upload_file(str(work / "corpus.jsonl"), BUCKET, "text/corpus.jsonl")
     run(*score(work, work / "teacher", f"s3://{BUCKET}/ray", "--workers", "2"))
