@@ -24,8 +24,8 @@ from transformers import (
 
 from glue import metrics
 from glue.tasks import Split, Task, TaskData
+from pipeline.checkpoints import load_config, max_length, safetensors_files
 from pipeline.cli import UsageError
-from pipeline.teacher import load_config, max_length, safetensors_files
 
 DROPOUT = 0.1
 # what encoders call it; pretraining sets it to 0

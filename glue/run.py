@@ -25,9 +25,9 @@ from transformers.utils import logging
 from glue.finetune import Result, Settings, check_model, finetune, trained_rows
 from glue.tasks import PROBES, Task, TaskData, choose, load
 from pipeline import cli, storage
+from pipeline.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
 from pipeline.cli import UsageError
 from pipeline.commit import differences
-from pipeline.teacher import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import manifests, shards, storage
+from pipeline.checkpoints import load_config, load_tokenizer, local_checkpoint, max_length, resolve_dtype, weights_hash
 from pipeline.cli import UsageError
 from pipeline.corpus import Corpus
 from pipeline.manifests import Manifest
-from pipeline.teacher import (
-    load_config,
-    load_tokenizer,
-    local_checkpoint,
-    max_length,
-    resolve_dtype,
-    weights_hash,
-)
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ import psutil
 
 from pipeline import cli, commit, masks, shards, storage
 from pipeline.backends import local_records, ray_records
+from pipeline.checkpoints import load_masked_lm, local_checkpoint
 from pipeline.cli import RunError, UsageError
 from pipeline.corpus import Corpus, plan_corpus
 from pipeline.job import Job, choose_tokenizer, describe
 from pipeline.shards import shard_file
-from pipeline.teacher import load_masked_lm, local_checkpoint
 
 
 def main(argv: list[str] | None = None) -> None:

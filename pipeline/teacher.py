@@ -1,9 +1,8 @@
-"""A masked LM as a teacher: loading it safely, and scoring sequences in a chosen context. See docs/scoring.md."""
+"""A masked LM as a teacher: scoring sequences in a chosen context, or at planned positions. See docs/scoring.md."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,156 +11,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import logging
 
-from pipeline import entropy, storage
+from pipeline import entropy
+from pipeline.checkpoints import load_masked_lm
 from pipeline.cli import UsageError
 from pipeline.masks import Targets
 from pipeline.shards import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # float32 logits at a time: they stay in the cache, fill the GPU
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
-ROBERTA_LIKE = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer", "mpnet"}
-
-
-def local_checkpoint(name: str) -> Path:
-    """Directory of a checkpoint: a local one, or a Hub snapshot of its configuration, tokenizer and safetensors.
-
-    Raises:
-        UsageError: neither a local directory nor a Hub repository that can be reached.
-    """
-    if Path(name).is_dir():
-        return Path(name).absolute()
-    if name.startswith(("/", ".", "~")):
-        raise UsageError(f"there is no model directory {name}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{name} is neither a local directory nor a model that the Hub gives: {reason}") from None
-
-
-def safetensors_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint.
-
-    Raises:
-        UsageError: there are no safetensors (a pickle can run code when it is loaded, so none is ever opened).
-    """
-    if files := sorted(directory.glob("*.safetensors")):
-        return files
-    pickles = sorted(f.name for f in directory.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if not pickles:
-        raise UsageError(f"{directory} holds no model weights (*.safetensors)")
-    raise UsageError(
-        f"{directory} holds only a pickle checkpoint ({pickles[0]}), which can run code when loaded; if you trust it, "
-        f"convert it once with AutoModelForMaskedLM.from_pretrained('{directory}').save_pretrained('NEW_DIR')"
-    )
-
-
-def weights_hash(directory: Path) -> str:
-    """Hash of a checkpoint's configuration and weights. Raises UsageError as ``safetensors_files``."""
-    files = safetensors_files(directory)
-    config = json.loads((directory / "config.json").read_text())
-    config.pop("transformers_version", None)
-    return storage.sha256_json([config, *(storage.sha256(str(file)) for file in files)])
-
-
-def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a masked LM.
-
-    Raises:
-        UsageError: unreadable, wants remote code that was not allowed, or an architecture without a masked-LM form.
-    """
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            reason = "it brings its own code; pass --trust-remote-code if you trust it"
-        raise UsageError(f"cannot read a model configuration in {directory}: {reason[:300]}") from None
-    remote = "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (remote and trust_remote_code):
-        raise UsageError(f"{directory} is a {config.model_type} model, which has no masked-LM head; use a masked LM")
-    return config
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A fast tokenizer by local directory or Hub id.
-
-    Raises:
-        UsageError: there is none, or only a slow one.
-    """
-    directory = local_checkpoint(name)
-    # without these files AutoTokenizer makes up a tokenizer of special tokens from config.json alone
-    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise UsageError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's own there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"cannot load a tokenizer from {name}: {' '.join(str(error).split())[:300]}") from None
-    if not tokenizer.is_fast:
-        raise UsageError(f"{name} has only a slow tokenizer; save a fast one (tokenizer.json) there")
-    return tokenizer
-
-
-def max_length(config: PretrainedConfig) -> int | None:
-    """Longest sequence that the model has positions for; RoBERTa's positions start behind the padding id."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and config.model_type in ROBERTA_LIKE:
-        return positions - (config.pad_token_id or 0) - 1
-    return positions
-
-
-def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> Any:
-    """Load a masked LM in float32, from safetensors only.
-
-    Raises:
-        UsageError: no safetensors, no masked-LM architecture, or weights of the MLM head missing.
-    """
-    config = load_config(directory, trust_remote_code)
-    safetensors_files(directory)
-    logging.disable_progress_bar()  # one bar a model load is noise, in a log most of all
-    try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"cannot load the weights in {directory}: {' '.join(str(error).split())[:300]}") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UsageError(
-            f"{directory} has no trained MLM head: {len(missing)} weights are missing ({', '.join(missing[:2])}…); "
-            "use a checkpoint saved from a masked LM"
-        )
-    return model
-
-
-def resolve_dtype(name: str) -> str:
-    """``auto`` is bfloat16 if this machine has a GPU or a CPU with native support, else float32."""
-    if name != "auto":
-        return name
-    native = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
 
 
 class Teacher:

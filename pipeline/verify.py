@@ -141,7 +141,8 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Any:
     Raises:
         UsageError: nothing was scored that could be again, or the weights are others.
     """
-    from pipeline.teacher import Teacher, local_checkpoint, weights_hash
+    from pipeline.checkpoints import local_checkpoint, weights_hash
+    from pipeline.teacher import Teacher
 
     if manifest.kind != "sequences" or not manifest.scored:
         holds = f"holds {manifest.kind}, not sequences" if manifest.kind != "sequences" else "has no scores"

@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import commit, manifests, masks, shards, storage
+from pipeline.checkpoints import local_checkpoint, weights_hash
 from pipeline.cli import RunError, UsageError
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.job import Job
 from pipeline.masks import MaskedRows
 from pipeline.packing import pack, tokenize
-from pipeline.teacher import Teacher, local_checkpoint, weights_hash
+from pipeline.teacher import Teacher
 
 SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model
 LEAST_BATCH_TOKENS = 64

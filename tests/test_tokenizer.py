@@ -11,8 +11,8 @@ from harness import ROOT, SCORE, refused, run
 from transformers import AutoTokenizer
 
 from pipeline import cli
+from pipeline.checkpoints import load_tokenizer
 from pipeline.cli import UsageError
-from pipeline.teacher import load_tokenizer
 from pipeline.tokenizer import parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]

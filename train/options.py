@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, read_manifest
-from pipeline.teacher import resolve_dtype
 from train.masking import MaskPolicy
 
 # learning rate and sequences a step, by preset; other models take those of base

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
 from pipeline import storage
+from pipeline.checkpoints import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length, weights_hash
 from pipeline.cli import UsageError
 from pipeline.entropy import entropy
 from pipeline.manifests import Manifest, special_ids, tokenizer_hash
-from pipeline.teacher import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length, weights_hash
 from train.distill import distillation
 from train.masking import IGNORED_LABEL
 
