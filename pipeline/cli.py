@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import os
 import signal
 import sys
 import time
@@ -42,6 +43,10 @@ def run(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
