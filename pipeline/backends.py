@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -21,6 +22,7 @@ from pipeline.documents import Piece
 from pipeline.job import Job
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
+CONNECT_SECONDS = 10.0
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[Piece]]
 
@@ -173,9 +175,12 @@ def _connect() -> None:
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if port.isdigit():  # Ray itself tries for minutes
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
             ray.init(address=address, **settings)
-        except ConnectionError:
+        except OSError:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
     else:
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **settings)

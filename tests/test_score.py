@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
+import pytest
 import torch
 from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
 from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
@@ -202,6 +203,11 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
     swap_two_words(work / "tokenizer", tmp_path / "swapped")
     assert "does not fit" in score(corpus, teacher, "--tokenizer", tmp_path / "swapped")
     assert "passes: 7 → 5" in refused(*command(work, scored, "--passes", "5"))
+
+
+def test_a_cluster_that_is_not_there(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert "no Ray cluster answers at 127.0.0.1:9" in refused(*command(work, tmp_path / "out"))
 
 
 def swap_two_words(source: Path, target: Path) -> None:
