@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.compiler import set_stance
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import entropy
@@ -83,8 +85,10 @@ class Teacher:
         model.base_model.register_forward_hook(self._keep_selected)
         self._reduce: Callable[..., entropy.Reduced] = entropy.score
         if compile:
-            model.base_model.compile(dynamic=False)
+            # the forward alone: what the hook selects differs from batch to batch
+            model.base_model.forward = torch.compile(model.base_model.forward, dynamic=False)
             self._reduce = torch.compile(entropy.score, dynamic=False)
+        self.compiled = compile
         self.forward_seconds, self.flops = 0.0, 0
         self.stopped = threading.Event()
         self._flops: dict[int, tuple[int, int]] = {}
@@ -228,7 +232,8 @@ class Teacher:
             for positions in (1, 2):
                 columns = torch.arange(positions, device=self.device)
                 self._select = torch.zeros_like(columns), columns
-                with FlopCounterMode(display=False) as counter:
+                # attention as plain products: torch counts those on any device
+                with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                     self._project(self.model(input_ids=ids_1L).logits)
                 counts.append(counter.get_total_flops())
             self._flops[L] = 2 * counts[0] - counts[1], counts[1] - counts[0]

@@ -111,6 +111,67 @@ def test_masked_context_hides_the_other_positions_of_the_pass_too(tmp_path: Path
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("context", ["masked", "full"])
+def test_compiled_scores_are_those_of_eager_code(tmp_path: Path, context: str) -> None:
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    ids_NL = sequences(7)
+    settings = {"context": context, "batch_tokens": 3 * LENGTH, "temperatures": [2.0]}
+    eager, compiled = (teacher(directory, **settings, compile=compile).score(ids_NL) for compile in (False, True))
+    np.testing.assert_array_equal(np.isnan(eager.entropy_NL), np.isnan(compiled.entropy_NL))
+    np.testing.assert_allclose(eager.entropy_NL, compiled.entropy_NL, atol=1e-4)
+    np.testing.assert_allclose(eager.topk_logprobs_NLK, compiled.topk_logprobs_NLK, atol=1e-4)
+    np.testing.assert_allclose(eager.temperature_lse_NL[2.0], compiled.temperature_lse_NL[2.0], atol=1e-4)
+
+
+def test_temperatures_give_the_softened_distribution(tmp_path: Path) -> None:
+    """log p at T is log p / T less what is stored, against the float64 softmax of z / T."""
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    ids_NL = sequences(3)
+    scores = teacher(directory, passes=LENGTH, temperatures=[0.5, 1.0, 3.0]).score(ids_NL)
+    assert scores.temperature_lse_NL.keys() == {0.5, 3.0}
+    for (row, position), log_p_V in reference(directory, ids_NL, hide=True).items():
+        ids_K = torch.from_numpy(scores.topk_ids_NLK[row, position]).long()
+        for temperature, lse_NL in scores.temperature_lse_NL.items():
+            found_K = scores.topk_logprobs_NLK[row, position] / temperature - lse_NL[row, position]
+            expected_K = (log_p_V / temperature).log_softmax(-1)[ids_K].numpy()
+            np.testing.assert_allclose(found_K, expected_K, atol=1e-4)
+
+
+def test_planned_positions_are_scored_in_the_given_inputs(tmp_path: Path) -> None:
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    inputs_NL = sequences(5)
+    positions_NK = np.array([[1, 2, 6], [3, 9, -1], [22, -1, -1], [-1, -1, -1], [4, 5, 13]])
+    for row, positions in enumerate(positions_NK):
+        inputs_NL[row, positions[positions >= 0]] = MASK
+    targets = teacher(directory, batch_tokens=2 * LENGTH).score_positions(inputs_NL, positions_NK)
+    model = AutoModelForMaskedLM.from_pretrained(directory).double().eval()
+    ids_NL = torch.from_numpy(inputs_NL.astype(np.int64))
+    with torch.no_grad():
+        log_p_NLV = model(ids_NL, attention_mask=(ids_NL != PAD).long()).logits.log_softmax(-1)
+    for row, place in np.ndindex(*positions_NK.shape):
+        found_T = targets.topk_logprobs_NKT[row, place]
+        if positions_NK[row, place] < 0:
+            assert np.isnan(found_T).all() and not targets.topk_ids_NKT[row, place].any()
+            continue
+        log_p_V = log_p_NLV[row, positions_NK[row, place]]
+        np.testing.assert_allclose(found_T, log_p_V.topk(TOP_K).values.numpy(), atol=1e-4)
+        ids_T = torch.from_numpy(targets.topk_ids_NKT[row, place]).long()
+        np.testing.assert_allclose(log_p_V[ids_T].numpy(), found_T, atol=1e-4)
+
+
+def test_flops_are_those_of_the_products(tmp_path: Path) -> None:
+    """By hand: four H×H and two H×I products a layer, attention, the head's transform and the vocabulary."""
+    directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
+    scorer = teacher(directory, passes=3)
+    ids_NL = sequences(4)
+    scorer.score(ids_NL)
+    H, I, layers, L = 32, 64, 2, LENGTH  # noqa: E741
+    encoder = layers * (2 * L * (4 * H * H + 2 * H * I) + 2 * 2 * L * L * H)
+    head = 2 * H * H + 2 * H * VOCAB
+    assert scorer.flops == 4 * 3 * encoder + int((ids_NL >= 5).sum()) * head
+
+
 def test_full_context_of_a_masked_lm_sees_the_token(tmp_path: Path) -> None:
     directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
     ids_NL = sequences(3)
@@ -148,6 +209,12 @@ def test_top_k_breaks_ties_by_lower_id() -> None:
     assert entropy.top_k_ids(z_NV, 6).tolist()[0] == [1, 2, 3, 5, 4, 0]
     assert entropy.top_k_ids(z_NV, 0).shape == (3, 0)
     z_NV = torch.randint(0, 6, (200, 50)).float()
+    # among more ids the groups of neighbours come in
+    many_NV = torch.randint(-3, 4, (50, 30522)).float()
+    many_NV[::2] += torch.randn(25, 30522)
+    for k in (1, 16):
+        expected = many_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        assert torch.equal(entropy.top_k_ids(many_NV, k), expected)
     for k in (1, 7, 49, 50):
         assert torch.equal(entropy.top_k_ids(z_NV, k), z_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k])
 
