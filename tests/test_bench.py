@@ -1,0 +1,23 @@
+"""The benches run, on a small model and little text; what they find is not for a test to say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from harness import LENGTH, ROOT, run
+
+
+def test_scoring(work: Path) -> None:
+    sizes = ["--sequence-length", LENGTH, "--tokens", 600, "--size-tokens", 600, "--rounds", 1, "--job-seconds", 0.01]
+    files = ["--teacher", work / "teacher", "--corpus", work / "corpus.jsonl"]
+    output = run(sys.executable, ROOT / "bench" / "scoring.py", *files, *sizes, "--dtype", "float32")
+    found = json.loads(output.splitlines()[-1])
+    assert found["settings"]["passes"] == 7
+    rows = {name: row["value"] for name, row in found["rows"].items()}
+    contexts = [f"{name}_{context}" for name in ("ours", "bare", "naive") for context in ("masked", "full")]
+    ratios = [f"ours_to_{other}_{context}" for other in ("bare", "naive") for context in ("masked", "full")]
+    for name in [*contexts, *ratios, "job_to_loop", "scan_bytes", "targets_and_scan_bytes", "flops_masked"]:
+        assert rows[name] > 0, name
+    assert 0 <= rows["job_outside_model"] < 1
