@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/demo}
-documents=${DOCUMENTS:-1500} steps=${STEPS:-120} seeds=${SEEDS:-1,2} rows=${ROWS:-700}
+documents=${DOCUMENTS:-1500} steps=${STEPS:-100} seeds=${SEEDS:-1,2} rows=${ROWS:-800}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # otherwise glibc hands large buffers back to the kernel at each step; to keep them doubles the speed of the MLM head
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
@@ -37,7 +37,7 @@ student self --entropy-source self --mask-temperature 1
 
 step "6/6 fine-tuning on two probe tasks made from held-out docstrings"
 for name in random parquet parquet-kd self; do
-    python glue/run.py --model "$out/$name" --tasks probes --seeds "$seeds" --epochs 3 --learning-rate 1e-3 \
+    python glue/run.py --model "$out/$name" --tasks probes --seeds "$seeds" --epochs 3 --learning-rate 1e-3 --batch-size 32 \
         --limit-train "$rows" --max-length 64 --output "$out/probes/$name"
 done
 step "the comparison"
