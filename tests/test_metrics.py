@@ -86,7 +86,7 @@ def test_averages_are_those_of_the_papers() -> None:
     assert score({"pearson": 0.5, "spearman": 0.7}) == pytest.approx(60)
 
 
-@pytest.mark.parametrize("name", set(AVERAGES) - {"probes"})
+@pytest.mark.parametrize("name", [name for name in AVERAGES if name != "probes"])
 def test_an_average_lacks_no_task(name: str) -> None:
     tasks = {part.partition(":")[0] for part in AVERAGES[name]}
     whole = {task: dict.fromkeys(metric_names(task), 0.5) for task in tasks}
