@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 import pipeline.score
 import train.plan
 from bench.table import Row, in_turns, keep_buffers, print_table, row
-from pipeline import cli, shards
+from pipeline import cli, commit, shards
 from pipeline.checkpoints import load_masked_lm, load_tokenizer, local_checkpoint, resolve_dtype
 from pipeline.cli import RunError, UsageError
 from pipeline.corpus import plan_corpus
@@ -288,11 +289,14 @@ def overhead(teacher: Teacher, texts: list[str], tokens: int, args: argparse.Nam
         started = time.perf_counter()
         teacher.score(ids_NL)
         seconds += time.perf_counter() - started
-    job_rate, loop_rate = totals["tokens"] / totals["worker_seconds"], totals["tokens"] / seconds
+    records = list(commit.read_records(str(work / "job")).values())
+    ends = [(datetime.fromisoformat(record["finished_at"]).timestamp(), record["seconds"]) for record in records]
+    wall = max(end for end, _ in ends) - min(end - took for end, took in ends)  # of the one worker, its pauses included
+    job_rate, loop_rate = totals["tokens"] / wall, totals["tokens"] / seconds
     return {
-        "job_seconds": row(totals["worker_seconds"], "s"),
+        "job_seconds": row(wall, "s"),
         "job_shards": row(len(manifest.shards), "shards"),
-        "job_outside_model": row(1 - totals["utilisation"], "of the worker's time", at_most=0.03),
+        "job_outside_model": row(1 - totals["forward_seconds"] / wall, "of the worker's time", at_most=0.03),
         "job": row(job_rate, "tokens/s"),
         "loop": row(loop_rate, "tokens/s"),
         "job_to_loop": row(job_rate / loop_rate, "×", at_least=0.97),

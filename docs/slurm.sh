@@ -25,5 +25,5 @@ fi
 RAY_ADDRESS="$address:$port" python pipeline/score.py \
     --corpus "${CORPUS:?a path that all nodes see, or a URI}" --teacher "${TEACHER:?}" --output "${OUTPUT:?}" &
 score=$!
-trap 'kill -TERM $score' TERM
+trap 'kill -TERM $score; wait $score' TERM
 wait $score

@@ -64,7 +64,9 @@ def ray_records(
 
     _connect()
     try:
-        fitting, resources = _fit(ray.cluster_resources(), job.threads, gpus_per_worker)
+        fitting, resources = _fit(
+            [node["Resources"] for node in ray.nodes() if node["Alive"]], job.threads, gpus_per_worker
+        )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts tokens
         context.print_on_execution_start = False
@@ -125,36 +127,45 @@ class ScoreShard:
         return {"record": [json.dumps(record)]}
 
 
-def _fit(cluster: dict[str, float], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
-    """How many workers the cluster holds now, and the resources of one.
+def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
+    """How many workers the nodes hold now, and the resources of one; a worker lives on one node.
 
     Raises:
         UsageError: not even one fits.
     """
-    gpus, cpus = cluster.get("GPU", 0), cluster.get("CPU", 1)
-    if gpus_per_worker and not gpus:
+    gpus, cpus = ([node.get(name, 0) for node in nodes] for name in ("GPU", "CPU"))
+    if gpus_per_worker and not any(gpus):
         raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
-    if gpus:
+    if any(gpus):
         each = gpus_per_worker or 1
-        if each > gpus:
-            raise UsageError(f"--gpus-per-worker {each:g} is more than the cluster's {gpus:g} GPUs")
-        return int(gpus / each), {"num_gpus": each}
+        if each > max(gpus):
+            raise UsageError(f"--gpus-per-worker {each:g} is more than a node's {max(gpus):g} GPUs")
+        return sum(int(count / each) for count in gpus), {"num_gpus": each}
     threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
-    each = min(threads * threads_per_core, cpus)  # a hyper-thread is no core
-    return max(1, int(cpus / each)), {"num_cpus": each}
+    if threads > max(cpus):
+        raise UsageError(f"--cpus-per-worker {threads} is more than a node's {max(cpus):g} CPUs")
+    each = min(threads * threads_per_core, max(cpus))  # a hyper-thread is no core
+    return sum(int(count / each) for count in cpus), {"num_cpus": each}
 
 
 def _check_visible(output: str, record: dict[str, Any]) -> None:
     """A worker on another node may have written to a disk of its own."""
     uri = storage.join(output, shards.shard_file(record["index"]))
     until = time.monotonic() + VISIBLE_SECONDS
-    while storage.size(uri) != record["bytes"]:
+    while not _has_size(uri, record["bytes"]):
         if time.monotonic() > until:
             raise UsageError(
                 f"{uri}, committed by {record['worker']}, is not to be seen from here; "
                 "choose an --output on a path that all nodes share, or in an object store"
             )
         time.sleep(0.5)
+
+
+def _has_size(uri: str, size: int) -> bool:
+    try:
+        return storage.size(uri) == size
+    except OSError:
+        return False  # a store may answer the next time
 
 
 def _connect() -> None:

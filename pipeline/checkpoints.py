@@ -64,10 +64,12 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def weights_hash(directory: Path) -> str:
-    """Hash of a checkpoint's configuration and weights. Raises UsageError as ``safetensors_files``."""
+    """Hash of a checkpoint's configuration, weights and own code. Raises UsageError as ``safetensors_files``."""
     files = safetensors_files(directory)
     config = json.loads((directory / "config.json").read_text())
     config.pop("transformers_version", None)
+    if "auto_map" in config:  # it brings its own code
+        files += sorted(directory.glob("*.py"))
     return storage.sha256_json([config, *(storage.sha256(str(file)) for file in files)])
 
 

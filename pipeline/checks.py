@@ -272,6 +272,8 @@ def rescored_faults(stored: Scores, again: Scores, dtype: str) -> list[str]:
     precision, and neighbours among the most probable tokens may have changed places.
     """
     nats, scored_NL = RESCORED_NATS[dtype], ~np.isnan(stored.entropy_NL)
+    if not scored_NL.any():
+        return []
     apart_M = np.abs(stored.entropy_NL.astype(np.float32) - again.entropy_NL)[scored_NL]
     nats_M = nats + np.spacing(stored.entropy_NL[scored_NL].astype(np.float16)).astype(np.float32)
     faults = []

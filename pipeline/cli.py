@@ -123,6 +123,7 @@ class Progress:
         """Count ``amount`` more units as done."""
         self.count += amount
         if self.bar is not None:
+            self.bar.total = self.total or None
             self.bar.update(amount)
         elif time.monotonic() - self.last_line >= LOG_SECONDS:
             self._print_line()

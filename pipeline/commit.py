@@ -7,10 +7,11 @@ matching record is done again. So work is never done half, and a late write of a
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,13 @@ def attempt_uri(directory: str, index: int) -> str:
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
-def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any]) -> dict[str, Any]:
+def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any], started: float) -> dict[str, Any]:
     """Put a shard whole under its name, read its footer back, then write its record, which makes the shard count.
 
     Args:
-        record: what the record says besides the file's name, size and hash; ``rows`` is checked against the footer.
+        record: what the record says besides the file's name, size and hash and the time; ``rows`` is checked against
+            the footer.
+        started: ``time.monotonic()`` when work on the shard began.
 
     Raises:
         OSError: the file reads back with another number of rows, or cannot be written.
@@ -49,7 +52,8 @@ def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any]
     if (found := footer_rows(uri)) != record["rows"]:
         raise OSError(f"{uri} was written with {record['rows']} rows but reads back with {found}")
     named = {"index": index, "file": shard_file(index), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
-    record = named | record
+    ended = datetime.now(UTC).isoformat(timespec="milliseconds")
+    record = named | record | {"seconds": round(time.monotonic() - started, 3), "finished_at": ended}
     storage.write_json(record_uri(directory, index), record)
     return record
 
@@ -217,6 +221,7 @@ def totals(records: list[dict[str, Any]]) -> dict[str, Any]:
         "forward_seconds": round(forward, 3),
         "utilisation": round(forward / max(worker_seconds, 1e-3), 4),
         "workers": len(workers),
+        "by_worker": workers,
         "rescued_shards": sum("batch_tokens" in record for record in records),
         "rejected": sum(record["rejected"]["count"] for record in records),
         "rejected_reasons": dict(sum((Counter(r["rejected"]["reasons"]) for r in records), Counter())),

@@ -99,6 +99,12 @@ def read_documents(pieces: list[Piece], text_column: str, rejects: Rejects) -> I
                 else:
                     yield Document(value, piece, line)
         except (OSError, EOFError, pa.ArrowInvalid) as error:
+            if (
+                isinstance(error, OSError)
+                and storage.is_remote(piece.path)
+                and not isinstance(error, FileNotFoundError)
+            ):
+                raise  # a store may answer the next time
             raise UsageError(f"cannot read {piece.path} to its end: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
         run = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(run, records, len(corpus.shards), corpus.shard_tokens)
+        failed = collect(run, records, len(corpus.shards), corpus.shard_tokens, args.max_failed_shards)
     finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 
@@ -143,15 +143,15 @@ def temperatures(text: str) -> list[float]:
 
 
 def collect(
-    run: Iterator[dict[str, Any]], records: dict[int, dict[str, Any]], shards: int, shard_tokens: int
+    run: Iterator[dict[str, Any]], records: dict[int, dict[str, Any]], shards: int, shard_tokens: int, allowed: int
 ) -> dict[int, str]:
     """Add the records that a backend yields to ``records``, showing progress in tokens; returns what failed, and why.
 
     Raises:
-        UsageError: a shard failed for a reason that the user can mend; every other shard is done by then.
+        UsageError: more shards failed than allowed, one for a reason that the user can mend; the others are done.
         RunError: nothing more can be written.
     """
-    tokens = sum(record["tokens"] for record in records.values())
+    tokens = sum(record["tokens"] or record["scored_tokens"] for record in records.values())
     failed, usage = {}, []
     with cli.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
         if records:
@@ -166,13 +166,14 @@ def collect(
                         raise RunError(f"{record['error']}; make room, then run the command again")
                     continue
                 records[record["index"]] = record
-                tokens += record["tokens"]
+                new = record["tokens"] or record["scored_tokens"]  # targets have no tokens of their own
+                tokens += new
                 progress.total = round(tokens / len(records) * shards)  # better known with every shard
-                progress.advance(record["tokens"])
+                progress.advance(new)
         except KeyboardInterrupt:
             progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command goes on")
             raise
-    if usage:
+    if usage and len(failed) > allowed:
         raise UsageError(f"{len(failed)} of {shards} shards failed, the first with: {usage[0]}")
     return failed
 
@@ -206,7 +207,9 @@ def finish(job: Job, records: dict[int, dict[str, Any]], failed: dict[int, str],
         print(f"  mean entropy        {totals['entropy_sum'] / totals['scored_tokens']:.3f} nats")
     workers = f"{totals['worker_seconds']:,.1f} of {totals['workers']} workers"
     print(f"  seconds             {totals['seconds']:,.1f} ({workers})")
-    print(f"  tokens/s            {tokens / max(totals['seconds'], 1e-3):,.0f}")
+    rates = sorted(cost["tokens_per_second"] for cost in totals["by_worker"].values())
+    by_worker = f" ({rates[0]:,.0f} to {rates[-1]:,.0f} by worker)" if len(rates) > 1 and rates[-1] else ""
+    print(f"  tokens/s            {tokens / max(totals['seconds'], 1e-3):,.0f}{by_worker}")
     if totals["flops"]:
         print(f"  in the model        {totals['utilisation']:.0%} of the workers' seconds, {totals['flops']:.3g} FLOPs")
     if totals["rescued_shards"]:

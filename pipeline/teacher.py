@@ -127,7 +127,8 @@ class Teacher:
         N, L = input_ids_NL.shape
         ids_NL = input_ids_NL.astype(np.int64)
         candidates_NL = ~np.isin(ids_NL, self.special_ids)
-        for pairs_R in _cut(N * self.passes, L, batch_tokens or self.batch_tokens):
+        size = max(1, (batch_tokens or self.batch_tokens) // L)
+        for pairs_R in _cut(N * self.passes, size):
             sequences_R, passes_R = pairs_R // self.passes, pairs_R % self.passes
             ids_RL, scored_RL = ids_NL[sequences_R], candidates_NL[sequences_R]
             if self.context == "masked":
@@ -136,7 +137,7 @@ class Teacher:
             targets = ids_RL[rows, columns]
             if self.context == "masked":
                 ids_RL[rows, columns] = self.mask_id
-            yield Batch(ids_RL, rows, columns, targets, (sequences_R[rows], columns))
+            yield Batch(ids_RL, rows, columns, targets, (sequences_R[rows], columns), size)
 
     def score_positions(
         self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
@@ -163,11 +164,12 @@ class Teacher:
 
     def _planned(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         N, L = inputs_NL.shape
-        for rows_R in _cut(N, L, batch_tokens or self.batch_tokens):
+        size = max(1, (batch_tokens or self.batch_tokens) // L)
+        for rows_R in _cut(N, size):
             ids_RL = inputs_NL[rows_R].astype(np.int64)
             rows, places = np.nonzero(positions_NK[rows_R] >= 0)
             columns = positions_NK[rows_R][rows, places]
-            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places))
+            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
 
     def _run(self, batches: Iterator[Batch], L: int) -> Iterator[tuple[Place, Any]]:
         """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
@@ -196,8 +198,11 @@ class Teacher:
     @torch.inference_mode()
     def _forward(self, batch: Batch) -> list[entropy.Reduced]:
         """Entropy, surprisal, top-k ids and log-probabilities of the batch's positions, in chunks, on the device."""
-        ids = self._to_device(batch.ids_RL)
-        padding_RL = batch.ids_RL == self.pad_id
+        ids_RL = batch.ids_RL
+        if self.compiled and len(ids_RL) < batch.size:  # one shape for all: code for others would depend on the past
+            ids_RL = np.concatenate([ids_RL, np.repeat(ids_RL[-1:], batch.size - len(ids_RL), axis=0)])
+        ids = self._to_device(ids_RL)
+        padding_RL = ids_RL == self.pad_id
         attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
         targets_N = self._to_device(batch.targets)
         self._select = self._to_device(batch.rows), self._to_device(batch.columns)
@@ -206,7 +211,11 @@ class Teacher:
         parts = []
         for start in range(0, len(targets_N), self._chunk):
             logits_CV = self._project(features_NH[start : start + self._chunk])
-            parts.append(self._reduce(logits_CV, targets_N[start : start + self._chunk], self.top_k, self.temperatures))
+            targets_C = targets_N[start : start + self._chunk]
+            if missing := (self._chunk - len(targets_C)) * self.compiled:
+                logits_CV, targets_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(targets_C, (0, missing))
+            reduced = self._reduce(logits_CV, targets_C, self.top_k, self.temperatures)
+            parts.append(entropy.Reduced(*(column[: len(targets_N) - start] for column in reduced)))
         return parts
 
     def _project(self, features_CH: Tensor) -> Tensor:
@@ -248,13 +257,15 @@ class Stopped(BaseException):
 
 
 class Batch(NamedTuple):
-    """One forward: inputs, the positions to score in them, the actual tokens there, and where the results belong."""
+    """One forward: inputs, the positions to score in them, the actual tokens there, where the results belong, and how
+    many rows a whole batch has."""
 
     ids_RL: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
     targets: np.ndarray
     place: Place
+    size: int
 
 
 @contextlib.contextmanager
@@ -270,9 +281,8 @@ def _bfloat16_products(enabled: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _cut(rows: int, L: int, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Row numbers, cut into forwards of at most ``batch_tokens`` tokens."""
-    size = max(1, batch_tokens // L)
+def _cut(rows: int, size: int) -> Iterator[np.ndarray]:
+    """Row numbers, cut into batches of ``size``."""
     for start in range(0, rows, size):
         yield np.arange(start, min(start + size, rows))
 

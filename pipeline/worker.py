@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ import torch
 
 from pipeline import commit, manifests, masks, shards, storage
 from pipeline.checkpoints import local_checkpoint, weights_hash
-from pipeline.cli import RunError, UsageError
+from pipeline.cli import RunError, UsageError, one_line
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.job import Job
 from pipeline.masks import MaskedRows
 from pipeline.packing import pack, tokenize
-from pipeline.teacher import Teacher
+from pipeline.teacher import Stopped, Teacher
 
 SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model
 LEAST_BATCH_TOKENS = 64
@@ -40,6 +39,7 @@ class ShardScorer:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.model = threading.Lock()
+        self.stopped = threading.Event()
         self.company, self.deadlines = _Company(), _Deadlines()
         self.tokenizer: Any = None
         self.teacher: Teacher | None = None
@@ -53,11 +53,13 @@ class ShardScorer:
         the user can mend it, and ``fatal`` if no other shard would fare better.
         """
         job = self.job
-        # a worker that died after its commit could not say so, and Ray gives the shard to another
-        if done := commit.done_record(job.output, index, job.manifest.fingerprint_hash):
+        try:
+            done, (failed, by_itself) = self._known(index)
+        except OSError as failure:
+            return {"index": index, "error": one_line(failure)}
+        if done:
             return done
-        failed, by_itself = commit.failed_attempts(job.output, index, job.run)
-        error = {"index": index, "error": f"its worker died or hung {failed} times"}
+        error: dict[str, Any] = {"index": index, "error": f"its worker died or hung {failed} times"}
         # What ended a process once may do so again. It must not take an innocent shard with it, and one that died in
         # company may be that innocent: it gets another attempt, by itself.
         most = job.max_attempts if by_itself else max(job.max_attempts, failed + 1)
@@ -66,7 +68,8 @@ class ShardScorer:
                 try:
                     commit.begin_attempt(job.output, index, job.run, attempt, by_itself=failed > 0)
                     record = self._score(index, pieces, attempt)
-                    commit.end_attempt(job.output, index)
+                    with contextlib.suppress(OSError):  # a note that stays does no harm to what is committed
+                        commit.end_attempt(job.output, index)
                     return record
                 except UsageError as failure:
                     return {"index": index, "error": str(failure), "usage": True}
@@ -81,14 +84,33 @@ class ShardScorer:
                     error = {"index": index, "error": reason, "traceback": traceback.format_exc()}
         return error
 
+    def _known(self, index: int) -> tuple[dict[str, Any] | None, tuple[int, bool]]:
+        """The record of a shard that is done, and its failed attempts; a store that does not answer is asked again.
+
+        A worker that died after its commit could not say so, and Ray gives the shard to another.
+        """
+        for patience in range(self.job.max_attempts):
+            try:
+                done = commit.done_record(self.job.output, index, self.job.manifest.fingerprint_hash)
+                return done, commit.failed_attempts(self.job.output, index, self.job.run)
+            except OSError:
+                if patience + 1 == self.job.max_attempts:
+                    raise
+                time.sleep(2.0**patience)
+        raise AssertionError
+
     def _score(self, index: int, pieces: list[Piece], attempt: int) -> dict[str, Any]:
         job, started = self.job, time.monotonic()
+        if self.stopped.is_set():
+            raise Stopped
         rejects, scored = Rejects(), {"forward_seconds": 0.0, "flops": 0}
         with self.deadlines.within(job.shard_timeout):
             input_ids_NL = self._sequences(pieces, rejects)
             plan = self._plan(index, input_ids_NL) if job.plan else None
         scores = targets = None
         if job.teacher:
+            with self.model:
+                self._teacher()  # loading it is no part of a shard's time
             with self.model, self.deadlines.within(job.shard_timeout):
                 if plan:
                     inputs_NL = masks.apply_mask(input_ids_NL[masks.row_numbers(plan)], plan)
@@ -114,15 +136,13 @@ class ShardScorer:
                 **counts,
                 "fingerprint_hash": job.manifest.fingerprint_hash,
                 "attempt": attempt,
-                "seconds": round(time.monotonic() - started, 3),
                 **scored,
-                "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
                 "worker": f"{platform.node()}:{os.getpid()}",
                 "documents": rejects.documents,
                 "rejected": rejects.report(),
             }
-            return commit.commit_shard(job.output, index, data, record)
+            return commit.commit_shard(job.output, index, data, record, started)
 
     def _sequences(self, pieces: list[Piece], rejects: Rejects) -> np.ndarray:
         """Token ids [N, L] of a shard: from text, or as they stand in the shard of another directory."""
@@ -181,6 +201,8 @@ class ShardScorer:
 
     def _teacher(self) -> Teacher:
         job, manifest = self.job, self.job.manifest
+        if self.stopped.is_set():
+            raise Stopped
         if self.teacher is None:
             directory = local_checkpoint(job.teacher or "")
             if weights_hash(directory) != job.teacher_hash:
@@ -200,12 +222,12 @@ class ShardScorer:
                 compile=job.compile,
                 trust_remote_code=job.trust_remote_code,
             )
+            self.teacher.stopped = self.stopped
         return self.teacher
 
     def stop(self) -> None:
         """Drop the shards under way at the next forward: nothing of them is lost that a rerun does not do again."""
-        if self.teacher:
-            self.teacher.stopped.set()
+        self.stopped.set()
 
 
 def _out_of_memory(failure: BaseException) -> bool:

@@ -17,7 +17,6 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,16 +152,14 @@ def plan_shard(sequences: Manifest, entry: ShardEntry, policy: MaskPolicy, plan:
         "entropy_sum": 0.0,
         "fingerprint_hash": plan.fingerprint_hash,
         "attempt": 1,
-        "seconds": round(time.monotonic() - started, 3),
         "forward_seconds": 0.0,
         "flops": 0,
-        "finished_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "device": platform.processor() or "cpu",
         "worker": f"{platform.node()}:{os.getpid()}",
         "documents": 0,
         "rejected": Rejects().report(),
     }
-    return commit.commit_shard(plan.uri, entry.index, data, record)
+    return commit.commit_shard(plan.uri, entry.index, data, record, started)
 
 
 def masked_rows(masker: Masker, policy: MaskPolicy, rows: Rows, variant: int) -> MaskedRows:
