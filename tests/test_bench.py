@@ -13,7 +13,9 @@ def test_scoring(work: Path) -> None:
     sizes = ["--sequence-length", LENGTH, "--tokens", 600, "--size-tokens", 600, "--rounds", 1, "--job-seconds", 0.01]
     files = ["--teacher", work / "teacher", "--corpus", work / "corpus.jsonl"]
     output = run(sys.executable, ROOT / "bench" / "scoring.py", *files, *sizes, "--dtype", "float32")
-    found = json.loads(output.splitlines()[-1])
+    printed, _, json_line = output[: output.rindex("}") + 1].rpartition("\n")
+    assert "MISSED" in printed or "met" in printed
+    found = json.loads(json_line)
     assert found["settings"]["passes"] == 7
     rows = {name: row["value"] for name, row in found["rows"].items()}
     contexts = [f"{name}_{context}" for name in ("ours", "bare", "naive") for context in ("masked", "full")]

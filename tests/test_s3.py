@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -50,7 +51,11 @@ def s3() -> Iterator[Any]:
 
 def objects(s3: Any, prefix: str) -> dict[str, bytes]:
     listed = s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-    return {o["Key"]: s3.get_object(Bucket=BUCKET, Key=o["Key"])["Body"].read() for o in listed}
+    found = {}
+    for key in (each["Key"] for each in listed):
+        with contextlib.suppress(s3.exceptions.NoSuchKey):  # a note that its worker has deleted since the listing
+            found[key] = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    return found
 
 
 def score(work: Path, teacher: Path, output: str, *more: str) -> list[str]:
