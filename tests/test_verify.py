@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -323,9 +324,10 @@ def make_plan(source: Manifest, directory: Path) -> None:
         rows = masks.MaskedRows(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
         groups = masks.row_groups(masks.plan_table(rows, source.vocab_size), rows)
         record = masks.counts(rows) | {"fingerprint_hash": storage.sha256_json({"plan": 1}), "documents": 0, "flops": 0}
-        record |= {"seconds": 0.1, "forward_seconds": 0.0, "finished_at": "2024-01-01T00:00:00+00:00", "worker": "w:1"}
+        record |= {"forward_seconds": 0.0, "worker": "w:1"}
         record |= {"rejected": {"count": 0, "reasons": {}, "listed": []}}
-        records[entry.index] = commit.commit_shard(str(directory), entry.index, shards.to_parquet(groups), record)
+        data = shards.to_parquet(groups)
+        records[entry.index] = commit.commit_shard(str(directory), entry.index, data, record, time.monotonic())
     fields = {"policy": "first words", "variants": VARIANTS, "positions": HIDDEN, "source": source.uri}
     fingerprint = {"fingerprint": {"plan": 1}, "fingerprint_hash": storage.sha256_json({"plan": 1})}
     empty = replace(source, uri=str(directory), kind="plan", scored=False, top_k=0, masks=fields, **fingerprint)
