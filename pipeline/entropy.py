@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 128  # neighbouring ids whose largest logit is found first: the top k lie in the k groups with the largest
+GROUP = 64  # neighbouring ids whose largest logit is found first: the top k lie in the k groups with the largest
+IN_CACHE = 1 << 17  # logits that a CPU core keeps near through several passes over them
 
 
 class Reduced(NamedTuple):
@@ -32,8 +33,7 @@ class Reduced(NamedTuple):
 
 def entropy(logits_NV: Tensor) -> Tensor:
     """Predictive entropy H_N in nats, between 0 and ln V; float32 (float64 for float64 logits)."""
-    z_NV = _at_least_float32(logits_NV)
-    return _entropy_and_lse(z_NV, z_NV.amax(-1, keepdim=True))[0]
+    return _entropy_and_lse(_at_least_float32(logits_NV))[0]
 
 
 def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequence[float] = ()) -> Reduced:
@@ -50,10 +50,10 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
         topk_logprobs_NK (natural logs under the softmax over all of V, so the tail's mass is 1 - Σ exp), and lse_NT.
     """
     z_NV = _at_least_float32(logits_NV)
-    max_N1 = z_NV.amax(-1, keepdim=True)
-    entropy_N, lse_N1 = _entropy_and_lse(z_NV, max_N1)
+    entropy_N, lse_N1 = _entropy_and_lse(z_NV)
     surprisal_N = (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
     ids_NK = top_k_ids(z_NV, top_k)
+    max_N1 = z_NV.amax(-1, keepdim=True) if temperatures else lse_N1
     at_T = [((z_NV - max_N1) / t).exp_().sum(-1, keepdim=True).log() + (max_N1 - lse_N1) / t for t in temperatures]
     lse_NT = torch.cat([lse_N1[:, :0], *at_T], dim=-1)
     return Reduced(entropy_N, surprisal_N, ids_NK, z_NV.gather(-1, ids_NK) - lse_N1, lse_NT)
@@ -88,8 +88,18 @@ def _best(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
     return 0xFFFFFFFF - (key_NC.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
-def _entropy_and_lse(z_NV: Tensor, max_N1: Tensor) -> tuple[Tensor, Tensor]:
+def _entropy_and_lse(z_NV: Tensor) -> tuple[Tensor, Tensor]:
     """H_N and logsumexp_N1 with one exponential: with d = z - max, ``log Σ e^d - Σ e^d·d / Σ e^d``, two terms ≥ 0."""
+    if z_NV.device.type == "cpu":
+        rows = max(1, IN_CACHE // z_NV.shape[-1]) * torch.get_num_threads()
+        # never fewer than rows: threads would share out the sum of a single one, which rounds otherwise
+        parts = [_entropy_and_lse_at_once(part_NV) for part_NV in z_NV.tensor_split(max(1, len(z_NV) // rows))]
+        return torch.cat([entropy_N for entropy_N, _ in parts]), torch.cat([lse_N1 for _, lse_N1 in parts])
+    return _entropy_and_lse_at_once(z_NV)
+
+
+def _entropy_and_lse_at_once(z_NV: Tensor) -> tuple[Tensor, Tensor]:
+    max_N1 = z_NV.amax(-1, keepdim=True)
     d_NV = (z_NV - max_N1).clamp_min_(torch.finfo(z_NV.dtype).min)  # -inf logits (p = 0) contribute nothing
     e_NV = d_NV.exp()
     sum_N1 = e_NV.sum(-1, keepdim=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 ROW_GROUP = 1024
+ZSTD_LEVEL = 9  # 3 to 6 % smaller than pyarrow's 1 for microseconds a token; 15 takes four times as long for 1 % more
 SCORE_COLUMNS = ("entropy", "surprisal")
 TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 
@@ -125,6 +126,7 @@ def to_parquet(groups: Sequence[pa.Table]) -> bytes:
         sink,
         arrow_schema,
         compression="zstd",
+        compression_level=ZSTD_LEVEL,
         use_dictionary=False,
         column_encoding=encodings,
         write_statistics=["sequence_id"],

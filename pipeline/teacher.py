@@ -24,7 +24,7 @@ from pipeline.masks import Targets
 from pipeline.shards import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # float32 logits at a time: they stay in the cache, fill the GPU
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at a time: enough to multiply at full speed
 
 
 class Teacher:

@@ -227,3 +227,11 @@ def test_entropy_limits() -> None:
     impossible_V = torch.tensor([[0.0, 0.0, -torch.inf]])
     assert entropy.entropy(impossible_V).item() == pytest.approx(np.log(2), abs=1e-6)
     assert entropy.entropy(torch.randn(4, 50).bfloat16()).dtype == torch.float32
+
+
+def test_a_row_is_reduced_alike_alone_and_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    z_NV, targets_N = torch.randn(37, 3000) * 4, torch.arange(37)
+    at_once = entropy.score(z_NV, targets_N, TOP_K, (2.0,))
+    monkeypatch.setattr(entropy, "IN_CACHE", 3000 * 4)
+    for found, expected in zip(entropy.score(z_NV, targets_N, TOP_K, (2.0,)), at_once, strict=True):
+        assert torch.equal(found, expected)
