@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,6 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.cli import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA_VERSION = 2
 ROW_GROUP = 1024
