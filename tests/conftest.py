@@ -1,11 +1,18 @@
 """One small world for all tests: a corpus, a tokenizer, a teacher with random weights, and the scored corpus."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+# neither the machine's Ray cluster, nor one that a test beside this one starts, is to be joined
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")  # short: sockets lie below it
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
