@@ -274,11 +274,18 @@ def rescored_faults(stored: Scores, again: Scores, dtype: str) -> list[str]:
     nats, scored_NL = RESCORED_NATS[dtype], ~np.isnan(stored.entropy_NL)
     if not scored_NL.any():
         return []
-    apart_M = np.abs(stored.entropy_NL.astype(np.float32) - again.entropy_NL)[scored_NL]
-    nats_M = nats + np.spacing(stored.entropy_NL[scored_NL].astype(np.float16)).astype(np.float32)
+    pairs = {
+        "entropies": (stored.entropy_NL[scored_NL], again.entropy_NL[scored_NL], nats),
+        "surprisals": (stored.surprisal_NL[scored_NL], again.surprisal_NL[scored_NL], 2 * nats),
+        # in order of size: neighbours that changed places differ by little
+        "log-probabilities": (stored.topk_logprobs_NLK[scored_NL], again.topk_logprobs_NLK[scored_NL], 2 * nats),
+    }
     faults = []
-    if not (apart_M <= nats_M).mean() >= 1 - RESCORED_SHARE[dtype]:
-        faults.append(f"has entropies up to {apart_M.max():.3f} nats from what the teacher says")
+    for name, (stored_M, again_M, most) in pairs.items():
+        apart_M = np.abs(stored_M.astype(np.float32) - again_M)
+        step_M = np.spacing(np.abs(stored_M.astype(np.float16))).astype(np.float32)
+        if apart_M.size and not (apart_M <= most + step_M).mean() >= 1 - RESCORED_SHARE[dtype]:
+            faults.append(f"has {name} up to {apart_M.max():.3f} nats from what the teacher says")
     if stored.topk_ids_NLK.shape[-1]:
         first_M = stored.topk_ids_NLK[scored_NL][:, 0]
         ids_MK, logprobs_MK = again.topk_ids_NLK[scored_NL], again.topk_logprobs_NLK[scored_NL]

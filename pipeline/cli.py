@@ -83,6 +83,13 @@ def positive(text: str) -> int:
     return value
 
 
+def not_negative(text: str) -> int:
+    """argparse type of a whole number, zero included."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def positive_float(text: str) -> float:
     """argparse type of a finite number above zero."""
     if not 0 < (value := float(text)) < math.inf:

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.cli import UsageError
 
 LISTED = 100  # rejected documents that a record names; all are counted
+COUNTED_BYTES = 1 << 28  # to number a line, those before it are counted: not from the start of a file without end
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 # a field is a document, and the default of 131,072 characters is for spreadsheets; but an unclosed quote ends here
 csv.field_size_limit(1 << 26)
@@ -72,10 +73,16 @@ class Rejects:
         self.listed: list[dict[str, Any]] = []
 
     def add(self, piece: Piece, line: int, reason: str) -> None:
-        """Reject the document at ``line`` of ``piece``; it is listed with its line in the file."""
+        """Reject the document at ``line`` of ``piece``; it is listed with its line in the file.
+
+        Far into a large file it is the line among those that begin ``from_byte``.
+        """
         self.reasons[reason] += 1
-        if len(self.listed) < LISTED:
-            self.listed.append({"file": piece.path, "line": line + lines_before(piece), "reason": reason})
+        if len(self.listed) == LISTED:
+            return
+        far = piece.kind != "parquet" and piece.start > COUNTED_BYTES
+        where = {"from_byte": piece.start, "line": line} if far else {"line": line + lines_before(piece)}
+        self.listed.append({"file": piece.path, **where, "reason": reason})
 
     def report(self) -> dict[str, Any]:
         """``count``, ``reasons`` with their counts, and the first hundred as ``listed``."""

@@ -80,39 +80,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sequence-length", type=cli.positive, help="tokens a sequence, specials included (default: 128)")
     add("--context", choices=["masked", "full"], help="hide the scored position, or not (default: masked)")
     add("--passes", type=cli.positive, help="masked context: each pass hides one position in P (default: 7)")
-    add("--top-k", type=int, help="log-probabilities to keep a position, 0 for none (default: 16)")
+    add("--top-k", type=cli.not_negative, help="log-probabilities to keep a position, 0 for none (default: 16)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
     add("--batch-tokens", type=cli.positive, help="tokens in one forward (default: 8192)")
     add("--shard-tokens", type=cli.positive, help="about how many tokens a shard (default: 262144)")
     add("--temperatures", type=temperatures, help="also keep what the top-k need at these, as in 1,2 (default: 1)")
     add("--masks", help="a mask plan of train/plan.py for the corpus: predict its positions of its inputs only")
     add("--workers", type=cli.positive, help="actors at most (default: as many as fit the cluster)")
-    add("--gpus-per-worker", type=float, help="GPUs of an actor, fractions too (default: 1 where there are GPUs)")
+    add(
+        "--gpus-per-worker",
+        type=cli.positive_float,
+        help="GPUs of an actor, fractions too (default: 1 where there are GPUs)",
+    )
     add(
         "--cpus-per-worker", type=cli.positive, help="threads without GPUs (default: 1; with --backend local all cores)"
     )
-    add("--torch-compile", action="store_true", help="compile the model: worth it on a GPU and a long run")
+    add(
+        "--torch-compile", action="store_true", default=None, help="compile the model: worth it on a GPU and a long run"
+    )
     add("--backend", choices=["ray", "local"], default="ray", help="local scores in this process")
     add("--max-attempts", type=cli.positive, default=3, help="before a shard is given up (default: 3)")
-    add("--max-failed-shards", type=int, default=0, help="shards a run may end without (default: 0)")
+    add("--max-failed-shards", type=cli.not_negative, default=0, help="shards a run may end without (default: 0)")
     add(
-        "--shard-timeout", type=float, help="seconds to read, score or write a shard before its worker is taken to hang"
+        "--shard-timeout",
+        type=cli.positive_float,
+        help="seconds to read, score or write a shard before its worker is taken to hang",
     )
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
     add("--dry-run", action="store_true", help="show the plan and stop")
     args = parser.parse_args(argv)
     scoring: dict[str, Any] = {"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192}
-    scoring |= {"temperatures": [1.0], "masks": None, "gpus_per_worker": None}
+    scoring |= {"temperatures": [1.0], "masks": None, "gpus_per_worker": None, "torch_compile": False}
     if args.teacher == "none" and (given := [name for name in scoring if getattr(args, name) is not None]):
         raise UsageError(f"--{given[0].replace('_', '-')} needs a teacher; leave it out with --teacher none")
     if args.context == "full" and args.passes is not None:
         raise UsageError("--passes only applies to --context masked; leave it out with --context full")
     if args.masks and (args.context or args.passes):
         raise UsageError("--masks says what the teacher sees; leave out --context and --passes")
-    if args.gpus_per_worker is not None and not args.gpus_per_worker > 0:
-        raise UsageError(f"--gpus-per-worker {args.gpus_per_worker:g} is not above 0")
-    if args.shard_timeout is not None and not args.shard_timeout > 0:
-        raise UsageError(f"--shard-timeout {args.shard_timeout:g} is not above 0")
     for name, default in scoring.items():
         if getattr(args, name) is None:
             setattr(args, name, default)

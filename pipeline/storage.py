@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,9 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write ``data`` so that a reader sees either the old file or the whole new one."""
     filesystem, path = resolve(uri)
     if is_remote(uri):
-        # one write of all bytes: a part that fails makes the upload fail as a whole, and nothing becomes visible
-        with filesystem.open_output_stream(path, compression=None, buffer_size=0) as stream:
-            stream.write(data)
+        # in a thread, because Ctrl-C or SIGTERM in between would close, and so commit, an object without its bytes
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_put, filesystem, path, data).result()
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,22 @@ def write_bytes(uri: str, data: bytes) -> None:
         _sync_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _put(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    # one write of all bytes: a part that fails makes the upload fail as a whole, and nothing becomes visible
+    with filesystem.open_output_stream(path, compression=None, buffer_size=0) as stream:
+        stream.write(data)
+
+
+def delete_temporaries(directory: str) -> None:
+    """Delete what killed processes have left of ``write_bytes`` in a directory of this machine.
+
+    Of a process that still writes there the write fails.
+    """
+    if not is_remote(directory):
+        for temporary in Path(resolve(directory)[1]).glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import entropy
 from pipeline.checkpoints import load_masked_lm
 from pipeline.cli import UsageError
+from pipeline.manifests import Manifest
 from pipeline.masks import Targets
 from pipeline.shards import Scores
 
@@ -92,6 +93,25 @@ class Teacher:
         self.forward_seconds, self.flops = 0.0, 0
         self.stopped = threading.Event()
         self._flops: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def of(cls, manifest: Manifest, directory: Path, *, compile: bool = False, trust_remote_code: bool = False) -> Self:
+        """The teacher in ``directory``, set to score the sequences of a manifest's directory as its run does."""
+        return cls(
+            directory,
+            mask_id=manifest.special_ids["mask"],
+            pad_id=manifest.special_ids["pad"],
+            special_ids=manifest.special_token_ids,
+            vocab_size=manifest.vocab_size,
+            context=manifest.context or "masked",
+            passes=manifest.passes or 1,
+            top_k=manifest.top_k,
+            temperatures=manifest.temperatures,
+            batch_tokens=manifest.fingerprint["batch_tokens"],
+            dtype=manifest.fingerprint["dtype"],
+            compile=compile,
+            trust_remote_code=trust_remote_code,
+        )
 
     def _keep_selected(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the encoder: hand only the scored positions on to the head."""

@@ -147,24 +147,12 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Any:
     if manifest.kind != "sequences" or not manifest.scored:
         holds = f"holds {manifest.kind}, not sequences" if manifest.kind != "sequences" else "has no scores"
         raise UsageError(f"{manifest.uri} {holds}; leave out --teacher")
-    directory, fingerprint = local_checkpoint(args.teacher), manifest.fingerprint
-    if weights_hash(directory) != fingerprint["teacher"]:
+    directory = local_checkpoint(args.teacher)
+    if weights_hash(directory) != manifest.fingerprint["teacher"]:
         raise UsageError(
             f"{args.teacher} has other weights than the teacher of {manifest.uri}; name the one that scored it"
         )
-    return Teacher(
-        directory,
-        mask_id=manifest.special_ids["mask"],
-        pad_id=manifest.special_ids["pad"],
-        special_ids=manifest.special_token_ids,
-        vocab_size=manifest.vocab_size,
-        context=manifest.context or "masked",
-        passes=manifest.passes or 1,
-        top_k=manifest.top_k,
-        batch_tokens=fingerprint["batch_tokens"],
-        dtype=fingerprint["dtype"],
-        trust_remote_code=args.trust_remote_code,
-    )
+    return Teacher.of(manifest, directory, trust_remote_code=args.trust_remote_code)
 
 
 # --- checking --------------------------------------------------------------------------------------------------------

@@ -200,27 +200,15 @@ class ShardScorer:
             raise UsageError(f"{teacher} gives NaN in {dtype}; use --dtype float32, or another teacher")
 
     def _teacher(self) -> Teacher:
-        job, manifest = self.job, self.job.manifest
+        job = self.job
         if self.stopped.is_set():
             raise Stopped
         if self.teacher is None:
             directory = local_checkpoint(job.teacher or "")
             if weights_hash(directory) != job.teacher_hash:
                 raise RunError(f"{directory} on {platform.node()} has other weights than where the job was started")
-            self.teacher = Teacher(
-                directory,
-                mask_id=manifest.special_ids["mask"],
-                pad_id=manifest.special_ids["pad"],
-                special_ids=manifest.special_token_ids,
-                vocab_size=manifest.vocab_size,
-                context=manifest.context or "masked",
-                passes=manifest.passes or 1,
-                top_k=manifest.top_k,
-                temperatures=manifest.temperatures,
-                batch_tokens=job.batch_tokens,
-                dtype=job.dtype or "float32",
-                compile=job.compile,
-                trust_remote_code=job.trust_remote_code,
+            self.teacher = Teacher.of(
+                job.manifest, directory, compile=job.compile, trust_remote_code=job.trust_remote_code
             )
             self.teacher.stopped = self.stopped
         return self.teacher

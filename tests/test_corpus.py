@@ -17,7 +17,7 @@ import zstandard
 from harness import SCORE, refused
 from transformers import AutoTokenizer
 
-from pipeline import docstrings, storage
+from pipeline import docstrings, documents, storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
 from pipeline.corpus import Corpus, plan_corpus
@@ -101,6 +101,19 @@ def test_rejects_are_listed_with_their_line_in_the_file(tmp_path: Path) -> None:
         assert texts_of(plan_corpus(str(path), shard_tokens=shard_tokens), rejects) == ["fine"] * 10
         assert {entry["line"]: entry["reason"] for entry in rejects.listed} == {n: why for n, (_, why) in bad.items()}
         assert rejects.documents == 20 and rejects.report()["count"] == len(bad)
+
+
+def test_far_into_a_file_rejects_are_numbered_from_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To number a line those before it are counted: not all of a huge file for each of its thousands of shards."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo\nthree\n\nfour\n")
+    monkeypatch.setattr(documents, "COUNTED_BYTES", 4)
+    rejects = Rejects()
+    pieces = [Piece(str(path), "text", 0, 5), Piece(str(path), "text", 5)]
+    assert len(list(read_documents(pieces, "text", rejects))) == 4
+    near, far = rejects.listed
+    assert near == {"file": str(path), "line": 2, "reason": "empty text"}
+    assert far == {"file": str(path), "from_byte": 5, "line": 3, "reason": "empty text"}
 
 
 def test_rejects_in_csv_and_parquet(tmp_path: Path) -> None:

@@ -215,3 +215,4 @@ def test_a_late_write_of_a_lost_worker_does_no_harm(work: Path, scored: Path, tm
     (tmp_path / "out" / "part-99999.parquet").write_bytes(b"stray")
     assert "(0 scored now)" in run(*command(work, tmp_path / "out", "--backend", "local"))
     assert hashes(tmp_path / "out") == hashes(scored)
+    assert not list(tmp_path.rglob("*.tmp"))
