@@ -36,7 +36,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 import pipeline.score
 import train.plan
-from bench.table import Row, in_turns, keep_buffers, print_table, row
+from bench.table import Row, in_turns, keep_buffers, peak_flops, print_table, row
 from pipeline import cli, commit, shards
 from pipeline.checkpoints import load_masked_lm, load_tokenizer, local_checkpoint, resolve_dtype
 from pipeline.cli import RunError, UsageError
@@ -50,15 +50,6 @@ from pipeline.teacher import DTYPES, Teacher
 BATCH, TOP_K, TARGET_TOP_K = 32, 16, 12  # sequences of the straightforward script, as scripts have it
 MASKS = ["--mask-temperature", "1", "--mask-ratio", "0.15", "--variants", "4"]
 SHARDS = 10  # of the job
-PEAKS = {  # dense bfloat16 FLOPs a second, by the manufacturer; the first name that fits
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-}
 
 
 def main() -> None:
@@ -255,9 +246,7 @@ def score_with_minicons(scorer: Any, teacher: Teacher, ids_L: np.ndarray) -> Non
 
 def costs(teachers: dict[str, Teacher], rows: dict[str, Row], args: argparse.Namespace) -> dict[str, Row]:
     """FLOPs of a token, and on a GPU the share of its peak that they are."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((flops for gpu, flops in PEAKS.items() if gpu in name and args.dtype != "float32"), None)
-    found = {}
+    peak, found = peak_flops(args.dtype), {}
     for context, teacher in teachers.items():
         encoder, head = teacher._flops_of(args.sequence_length)
         flops = encoder * teacher.passes / args.sequence_length + head
