@@ -38,9 +38,9 @@ def head() -> Iterator[Head]:
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie below it
     ray = str(Path(sys.executable).parent / "ray")
     flags = f"--head --block --port {port} --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --num-cpus 2"
-    flags += f" --dashboard-port {dashboard} --object-store-memory 100000000 --temp-dir {home}"
+    flags += f" --dashboard-port {dashboard} --object-store-memory 100000000"
     # as after `source .venv/bin/activate`
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": str(home)}
     with open(home / "output", "w") as output:
         process = subprocess.Popen([ray, "start", *flags.split()], stdout=output, stderr=output, env=environment)
     try:
