@@ -41,7 +41,7 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], Any]) -> Any:
     """What ``reached`` gives, once it gives something; the process must still be at work then."""
     while not (found := reached()):
         assert process.poll() is None, f"it ended too early\n{process.communicate()[0]}"
-        time.sleep(0.01)
+        time.sleep(0.05)
     return found
 
 
