@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray")  # short: sockets lie below it
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # 15, the default, starves beside another test
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

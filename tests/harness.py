@@ -32,7 +32,7 @@ def shell(command: str, directory: Path, code: int = 0, **environment: str) -> s
         capture_output=True,
         text=True,
     )
-    assert result.returncode == code, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == code, f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr
 
 
