@@ -21,9 +21,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import pytest
+import torch
 from harness import ROOT, command, run, save_bert
 from made_glue import write_glue
 from transformers import AutoTokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Scoring in a test's own process takes all cores, and would keep them from the tests beside it."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
