@@ -16,13 +16,14 @@ from typing import Any
 
 import psutil
 
-from pipeline import shards, storage
+from pipeline import commit, shards, storage
 from pipeline.cli import UsageError
 from pipeline.documents import Piece
 from pipeline.job import Job
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
+STOP_SECONDS = 10.0
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[Piece]]
 
@@ -97,7 +98,10 @@ def ray_records(
                 _check_visible(job.output, record)
             yield record
     finally:
+        below = psutil.Process().children(recursive=True)  # a cluster of this run's own
         ray.shutdown()
+        psutil.wait_procs(below, timeout=STOP_SECONDS)
+        commit.delete_leftovers(job.output)  # of workers that were ended in the middle of a shard
 
 
 class ScoreShard:

@@ -246,6 +246,11 @@ def write_manifest(empty: Manifest, records: dict[int, dict[str, Any]], failed: 
     del fields["uri"]
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow", "ray")}
     storage.write_json(manifest_uri(empty.uri), {"schema_version": SCHEMA_VERSION, **fields, "versions": versions})
-    for folder in ([], ["_records"], ["_attempts"]):
-        storage.delete_temporaries(storage.join(empty.uri, *folder))
+    delete_leftovers(empty.uri)
     return manifest
+
+
+def delete_leftovers(uri: str) -> None:
+    """Delete the temporary files that killed workers have left in a shard directory."""
+    for folder in ([], ["_records"], ["_attempts"]):
+        storage.delete_temporaries(storage.join(uri, *folder))

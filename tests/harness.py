@@ -31,6 +31,7 @@ def shell(command: str, directory: Path, code: int = 0, **environment: str) -> s
         env=os.environ | {"PATH": path} | environment,
         capture_output=True,
         text=True,
+        timeout=600,
     )
     assert result.returncode == code, f"{command}: exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout + result.stderr

@@ -22,6 +22,8 @@ from trap import save_trap
 
 from pipeline import manifests
 
+PATIENCE = 240  # seconds
+
 
 def hashes(directory: Path) -> dict[str, str]:
     return {entry.file: entry.sha256 for entry in manifests.read_manifest(str(directory)).shards}
@@ -39,22 +41,42 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def wait_for(process: subprocess.Popen[str], reached: Callable[[], Any]) -> Any:
     """What ``reached`` gives, once it gives something; the process must still be at work then."""
+    until = time.monotonic() + PATIENCE
     while not (found := reached()):
-        assert process.poll() is None, f"it ended too early\n{process.communicate()[0]}"
+        assert process.poll() is None, f"it ended too early\n{end_of(process, process.returncode)}"
+        if time.monotonic() > until:
+            pytest.fail(f"it is stuck\n{kill_with_children(process)}")
         time.sleep(0.05)
     return found
 
 
 def end_of(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=240)
+    try:
+        output, _ = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it does not end\n{kill_with_children(process)}")
     assert process.returncode == code, f"exit code {process.returncode}\n{output}"
     return output
 
 
-@pytest.fixture(scope="module")
-def slow(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world's teacher, but a forward takes its time: long enough to be killed in the middle."""
-    return save_trap(work / "teacher", tmp_path_factory.mktemp("slow") / "teacher", "none", seconds_a_forward=0.03)
+def kill_with_children(process: subprocess.Popen[str]) -> str:
+    """SIGKILL to the driver first, then to what it had started; what they had printed."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for each in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    return process.communicate(timeout=PATIENCE)[0]
+
+
+@pytest.fixture
+def slow(work: Path, tmp_path: Path) -> Path:
+    """The world's teacher, but a forward takes its time, long enough to be killed in the middle, until ``hurry``."""
+    return save_trap(work / "teacher", tmp_path / "slow" / "teacher", "none", seconds_a_forward=0.1)
+
+
+def hurry(slow: Path) -> None:
+    (slow.parent / "hurry").touch()
 
 
 def slowly(work: Path, teacher: Path, output: Path, *more: str) -> list[str]:
@@ -78,6 +100,7 @@ def test_a_driver_killed_at_random_points(work: Path, scored: Path, slow: Path, 
         assert found.items() >= done.items(), "a shard that was done was scored again"
         assert not (tmp_path / "out" / "manifest.json").exists() or len(found) == len(expected)
         done = found
+    hurry(slow)
     end_of(start(arguments))
     assert hashes(tmp_path / "out") == expected
     assert {p.name for p in tmp_path.glob("out/part-*")} == expected.keys()
@@ -85,20 +108,11 @@ def test_a_driver_killed_at_random_points(work: Path, scored: Path, slow: Path, 
     assert found.items() >= done.items()
 
 
-def kill_with_children(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the driver first, then to what it had started."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    for each in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-
-
 def test_a_killed_worker_is_replaced(work: Path, scored: Path, slow: Path, tmp_path: Path) -> None:
     process = start(slowly(work, slow, tmp_path / "out", "--workers", "1"))
     first = wait_for(process, lambda: records(tmp_path / "out"))[0]
     os.kill(int(first["worker"].rpartition(":")[2]), signal.SIGKILL)
+    hurry(slow)
     end_of(process)
     assert hashes(tmp_path / "out") == hashes(scored)
     assert len({record["worker"] for record in records(tmp_path / "out")}) == 2
@@ -119,6 +133,7 @@ def test_nodes_come_and_go(work: Path, scored: Path, slow: Path, tmp_path: Path,
     node = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
     wait_for(process, lambda: len({record["worker"] for record in records(tmp_path / "out")}) == 2)
     cluster.remove_node(node)
+    hurry(slow)
     end_of(process)
     run(*command(work, tmp_path / "local", "--batch-tokens", "256", "--backend", "local"))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
@@ -185,6 +200,7 @@ def test_sigterm_ends_a_run_cleanly(work: Path, scored: Path, slow: Path, tmp_pa
         assert "shards are done; the same command goes on" in output and "Traceback" not in output
         assert not list((tmp_path / backend).glob(".*.tmp"))
         assert len(records(tmp_path / backend)) < len(hashes(scored))
+    hurry(slow)
     run(*slowly(work, slow, tmp_path / "local", "--backend", "local"))
     assert hashes(tmp_path / "local") == hashes(scored)
 

@@ -17,7 +17,8 @@ UNKNOWN = 1  # the id of [UNK] in tokenizers that pipeline/tokenizer.py trains
 
 class TrapForMaskedLM(BertForMaskedLM):
     def forward(self, input_ids=None, **others):
-        time.sleep(self.config.seconds_a_forward)
+        if not os.path.exists(self.config.hurry):
+            time.sleep(self.config.seconds_a_forward)
         if (input_ids == UNKNOWN).any():
             if self.config.trap == "exit":
                 os._exit(7)
@@ -35,11 +36,15 @@ class TrapForMaskedLM(BertForMaskedLM):
 def save_trap(
     teacher: Path, directory: Path, trap: str, seconds_a_forward: float = 0.0, rows_that_fit: int = 0
 ) -> Path:
-    """The checkpoint ``teacher`` with the code of this file; to be loaded with --trust-remote-code."""
+    """The checkpoint ``teacher`` with the code of this file; to be loaded with --trust-remote-code.
+
+    Its forwards take their time until a file ``hurry`` lies beside the directory.
+    """
     shutil.copytree(teacher, directory)
     shutil.copy(__file__, directory / "trap.py")
     config = json.loads((directory / "config.json").read_text())
     config |= {"auto_map": {"AutoModelForMaskedLM": "trap.TrapForMaskedLM"}, "architectures": ["TrapForMaskedLM"]}
     config |= {"trap": trap, "seconds_a_forward": seconds_a_forward, "rows_that_fit": rows_that_fit}
+    config |= {"hurry": str(directory.parent / "hurry")}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
