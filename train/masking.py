@@ -79,7 +79,7 @@ class MaskPolicy:
     def to_json(self) -> dict[str, Any]:
         """The policy as JSON can hold it: an infinite temperature is ``"inf"``."""
         return asdict(self) | {
-            "temperature": "inf" if math.isinf(self.temperature) else self.temperature,
+            "temperature": "inf" if self.uniform else self.temperature,
             "band": list(self.band),
         }
 
@@ -91,6 +91,11 @@ class MaskPolicy:
         """
         low, high = fields["band"]
         return cls(**(fields | {"temperature": float(fields["temperature"]), "band": (low, high)}))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether any candidate is as likely as another: τ = ∞, and the scores are not looked at."""
+        return math.isinf(self.temperature)
 
     def repeats(self) -> bool:
         """Whether every epoch hides the same positions: nothing is drawn, but among equal scores."""
@@ -126,8 +131,7 @@ def select_positions(
     """
     L = candidates_BL.shape[1]
     K = min(policy.positions(L), L)
-    uniform = math.isinf(policy.temperature)
-    score_BL = torch.zeros_like(candidates_BL, dtype=torch.float64) if uniform else score_BL.double()
+    score_BL = torch.zeros_like(candidates_BL, dtype=torch.float64) if policy.uniform else score_BL.double()
     candidates_BL = candidates_BL & ~score_BL.isnan()
     if policy.unit == "token":
         continues_BL = None
@@ -140,7 +144,7 @@ def select_positions(
         candidates_BL = _within_band(score_BL, candidates_BL, count_B1, policy.band, continues_BL)
 
     gumbel_BL = -(-noise(policy.seed, SELECTION, epoch_B, sequence_id_B, L).log()).log()
-    temperature = 1.0 if uniform else policy.temperature
+    temperature = 1.0 if policy.uniform else policy.temperature
     floor_B1 = (policy.floor * masked_B1).round()
     chosen_BL = _first(score_BL, temperature, gumbel_BL, candidates_BL, masked_B1 - floor_B1, continues_BL)
     if policy.floor:
@@ -162,7 +166,7 @@ def corrupt(
     mask_id: int,
     replacement_ids_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Hide the tokens at ``positions_BK``.
+    """Hide the tokens at ``positions_BK``, of which those that are ``IGNORED`` come last.
 
     Args:
         replacement_ids_R: the ids that a random replacement is drawn from, i.e. all but special tokens.
@@ -181,9 +185,10 @@ def corrupt(
         random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
         hidden_BK = torch.where(fate_BK < MASKED_SHARE, hidden_BK, random_BK)
         hidden_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, hidden_BK, original_BK)
-    # an ignored slot points at position 0 (a special token, never masked itself) and writes back what is there
-    hidden_BK = torch.where(ignored_BK, input_ids_BL[:, :1], hidden_BK)
-    where_BK = torch.where(ignored_BK, 0, where_BK)
+    # an ignored slot writes what the row's first slot does, where it does; that one, if ignored too, what is there
+    hidden_BK = torch.where(ignored_BK, original_BK, hidden_BK)
+    hidden_BK = torch.where(ignored_BK, hidden_BK[:, :1], hidden_BK)
+    where_BK = torch.where(ignored_BK, where_BK[:, :1], where_BK)
     inputs_BL = input_ids_BL.scatter(1, where_BK, hidden_BK)
     return inputs_BL, original_BK.masked_fill(ignored_BK, IGNORED_LABEL)
 
@@ -246,7 +251,7 @@ class Masker:
         """
         ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
         candidates_BL = ~self.special_V[ids_BL]
-        score_BL = candidates_BL if math.isinf(policy.temperature) else batch[policy.by]
+        score_BL = candidates_BL if policy.uniform else batch[policy.by]
         continues_BL = None if self.continues_V is None else self.continues_V[ids_BL]
         positions_BK = select_positions(score_BL, candidates_BL, *key, policy, continues_BL)
         inputs_BL, labels_BK = corrupt(ids_BL, positions_BK, *key, policy, self.mask_id, self.replacement_ids_R)
