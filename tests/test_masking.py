@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
@@ -20,8 +25,12 @@ from tokenizers import (
     models,
 )
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import train.plan
+import train.run
+from pipeline.cli import UsageError
+from pipeline.manifests import read_manifest
 from train import masking, words
 from train.masking import IGNORED, IGNORED_LABEL, Masker, MaskPolicy, corrupt, select_positions
 
@@ -560,3 +569,109 @@ def test_hash_order_is_a_permutation_of_its_key() -> None:
     for key in ((0, 1, 3), (0, 2, 2), (1, 1, 2)):
         assert not torch.equal(first, masking.hash_order(*key, size=1000))
     assert abs(np.corrcoef(first.numpy(), np.arange(1000))[0, 1]) < 0.15
+
+
+# --- through the command line ----------------------------------------------------------------------------------------
+
+WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3, "--seed", 3]
+
+
+def train_here(shards: Path, output: Path, *flags: object) -> dict[str, Any]:
+    sizes = ["--max-steps", 3, "--per-device-train-batch-size", 8, "--eval-fraction", 0.2, "--bf16", "false"]
+    train.run.main([str(flag) for flag in ("--shards", shards, "--output-dir", output, *sizes, *flags)])
+    return json.loads((output / "summary.json").read_text())
+
+
+@pytest.fixture
+def masked_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], dict[str, Tensor], MaskPolicy]]:
+    """What every masker is given, and what it gives."""
+    seen = []
+    original = Masker.__call__
+
+    def spy(masker: Masker, batch: dict[str, Tensor], policy: MaskPolicy) -> dict[str, Tensor]:
+        seen.append((batch, original(masker, batch, policy), policy))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Masker, "__call__", spy)
+    return seen
+
+
+def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
+    scored: Path, tmp_path: Path, masked_batches: list
+) -> None:
+    parquet = ["--entropy-source", "parquet", *WORDS_BY_SURPRISAL]
+    summary = train_here(scored, tmp_path / "out", *parquet)
+    assert (summary["flags"]["mask_unit"], summary["flags"]["mask_by"]) == ("word", "surprisal")
+    policy = MaskPolicy(0.3, unit="word", by="surprisal", seed=3)
+    trained = [(batch, masked) for batch, masked, used in masked_batches if used == policy]
+    assert len(trained) == 3
+    tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+    table = pa.concat_tables(pq.read_table(file) for file in sorted(scored.glob("part-*.parquet")))
+    rows = {row["sequence_id"]: row for row in table.select(["sequence_id", "input_ids", "surprisal"]).to_pylist()}
+    hidden = {
+        sequence: positions
+        for batch, masked in trained
+        for sequence, positions in zip(batch["sequence_id"].tolist(), as_sets(masked["positions_BK"]), strict=True)
+    }
+    for sequence, positions in hidden.items():
+        ids, score = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
+        keyed = (torch.tensor([0]), torch.tensor([sequence]))
+        gumbel_L = -(-masking.noise(3, masking.SELECTION, *keyed, len(ids)).log()).log()
+        continues = [tokens[token].startswith("##") for token in ids]
+        assert positions == slow_words(
+            score, [token >= 5 for token in ids], continues, gumbel_L[0].tolist(), score, policy
+        )
+
+    train.plan.main([str(flag) for flag in ("--shards", scored, "--output", tmp_path / "plan", *parquet)])
+    manifest = read_manifest(str(tmp_path / "plan"), kind="plan")
+    assert manifest.masks and MaskPolicy.from_json(manifest.masks["policy"]) == policy
+    planned = pa.concat_tables(pq.read_table(file) for file in sorted((tmp_path / "plan").glob("part-*.parquet")))
+    for row in planned.to_pylist():
+        assert hidden.get(row["sequence_id"], set(row["positions"])) == set(row["positions"])
+
+
+def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, masked_batches: list) -> None:
+    train_here(scored, tmp_path / "out", "--entropy-source", "self", "--mask-by", "surprisal", "--self-warmup-steps", 1)
+    warm_up, *by_surprisal = (seen for seen in masked_batches if seen[2].by == "surprisal")
+    assert warm_up[2].temperature == math.inf and len(by_surprisal) == 2
+    for batch, masked, policy in by_surprisal:
+        assert policy == MaskPolicy(by="surprisal", seed=42) and "padded" in batch
+        special_BL = batch["input_ids"] < 5
+        for row, chosen in enumerate(as_sets(masked["positions_BK"])):
+            rest = {p for p in range(special_BL.shape[1]) if not special_BL[row, p]} - chosen
+            score_L = batch["surprisal"][row]
+            assert min(score_L[list(chosen)]) >= max(score_L[list(rest)])
+
+
+def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
+    blind, unscored = tmp_path / "blind", tmp_path / "unscored"
+    for directory in (blind, unscored):
+        shutil.copytree(scored, directory)
+    manifest = json.loads((scored / "manifest.json").read_text())
+    (unscored / "manifest.json").write_text(json.dumps(manifest | {"scored": False}))
+    # the same tokens with the same ids, but a tokenizer that takes each for a whole word
+    backend = json.loads((blind / "tokenizer" / "tokenizer.json").read_text())
+    backend["model"] = {"type": "WordLevel", "vocab": backend["model"]["vocab"], "unk_token": "[UNK]"}
+    (blind / "tokenizer" / "tokenizer.json").write_text(json.dumps(backend))
+    settings = json.loads((blind / "tokenizer" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (blind / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    parquet, random = ["--entropy-source", "parquet"], ["--entropy-source", "random"]
+    for shards, flags, sentence in (
+        (scored, [*parquet, "--mask-ratio", 0], "mask ratio 0 is not above 0"),
+        (scored, [*parquet, "--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
+        (scored, [*parquet, "--mask-band", 0.5, 0.5], "no range within 0 and 1"),
+        (scored, [*random, "--mask-by", "surprisal"], "--mask-by ranks by surprisal, which --entropy-source random"),
+        (scored, [*parquet, "--mask-by", "entropy", "--mask-temperature", "inf"], "--mask-by has no use with"),
+        (unscored, [*parquet, "--mask-by", "surprisal"], "has no surprisals"),
+        (blind, [*random, "--mask-unit", "word"], "do not say which of them go on with a word"),
+    ):
+        for program, output in ((train.run, "--output-dir"), (train.plan, "--output")):
+            with pytest.raises(UsageError, match=sentence) as caught:
+                program.main([str(flag) for flag in ("--shards", shards, output, tmp_path / "out", *flags)])
+            assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as exited:
+        train.run.main(["--shards", str(scored), *random, "--output-dir", "o", "--mask-unit", "letter"])
+    assert exited.value.code == 2

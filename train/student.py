@@ -241,24 +241,22 @@ def _head_is_sparse(model: Any) -> bool:
 
 
 @torch.no_grad()
-def student_scores(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None, by: str = "entropy") -> Tensor:
+def student_scores(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Tensor]:
     """What a model says of a batch as it is, nothing hidden; a few rows at a time.
 
     Returns:
-        score_BL in nats: the entropy of its prediction or, ``by`` surprisal, -log p of the token that stands there.
+        [B, L] in nats: ``entropy`` of its predictions, and ``surprisal``: -log p of the tokens that stand there.
     """
     was_training = model.training
     model.eval()
     per_row = input_ids_BL.shape[1] * model.config.vocab_size
     rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // per_row)
-    chunks = []
+    found: dict[str, list[Tensor]] = {"entropy": [], "surprisal": []}
     for start in range(0, len(input_ids_BL), rows):
         ids_RL = input_ids_BL[start : start + rows]
         attention_RL = None if attention_BL is None else attention_BL[start : start + rows]
         logits_RLV = model(input_ids=ids_RL, attention_mask=attention_RL).logits
-        if by == "entropy":
-            chunks.append(entropy(logits_RLV))
-        else:
-            chunks.append(F.cross_entropy(logits_RLV.mT.float(), ids_RL, reduction="none"))
+        found["entropy"].append(entropy(logits_RLV))
+        found["surprisal"].append(F.cross_entropy(logits_RLV.mT.float(), ids_RL, reduction="none"))
     model.train(was_training)
-    return torch.cat(chunks)
+    return {name: torch.cat(chunks) for name, chunks in found.items()}

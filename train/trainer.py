@@ -113,8 +113,8 @@ class MaskedLMTrainer(Trainer):
             return self.device_masker(batch, replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)))
         student = self.accelerator.unwrap_model(self.model)
         attention_BL = self.device_masker.attention_mask(batch)
-        score_BL = student_scores(student, batch["input_ids"], attention_BL, self.policy.by)
-        return self.device_masker(batch | {self.policy.by: score_BL}, self.policy)
+        scores = student_scores(student, batch["input_ids"], attention_BL)
+        return self.device_masker(batch | scores, self.policy)
 
     @torch.no_grad()
     def evaluate(
