@@ -300,8 +300,8 @@ def test_words_are_taken_by_the_documented_rule(settings: dict, length: int) -> 
     score_BL, candidates_BL, continues_BL = word_batch(rows, length, seed=length)
     sequence_B, epoch_B = keys(rows, epoch=2)
     positions_BK = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, policy, continues_BL)
-    gumbel_BL = -(-masking.noise(policy.seed, masking.SELECTION, epoch_B, sequence_B, length).log()).log()
-    uniform_BL = masking.noise(policy.seed, masking.FLOOR, epoch_B, sequence_B, length)
+    gumbel_BL = -(-masking.noise(policy.seed, masking.SELECTION, epoch_B, sequence_B, torch.arange(length)).log()).log()
+    uniform_BL = masking.noise(policy.seed, masking.FLOOR, epoch_B, sequence_B, torch.arange(length))
     as_tokens = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, replace(policy, unit="token"))
     assert torch.equal((positions_BK != IGNORED).sum(1), (as_tokens != IGNORED).sum(1)), "exactly k, as by tokens"
     columns = (score_BL, candidates_BL, continues_BL, gumbel_BL, uniform_BL)
@@ -530,7 +530,7 @@ def splitmix64(x: int) -> int:
 def test_noise_is_the_documented_hash() -> None:
     seed, stream, length = 11, 2, 5
     ids, epochs = [3, (5 << 32) + 17], [0, 4]
-    found = masking.noise(seed, stream, torch.tensor(epochs), torch.tensor(ids), length)
+    found = masking.noise(seed, stream, torch.tensor(epochs), torch.tensor(ids), torch.arange(length))
     for row, (sequence, epoch) in enumerate(zip(ids, epochs, strict=True)):
         key = splitmix64(splitmix64(splitmix64(splitmix64(seed) + stream) + epoch) + sequence)
         for position in range(length):
@@ -541,13 +541,13 @@ def test_noise_is_the_documented_hash() -> None:
 def test_noise_is_uniform_and_independent_across_everything() -> None:
     rows, length = 2000, 64
     sequence_B, epoch_B = keys(rows)
-    base = masking.noise(0, 0, epoch_B, sequence_B, length)
+    base = masking.noise(0, 0, epoch_B, sequence_B, torch.arange(length))
     assert stats.kstest(base.flatten().numpy(), "uniform").pvalue > 1e-4
     others = {
-        "seed": masking.noise(1, 0, epoch_B, sequence_B, length),
-        "stream": masking.noise(0, 1, epoch_B, sequence_B, length),
-        "epoch": masking.noise(0, 0, epoch_B + 1, sequence_B, length),
-        "sequence": masking.noise(0, 0, epoch_B, sequence_B + 1, length),
+        "seed": masking.noise(1, 0, epoch_B, sequence_B, torch.arange(length)),
+        "stream": masking.noise(0, 1, epoch_B, sequence_B, torch.arange(length)),
+        "epoch": masking.noise(0, 0, epoch_B + 1, sequence_B, torch.arange(length)),
+        "sequence": masking.noise(0, 0, epoch_B, sequence_B + 1, torch.arange(length)),
         "position": base.roll(1, dims=1),
     }
     for name, other in others.items():
@@ -618,7 +618,7 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
     for sequence, positions in hidden.items():
         ids, score = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
         keyed = (torch.tensor([0]), torch.tensor([sequence]))
-        gumbel_L = -(-masking.noise(3, masking.SELECTION, *keyed, len(ids)).log()).log()
+        gumbel_L = -(-masking.noise(3, masking.SELECTION, *keyed, torch.arange(len(ids))).log()).log()
         continues = [tokens[token].startswith("##") for token in ids]
         assert positions == slow_words(
             score, [token >= 5 for token in ids], continues, gumbel_L[0].tolist(), score, policy

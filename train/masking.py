@@ -143,18 +143,20 @@ def select_positions(
     if policy.band != (0.0, 1.0):
         candidates_BL = _within_band(score_BL, candidates_BL, count_B1, policy.band, continues_BL)
 
-    gumbel_BL = -(-noise(policy.seed, SELECTION, epoch_B, sequence_id_B, L).log()).log()
-    temperature = 1.0 if policy.uniform else policy.temperature
+    position_L = torch.arange(L, device=score_BL.device)
+    noise_BL = noise(policy.seed, SELECTION, epoch_B, sequence_id_B, position_L)
+    if 0 < policy.temperature < math.inf:  # G rises with it, so elsewhere, where none is added, it orders as G does
+        noise_BL = -(-noise_BL.log()).log()
     floor_B1 = (policy.floor * masked_B1).round()
-    chosen_BL = _first(score_BL, temperature, gumbel_BL, candidates_BL, masked_B1 - floor_B1, continues_BL)
+    chosen_BL = _first(score_BL, policy.temperature, noise_BL, candidates_BL, masked_B1 - floor_B1, continues_BL)
     if policy.floor:
         rest_BL = candidates_BL & ~chosen_BL
-        noise_BL = noise(policy.seed, FLOOR, epoch_B, sequence_id_B, L)
-        chosen_BL = chosen_BL | _first(torch.zeros_like(score_BL), 1.0, noise_BL, rest_BL, floor_B1, continues_BL)
+        noise_BL = noise(policy.seed, FLOOR, epoch_B, sequence_id_B, position_L)
+        chosen_BL = chosen_BL | _first(score_BL, math.inf, noise_BL, rest_BL, floor_B1, continues_BL)
 
-    position_L = torch.arange(L, device=chosen_BL.device)
-    positions_BK = torch.where(chosen_BL, position_L, L).sort(dim=1).values[:, :K]
-    return torch.where(positions_BK < L, positions_BK, IGNORED)
+    slot_BL = torch.where(chosen_BL, chosen_BL.cumsum(1) - 1, K)  # what is not chosen goes to one more, cut off
+    slots_BK = torch.full((len(slot_BL), K + 1), IGNORED, device=slot_BL.device)
+    return slots_BK.scatter(1, slot_BL, position_L.expand_as(slot_BL))[:, :K]
 
 
 def corrupt(
@@ -174,14 +176,13 @@ def corrupt(
     Returns:
         inputs_BL, and labels_BK: the hidden tokens, ``IGNORED_LABEL`` where the position is ``IGNORED``.
     """
-    L = input_ids_BL.shape[1]
     ignored_BK = positions_BK == IGNORED
     where_BK = positions_BK.clamp_min(0)
     original_BK = input_ids_BL.gather(1, where_BK)
     hidden_BK = torch.full_like(original_BK, mask_id)
     if policy.corruption == "bert":
-        fate_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, L).gather(1, where_BK)
-        draw_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, L).gather(1, where_BK)
+        fate_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, where_BK)
+        draw_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, where_BK)
         random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
         hidden_BK = torch.where(fate_BK < MASKED_SHARE, hidden_BK, random_BK)
         hidden_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, hidden_BK, original_BK)
@@ -268,14 +269,17 @@ class Masker:
         return masked
 
 
-def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, length: int) -> Tensor:
-    """Uniform numbers in (0, 1) [B, L] float64: a hash of (seed, stream, epoch, sequence id, position)."""
+def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, position_X: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) [B, K] float64: a hash of (seed, stream, epoch, sequence id, position).
+
+    Args:
+        position_X: int64, [K] for every row or [B, K].
+    """
     # numbers of the CPU, which an accelerator does not have to wait for
     key = int(_mix(_mix(torch.tensor(seed, dtype=torch.int64)) + stream))
     key_B = _mix(_mix(epoch_B.long() + key) + sequence_id_B.long())
-    position_L = torch.arange(length, device=sequence_id_B.device)
-    bits_BL = _shift_right(_mix(_mix(position_L) + key_B[:, None]), 11)
-    return (bits_BL.double() + 0.5) * 2.0**-53
+    bits_BK = _shift_right(_mix(_mix(position_X) + key_B[:, None]), 11)
+    return (bits_BK.double() + 0.5) * 2.0**-53
 
 
 def hash_order(seed: int, *key: int, size: int) -> Tensor:
@@ -310,19 +314,27 @@ def _first(
     By words: word after word in the order of (mean score of its pieces + temperature · noise at its first piece), each
     that still fits; then single pieces in their own order.
     """
+
+    def order(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+        if math.isinf(temperature):
+            return _descending(noise_BL, candidates_BL)
+        by_noise_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
+        key_BL = score_BL + temperature * noise_BL if temperature else score_BL
+        key_BL, candidates_BL = key_BL.gather(1, by_noise_BL), candidates_BL.gather(1, by_noise_BL)
+        return by_noise_BL.gather(1, _descending(key_BL, candidates_BL))
+
     taken_BL = torch.zeros_like(candidates_BL)
     if continues_BL is not None:
         head_BL = word_heads(candidates_BL, continues_BL)
         size_BL, mean_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)
         words_BL = size_BL > 0
-        order_BL = _descending_order(mean_BL + temperature * noise_BL, noise_BL, words_BL)
+        order_BL = order(mean_BL, words_BL)
         fits_BL = take_while_it_fits(size_BL.gather(1, order_BL), count_B1)
         heads_taken_BL = torch.zeros_like(taken_BL).scatter(1, order_BL, fits_BL)
         taken_BL = candidates_BL & heads_taken_BL.gather(1, head_BL)
         count_B1 = count_B1 - taken_BL.sum(1, keepdim=True)
         candidates_BL = candidates_BL & ~taken_BL
-    order_BL = _descending_order(score_BL + temperature * noise_BL, noise_BL, candidates_BL)
-    return taken_BL | (candidates_BL & (_rank(order_BL) < count_B1))
+    return taken_BL | (candidates_BL & (_rank(order(score_BL, candidates_BL)) < count_B1))
 
 
 def _within_band(
@@ -339,7 +351,7 @@ def _within_band(
     if continues_BL is not None:
         head_BL = word_heads(candidates_BL, continues_BL)
         score_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)[1].gather(1, head_BL)
-    ascending_BL = _rank(_descending_order(-score_BL, -score_BL, candidates_BL))
+    ascending_BL = _rank(_descending(-score_BL, candidates_BL))
     low_B1, high_B1 = (band[0] * count_B1).floor(), (band[1] * count_B1).ceil()
     within_BL = candidates_BL & (ascending_BL >= low_B1) & (ascending_BL < high_B1)
     if continues_BL is not None:
@@ -348,11 +360,9 @@ def _within_band(
     return within_BL
 
 
-def _descending_order(key_BL: Tensor, tie_BL: Tensor, candidates_BL: Tensor) -> Tensor:
-    """Positions of the candidates by key, ties by ``tie_BL``, then by position; what is no candidate comes last."""
-    by_tie_BL = tie_BL.argsort(dim=1, descending=True, stable=True)
-    key_BL = key_BL.masked_fill(~candidates_BL, -torch.inf)
-    return by_tie_BL.gather(1, key_BL.gather(1, by_tie_BL).argsort(dim=1, descending=True, stable=True))
+def _descending(key_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    """Positions of the candidates by key, ties by position; what is no candidate comes last."""
+    return key_BL.masked_fill(~candidates_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def _rank(order_BL: Tensor) -> Tensor:
