@@ -33,6 +33,7 @@ def continuing_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Te
     parts = [part for name in ("normalizer", "pre_tokenizer") for part in _parts(settings.get(name))]
     spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
     spaces += [part["content"] for part in parts if part["type"] == "Replace" and part["pattern"] == {"String": " "}]
+    spaces = [space for space in spaces if space]
     if prefix := model.get("continuing_subword_prefix"):
         marks, begins = [prefix], False
     elif any(part["type"] == "ByteLevel" for part in parts):
