@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 from pipeline import masks
 from pipeline.cli import RunError, UsageError
-from pipeline.manifests import Manifest, ShardEntry, read_table
+from pipeline.manifests import Manifest, ShardEntry, load_tokenizer, read_table
 from pipeline.shards import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
 from train.masking import Masker, hash_order, hashes
+from train.words import continuing_tokens
 
 WINDOW = 16  # row groups that are shuffled together, and the most that a loader keeps decoded, twice
 SPLIT_SEED = 0  # the split is the same for every run on the same shards, whatever its --seed
@@ -49,13 +50,24 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
     return sorted(entries[held_out:], key=lambda e: e.index), sorted(entries[:held_out], key=lambda e: e.index)
 
 
-def masker_of(manifest: Manifest) -> Masker:
-    """What masks the sequences of a shard directory."""
+def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
+    """What masks the sequences of a shard directory, by tokens or by words.
+
+    Raises:
+        UsageError: by words, and the tokenizer does not say which tokens go on with one.
+    """
+    continues_V = None
+    if unit == "word":
+        try:
+            continues_V = continuing_tokens(load_tokenizer(manifest.uri), manifest.vocab_size)
+        except ValueError as error:
+            raise UsageError(f"--mask-unit word has no use with {manifest.uri}: {error}") from None
     return Masker(
         vocab_size=manifest.vocab_size,
         special_token_ids=manifest.special_token_ids,
         mask_id=manifest.special_ids["mask"],
         pad_id=manifest.special_ids["pad"],
+        continues_V=continues_V,
     )
 
 
@@ -66,9 +78,10 @@ class Columns:
     entropy: bool = False
     top_k: bool = False
     temperature: float = 1.0
+    surprisal: bool = False
 
     def names(self) -> list[str]:
-        columns = ["sequence_id", "input_ids"] + ["entropy"] * self.entropy
+        columns = ["sequence_id", "input_ids"] + ["entropy"] * self.entropy + ["surprisal"] * self.surprisal
         if self.top_k:
             columns += TOP_K_COLUMNS
             columns += [temperature_column(self.temperature)] * (self.temperature != 1)
@@ -79,7 +92,7 @@ Rows = dict[str, np.ndarray]
 
 
 def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_groups: list[int] | None = None) -> Rows:
-    """Rows of a shard as arrays: sequence_id [N], input_ids, entropy, temperature_lse [N, L], topk_* [N, L, k].
+    """Rows of a shard: sequence_id [N]; input_ids, entropy, surprisal, temperature_lse [N, L]; topk_* [N, L, k].
 
     Raises:
         RunError: the file cannot be read.
@@ -164,8 +177,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         size: sequences of the whole run.
         seed: of the order.
         prepare: from raw batch to what the model takes, called in the loader's worker. A raw batch has ``input_ids``
-            [B, L], ``sequence_id`` and ``epoch`` [B], and by ``columns`` ``entropy`` and ``temperature_lse`` [B, L] and
-            ``topk_*`` [B, L, k].
+            [B, L], ``sequence_id`` and ``epoch`` [B], and by ``columns`` ``entropy``, ``surprisal`` and
+            ``temperature_lse`` [B, L] and ``topk_*`` [B, L, k].
         targets: a target directory, whose rows are added to the raw batch (see ``read_targets``). ``epoch``, which
             decides the mask, is then the variant: epoch e has variant e mod R.
     """

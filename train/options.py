@@ -13,11 +13,14 @@ from transformers import HfArgumentParser, TrainingArguments
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, read_manifest
+from train.data import masker_of
 from train.masking import MaskPolicy
 
 # learning rate and sequences a step, by preset; other models take those of base
 LEARNING_RATES = {"tiny": 1e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4}
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
+
+SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
 
 # flags of TrainingArguments that have no use here, and the value that they keep
 FIXED: dict[str, Any] = {
@@ -80,6 +83,12 @@ class MaskOptions:
     )
     corruption: Literal["bert", "mask-only"] | None = field(
         default=None, metadata={"help": "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"}
+    )
+    mask_unit: Literal["token", "word"] | None = field(
+        default=None, metadata={"help": "hide token by token (default), or the pieces of a word together"}
+    )
+    mask_by: Literal["entropy", "surprisal"] | None = field(
+        default=None, metadata={"help": "rank by the entropy of the prediction (default), or the token's surprisal"}
     )
 
 
@@ -172,9 +181,10 @@ def flag(name: str) -> str:
 def check(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> None:
     """Refuse flags that contradict each other, the shards or the targets, before anything is built."""
     check_shards(manifest)
-    source, again = options.entropy_source, "score the corpus with pipeline/score.py --teacher"
-    if source == "parquet" and not manifest.scored:
-        raise UsageError(f"{manifest.uri} has no entropies (made with --teacher none); {again} for parquet")
+    source = options.entropy_source
+    check_scored(options, source, manifest)
+    if options.mask_unit == "word":
+        masker_of(manifest, "word")
     if not 0 <= options.eval_fraction < 1:
         raise UsageError(f"--eval-fraction {options.eval_fraction:g} is not at least 0 and below 1")
     if source != "self" and options.self_warmup_steps is not None:
@@ -190,7 +200,7 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
         if getattr(options, name) is not None and not options.distill_weight:
             raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
     if options.distill_weight and not targets and not manifest.top_k:
-        raise UsageError(f"{manifest.uri} has no top-k log-probabilities to distil from; {again} … --top-k 16")
+        raise UsageError(f"{manifest.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16")
     taught = targets or manifest
     if options.distill_temperature not in (None, 1.0, *taught.temperatures):
         scored = ", ".join(f"{T:g}" for T in taught.temperatures)
@@ -200,16 +210,24 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
         )
 
 
+def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
+    """Refuse to mask by scores that the shards lack."""
+    if source == "parquet" and not manifest.scored:
+        lacking = "surprisals" if options.mask_by == "surprisal" else "entropies"
+        raise UsageError(f"{manifest.uri} has no {lacking} (made with --teacher none); {SCORE} for parquet")
+
+
 def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:
     """The policy that the flags of a run, or of a plan, name.
 
     Raises:
         UsageError: flags out of range, or that have no use with the others.
     """
-    for name in ("mask_temperature", "mask_band", "mask_floor"):
+    for name in ("mask_temperature", "mask_band", "mask_floor", "mask_by"):
         if source == "random" and getattr(options, name) is not None:
-            raise UsageError(f"{flag(name)} ranks by entropy, which --entropy-source random has none of; leave it out")
-    for name in ("mask_band", "mask_floor"):
+            by = options.mask_by or "entropy"
+            raise UsageError(f"{flag(name)} ranks by {by}, which --entropy-source random has none of; leave it out")
+    for name in ("mask_band", "mask_floor", "mask_by"):
         if options.mask_temperature == math.inf and getattr(options, name) is not None:
             raise UsageError(f"{flag(name)} has no use with --mask-temperature inf, which hides any; leave it out")
     if options.mask_band and len(options.mask_band) != 2:
@@ -229,6 +247,8 @@ def _given(options: MaskOptions) -> dict[str, Any]:
         "band": options.mask_band and tuple(options.mask_band),
         "floor": options.mask_floor,
         "corruption": options.corruption,
+        "unit": options.mask_unit,
+        "by": options.mask_by,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -33,7 +33,7 @@ from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from pipeline.masks import MaskedRows
 from train.data import Columns, Rows, masker_of, read_rows, to_tensors
 from train.masking import IGNORED, Masker, MaskPolicy
-from train.options import MOST_SEED, MaskOptions, mask_policy
+from train.options import MOST_SEED, MaskOptions, check_scored, mask_policy
 
 VARIANTS = 4  # by default, where epochs differ
 MOST_VARIANTS = 1 << 16
@@ -45,7 +45,7 @@ class Options(MaskOptions):
 
     shards: str = field(metadata={"help": "shard directory made by pipeline/score.py, a path or a URI"})
     entropy_source: Literal["random", "parquet"] = field(
-        metadata={"help": "mask at random, or by the entropies of the shards"}
+        metadata={"help": "mask at random, or by the scores of the shards"}
     )
     output: str = field(metadata={"help": "directory of the plan, a path or a URI"})
     variants: int | None = field(
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     sequences = read_manifest(options.shards)
     check(options, sequences)
     policy = mask_policy(options, options.entropy_source, options.seed)
+    masker = masker_of(sequences, policy.unit)
     plan = describe(options, sequences, policy)
     commit.claim_directory(plan.uri, plan.fingerprint, plan.planned_shards)
     records = commit.done_records(plan.uri, plan.planned_shards, plan.fingerprint_hash)
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             if records:
                 progress.note(f"{len(records)} of {len(sequences.shards)} shards are done already")
             for entry in todo:
-                records[entry.index] = plan_shard(sequences, entry, policy, plan)
+                records[entry.index] = plan_shard(sequences, entry, masker, policy, plan)
                 progress.advance(records[entry.index]["rows"])
     print_summary(commit.write_manifest(plan, records, {}), len(todo))
 
@@ -93,8 +94,7 @@ def parse(argv: list[str] | None) -> Options:
 def check(options: Options, sequences: Manifest) -> None:
     """Refuse flags that contradict the shards, or are out of range."""
     check_shards(sequences)
-    if options.entropy_source == "parquet" and not sequences.scored:
-        raise UsageError(f"{sequences.uri} has no entropies (made with --teacher none); score it for parquet")
+    check_scored(options, options.entropy_source, sequences)
     if options.variants is not None and not 1 <= options.variants <= MOST_VARIANTS:
         raise UsageError(f"--variants {options.variants} is not between 1 and {MOST_VARIANTS}")
     if not 0 <= options.seed <= MOST_SEED:
@@ -135,12 +135,14 @@ def describe(options: Options, sequences: Manifest, policy: MaskPolicy) -> Manif
     )
 
 
-def plan_shard(sequences: Manifest, entry: ShardEntry, policy: MaskPolicy, plan: Manifest) -> dict[str, Any]:
+def plan_shard(
+    sequences: Manifest, entry: ShardEntry, masker: Masker, policy: MaskPolicy, plan: Manifest
+) -> dict[str, Any]:
     """Plan and commit one shard; returns its record."""
     started = time.monotonic()
     assert plan.masks
-    masker = masker_of(sequences)
-    rows = read_rows(sequences, entry, Columns(entropy=plan.fingerprint["source"] == "parquet"))
+    columns = Columns(**{policy.by: plan.fingerprint["source"] == "parquet"})
+    rows = read_rows(sequences, entry, columns)
     blocks = masks.blocks(entry.rows, plan.masks["variants"])
     planned = [masked_rows(masker, policy, {n: a[where] for n, a in rows.items()}, v) for where, v in blocks]
     tables = [masks.plan_table(each, plan.vocab_size) for each in planned]

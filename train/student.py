@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from train.masking import IGNORED_LABEL
 
 # Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962): layers, hidden size
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
+PROBE = 16  # tokens of a row on which a new student's head is tried out
+# what a forward raises that was not made for such input
+UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # of the no-gradient entropies
 
 
@@ -30,16 +34,17 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
     Args:
         name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint by
             path or Hub id, whose training goes on.
-        manifest: the shards to train on; a new model takes its vocabulary from their tokenizer.
+        manifest: the shards to train on; a preset takes its vocabulary from their tokenizer, and any new model the
+            padding token.
         seed: of the initial weights.
 
     Raises:
         UsageError: the checkpoint does not fit the shards, or cannot be loaded.
     """
     if name in PRESETS:
-        model = _from_config(name, _preset(name, manifest), seed)
+        model = _from_config(name, _preset(name, manifest), manifest, seed)
     elif name.endswith(".json") and Path(name).is_file():
-        model = _from_config(name, load_config(Path(name), trust_remote_code), seed)
+        model = _from_config(name, load_config(Path(name), trust_remote_code), manifest, seed)
     else:
         if "/" not in name and not Path(name).exists():
             raise UsageError(f"--model {name} is no preset ({', '.join(PRESETS)}), file, directory or Hub id")
@@ -48,7 +53,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
             _check_tokenizer(name, directory, manifest)
             model = load_masked_lm(directory, trust_remote_code)
         else:
-            model = _from_config(name, load_config(directory, trust_remote_code), seed)
+            model = _from_config(name, load_config(directory, trust_remote_code), manifest, seed)
     if model.config.vocab_size < manifest.vocab_size:
         raise UsageError(
             f"--model {name} has {model.config.vocab_size} tokens, the shards {manifest.vocab_size}; "
@@ -85,11 +90,11 @@ def _preset(name: str, manifest: Manifest) -> BertConfig:
         max_position_embeddings=max(512, manifest.sequence_length),
         hidden_dropout_prob=0.0,  # each token is seen a few times only; fine-tuning puts dropout back
         attention_probs_dropout_prob=0.0,
-        pad_token_id=manifest.special_ids["pad"],
     )
 
 
-def _from_config(name: str, config: PretrainedConfig, seed: int) -> PreTrainedModel:
+def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:
+    config.pad_token_id = manifest.special_ids["pad"]  # whose embedding is not trained, nor counted by RoBERTa
     torch.manual_seed(seed)
     try:
         return AutoModelForMaskedLM.from_config(config)
@@ -112,9 +117,11 @@ class MaskedPositions:
     """Mixed into a masked LM: with ``positions_BK`` the head runs only there, and the forward returns the loss.
 
     The encoder's output is narrowed by a hook, so that the model's own head does the rest: this holds for any
-    architecture whose forward is encoder, head. Without ``positions_BK`` the forward is the model's own.
+    architecture whose forward is encoder, head. For others the head runs everywhere, and its logits are narrowed.
+    Without ``positions_BK`` the forward is the model's own.
     """
 
+    sparse_head = True
     _positions_BK: Tensor | None = None
 
     def forward(
@@ -147,11 +154,14 @@ class MaskedPositions:
         own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
         if positions_BK is None:
             return own_forward(input_ids=input_ids, attention_mask=attention_mask, **others)
-        self._positions_BK = positions_BK.clamp_min(0)
+        positions_BK = positions_BK.clamp_min(0)
+        self._positions_BK = positions_BK if self.sparse_head else None
         try:
             logits_BKV = own_forward(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             self._positions_BK = None
+        if not self.sparse_head:
+            logits_BKV = _at(logits_BKV, positions_BK)
         output = {"logits": logits_BKV}
         if labels_BK is not None:
             # a constant denominator: the mean is the same however a batch is split among steps and ranks
@@ -173,29 +183,80 @@ class MaskedPositions:
 
 
 def with_masked_positions(model: Any) -> Any:
-    """Give a masked LM the forward of ``MaskedPositions``. It keeps its class name, so it is saved as what it was."""
+    """Give a masked LM the forward of ``MaskedPositions``. It keeps its class name, so it is saved as what it was.
+
+    Whether its head can run on some positions alone is tried out on a few tokens; where it cannot, that is said in one
+    line, and it runs everywhere.
+
+    Raises:
+        UsageError: the model gives no logits [B, L, V] for input_ids and an attention mask.
+    """
 
     def narrow(module: Any, args: Any, output: Any) -> Any:
         if model._positions_BK is not None:
-            rows_B1 = torch.arange(len(output.last_hidden_state), device=output.last_hidden_state.device)[:, None]
-            output.last_hidden_state = output.last_hidden_state[rows_B1, model._positions_BK]
+            output.last_hidden_state = _at(output.last_hidden_state, model._positions_BK)
         return output
 
+    name = type(model).__name__
     model.base_model.register_forward_hook(narrow)
-    model.__class__ = type(type(model).__name__, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
+    model.__class__ = type(name, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
+    if not _head_is_sparse(model):
+        model.sparse_head = False
+        print(f"the head of {name} needs whole sequences: it runs at every position, masked or not", file=sys.stderr)
     return model
 
 
+def _at(hidden_BLH: Tensor, positions_BK: Tensor) -> Tensor:
+    rows_B1 = torch.arange(len(hidden_BLH), device=hidden_BLH.device)[:, None]
+    return hidden_BLH[rows_B1, positions_BK]
+
+
 @torch.no_grad()
-def student_entropy(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> Tensor:
-    """The model's predictive entropy [B, L] in nats on the batch as it is, nothing hidden; a few rows at a time."""
+def _head_is_sparse(model: Any) -> bool:
+    """Whether the logits at some positions are the same when the head runs there alone."""
+    was_training = model.training
+    model.eval()
+    ids_BL = torch.arange(2 * PROBE, device=model.device).view(2, PROBE) % model.config.vocab_size
+    positions_BK = torch.tensor([[1, 2, 5], [0, 3, PROBE - 1]], device=model.device)
+    inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
+    try:
+        logits_BLV = model(**inputs).logits
+        if logits_BLV.shape != (*ids_BL.shape, model.config.vocab_size):
+            raise ValueError(f"their shape is {list(logits_BLV.shape)}")
+    except UNFIT as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{type(model).__name__} gives no logits for each token of a batch ({reason}); use another masked LM"
+        ) from None
+    expected_BKV = _at(logits_BLV, positions_BK)
+    try:
+        found_BKV = model(**inputs, positions_BK=positions_BK)["logits"]
+        same = found_BKV.shape == expected_BKV.shape and torch.allclose(
+            found_BKV, expected_BKV, rtol=0, atol=1e-3 * float(expected_BKV.abs().max())
+        )
+    except UNFIT:
+        same = False
+    model.train(was_training)
+    return same
+
+
+@torch.no_grad()
+def student_scores(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Tensor]:
+    """What a model says of a batch as it is, nothing hidden; a few rows at a time.
+
+    Returns:
+        [B, L] in nats: ``entropy`` of its predictions, and ``surprisal``: -log p of the tokens that stand there.
+    """
     was_training = model.training
     model.eval()
     per_row = input_ids_BL.shape[1] * model.config.vocab_size
     rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // per_row)
-    chunks = []
+    found: dict[str, list[Tensor]] = {"entropy": [], "surprisal": []}
     for start in range(0, len(input_ids_BL), rows):
-        attention = None if attention_BL is None else attention_BL[start : start + rows]
-        chunks.append(entropy(model(input_ids=input_ids_BL[start : start + rows], attention_mask=attention).logits))
+        ids_RL = input_ids_BL[start : start + rows]
+        attention_RL = None if attention_BL is None else attention_BL[start : start + rows]
+        logits_RLV = model(input_ids=ids_RL, attention_mask=attention_RL).logits
+        found["entropy"].append(entropy(logits_RLV))
+        found["surprisal"].append(F.cross_entropy(logits_RLV.mT.float(), ids_RL, reduction="none"))
     model.train(was_training)
-    return torch.cat(chunks)
+    return {name: torch.cat(chunks) for name, chunks in found.items()}

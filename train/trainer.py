@@ -28,7 +28,7 @@ from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
 from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
 from train.masking import IGNORED_LABEL, Masker, MaskPolicy
-from train.student import student_entropy
+from train.student import student_scores
 
 # evaluation masks at random, the same positions for every regime, seed and mask ratio
 EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
@@ -72,14 +72,18 @@ class MaskedLMTrainer(Trainer):
         self.source, self.policy = source, policy
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.self_warmup_steps = self_warmup_steps
-        self.masker = masker_of(manifest)
+        self.masker = masker_of(manifest, policy.unit)
         sequences = TrainingSequences(
             manifest,
             shards,
-            Columns(source == "parquet", distill_weight > 0 and targets is None, distill_temperature),
+            Columns(
+                **{policy.by: source == "parquet"},
+                top_k=distill_weight > 0 and targets is None,
+                temperature=distill_temperature,
+            ),
             size=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            prepare=_Prepare(None if source == "self" else self.masker, policy),
+            prepare=_Prepare(self.masker, None if source == "self" else policy),
             targets=targets,
         )
         super().__init__(
@@ -90,6 +94,7 @@ class MaskedLMTrainer(Trainer):
             data_collator=_as_it_is,  # type: ignore[arg-type]
             callbacks=[_ProgressReport(manifest.sequence_length)],
         )
+        self.device_masker = self.masker.to(self.args.device)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -103,14 +108,13 @@ class MaskedLMTrainer(Trainer):
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def mask_by_student(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mask by the student's predictive entropies, at random during the warm-up."""
+        """Mask by the student's predictive entropies or surprisals, at random during the warm-up."""
         if self.state.global_step < self.self_warmup_steps:
-            return self.masker(batch, replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)))
-        ids_BL = batch["input_ids"]
-        attended_BL = ids_BL != self.masker.pad_id
+            return self.device_masker(batch, replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)))
         student = self.accelerator.unwrap_model(self.model)
-        entropy_BL = student_entropy(student, ids_BL, None if attended_BL.all() else attended_BL.long())
-        return self.masker(batch | {"entropy": entropy_BL}, self.policy)
+        attention_BL = self.device_masker.attention_mask(batch)
+        scores = student_scores(student, batch["input_ids"], attention_BL)
+        return self.device_masker(batch | scores, self.policy)
 
     @torch.no_grad()
     def evaluate(
@@ -185,12 +189,13 @@ class MaskedLMTrainer(Trainer):
 class _Prepare:
     """What a loader worker does with a raw batch; a class, because workers may have to be sent it."""
 
-    def __init__(self, masker: Masker | None, policy: MaskPolicy) -> None:
+    def __init__(self, masker: Masker, policy: MaskPolicy | None) -> None:
         self.masker, self.policy = masker, policy
 
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.masker:  # a GPU may not know every type of integer
-            return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        if self.policy is None:  # masked by the student later: a GPU may not know every type of integer
+            raw = batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+            return raw | {"padded": self.masker.attention_mask(batch) is not None}
         masked = self.masker(batch, self.policy)
         return masked | _targets(batch, masked) if "input_crc32" in batch else masked
 

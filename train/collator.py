@@ -1,0 +1,103 @@
+"""Entropy masking in anyone's ``transformers.Trainer``: rows with scores → stock batches. See docs/own-loop.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from train.masking import IGNORED_LABEL, Masker, MaskPolicy, sequence_hash
+from train.words import continuing_tokens
+
+
+class EntropyMaskingCollator(TrainerCallback):
+    """In place of ``DataCollatorForLanguageModeling``, for rows that bring their scores.
+
+    A row's mask depends on the policy, its id and the epoch alone: not on the batch, its padding or the loader worker.
+    Given to Trainer among its ``callbacks`` too, it follows the epochs; else set ``epoch`` yourself, or every epoch
+    masks as the first. Trainer needs ``remove_unused_columns=False``, or it takes the scores away.
+
+    Args:
+        tokenizer: for its special tokens and, with the word unit, which tokens go on with a word.
+        policy: which positions to mask, by entropy or by surprisal.
+        pad_to_multiple_of: of the batch's length.
+
+    Raises:
+        ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not tell words apart.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, policy: MaskPolicy | None = None, pad_to_multiple_of: int = 1
+    ) -> None:
+        if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+            raise ValueError("this tokenizer has no mask or no padding token; use one of a masked language model")
+        self.policy, self.pad_to_multiple_of, self.epoch = policy or MaskPolicy(), pad_to_multiple_of, 0
+        self.masker = Masker(
+            vocab_size=len(tokenizer),
+            special_token_ids=tokenizer.all_special_ids,
+            mask_id=tokenizer.mask_token_id,
+            pad_id=tokenizer.pad_token_id,
+            continues_V=continuing_tokens(tokenizer, len(tokenizer)) if self.policy.unit == "word" else None,
+        )
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Mask a batch.
+
+        Args:
+            rows: of ``datasets``, in any of its formats: input_ids [l]; entropy or surprisal [l] in nats, as the policy
+                says (NaN where there is none); and, where rows have an id of their own, sequence_id (int). Other
+                columns are left out.
+
+        Returns:
+            input_ids, attention_mask and labels (-100 where nothing is hidden), int64 [B, L] with L the longest row.
+
+        Raises:
+            ValueError: a row lacks its scores, or has not as many as tokens.
+        """
+        ids_BL = _padded([row["input_ids"] for row in rows], torch.int64, self.masker.pad_id)
+        L = ids_BL.shape[1]
+        length = -(-L // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        # two more for the while: k counts on special tokens at both ends, which rows of other people may not have
+        ids_BL = F.pad(ids_BL, (0, length + 2 - L), value=self.masker.pad_id)
+        attended_BL = ids_BL != self.masker.pad_id
+        batch = {"input_ids": ids_BL, "sequence_id": self._sequence_ids(rows, ids_BL, attended_BL)}
+        batch["epoch"] = torch.full((len(rows),), self.epoch)
+        if not self.policy.uniform:
+            scores_BL = self._scores(rows)
+            batch[self.policy.by] = F.pad(scores_BL, (0, length + 2 - L), value=torch.nan)
+        masked = self.masker(batch, self.policy)
+        labels_BL = torch.full_like(ids_BL, IGNORED_LABEL)
+        # an ignored position is the last one, and so is its label
+        labels_BL.scatter_(1, masked["positions_BK"] % (length + 2), masked["labels_BK"])
+        found = {"input_ids": masked["input_ids"], "attention_mask": attended_BL.long(), "labels": labels_BL}
+        return {name: tensor_BL[:, :length].contiguous() for name, tensor_BL in found.items()}
+
+    def _scores(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        name = self.policy.by
+        for row in rows:
+            if name not in row:
+                raise ValueError(
+                    f"a row has no {name}, only {', '.join(row)}; give Trainer's arguments remove_unused_columns=False"
+                )
+            if len(row[name]) != len(row["input_ids"]):
+                raise ValueError(f"a row has {len(row['input_ids'])} tokens and {len(row[name])} numbers of {name}")
+        return _padded([row[name] for row in rows], torch.float32, torch.nan)
+
+    def _sequence_ids(self, rows: Sequence[dict[str, Any]], ids_BL: Tensor, attended_BL: Tensor) -> Tensor:
+        if all("sequence_id" in row for row in rows):
+            return torch.tensor([int(row["sequence_id"]) for row in rows])
+        return sequence_hash(ids_BL, attended_BL)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self.epoch = int(state.epoch or 0)
+
+
+def _padded(rows: list[Any], dtype: torch.dtype, value: float) -> Tensor:
+    return pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=value)
