@@ -1,0 +1,107 @@
+"""The same run in several processes on a Ray cluster: ``ray.train.torch.TorchTrainer``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from pipeline import backends, storage
+from pipeline.cli import RunError, Terminated, UsageError
+from train import guard, resume
+from train.options import Options
+
+MOST_FAILURES = 3  # of workers, in one call
+RAY = ".ray"  # what Ray Train writes for itself, in the output directory
+TERMINATED = 143  # exit code
+
+
+def run(main: Callable[[list[str]], None], argv: list[str], options: Options, args: TrainingArguments) -> None:
+    """Call ``main`` in ``--num-workers`` processes, on the cluster that is there or on one that is started here.
+
+    Each gets a GPU, where the cluster has any. When a worker dies all are started again, and go on from the last
+    checkpoint. SIGTERM is passed on.
+
+    Raises:
+        UsageError, RunError, Terminated: as the workers say.
+    """
+    import ray.train.torch
+
+    api: Any = ray.train  # whose types are still those of its first version
+
+    workers, output = options.num_workers, str(args.output_dir)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(output).is_absolute():
+        raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
+    directory = Path(storage.absolute(output))
+    if options.overwrite:  # here, so that workers that are started again don't
+        resume.drop(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / guard.STOP).unlink(missing_ok=True)
+    os.environ["RAY_DEDUP_LOGS"] = "0"
+    backends.connect("pipeline", "train", cpus=workers, log_to_driver=True)
+    on_sigterm = signal.signal(signal.SIGTERM, lambda *_: (directory / guard.STOP).touch())
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        result = api.torch.TorchTrainer(
+            _work,
+            train_loop_config={"main": main, "argv": [*argv, *_absolute(options, directory)]},
+            torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
+            scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
+            run_config=api.RunConfig(
+                name="run",
+                storage_path=str(directory / RAY),
+                failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
+                logging_config=api.LoggingConfig(log_level="ERROR"),
+            ),
+        ).fit()
+    except api.TrainingFailedError as error:
+        raise RunError(_reason(error, directory)) from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        ray.shutdown()
+        (directory / guard.STOP).unlink(missing_ok=True)
+    code, message = result.return_value
+    if code == TERMINATED:
+        raise Terminated
+    if code:
+        raise UsageError(message) if code == 2 else RunError(message)
+
+
+def _absolute(options: Options, output: Path) -> list[str]:
+    """Flags as a worker needs them, paths as they hold in any directory; they come last, and the last counts."""
+    flags = ["--num-workers", "1", "--overwrite", "false"]
+    flags += ["--output-dir", str(output), "--shards", storage.absolute(options.shards)]
+    if options.targets:
+        flags += ["--targets", storage.absolute(options.targets)]
+    if Path(options.model).exists():
+        flags += ["--model", str(Path(options.model).absolute())]
+    return flags
+
+
+def _work(config: dict[str, Any]) -> tuple[int, str]:
+    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray begins anew."""
+    try:
+        config["main"](config["argv"])
+    except UsageError as error:
+        return 2, str(error)
+    except guard.Agreed as error:
+        return 1, str(error)
+    except Terminated:
+        return TERMINATED, ""
+    except SystemExit as error:  # another rank says why
+        return int(str(error.code)), ""
+    finally:
+        sys.stderr.flush()
+    return 0, ""
+
+
+def _reason(error: Exception, output: Path) -> str:
+    """One sentence about what ended a worker for the last time."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    said = [str(failure) for failure in failures]
+    return f"workers died {MOST_FAILURES + 1} times, the last with: {said[0]}"
