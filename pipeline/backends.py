@@ -168,13 +168,12 @@ def _has_size(uri: str, size: int) -> bool:
         return False  # a store may answer the next time
 
 
-def connect(*packages: str, cpus: int | None = None, log_to_driver: bool = False) -> None:
+def connect(*packages: str, cpus: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
 
     Args:
         packages: of this project, that workers import.
         cpus: that a cluster which is started here has at least.
-        log_to_driver: show here what workers print.
 
     Raises:
         UsageError: that cluster does not answer.
@@ -187,7 +186,7 @@ def connect(*packages: str, cpus: int | None = None, log_to_driver: bool = False
     root = Path(__file__).resolve().parents[1]
     settings: dict[str, Any] = {
         "runtime_env": {"py_modules": [str(root / package) for package in packages]},
-        "log_to_driver": log_to_driver,
+        "log_to_driver": False,
         "logging_level": "warning",
     }
     on_sigterm = signal.getsignal(signal.SIGTERM)

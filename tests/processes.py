@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,12 +23,20 @@ class Run:
 
     Args:
         log: a file for what they print.
-        kill_at: the step after which the last rank kills itself (SIGKILL).
+        kill_at: the step after which the last rank sends itself ``kill_with``.
+        kill_in_writing: it does so once the checkpoint of that step is written, before it has its name.
         limit: bytes that a file may have at most, which stands for a full disk.
     """
 
     def __init__(
-        self, log: Path, *flags: object, ranks: int = 1, kill_at: int | None = None, limit: int | None = None
+        self,
+        log: Path,
+        *flags: object,
+        ranks: int = 1,
+        kill_at: int | None = None,
+        kill_with: int = signal.SIGKILL,
+        kill_in_writing: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.log, argv = log, [str(flag) for flag in flags]
         with socket.socket() as free:
@@ -37,8 +46,8 @@ class Run:
         for rank in range(ranks):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            last = rank == ranks - 1
-            settings = (environment if ranks > 1 else {}, str(log), argv, kill_at if last else None, limit)
+            kill = (kill_at if rank == ranks - 1 else None, kill_with, kill_in_writing)
+            settings = (environment if ranks > 1 else {}, str(log), argv, kill, limit)
             self.processes.append(CONTEXT.Process(target=_train, args=settings))
         for process in self.processes:
             process.start()
@@ -64,14 +73,15 @@ def history(directory: Path, step: int) -> dict[int, tuple[float, float]]:
     return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}
 
 
-def _train(environment: dict[str, object], log: str, argv: list[str], kill_at: int | None, limit: int | None) -> None:
-    import resource
-
+def _train(
+    environment: dict[str, object], log: str, argv: list[str], kill: tuple[int | None, int, bool], limit: int | None
+) -> None:
     import torch
 
     from pipeline import cli
-    from train import guard, run
+    from train import guard, resume, run
 
+    os.setpgrp()
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -80,12 +90,18 @@ def _train(environment: dict[str, object], log: str, argv: list[str], kill_at: i
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    original = guard.Guard.on_step_end
+    kill_at, kill_with, in_writing = kill
+    end_step, complete = guard.Guard.on_step_end, resume.complete
 
-    def killed(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
-        original(self, args, state, control, **others)
-        if state.global_step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        end_step(self, args, state, control, **others)
+        if state.global_step == kill_at and not in_writing:
+            os.kill(os.getpid(), kill_with)
 
-    guard.Guard.on_step_end = killed  # type: ignore[method-assign]
+    def complete_or_die(directory: Path, name: str, *others: Any) -> None:
+        if in_writing and name == f"checkpoint-{kill_at}":
+            os.kill(os.getpid(), kill_with)
+        complete(directory, name, *others)
+
+    guard.Guard.on_step_end, resume.complete = on_step_end, complete_or_die  # type: ignore[method-assign]
     cli.run(lambda: run.main(argv))

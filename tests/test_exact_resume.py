@@ -85,7 +85,7 @@ def flags(student: Path, scored: Path, targets: Path) -> dict[str, list[object]]
 
 
 @pytest.fixture(scope="module")
-def whole(flags: dict[str, list[object]], tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def whole(flags: dict[str, list[object]], tmp_path_factory: pytest.TempPathFactory):
     """Uninterrupted runs, one for all numbers of loader workers."""
     done: dict[Cell, dict[int, tuple[float, float]]] = {}
 
@@ -113,7 +113,7 @@ def command(flags: dict[str, list[object]], cell: Cell, output: Path) -> list[ob
     [*CELLS, *(pytest.param(cell, marks=pytest.mark.exhaustive) for cell in MATRIX if cell not in CELLS)],
     ids=lambda cell: "-".join(str(value) for value in cell),
 )
-def test_killed_and_started_again(cell: Cell, flags: dict[str, list[object]], whole, tmp_path: Path) -> None:  # noqa: ANN001
+def test_killed_and_started_again(cell: Cell, flags: dict[str, list[object]], whole, tmp_path: Path) -> None:
     argv = command(flags, cell, tmp_path / "out")
     kill_at = 4 + MATRIX.index(cell) % 4  # 4 to 7: after a checkpoint, at one, before it is written
     killed = Run(tmp_path / "log", *argv, ranks=cell.ranks, kill_at=kill_at)

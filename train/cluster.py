@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from train import guard, resume
 from train.options import Options
 
 MOST_FAILURES = 3  # of workers, in one call
+RELAY_SECONDS = 0.5
 RAY = ".ray"  # what Ray Train writes for itself, in the output directory
 TERMINATED = 143  # exit code
 
@@ -42,14 +45,14 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         resume.drop(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / guard.STOP).unlink(missing_ok=True)
-    os.environ["RAY_DEDUP_LOGS"] = "0"
-    backends.connect("pipeline", "train", cpus=workers, log_to_driver=True)
+    log = directory / RAY / "log"
+    backends.connect("pipeline", "train", cpus=workers)
     on_sigterm = signal.signal(signal.SIGTERM, lambda *_: (directory / guard.STOP).touch())
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
-        result = api.torch.TorchTrainer(
+        trainer = api.torch.TorchTrainer(
             _work,
-            train_loop_config={"main": main, "argv": [*argv, *_absolute(options, directory)]},
+            train_loop_config={"main": main, "argv": [*argv, *_absolute(options, directory)], "log": str(log)},
             torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
             scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
             run_config=api.RunConfig(
@@ -58,7 +61,9 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
                 failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
                 logging_config=api.LoggingConfig(log_level="ERROR"),
             ),
-        ).fit()
+        )
+        with _relayed(log):
+            result = trainer.fit()
     except api.TrainingFailedError as error:
         raise RunError(_reason(error, directory)) from None
     finally:
@@ -85,6 +90,10 @@ def _absolute(options: Options, output: Path) -> list[str]:
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:
     """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray begins anew."""
+    import ray.train
+
+    if ray.train.get_context().get_world_rank() == 0:
+        sys.stdout = sys.stderr = open(config["log"], "a", buffering=1)  # noqa: SIM115
     try:
         config["main"](config["argv"])
     except UsageError as error:
@@ -95,9 +104,31 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
         return TERMINATED, ""
     except SystemExit as error:  # another rank says why
         return int(str(error.code)), ""
-    finally:
-        sys.stderr.flush()
     return 0, ""
+
+
+@contextmanager
+def _relayed(log: Path) -> Iterator[None]:
+    """Show here what the first worker writes to ``log``: what Ray itself would show has the news of Ray in between."""
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("")
+    ended = threading.Event()
+
+    def relay() -> None:
+        with open(log) as lines:
+            last = False
+            while not last:
+                last = ended.wait(RELAY_SECONDS)
+                sys.stderr.write(lines.read())
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _reason(error: Exception, output: Path) -> str:

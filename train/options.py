@@ -140,6 +140,7 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=50,
         logging_nan_inf_filter=False,  # it hides NaN, and waits for the device at each batch
+        ddp_find_unused_parameters=False,  # a search at each step for what there is none of
         ddp_timeout=86_400,  # a rank may have to wait for another that checks what it reads
         save_total_limit=2,
         report_to="none",
