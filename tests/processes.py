@@ -81,6 +81,7 @@ def _train(
     from pipeline import cli
     from train import guard, resume, run
 
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in any other process
     os.setpgrp()
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -33,19 +34,20 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     Raises:
         UsageError, RunError, Terminated: as the workers say.
     """
+    workers, output = options.num_workers, str(args.output_dir)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(output).is_absolute():
+        raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
     import ray.train.torch
 
     api: Any = ray.train  # whose types are still those of its first version
 
-    workers, output = options.num_workers, str(args.output_dir)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(output).is_absolute():
-        raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
     directory = Path(storage.absolute(output))
     if options.overwrite:  # here, so that workers that are started again don't
         resume.drop(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / guard.STOP).unlink(missing_ok=True)
     log = directory / RAY / "log"
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     backends.connect("pipeline", "train", cpus=workers)
     on_sigterm = signal.signal(signal.SIGTERM, lambda *_: (directory / guard.STOP).touch())
     try:
@@ -73,7 +75,9 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     code, message = result.return_value
     if code == TERMINATED:
         raise Terminated
-    if code:
+    if not code:
+        shutil.rmtree(directory / RAY)
+    else:
         raise UsageError(message) if code == 2 else RunError(message)
 
 

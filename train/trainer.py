@@ -177,8 +177,9 @@ class MaskedLMTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader; its workers draw nothing at random, so they need no seeds."""
-        loader = super().get_train_dataloader()
-        loader.worker_init_fn = heed_parent_only
+        loader: Any = super().get_train_dataloader()
+        # accelerate's is a loader around one; a resumed run takes the settings of the outer
+        loader.worker_init_fn = loader.base_dataloader.worker_init_fn = heed_parent_only
         return loader
 
     def _get_output_dir(self, trial: Any) -> str:
