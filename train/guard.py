@@ -111,7 +111,7 @@ def writing(what: str, output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and _lost_loader(error):
+        if _lost_loader(error):
             raise
         # torch's writer tells the position, not the reason
         reason = "it was cut short" if "inline_container" in str(error) else cli.one_line(error)
@@ -148,7 +148,7 @@ def in_one_sentence(guard: Guard) -> Iterator[None]:
             yield
     except RunError as error:  # a loader worker's comes with its traceback
         raise type(error)(_last_line(error).removeprefix("pipeline.cli.RunError: ")) from None
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if _lost_loader(error):
             if guard.asked:  # a signal to all processes
                 raise Terminated from None
@@ -161,8 +161,9 @@ def in_one_sentence(guard: Guard) -> Iterator[None]:
         raise
 
 
-def _lost_loader(error: RuntimeError) -> bool:
-    return "DataLoader worker (pid" in str(error)
+def _lost_loader(error: Exception) -> bool:
+    """Whether a loader worker has died; it may have been about to hand over a batch."""
+    return isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in str(error)
 
 
 def _last_line(error: Exception) -> str:

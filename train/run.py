@@ -7,6 +7,8 @@ python train/run.py --shards runs/scored --entropy-source self --model mini --ma
 python train/run.py --shards runs/tokens --entropy-source random --output-dir runs/reference
 python train/run.py --shards runs/scored --entropy-source parquet --targets runs/targets --distill-weight 0.5 \
     --output-dir runs/student-exact
+torchrun --nproc-per-node 2 train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
+python train/run.py --num-workers 2 --shards runs/scored --entropy-source parquet --output-dir runs/student
 
 Besides the flags below it takes those of transformers.TrainingArguments, with defaults for pretraining. The same
 command resumes a run that was cut short.
@@ -15,6 +17,7 @@ command resumes a run that was cut short.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -54,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flags = deciding_flags(options, args, policy, manifest, targets)
-    if not on_first(rank, lambda: resume.claim(output, flags, options.overwrite)):
+    # where torchrun starts its processes anew, what they had trained is not to be overwritten
+    overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if not on_first(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train it again")
         return
