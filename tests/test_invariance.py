@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness import TRAIN, run
 from processes import Run, history
 from torch.nn import functional as F
 from transformers import BertConfig
 
 import train.run
 from pipeline.manifests import read_manifest
+from train import resume
 from train.masking import IGNORED_LABEL, Masker
 from train.trainer import MaskedLMTrainer
 
@@ -72,6 +78,27 @@ def test_how_a_batch_is_split_and_loaded(train_here: Any, flags: list[object], t
     ranks = Run(tmp_path / "log", *flags, *PARQUET, *FOUR, "--output-dir", tmp_path / "ranks", ranks=2)
     assert ranks.end() == [0, 0], ranks.output()
     assert close(history(tmp_path / "ranks", STEPS), whole)
+
+
+@pytest.mark.exhaustive
+def test_torchrun(train_here: Any, flags: list[object], tmp_path: Path) -> None:
+    """What the others do in forked processes, as its users do it; and what it passes on when it is to end."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone", TRAIN[1]]
+    argv = [*torchrun, *flags, *PARQUET, *FOUR]
+    run(*argv, "--output-dir", tmp_path / "two")
+    whole, _ = train_here(*PARQUET, *EIGHT)
+    assert close(history(tmp_path / "two", STEPS), whole)
+
+    more = ["--max-steps", 100_000, "--save-steps", 10, "--output-dir", tmp_path / "stopped"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([str(each) for each in (*argv, *more)], **pipes)  # type: ignore[call-overload]
+    while not (tmp_path / "stopped" / "checkpoint-10").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    (step,) = re.findall(r"stopped after step (\d+) of 100000; the same command goes on", output)
+    assert resume.last_checkpoint(tmp_path / "stopped") == tmp_path / "stopped" / f"checkpoint-{step}"
 
 
 def test_parquet_at_an_infinite_temperature_is_random(train_here: Any) -> None:

@@ -167,7 +167,7 @@ def _lost_loader(error: Exception) -> bool:
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def heed_parent_only(worker: int) -> None:
