@@ -63,7 +63,7 @@ def ray_records(
 
     from pipeline.worker import SHARDS_AT_ONCE
 
-    _connect()
+    connect("pipeline")
     try:
         fitting, resources = _fit(
             [node["Resources"] for node in ray.nodes() if node["Alive"]], job.threads, gpus_per_worker
@@ -172,8 +172,12 @@ def _has_size(uri: str, size: int) -> bool:
         return False  # a store may answer the next time
 
 
-def _connect() -> None:
+def connect(*packages: str, cpus: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
+
+    Args:
+        packages: of this project, that workers import.
+        cpus: that a cluster which is started here has at least.
 
     Raises:
         UsageError: that cluster does not answer.
@@ -183,8 +187,9 @@ def _connect() -> None:
     import ray
     from ray._private.services import find_bootstrap_address
 
+    root = Path(__file__).resolve().parents[1]
     settings: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(Path(__file__).resolve().parent)]},
+        "runtime_env": {"py_modules": [str(root / package) for package in packages]},
         "log_to_driver": False,
         "logging_level": "warning",
     }
@@ -198,5 +203,7 @@ def _connect() -> None:
         except OSError:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
     else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **settings)
+        cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
+        settings |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
+        ray.init(address="local", include_dashboard=False, **settings)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own

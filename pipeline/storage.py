@@ -101,7 +101,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -122,7 +122,7 @@ def delete_temporaries(directory: str) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Make a rename durable: it lives in the directory, which has a cache of its own."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

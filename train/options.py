@@ -31,6 +31,9 @@ FIXED: dict[str, Any] = {
     "ignore_data_skip": False,
     "resume_from_checkpoint": None,  # the same command resumes
     "save_only_model": False,  # a run could not go on from it
+    "save_on_each_node": False,  # a checkpoint is one directory that all nodes see
+    "logging_nan_inf_filter": False,
+    "restore_callback_states_from_checkpoint": False,  # one that SIGTERM made says stop
     "disable_tqdm": True,  # the trainer draws its own bar
     "do_train": False,
     "do_predict": False,
@@ -59,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, math.inf),
+    "num_workers": (0, math.inf),
     "self_warmup_steps": (0, math.inf),
     "distill_weight": (0, 1),
     "distill_temperature": (sys.float_info.min, sys.float_info.max),
@@ -117,6 +121,9 @@ class Options(MaskOptions):
     )
     eval_fraction: float = field(default=0.01, metadata={"help": "share of the shards held out; 0 for no evaluation"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code that a checkpoint brings along"})
+    num_workers: int = field(
+        default=1, metadata={"help": "train in so many processes on a Ray cluster, one a GPU (default: in this one)"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "drop the run that the output directory holds"})
 
 
@@ -141,6 +148,9 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         bf16=resolve_dtype("auto") == "bfloat16",
         use_cpu=not torch.accelerator.is_available(),
         logging_steps=50,
+        logging_nan_inf_filter=False,  # it hides NaN, and waits for the device at each batch
+        ddp_find_unused_parameters=False,  # a search at each step for what there is none of
+        ddp_timeout=86_400,  # a rank may have to wait for another that checks what it reads
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -189,6 +199,11 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
         raise UsageError(f"--eval-fraction {options.eval_fraction:g} is not at least 0 and below 1")
     if source != "self" and options.self_warmup_steps is not None:
         raise UsageError("--self-warmup-steps only applies to --entropy-source self; leave it out")
+    if args.n_gpu > 1 and options.num_workers < 2:
+        raise UsageError(
+            f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
+            f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
+        )
     if args.eval_strategy != "no" and not options.eval_fraction:
         raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0")
     for name, value in FIXED.items():

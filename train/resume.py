@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import zipfile
+import time
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from pipeline import storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
 
 FLAGS, SUMMARY = "run.json", "summary.json"
+UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted
+FILES = "files.json"  # written last into a checkpoint: the size of each of its files
+VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 # flags of TrainingArguments that do not decide what is learned, by prefix
 FREE = (
     *("output_dir", "logging_", "log_", "save_", "eval_", "report_to", "run_name", "project", "trackio", "hub_"),
@@ -46,7 +48,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     try:
         previous = storage.read_json(str(directory / FLAGS))
     except FileNotFoundError:
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
             raise UsageError(f"{directory} holds files but no training run; choose another --output-dir") from None
         previous = {}
     except ValueError:
@@ -62,14 +64,21 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
             f"{directory} holds a run with other flags ({'; '.join(differing)}); "
             "choose another --output-dir, or pass --overwrite to start afresh"
         )
+    shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
     if overwrite:
-        for checkpoint in checkpoints(directory):
-            shutil.rmtree(checkpoint)
-        (directory / SUMMARY).unlink(missing_ok=True)
+        drop(directory)
     elif finished:
         return False
     storage.write_json(str(directory / FLAGS), flags)
     return True
+
+
+def drop(directory: Path) -> None:
+    """Drop the run that is in a directory: its checkpoints, and what says that it is finished."""
+    if (directory / FLAGS).exists():
+        (directory / SUMMARY).unlink(missing_ok=True)
+        for checkpoint in checkpoints(directory):
+            _delete(checkpoint)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -79,19 +88,61 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    return next((path for path in reversed(checkpoints(directory)) if _complete(path)), None)
+    """The newest whole checkpoint."""
+    return next((path for path in reversed(checkpoints(directory)) if _is_whole(path)), None)
 
 
-def _complete(checkpoint: Path) -> bool:
-    """Whether the state, which Trainer writes last, is there, and neither weights nor the rest were cut short."""
+def check_visible(directory: Path, checkpoint: Path | None) -> None:
+    """Refuse to train where a rank does not see what the first has just written.
+
+    Raises:
+        UsageError: the directory is not shared.
+    """
+    needed = checkpoint or directory / FLAGS
+    until = time.monotonic() + VISIBLE_SECONDS
+    while not needed.exists():
+        if time.monotonic() > until:
+            raise UsageError(f"{needed} is not to be seen from all nodes; choose an --output-dir on a path they share")
+        time.sleep(0.5)
+
+
+def complete(directory: Path, name: str, limit: int | None, best: str | None) -> None:
+    """Give a checkpoint that was written in ``UNFINISHED`` its name, and delete old ones.
+
+    Args:
+        limit: how many to keep, None or 0 for all.
+        best: the path of one that is kept in any case.
+    """
+    written, checkpoint = directory / UNFINISHED / name, directory / name
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    for file in files:
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    sizes = {str(file.relative_to(written)): file.stat().st_size for file in files}
+    storage.write_json(str(written / FILES), sizes)
+    if checkpoint.exists():
+        _delete(checkpoint)
+    os.replace(written, checkpoint)
+    storage.sync_directory(directory)
+    if limit:
+        for old in [path for path in checkpoints(directory) if _is_whole(path)][:-limit]:
+            if str(old) != best:
+                _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    """First under another name: half a checkpoint is never found under its own."""
+    doomed = checkpoint.parent / UNFINISHED / f"{checkpoint.name}.old"
+    shutil.rmtree(doomed, ignore_errors=True)
+    doomed.parent.mkdir(exist_ok=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there that was there when it got its name, and none was cut short since."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        weights = list(checkpoint.glob("*.safetensors"))
-        for file in weights:
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
+        sizes = json.loads((checkpoint / FILES).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
         return False
-    others = [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]
-    return bool(weights) and all(zipfile.is_zipfile(file) for file in others)

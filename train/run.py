@@ -7,6 +7,8 @@ python train/run.py --shards runs/scored --entropy-source self --model mini --ma
 python train/run.py --shards runs/tokens --entropy-source random --output-dir runs/reference
 python train/run.py --shards runs/scored --entropy-source parquet --targets runs/targets --distill-weight 0.5 \
     --output-dir runs/student-exact
+torchrun --nproc-per-node 2 train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
+python train/run.py --num-workers 2 --shards runs/scored --entropy-source parquet --output-dir runs/student
 
 Besides the flags below it takes those of transformers.TrainingArguments, with defaults for pretraining. The same
 command resumes a run that was cut short.
@@ -15,6 +17,7 @@ command resumes a run that was cut short.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -27,10 +30,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pipeline import cli, storage
-from pipeline.cli import RunError
 from pipeline.manifests import Manifest, copy_tokenizer, read_manifest
-from train import resume
+from train import cluster, resume
 from train.data import split_shards
+from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.masking import MaskPolicy
 from train.options import Options, check, mask_policy, open_targets, parse, planned_policy
 from train.student import build_student, model_identity
@@ -38,21 +41,31 @@ from train.trainer import DECILES, MaskedLMTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    options, args = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    options, args = parse(argv, __doc__)
+    rank, output, source = args.process_index, Path(str(args.output_dir)), options.entropy_source
     logging.disable_progress_bar()  # of reading and writing weights
-    manifest = read_manifest(options.shards)
-    targets = open_targets(options, manifest) if options.targets else None
-    check(options, args, manifest, targets)
-    policy = planned_policy(options, targets) if targets else mask_policy(options, options.entropy_source, args.seed)
-    train_shards, held_out = split_shards(manifest, options.eval_fraction)
-    set_steps(options, args, sum(entry.rows for entry in train_shards))
-
-    student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
-    output, flags = Path(str(args.output_dir)), deciding_flags(options, args, policy, manifest, targets)
-    with args.main_process_first(local=False):
-        if not resume.claim(output, flags, options.overwrite):
+    with together(rank):
+        manifest = read_manifest(options.shards)
+        targets = open_targets(options, manifest) if options.targets else None
+        check(options, args, manifest, targets)
+        policy = planned_policy(options, targets) if targets else mask_policy(options, source, args.seed)
+    if options.num_workers > 1:
+        return cluster.run(main, argv, options, args)
+    with together(rank):
+        train_shards, held_out = split_shards(manifest, options.eval_fraction)
+        set_steps(options, args, sum(entry.rows for entry in train_shards))
+        student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
+        flags = deciding_flags(options, args, policy, manifest, targets)
+    # where torchrun starts its processes anew, what they had trained is not to be overwritten
+    overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if not on_first(rank, lambda: resume.claim(output, flags, overwrite)):
+        if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train it again")
-            return
+        return
+    checkpoint = on_first(rank, lambda: resume.last_checkpoint(output))
+    with together(rank):
+        resume.check_visible(output, checkpoint)
     set_seed(args.seed)
     trainer = MaskedLMTrainer(
         student,
@@ -60,28 +73,38 @@ def main(argv: list[str] | None = None) -> None:
         manifest=manifest,
         shards=train_shards,
         held_out=held_out,
-        source=options.entropy_source,
+        source=source,
         policy=policy,
         distill_weight=options.distill_weight,
         distill_temperature=options.distill_temperature or 1.0,
         targets=targets,
         self_warmup_steps=options.self_warmup_steps or 0,
     )
-    checkpoint = resume.last_checkpoint(output)
-    if checkpoint and trainer.is_world_process_zero():
+    if checkpoint and rank == 0:
         print(f"resuming from {checkpoint}", file=sys.stderr)
-    try:
+    with in_one_sentence(trainer.guard):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RunError as error:  # a loader worker's comes with its traceback
-        raise RunError(str(error).strip().splitlines()[-1].removeprefix("pipeline.cli.RunError: ")) from None
+    if trainer.guard.stopped:
+        stop(trainer)
     seconds = trainer.train_seconds()
     metrics = trainer.evaluate() if held_out else {}
-    if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
-        copy_tokenizer(manifest.uri, output)
-        summary = summarise(options, args, manifest, targets, flags, trainer.state.log_history, seconds, metrics)
-        storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
+    check_finite(student, trainer.state.global_step, output)
+    if rank == 0:
+        with writing(f"the model to {output}", output):
+            trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
+            copy_tokenizer(manifest.uri, output)
+            summary = summarise(options, args, manifest, targets, flags, trainer.state.log_history, seconds, metrics)
+            storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
         print_summary(output, summary)
+
+
+def stop(trainer: MaskedLMTrainer) -> None:
+    """End as SIGTERM asked for, once all ranks have what they need to go on. Raises Terminated."""
+    state = trainer.state
+    if not trainer.is_world_process_zero():
+        raise SystemExit(143)
+    print(f"stopped after step {state.global_step} of {state.max_steps}; the same command goes on", file=sys.stderr)
+    raise cli.Terminated
 
 
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
@@ -101,7 +124,11 @@ def deciding_flags(
     options: Options, args: TrainingArguments, policy: MaskPolicy, manifest: Manifest, targets: Manifest | None
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
-    own = {name: value for name, value in asdict(options).items() if name not in ("overwrite", "trust_remote_code")}
+    own = {
+        name: value
+        for name, value in asdict(options).items()
+        if name not in ("overwrite", "trust_remote_code", "num_workers")
+    }
     masks = {name if name == "corruption" else f"mask_{name}": value for name, value in policy.to_json().items()}
     run = {
         "shards": manifest.fingerprint_hash,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -21,12 +24,15 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from pipeline import cli
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
+from train import resume
 from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
+from train.guard import Guard, check_finite, heed_parent_only, together, writing
 from train.masking import IGNORED_LABEL, Masker, MaskPolicy
 from train.student import student_scores
 
@@ -73,6 +79,7 @@ class MaskedLMTrainer(Trainer):
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.self_warmup_steps = self_warmup_steps
         self.masker = masker_of(manifest, policy.unit)
+        guard = Guard(Path(str(args.output_dir)))  # before the report, which has to know what it decides
         sequences = TrainingSequences(
             manifest,
             shards,
@@ -92,9 +99,11 @@ class MaskedLMTrainer(Trainer):
             train_dataset=sequences,
             eval_dataset=held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
             data_collator=_as_it_is,  # type: ignore[arg-type]
-            callbacks=[_ProgressReport(manifest.sequence_length)],
+            callbacks=[guard, _ProgressReport(manifest.sequence_length)],
         )
         self.device_masker = self.masker.to(self.args.device)
+        self.guard = guard
+        self.saving_to: Path | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
@@ -170,10 +179,43 @@ class MaskedLMTrainer(Trainer):
         found = (sequence_N, positions_BK.flatten(), loss_N, hit_N, entropy_N)
         return tuple(values_N[kept_N].numpy() for values_N in found)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's loader; its workers draw nothing at random, so they need no seeds."""
+        loader: Any = super().get_train_dataloader()
+        # accelerate's is a loader around one; a resumed run takes the settings of the outer
+        loader.worker_init_fn = loader.base_dataloader.worker_init_fn = heed_parent_only
+        return loader
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.saving_to or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Also keeps the seconds trained so far, in the state's history, for a run that is resumed."""
+        """Save elsewhere until the checkpoint is whole on all ranks; then it gets its name.
+
+        Also keeps the seconds trained so far, in the state's history, for a run that is resumed.
+
+        Raises:
+            Agreed: the weights are not finite, or the checkpoint cannot be written.
+        """
+        output, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
+        check_finite(self.accelerator.unwrap_model(model), self.state.global_step, output)
         self.state.log_history.append({"step": self.state.global_step, "train_seconds": self.train_seconds()})
-        super()._save_checkpoint(model, trial)
+        rank, self.saving_to = self.args.process_index, output / resume.UNFINISHED
+        try:
+            with together(rank), writing(name, output):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(output / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(self.saving_to / name / TRAINER_STATE_NAME))
+            with together(rank), writing(name, output):
+                if self.args.should_save:
+                    resume.complete(output, name, self.args.save_total_limit, self.state.best_model_checkpoint)
+        except RunError:
+            shutil.rmtree(self.saving_to, ignore_errors=True)  # it may be what fills the disk
+            raise
+        finally:
+            self.saving_to = None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Checkpoints leave out weights that are another's, as the decoder's are the embedding's: no news."""

@@ -1,0 +1,108 @@
+"""Processes of train/run.py that can be killed. They are forked from one that has imported everything: that saves the
+six seconds which an interpreter needs for it, and is train/run.py from there on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train.run"])
+
+
+class Run:
+    """A command line of train/run.py, started at once, on one rank or several.
+
+    Args:
+        log: a file for what they print.
+        kill_at: the step after which the last rank sends itself ``kill_with``.
+        kill_in_writing: it does so once the checkpoint of that step is written, before it has its name.
+        limit: bytes that a file may have at most, which stands for a full disk.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *flags: object,
+        ranks: int = 1,
+        kill_at: int | None = None,
+        kill_with: int = signal.SIGKILL,
+        kill_in_writing: bool = False,
+        limit: int | None = None,
+    ) -> None:
+        self.log, argv = log, [str(flag) for flag in flags]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes: list[BaseProcess] = []
+        for rank in range(ranks):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            kill = (kill_at if rank == ranks - 1 else None, kill_with, kill_in_writing)
+            settings = (environment if ranks > 1 else {}, str(log), argv, kill, limit)
+            self.processes.append(CONTEXT.Process(target=_train, args=settings))
+        for process in self.processes:
+            process.start()
+
+    def end(self) -> list[int | None]:
+        """Exit codes by rank; negative ones are signals."""
+        for process in self.processes:
+            process.join(120)
+            if process.is_alive():
+                process.kill()
+                raise AssertionError(f"it did not end\n{self.output()}")
+        return [process.exitcode for process in self.processes]
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def history(directory: Path, step: int) -> dict[int, tuple[float, float]]:
+    """What a checkpoint knows of each step: loss and gradient norm."""
+    entries: list[dict[str, Any]] = json.loads((directory / f"checkpoint-{step}" / "trainer_state.json").read_text())[
+        "log_history"
+    ]
+    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry}
+
+
+def _train(
+    environment: dict[str, object], log: str, argv: list[str], kill: tuple[int | None, int, bool], limit: int | None
+) -> None:
+    import torch
+
+    from pipeline import cli
+    from train import guard, resume, run
+
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in any other process
+    os.setpgrp()
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    torch.set_num_threads(1)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    kill_at, kill_with, in_writing = kill
+    end_step, complete = guard.Guard.on_step_end, resume.complete
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **others: Any) -> None:
+        end_step(self, args, state, control, **others)
+        if state.global_step == kill_at and not in_writing:
+            os.kill(os.getpid(), kill_with)
+
+    def complete_or_die(directory: Path, name: str, *others: Any) -> None:
+        if in_writing and name == f"checkpoint-{kill_at}":
+            os.kill(os.getpid(), kill_with)
+        complete(directory, name, *others)
+
+    guard.Guard.on_step_end, resume.complete = on_step_end, complete_or_die  # type: ignore[method-assign]
+    cli.run(lambda: run.main(argv))

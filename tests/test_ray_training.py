@@ -1,0 +1,92 @@
+"""The same training run in workers of a Ray cluster: the result of one process, whatever dies on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import TRAIN, run
+from processes import Run, history
+from transformers import BertConfig
+
+import train.run
+from pipeline.cli import UsageError
+from pipeline.manifests import read_manifest
+
+SEVERAL = ["--num-workers", 2, "--per-device-train-batch-size", 4]
+
+
+@pytest.fixture(scope="module")
+def flags(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    student = tmp_path_factory.mktemp("student")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertConfig(vocab_size=read_manifest(str(scored)).vocab_size, **sizes).save_pretrained(student)
+    common = ["--shards", scored, "--model", student / "config.json", "--entropy-source", "parquet", "--bf16", "false"]
+    return [*common, "--eval-fraction", 0.2, "--learning-rate", 1e-3, "--logging-steps", 1, "--save-total-limit", 9]
+
+
+def test_two_workers_do_what_one_process_does(flags: list[object], tmp_path: Path) -> None:
+    steps = ["--max-steps", 6, "--save-steps", 3]
+    output = run(*TRAIN, *flags, *steps, *SEVERAL, "--output-dir", tmp_path / "two")
+    assert "step 6/6: loss" in output and "held-out loss" in output and "ray" not in output.lower()
+    one = ["--per-device-train-batch-size", 8, "--output-dir", tmp_path / "one"]
+    train.run.main([str(flag) for flag in (*flags, *steps, *one)])
+    ours, theirs = history(tmp_path / "two", 6), history(tmp_path / "one", 6)
+    assert [ours[step] for step in ours] == [pytest.approx(theirs[step], rel=1e-5) for step in theirs]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")]
+    assert summaries[0]["eval_loss"] == pytest.approx(summaries[1]["eval_loss"], rel=1e-5)
+    assert not (tmp_path / "two" / ".ray").exists()
+
+
+def test_an_output_that_would_be_lost_with_the_job(
+    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UsageError, match="would be lost with the job's directory"):
+        train.run.main([str(flag) for flag in (*flags, *SEVERAL, "--output-dir", "relative")])
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen([*TRAIN, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.exhaustive
+def test_a_worker_that_is_killed_changes_nothing(flags: list[object], tmp_path: Path) -> None:
+    steps = ["--max-steps", 200, "--save-steps", 20, "--save-total-limit", 2]
+    process = start(*flags, *steps, *SEVERAL, "--output-dir", tmp_path / "two")
+    wait_for(process, tmp_path / "two" / "checkpoint-40")
+    below = psutil.Process(process.pid).children(recursive=True)
+    [each for each in below if "RayTrainWorker" in " ".join(each.cmdline())][-1].kill()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "resuming from" in output and "Traceback" not in output
+    whole = ["--per-device-train-batch-size", 4, "--output-dir", tmp_path / "whole"]
+    ranks = Run(tmp_path / "log", *flags, *steps, *whole, ranks=2)
+    assert ranks.end() == [0, 0], ranks.output()
+    assert history(tmp_path / "two", 200) == history(tmp_path / "whole", 200)
+
+
+@pytest.mark.exhaustive
+def test_sigterm_reaches_the_workers_and_a_mistake_the_user(flags: list[object], tmp_path: Path) -> None:
+    argv = [*flags, "--max-steps", 100_000, "--save-steps", 20, *SEVERAL, "--output-dir", tmp_path / "two"]
+    process = start(*argv)
+    wait_for(process, tmp_path / "two" / "checkpoint-20")
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 143, output
+    assert "the same command goes on" in output and "Traceback" not in output
+    refusal = run(*TRAIN, *argv, "--mask-ratio", 0.3, code=2)
+    assert "mask_ratio: 0.15 → 0.3" in refusal and "Traceback" not in refusal

@@ -1,0 +1,142 @@
+"""The same run in several processes on a Ray cluster: ``ray.train.torch.TorchTrainer``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from pipeline import backends, storage
+from pipeline.cli import RunError, Terminated, UsageError
+from train import guard, resume
+from train.options import Options
+
+MOST_FAILURES = 3  # of workers, in one call
+RELAY_SECONDS = 0.5
+RAY = ".ray"  # what Ray Train writes for itself, in the output directory
+TERMINATED = 143  # exit code
+
+
+def run(main: Callable[[list[str]], None], argv: list[str], options: Options, args: TrainingArguments) -> None:
+    """Call ``main`` in ``--num-workers`` processes, on the cluster that is there or on one that is started here.
+
+    Each gets a GPU, where the cluster has any. When a worker dies all are started again, and go on from the last
+    checkpoint. SIGTERM is passed on.
+
+    Raises:
+        UsageError, RunError, Terminated: as the workers say.
+    """
+    workers, output = options.num_workers, str(args.output_dir)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(output).is_absolute():
+        raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
+    import ray.train.torch
+
+    api: Any = ray.train  # whose types are still those of its first version
+
+    directory = Path(storage.absolute(output))
+    if options.overwrite:  # here, so that workers that are started again don't
+        resume.drop(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / guard.STOP).unlink(missing_ok=True)
+    log = directory / RAY / "log"
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    backends.connect("pipeline", "train", cpus=workers)
+    on_sigterm = signal.signal(signal.SIGTERM, lambda *_: (directory / guard.STOP).touch())
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        trainer = api.torch.TorchTrainer(
+            _work,
+            train_loop_config={"main": main, "argv": [*argv, *_absolute(options, directory)], "log": str(log)},
+            torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
+            scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
+            run_config=api.RunConfig(
+                name="run",
+                storage_path=str(directory / RAY),
+                failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
+                logging_config=api.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        with _relayed(log):
+            result = trainer.fit()
+    except api.TrainingFailedError as error:
+        raise RunError(_reason(error, directory)) from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        ray.shutdown()
+        (directory / guard.STOP).unlink(missing_ok=True)
+    code, message = result.return_value
+    if code == TERMINATED:
+        raise Terminated
+    if not code:
+        shutil.rmtree(directory / RAY)
+    else:
+        raise UsageError(message) if code == 2 else RunError(message)
+
+
+def _absolute(options: Options, output: Path) -> list[str]:
+    """Flags as a worker needs them, paths as they hold in any directory; they come last, and the last counts."""
+    flags = ["--num-workers", "1", "--overwrite", "false"]
+    flags += ["--output-dir", str(output), "--shards", storage.absolute(options.shards)]
+    if options.targets:
+        flags += ["--targets", storage.absolute(options.targets)]
+    if Path(options.model).exists():
+        flags += ["--model", str(Path(options.model).absolute())]
+    return flags
+
+
+def _work(config: dict[str, Any]) -> tuple[int, str]:
+    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray begins anew."""
+    import ray.train
+
+    if ray.train.get_context().get_world_rank() == 0:
+        sys.stdout = sys.stderr = open(config["log"], "a", buffering=1)  # noqa: SIM115
+    try:
+        config["main"](config["argv"])
+    except UsageError as error:
+        return 2, str(error)
+    except guard.Agreed as error:
+        return 1, str(error)
+    except Terminated:
+        return TERMINATED, ""
+    except SystemExit as error:  # another rank says why
+        return int(str(error.code)), ""
+    return 0, ""
+
+
+@contextmanager
+def _relayed(log: Path) -> Iterator[None]:
+    """Show here what the first worker writes to ``log``: what Ray itself would show has the news of Ray in between."""
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("")
+    ended = threading.Event()
+
+    def relay() -> None:
+        with open(log) as lines:
+            last = False
+            while not last:
+                last = ended.wait(RELAY_SECONDS)
+                sys.stderr.write(lines.read())
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=relay)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _reason(error: Exception, output: Path) -> str:
+    """One sentence about what ended a worker for the last time."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    said = [str(failure) for failure in failures]
+    return f"workers died {MOST_FAILURES + 1} times, the last with: {said[0]}"
