@@ -4,7 +4,7 @@
     python bench/loading.py
     python bench/loading.py --shards runs/scored --batch 256 --rounds 5
 
-Without --shards it makes its own, of random tokens and scores. A corpus of any size is the same shards named again and
+Without --shards it makes its own, of random tokens and scores. A corpus of any size is the same files named again and
 again. Each measurement has a process of its own, on one core. Prints a table with the budgets, and as its last line the
 same as one JSON object.
 """
@@ -48,15 +48,18 @@ from train.masking import MaskPolicy
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
-LONG = 1_000_000_000  # tokens of the run that goes on
-RESUMED_AT = 0.9  # of it
-# of what is made up: as many shards as a window has row groups, half as many files
+RESUMED_AT = 0.9  # of the tokens of the run that goes on
+# of what is made up: one window, in shards of two row groups
+MADE_UP = "made up"
 SHARDS, ROWS, LENGTH, VOCABULARY, TOP_K = WINDOW // 2, 2 * ROW_GROUP, 128, 30522, 16
 
 
 def main() -> None:
     args = parse()
     if args.child:
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         print(json.dumps(measure(args)))
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,10 +76,11 @@ def main() -> None:
         for times, taken in memory.items():
             rows[f"memory_{times}x"] = row(taken / 2**20, "MiB")
         rows["memory_10x_to_1x"] = row(memory[10] / memory[1], "×", at_most=1.1)
-        long = replace_shards(manifest, Path(temporary) / "long")
+        long = lengthened(manifest, args.tokens, Path(temporary) / "long")
         first = [in_a_process(args, "first", shards=long) for _ in range(args.rounds)]
-        rows["first_batch"] = row(np.array(first), f"s at {LONG:.0e} tokens", at_most=5)
-    print_table(rows, vars(args) | {"shards": args.shards if manifest.teacher != "none" else "made up"})
+        rows["first_batch"] = row(np.array(first), "s", at_most=5)
+    del args.child
+    print_table(rows, vars(args) | {"shards": args.shards if manifest.teacher != MADE_UP else MADE_UP})
 
 
 def parse() -> argparse.Namespace:
@@ -85,6 +89,7 @@ def parse() -> argparse.Namespace:
     add("--shards", help="shard directory on this machine (default: made up ones)")
     add("--batch", type=cli.positive, default=64, help="sequences a batch (default: 64)")
     add("--windows", type=cli.positive, default=3, help="windows of the shuffle read in each round (default: 3)")
+    add("--tokens", type=cli.positive, default=10**9, help="of the run that goes on (default: 1,000,000,000)")
     add("--rounds", type=cli.positive, default=3)
     add("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -107,9 +112,6 @@ def in_a_process(args: argparse.Namespace, what: str, times: int = 1, shards: st
 
 
 def measure(args: argparse.Namespace) -> Any:
-    torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     what, times = args.child[0], int(args.child[1])
     if what == "first":
         return first_batch(args)
@@ -181,13 +183,13 @@ def corpus(manifest: Manifest, columns: Columns, windows: int, prepare: Any) -> 
     return TrainingSequences(manifest, entries, columns, size=size, seed=0, prepare=prepare)
 
 
-def replace_shards(manifest: Manifest, directory: Path) -> str:
-    """A directory of ``LONG`` tokens: links to the files, and a manifest that names each as often as it takes."""
+def lengthened(manifest: Manifest, tokens: int, directory: Path) -> str:
+    """A directory of so many tokens: links to the files, and a manifest that names each as often as it takes."""
     directory.mkdir()
     for name in ("tokenizer", *(entry.file for entry in manifest.shards)):
         (directory / name).symlink_to(Path(storage.absolute(manifest.uri)) / name)
     fields = storage.read_json(manifests.manifest_uri(manifest.uri))
-    fields["shards"] *= math.ceil(LONG / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
+    fields["shards"] *= math.ceil(tokens / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
     storage.write_json(manifests.manifest_uri(str(directory)), fields)
     return str(directory)
 
@@ -212,7 +214,7 @@ def made_up(directory: Path) -> Manifest:
         temperatures=[],
         context="masked",
         passes=1,
-        teacher="none",
+        teacher=MADE_UP,
         masks=None,
         sequences_hash=manifests.sequences_hash(fingerprint),
         fingerprint=fingerprint,
