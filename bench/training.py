@@ -5,8 +5,9 @@
     python bench/training.py --shards runs/scored --model mini --batch 64 --steps 20 --rounds 5
 
 The shards need entropies and top-k log-probabilities. Every contestant trains the same model on the same shards in a
-process of its own, in turns, with one dtype, number of threads and malloc; a ratio is of one round's times. Prints a
-table with the budgets, where the time of a step goes, and as the last line the same as one JSON object.
+process of its own, in turns, with one dtype, number of threads and malloc; a ratio is of one round's times. Where the
+time of a step goes comes from a pass of its own, since a GPU has to be waited for after each part. Prints a table with
+the budgets, and as the last line the same as one JSON object.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
         print(json.dumps(train_once(args)))
         return
     rounds = [{name: in_a_process(name) for name in CONTESTANTS} for _ in range(args.rounds)]
+    taken_apart = {name: in_a_process(name, "--parts") for name in [*CONTESTANTS, "stock_same_masks"]}
     columns = {name: [each[name] for each in rounds] for name in CONTESTANTS}
     rates = {name: np.array([each["tokens_per_second"] for each in found]) for name, found in columns.items()}
     rows = {name: row(rates[name], "tokens/s") for name in CONTESTANTS}
@@ -72,14 +74,15 @@ def main() -> None:
         rows[f"{name}_step_to_random"] = row(rates["random"] / rates[name], "× the time", at_most=most)
     for name, found in columns.items():
         rows[f"{name}_peak_memory"] = row(np.array([each["peak_bytes"] for each in found]) / 2**20, "MiB")
-    rows["loss_difference"] = row(same_losses(in_a_process("stock_same_masks"), columns["random"][0]), "nats")
-    for name, found in columns.items():
-        for part in PARTS:
-            if (milliseconds := np.array([each["parts"][part] for each in found]) * 1e3).any():
-                rows[f"{name}_{part}"] = row(milliseconds, "ms a step")
+    rows["loss_difference"] = row(same_losses(taken_apart["stock_same_masks"], taken_apart["random"]), "nats")
+    for name in CONTESTANTS:
+        for part, seconds in taken_apart[name]["parts"].items():
+            if seconds:
+                rows[f"{name}_{part}"] = row(seconds * 1e3, "ms a step")
     rows |= utilisation(args, columns)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print_table(rows, vars(args) | {"device": device, "dtype": resolve_dtype("auto")})
+    del args.child, args.parts
+    print_table(rows, vars(args) | {"device": device})
 
 
 def parse() -> argparse.Namespace:
@@ -91,14 +94,18 @@ def parse() -> argparse.Namespace:
     add("--steps", type=cli.positive, default=12, help="measured steps of a round (default: 12)")
     add("--rounds", type=cli.positive, default=3)
     add("--threads", type=cli.positive, default=1, help="torch threads of every contestant (default: 1)")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of every contestant's autocast")
     add("--torch-compile", action="store_true", help="compile the model of every contestant")
     add("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    add("--parts", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.dtype = resolve_dtype(args.dtype)
+    return args
 
 
-def in_a_process(name: str) -> dict[str, Any]:
+def in_a_process(name: str, *flags: str) -> dict[str, Any]:
     """What ``train_once`` finds of a contestant: in its own process, so that its memory is its own."""
-    ran = subprocess.run([sys.executable, *sys.argv, "--child", name], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, *sys.argv, "--child", name, *flags], capture_output=True, text=True)
     if ran.returncode:
         raise RunError(f"{name} failed: {' '.join(ran.stderr.split())[-500:]}")
     return json.loads(ran.stdout.splitlines()[-1])
@@ -115,14 +122,13 @@ def same_losses(stock: dict[str, Any], ours: dict[str, Any]) -> np.ndarray:
 
 def utilisation(args: argparse.Namespace, columns: dict[str, list[dict[str, Any]]]) -> dict[str, Row]:
     """FLOPs of a step of ours, and on a GPU the share of its peak that they are."""
-    peak = peak_flops(resolve_dtype("auto"))
+    peak, goal = peak_flops(args.dtype), 0.45 if args.model == "base" else None
     found = {}
     for name in ("random", "parquet_kd"):
         flops, seconds = columns[name][0]["flops"], np.array([each["seconds_per_step"] for each in columns[name]])
         found[f"{name}_flops"] = row(flops, "FLOPs a step")
-        found[f"{name}_share_of_peak"] = (
-            row(flops / seconds / peak, "of the peak") if peak else Row(None, "of the peak")
-        )
+        share = row(flops / seconds / peak, "of the peak", at_least=goal) if peak else Row(None, "of the peak")
+        found[f"{name}_share_of_peak"] = share
     return found
 
 
@@ -130,14 +136,15 @@ def utilisation(args: argparse.Namespace, columns: dict[str, list[dict[str, Any]
 
 
 def train_once(args: argparse.Namespace) -> dict[str, Any]:
-    """Train some steps, and say how long a step takes, what of it which part, the losses, and the peak of memory."""
+    """Train some steps, and say how long a step takes, and the peak of memory; or what of it which part, and losses."""
     torch.set_num_threads(args.threads)
-    clock = Clock()
+    clock = Clock(args.parts, last=WARMUP + args.steps)
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
         flags = ["--shards", args.shards, "--model", args.model, "--output-dir", output]
-        flags += ["--per-device-train-batch-size", args.batch, "--max-steps", WARMUP + args.steps]
-        flags += ["--logging-steps", "1", "--save-strategy", "no", "--eval-fraction", "0"]
-        flags += ["--torch-compile"] * args.torch_compile
+        flags += ["--per-device-train-batch-size", args.batch, "--max-steps", WARMUP + args.steps + 1]
+        # a loss is asked of the device only where it is looked at
+        flags += ["--logging-steps", 1 if args.parts else 1 << 20, "--save-strategy", "no", "--eval-fraction", "0"]
+        flags += ["--bf16", args.dtype == "bfloat16"] + ["--torch-compile"] * args.torch_compile
         ours = [str(flag) for flag in [*flags, *OURS.get(args.child, OURS["random"])]]
         with clock.running():
             if args.child in OURS:
@@ -146,8 +153,7 @@ def train_once(args: argparse.Namespace) -> dict[str, Any]:
                 train.run.main(ours)
             else:
                 train_stock(ours, clock, same_masks=args.child == "stock_same_masks")
-    steps = np.diff(clock.step_starts)[WARMUP - 1 :]
-    seconds = float(np.median(steps))
+    seconds = (clock.until - clock.since) / args.steps
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     manifest = read_manifest(args.shards)
@@ -213,12 +219,17 @@ def training_flops(args: argparse.Namespace, manifest: Manifest) -> float:
 
 
 class Clock:
-    """Wraps the parts of a step to add up their seconds; what a part calls of another is the other's alone."""
+    """How long the counted steps take together, and if asked for their parts.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys((*PARTS, "model"), 0.0)
+    Wraps the parts of a step to add up their seconds; what a part calls of another is the other's alone.
+    """
+
+    def __init__(self, parts: bool, last: int) -> None:
+        self.wants_parts, self.last = parts, last
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self.counted: dict[str, float] = {}
-        self.step_starts: list[float] = []
+        self.steps = 0
+        self.since = self.until = 0.0
         self.losses: list[float] = []
         self.whole: list[bool] = []
         self.stack: list[float] = []  # seconds of the parts within the one that is open
@@ -226,6 +237,8 @@ class Clock:
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
         """Count the seconds of a method."""
+        if not self.wants_parts:
+            return
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -249,13 +262,15 @@ class Clock:
         training_step, log = Trainer.training_step, Trainer.log
 
         def step(trainer: Any, model: Any, *args: Any, **others: Any) -> Any:
-            if not self.step_starts and not trainer.args.torch_compile:  # what is compiled is one piece
+            if not self.steps and not trainer.args.torch_compile:  # what is compiled is one piece
                 base = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
                 self.wrap(base.base_model, "forward", "encoder")
                 self.wrap(base, "forward", "head")
-            if len(self.step_starts) == WARMUP:
-                self.counted = dict(self.seconds)
-            self.step_starts.append(now())
+            if self.steps == WARMUP:
+                self.since, self.counted = now(), dict(self.seconds)
+            if self.steps == self.last:
+                self.until, self.counted = now(), {part: self.seconds[part] - self.counted[part] for part in PARTS}
+            self.steps += 1
             return training_step(trainer, model, *args, **others)
 
         def note(trainer: Any, logs: dict[str, float], *args: Any, **others: Any) -> None:
@@ -275,8 +290,7 @@ class Clock:
 
     def parts(self) -> dict[str, float]:
         """Seconds a step of each part, over the counted steps."""
-        steps = len(self.step_starts) - WARMUP
-        return {part: (self.seconds[part] - self.counted[part]) / steps for part in PARTS}
+        return {part: seconds / (self.last - WARMUP) for part, seconds in self.counted.items()}
 
 
 def now() -> float:

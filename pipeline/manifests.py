@@ -139,12 +139,13 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
 
 def _check_types(manifest: Manifest) -> None:
     """Raises TypeError or KeyError for a manifest that no program of this project wrote."""
-    for part in (manifest, *manifest.shards):
-        for name, kind in get_type_hints(type(part)).items():
-            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-            plain = tuple((int, float) if each is float else get_origin(each) or each for each in kinds)
-            if not isinstance(value := getattr(part, name), plain):
-                raise TypeError(f"{name} is {str(value)[:40]!r}")
+    for kind, parts in ((Manifest, [manifest]), (ShardEntry, manifest.shards)):
+        for name, hint in get_type_hints(kind).items():
+            hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            plain = tuple((int, float) if each is float else get_origin(each) or each for each in hints)
+            for part in parts:
+                if not isinstance(value := getattr(part, name), plain):
+                    raise TypeError(f"{name} is {str(value)[:40]!r}")
     for role in ("pad", "cls", "sep", "mask"):
         if not isinstance(token := manifest.special_ids[role], int):
             raise TypeError(f"the {role} token is {token!r}")
@@ -163,19 +164,23 @@ def _why_no_manifest(uri: str, kind: str) -> str:
     return f"{uri} is unfinished ({done} of {total} shards); run the same {MADE_BY[kind]} command again to finish it"
 
 
-def check_shards(manifest: Manifest) -> None:
+def check_shards(manifest: Manifest, contents: bool = True) -> None:
     """Before shards are read: they are all there, and every byte is what was committed.
 
     Each shard of the run is named or known to have failed; each file has the manifest's size, SHA-256 and rows; its
     record says what the manifest says (a copy may do without ``_records/``); the tokenizer is the one that made the
     ids. Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
 
+    Args:
+        contents: False, where somebody has checked them already, looks at nothing that takes longer the more shards
+            there are than a list of their names and sizes, and at the tokenizer.
+
     Raises:
         UsageError: names the first file that is missing, damaged, swapped, edited or not to be read.
     """
     program = MADE_BY[manifest.kind]
     try:
-        if fault := next(_shard_faults(manifest), None):
+        if fault := next(_shard_faults(manifest, contents), None):
             raise UsageError(f"{fault}; delete its record in _records/ and run {program} again")
         if fault := tokenizer_fault(manifest):
             raise UsageError(
@@ -185,7 +190,7 @@ def check_shards(manifest: Manifest) -> None:
         raise UsageError(f"{manifest.uri} may not be read ({error}); allow this user to read it") from None
 
 
-def _shard_faults(manifest: Manifest) -> Iterator[str]:
+def _shard_faults(manifest: Manifest, contents: bool) -> Iterator[str]:
     """What is wrong with the shards, the quickest checks first. Raises PermissionError."""
     for index in missing_shards(manifest):
         yield f"{manifest_uri(manifest.uri)} lacks {shard_file(index)}"
@@ -195,6 +200,8 @@ def _shard_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{manifest.shard_uri(entry)} is missing"
         elif sizes[entry.file] != entry.bytes:
             yield f"{manifest.shard_uri(entry)} has {sizes[entry.file]} bytes, its manifest says {entry.bytes}"
+    if not contents:
+        return
     recorded = has_records(manifest.uri)
     with ThreadPoolExecutor(READERS) as pool:
         yield from filter(None, pool.map(lambda entry: _content_fault(manifest, entry, recorded), manifest.shards))
@@ -293,7 +300,8 @@ def read_table(
 ) -> pa.Table:
     """Columns of one shard, all of it or some row groups (each of ``ROW_GROUP`` rows, the last one shorter)."""
     filesystem, path = storage.resolve(manifest.shard_uri(entry))
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
+    # a store is asked for all columns at once
+    with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=storage.is_remote(manifest.uri)) as file:
         if row_groups is None:
             row_groups = list(range(file.num_row_groups))
         # one thread: readers are loader workers, which are parallel already and may be forks

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from harness import LENGTH, ROOT
 
 
@@ -26,3 +27,28 @@ def test_scoring(work: Path) -> None:
     for name in [*contexts, *ratios, "job_to_loop", "scan_bytes", "targets_and_scan_bytes", "flops_masked"]:
         assert rows[name] > 0, name
     assert 0 <= rows["job_outside_model"] < 1
+
+
+def test_loading(scored: Path) -> None:
+    sizes = ["--windows", 1, "--rounds", 1, "--tokens", 100_000]
+    command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", scored, *sizes]
+    bench = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert bench.returncode == 0, bench.stderr
+    *table, last = bench.stdout.splitlines()
+    assert any(line.endswith(("met", "MISSED")) for line in table)
+    rows = {name: row["value"] for name, row in json.loads(last)["rows"].items()}
+    rates = [name + masked for name in ("tokens", "entropy", "top_k") for masked in ("", "_masked")]
+    for name in [*rates, "memory_10x_to_1x", "first_batch"]:
+        assert rows[name] > 0, name
+
+
+@pytest.mark.exhaustive
+def test_training(scored: Path) -> None:
+    sizes = ["--model", "tiny", "--batch", 4, "--steps", 1, "--rounds", 1, "--dtype", "float32"]
+    command = [sys.executable, ROOT / "bench" / "training.py", "--shards", scored, *sizes]
+    bench = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert bench.returncode == 0, bench.stderr
+    rows = {name: row["value"] for name, row in json.loads(bench.stdout.splitlines()[-1])["rows"].items()}
+    for name in ("random_to_stock", "parquet_kd_step_to_random", "self_lagged_step_to_random", "random_backward"):
+        assert rows[name] > 0, name
+    assert rows["loss_difference"] < 1e-4

@@ -1,4 +1,4 @@
-"""The distillation loss against the dense divergence in float64, and where storage rounds."""
+"""The loss against the dense divergence in float64, where storage rounds, and its gradient against autograd's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.distill import distillation, tail_kl
+from train.distill import distillation, masked_lm_loss, tail_kl
+from train.masking import IGNORED_LABEL
 
 N, V = 64, 300
 
@@ -175,3 +176,90 @@ def test_a_temperature_keeps_the_size_of_the_gradient() -> None:
 def test_a_temperature_needs_its_constant() -> None:
     with pytest.raises(ValueError, match="temperature 2 need"):
         distillation(logits(1), *top(logits(0), 4), 2.0)
+
+
+# --- the loss on masked positions: one softmax for both terms --------------------------------------------------------
+
+
+def labels(ids_NK: Tensor) -> Tensor:
+    """Some in the teacher's head, some outside of it, some ignored."""
+    labels_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(2))
+    labels_N[1::3] = ids_NK[1::3, 0]
+    labels_N[::7] = IGNORED_LABEL
+    return labels_N
+
+
+def with_holes(ids_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Through storage: some rows not scored, some with a mass above one."""
+    ids_NK, log_p_NK = ids_NK.clone(), log_p_NK.half().to(log_p_NK.dtype)
+    ids_NK[::5], log_p_NK[::5] = 0, torch.nan
+    log_p_NK[3::5] += 0.01 - log_p_NK[3::5].logsumexp(1, keepdim=True)
+    return ids_NK, log_p_NK
+
+
+def two_losses(student_NV: Tensor, labels_N: Tensor, ids_NK: Tensor, log_p_NK: Tensor, weight: float) -> Tensor:
+    ce_N = F.cross_entropy(student_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+    kl_N = tail_kl(student_NV, ids_NK, log_p_NK) * (labels_N != IGNORED_LABEL)
+    return (1 - weight) * ce_N + weight * kl_N
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("k", [1, 16, V - 1, V])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_one_softmax_gives_the_two_losses_and_their_gradient(
+    weight: float, scale: float, k: int, dtype: torch.dtype, off: float
+) -> None:
+    ids_NK, log_p_NK = with_holes(*top(logits(0, scale), k))
+    student, labels_N = logits(1, scale).to(dtype).requires_grad_(), labels(ids_NK)
+    upstream_N = torch.linspace(0.5, 2, N, dtype=torch.float64)
+    found_N = masked_lm_loss(student, labels_N, ids_NK, log_p_NK, weight)
+    (found_NV,) = torch.autograd.grad((found_N * upstream_N).sum(), student)
+    exact = student.detach().double().requires_grad_()
+    expected_N = two_losses(exact, labels_N, ids_NK, log_p_NK, weight)
+    (expected_NV,) = torch.autograd.grad((expected_N * upstream_N).sum(), exact)
+    torch.testing.assert_close(found_N.double(), expected_N, atol=off, rtol=off)
+    # a logarithm of some hundred nats is rounded before it is exponentiated
+    torch.testing.assert_close(found_NV.double(), expected_NV, atol=off * max(1, scale), rtol=0)
+    assert (found_N[labels_N == IGNORED_LABEL] == 0).all() and (found_NV[labels_N == IGNORED_LABEL] == 0).all()
+
+
+def test_its_gradient_is_that_of_finite_differences() -> None:
+    ids_NK, log_p_NK = with_holes(*top(logits(0)[:8, :20], 3))
+    labels_N = torch.tensor([1, int(ids_NK[1, 0]), 19, IGNORED_LABEL, 4, 5, int(ids_NK[6, 2]), 7])
+    student = logits(1)[:8, :20].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: masked_lm_loss(z, labels_N, ids_NK, log_p_NK, 0.4), student)
+
+
+def test_bfloat16_logits_are_reduced_in_float32() -> None:
+    ids_NK, log_p_NK = top(logits(0, dtype=torch.float32), 16)
+    student, labels_N = logits(1).bfloat16().requires_grad_(), labels(ids_NK)
+    with torch.autocast("cpu", torch.bfloat16):
+        found_N = masked_lm_loss(student, labels_N, ids_NK, log_p_NK, 0.5)
+    (found_NV,) = torch.autograd.grad(found_N.sum(), student)
+    wide = student.detach().float().requires_grad_()
+    expected_N = two_losses(wide, labels_N, ids_NK, log_p_NK, 0.5)
+    (expected_NV,) = torch.autograd.grad(expected_N.sum(), wide)
+    assert found_N.dtype == torch.float32 and found_NV.dtype == torch.bfloat16
+    torch.testing.assert_close(found_N, expected_N, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found_NV.float(), expected_NV, atol=1e-6, rtol=2**-8)
+
+
+def test_a_temperature_and_no_teacher_take_the_plain_way() -> None:
+    teacher, student = logits(0), logits(1)
+    ids_NK, log_p_NK = top(teacher, 8)
+    labels_N, lse_N = labels(ids_NK), lse_at(teacher, 2.0)
+    ce_N = F.cross_entropy(student, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+    kl_N = distillation(student, ids_NK, log_p_NK, 2.0, lse_N) * (labels_N != IGNORED_LABEL)
+    found_N = masked_lm_loss(student, labels_N, ids_NK, log_p_NK, 0.25, 2.0, lse_N)
+    torch.testing.assert_close(found_N, 0.75 * ce_N + 0.25 * kl_N)
+    torch.testing.assert_close(masked_lm_loss(student, labels_N), ce_N)
+
+
+def test_it_compiles_as_one_graph() -> None:
+    ids_NK, log_p_NK = with_holes(*top(logits(0), 4))
+    student, labels_N = logits(1).requires_grad_(), labels(ids_NK)
+    loss = torch.compile(masked_lm_loss, fullgraph=True, backend="aot_eager")  # traced as for any other backend
+    (found_NV,) = torch.autograd.grad(loss(student, labels_N, ids_NK, log_p_NK, 0.5).sum(), student)
+    (expected_NV,) = torch.autograd.grad(masked_lm_loss(student, labels_N, ids_NK, log_p_NK, 0.5).sum(), student)
+    torch.testing.assert_close(found_NV, expected_NV, atol=1e-12, rtol=1e-12)

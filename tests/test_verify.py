@@ -17,6 +17,7 @@ import pytest
 from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
 from transformers import AutoTokenizer
 
+import train.run
 from pipeline import checks, commit, manifests, masks, shards, storage
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, ShardEntry
@@ -129,6 +130,38 @@ def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatc
     monkeypatch.setattr(storage, "sha256", denied)
     with pytest.raises(UsageError, match=r"may not be read .*allow this user"):
         manifests.check_shards(manifest)
+
+
+def test_a_run_that_goes_on_trusts_the_bytes_that_its_start_checked(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it trains within seconds, whatever the corpus; names, sizes and the tokenizer are looked at again."""
+    output, hashed = tmp_path / "student", []
+    flags = ["--shards", copy, "--output-dir", output, "--entropy-source", "random", "--eval-fraction", 0]
+    argv = [str(flag) for flag in (*flags, "--max-steps", 2, "--save-steps", 1, "--per-device-train-batch-size", 4)]
+    original = storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda uri: hashed.append(uri) or original(uri))
+    shards = {str(copy / entry.file) for entry in manifests.read_manifest(str(copy)).shards}
+    train.run.main(argv)
+    assert shards <= set(hashed)
+
+    def start_again(*more: str, checkpoint: bool = True) -> None:
+        (output / "summary.json").unlink()
+        shutil.rmtree(output / "checkpoint-2")
+        if not checkpoint:
+            shutil.rmtree(output / "checkpoint-1")
+        hashed.clear()
+        train.run.main([*argv, *more])
+
+    start_again()
+    assert not hashed
+    start_again("--overwrite")
+    assert shards <= set(hashed)
+    start_again(checkpoint=False)
+    assert shards <= set(hashed)
+    truncate(copy)
+    with pytest.raises(UsageError, match=r"part-00002\.parquet has "):
+        start_again()
 
 
 def test_sound_directories_have_no_faults(work: Path, scored: Path, copy: Path) -> None:

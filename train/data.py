@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipeline import masks
+from pipeline import masks, storage
 from pipeline.cli import RunError, UsageError
 from pipeline.manifests import Manifest, ShardEntry, load_tokenizer, read_table
 from pipeline.shards import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
 from train.masking import Masker, hash_order, hashes
 from train.words import continuing_tokens
 
-WINDOW = 16  # row groups that are shuffled together, and the most that a loader keeps decoded, twice
+WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded
+REMOTE_READS = 8  # row groups asked of an object store at a time: one answer takes long, eight no longer
 SPLIT_SEED = 0  # the split is the same for every run on the same shards, whatever its --seed
 ORDER_STREAM = 1
 
@@ -168,8 +169,10 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
 class TrainingSequences(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run, epoch after epoch, as a map from the position in the run to a sequence.
 
-    Order of an epoch: row groups shuffled, windows of ``WINDOW`` of them taken, rows shuffled within a window. Memory
-    is bounded by two decoded windows, whatever the corpus.
+    Order of an epoch: row groups shuffled, windows of ``WINDOW`` of them taken, rows shuffled within a window. So a
+    run goes through the windows one after another, and one is kept decoded, each in the place of the last: that bounds
+    the memory, whatever the corpus. Each loader worker keeps one and decodes all of them, as its batches come from
+    each; more workers share the masking, not the decoding.
 
     Args:
         entries: the shards to train on.
@@ -204,8 +207,10 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             for group in range(math.ceil(entry.rows / ROW_GROUP))
         ]
         self.rows = sum(rows for _, _, rows in self.groups)
-        self._windows: OrderedDict[tuple[int, int], tuple[Rows, np.ndarray]] = OrderedDict()
-        self._epochs: OrderedDict[int, tuple[list[int], list[int]]] = OrderedDict()
+        self._order_of: tuple[int, list[int], list[int]] | None = None  # the epoch used last
+        self._decoded: tuple[int, int] | None = None  # (epoch, window) that the rows below are of
+        self._rows: Rows = {}
+        self._shuffled = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.size
@@ -217,8 +222,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         """The batch at these positions of the run."""
         parts: list[Rows] = []
         for epoch, window, offsets in self._runs(indices):
-            rows, shuffled = self._window(epoch, window)
-            part = {name: array[shuffled[offsets]] for name, array in rows.items()}
+            self._decode(epoch, window)
+            rows = self._shuffled[offsets]
+            part = {name: array[rows] for name, array in self._rows.items()}  # copied: the next window comes here
             parts.append(part | {"epoch": np.full(len(offsets), self._mask_of(epoch), np.int64)})
         return self.prepare(to_tensors({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
 
@@ -242,40 +248,55 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             yield *current, offsets
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """(order of the row groups, first position of each window) of an epoch; the two used last are kept."""
-        if epoch not in self._epochs:
+        """(order of the row groups, first position of each window) of an epoch."""
+        if not self._order_of or self._order_of[0] != epoch:
             order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
             sizes = [self.groups[group][2] for group in order]
             starts = np.cumsum([0, *(sum(sizes[i : i + WINDOW]) for i in range(0, len(sizes), WINDOW))])
-            _keep(self._epochs, epoch, (order, starts[:-1].tolist()))
-        return self._epochs[epoch]
+            self._order_of = epoch, order, starts[:-1].tolist()
+        return self._order_of[1:]
 
-    def _window(self, epoch: int, window: int) -> tuple[Rows, np.ndarray]:
-        """A decoded window and the order of its rows; the two used last are kept."""
-        key = (epoch, window)
-        if key in self._windows:
-            self._windows.move_to_end(key)
-            return self._windows[key]
-        order, _ = self._epoch(epoch)
-        parts = []
-        for index in order[window * WINDOW : (window + 1) * WINDOW]:
-            entry, group, _ = self.groups[index]
-            part = read_rows(self.manifest, entry, self.columns, [group])
-            if self.targets:
-                shard, variant, T = self.target_shards[entry.index], self._mask_of(epoch), self.columns.temperature
-                part |= read_targets(self.targets, shard, part, group, variant, T)
-            parts.append(part)
-        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=len(rows["sequence_id"])).numpy()
-        _keep(self._windows, key, (rows, shuffled))
-        return self._windows[key]
+    def _decode(self, epoch: int, window: int) -> None:
+        """Have the rows of a window, and their order, in place of those of the one before."""
+        if self._decoded == (epoch, window):
+            return
+        self._decoded = None  # until all of it is there
+        groups = self._epoch(epoch)[0][window * WINDOW : (window + 1) * WINDOW]
+        starts = np.cumsum([0, *(self.groups[group][2] for group in groups)]).tolist()
 
+        def place(start: int, group: int) -> None:
+            for name, array in self._read(epoch, group).items():
+                if name not in self._rows:
+                    self._rows[name] = np.empty((WINDOW * ROW_GROUP, *array.shape[1:]), array.dtype)
+                self._rows[name][start : start + len(array)] = array
 
-def _keep(cache: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Remember the two values that were added or used last: a batch touches no more."""
-    while len(cache) > 1:
-        cache.popitem(last=False)
-    cache[key] = value
+        places = zip(starts[:-1], groups, strict=True)
+        if not self._rows:
+            place(*next(places))
+        with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
+            for placed in [pool.submit(place, *each) for each in places]:
+                placed.result()
+        self._shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=starts[-1]).numpy()
+        self._decoded = epoch, window
+
+    def _read(self, epoch: int, group: int) -> Rows:
+        """A row group, joined with its targets.
+
+        Raises:
+            RunError: it cannot be read, or is not what the manifest says: files may change under a run.
+        """
+        entry, block, size = self.groups[group]
+        rows = read_rows(self.manifest, entry, self.columns, [block])
+        first = (entry.index << 32) + block * ROW_GROUP
+        if not np.array_equal(rows["sequence_id"], np.arange(first, first + size, dtype=np.uint64)):
+            raise RunError(
+                f"{self.manifest.shard_uri(entry)} does not hold the rows that its manifest says; "
+                "pipeline/verify.py says what is wrong with it"
+            )
+        if self.targets:
+            variant, T = self._mask_of(epoch), self.columns.temperature
+            rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
+        return rows
 
 
 def evaluation_batches(
@@ -283,6 +304,7 @@ def evaluation_batches(
 ) -> Iterator[dict[str, Any]]:
     """The sequences of the held-out shards in order, as raw batches."""
     for entry in entries:
-        tensors = to_tensors(read_rows(manifest, entry, columns))
-        for start in range(0, entry.rows, batch_size):
-            yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
+        for group in range(math.ceil(entry.rows / ROW_GROUP)):
+            tensors = to_tensors(read_rows(manifest, entry, columns, [group]))
+            for start in range(0, len(tensors["sequence_id"]), batch_size):
+                yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from pipeline import storage
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, read_manifest
+from train import resume
 from train.data import masker_of
 from train.masking import MaskPolicy
 
@@ -190,7 +193,9 @@ def flag(name: str) -> str:
 
 def check(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> None:
     """Refuse flags that contradict each other, the shards or the targets, before anything is built."""
-    check_shards(manifest)
+    contents = not _checked_before(options, args, manifest, targets)
+    for directory in filter(None, (manifest, targets)):
+        check_shards(directory, contents=contents)
     source = options.entropy_source
     check_scored(options, source, manifest)
     if options.mask_unit == "word":
@@ -230,6 +235,23 @@ def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
     if source == "parquet" and not manifest.scored:
         lacking = "surprisals" if options.mask_by == "surprisal" else "entropies"
         raise UsageError(f"{manifest.uri} has no {lacking} (made with --teacher none); {SCORE} for parquet")
+
+
+def _checked_before(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> bool:
+    """Whether every byte of the shards has been checked: when this run began, or by another process of this machine.
+
+    A run goes on from its checkpoint at once that way, whatever the corpus; what a loader reads is checked as well.
+    """
+    if args.local_process_index:
+        return True
+    output = Path(str(args.output_dir))
+    try:
+        flags = storage.read_json(str(output / resume.FLAGS))
+        same = flags["shards"] == manifest.fingerprint_hash
+        same &= flags["targets"] == (targets and targets.fingerprint_hash)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return same and not options.overwrite and resume.last_checkpoint(output) is not None
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:
@@ -278,7 +300,6 @@ def open_targets(options: Options, manifest: Manifest) -> Manifest:
     if source == "self":
         raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
     targets = read_manifest(uri, kind="targets")
-    check_shards(targets)
     if not _is_plan(targets):
         raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it anew")
     assert targets.masks

@@ -17,8 +17,7 @@ from pipeline.checkpoints import load_config, load_masked_lm, load_tokenizer, lo
 from pipeline.cli import UsageError
 from pipeline.entropy import entropy
 from pipeline.manifests import Manifest, special_ids, tokenizer_hash
-from train.distill import distillation
-from train.masking import IGNORED_LABEL
+from train.distill import masked_lm_loss
 
 # Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962): layers, hidden size
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
@@ -164,21 +163,17 @@ class MaskedPositions:
             logits_BKV = _at(logits_BKV, positions_BK)
         output = {"logits": logits_BKV}
         if labels_BK is not None:
+            loss_N = masked_lm_loss(
+                logits_BKV.flatten(0, 1),
+                labels_BK.flatten(),
+                None if teacher_ids_BKT is None else teacher_ids_BKT.flatten(0, 1),
+                None if teacher_logprobs_BKT is None else teacher_logprobs_BKT.flatten(0, 1),
+                distill_weight,
+                distill_temperature,
+                None if temperature_lse_BK is None else temperature_lse_BK.flatten(),
+            )
             # a constant denominator: the mean is the same however a batch is split among steps and ranks
-            count = labels_BK.numel()
-            logits_NV, labels_N = logits_BKV.flatten(0, 1).float(), labels_BK.flatten()
-            loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="sum") / count
-            if distill_weight and teacher_ids_BKT is not None and teacher_logprobs_BKT is not None:
-                kl_N = distillation(
-                    logits_NV,
-                    teacher_ids_BKT.flatten(0, 1),
-                    teacher_logprobs_BKT.flatten(0, 1),
-                    distill_temperature,
-                    None if temperature_lse_BK is None else temperature_lse_BK.flatten(),
-                )
-                kl = (kl_N * (labels_N != IGNORED_LABEL)).sum() / count
-                loss = (1 - distill_weight) * loss + distill_weight * kl
-            output["loss"] = loss
+            output["loss"] = loss_N.sum() / labels_BK.numel()
         return output
 
 
