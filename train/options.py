@@ -19,6 +19,8 @@ from train.masking import MaskPolicy
 LEARNING_RATES = {"tiny": 1e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4}
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
 
+REFRESH_EVERY = 8
+
 # flags of TrainingArguments that have no use here, and the value that they keep
 FIXED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",  # the dataset knows the order
@@ -57,6 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gradient_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, math.inf),
     "self_warmup_steps": (0, math.inf),
+    "self_refresh_every": (1, math.inf),
     "distill_weight": (0, 1),
     "distill_temperature": (sys.float_info.min, sys.float_info.max),
 }
@@ -105,6 +108,18 @@ class Options(MaskOptions):
     )
     self_warmup_steps: int | None = field(
         default=None, metadata={"help": "self: steps masked at random first (default: a tenth of all)"}
+    )
+    self_refresh: Literal["step", "lagged"] | None = field(
+        default=None,
+        metadata={
+            "help": "self: a forward of its own each step (default), or scores kept since a sequence's last visit"
+        },
+    )
+    self_refresh_every: int | None = field(
+        default=None, metadata={"help": f"lagged: a visit scores one in so many positions (default: {REFRESH_EVERY})"}
+    )
+    export_entropies: str | None = field(
+        default=None, metadata={"help": "self: at the end write the student's entropies as a shard directory, here"}
     )
     eval_fraction: float = field(default=0.01, metadata={"help": "share of the shards held out; 0 for no evaluation"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code that a checkpoint brings along"})
@@ -177,8 +192,11 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
         raise UsageError(f"{manifest.uri} has no entropies (made with --teacher none); {again} for parquet")
     if not 0 <= options.eval_fraction < 1:
         raise UsageError(f"--eval-fraction {options.eval_fraction:g} is not at least 0 and below 1")
-    if source != "self" and options.self_warmup_steps is not None:
-        raise UsageError("--self-warmup-steps only applies to --entropy-source self; leave it out")
+    for name in ("self_warmup_steps", "self_refresh", "self_refresh_every", "export_entropies"):
+        if source != "self" and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} only applies to --entropy-source self; leave it out")
+    if options.self_refresh_every is not None and options.self_refresh != "lagged":
+        raise UsageError("--self-refresh-every only applies to --self-refresh lagged; leave it out")
     if args.eval_strategy != "no" and not options.eval_fraction:
         raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0")
     for name, value in FIXED.items():

@@ -14,7 +14,9 @@ command resumes a run that was cut short.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -27,12 +29,13 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pipeline import cli, storage
-from pipeline.cli import RunError
-from pipeline.manifests import Manifest, copy_tokenizer, read_manifest
-from train import resume
+from pipeline.cli import RunError, UsageError
+from pipeline.manifests import Manifest, ShardEntry, copy_tokenizer, read_manifest
+from train import export, resume
 from train.data import split_shards
 from train.masking import MaskPolicy
-from train.options import Options, check, mask_policy, open_targets, parse, planned_policy
+from train.options import REFRESH_EVERY, Options, check, mask_policy, open_targets, parse, planned_policy
+from train.selfmask import ScoreMemory, Visited
 from train.student import build_student, model_identity
 from train.trainer import DECILES, MaskedLMTrainer
 
@@ -49,10 +52,19 @@ def main(argv: list[str] | None = None) -> None:
 
     student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
     output, flags = Path(str(args.output_dir)), deciding_flags(options, args, policy, manifest, targets)
+    uri = options.export_entropies
+    entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
     with args.main_process_first(local=False):
+        if entropies:
+            export.claim(entropies, write=False)
         if not resume.claim(output, flags, options.overwrite):
+            if entropies:
+                export.check_finished(entropies)
             print(f"{output} is finished already; pass --overwrite to train it again")
             return
+        if entropies:
+            export.claim(entropies, afresh=options.overwrite)
+    visited = visited_of(options, policy, manifest, train_shards)
     set_seed(args.seed)
     trainer = MaskedLMTrainer(
         student,
@@ -66,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         distill_temperature=options.distill_temperature or 1.0,
         targets=targets,
         self_warmup_steps=options.self_warmup_steps or 0,
+        visited=visited,
     )
     checkpoint = resume.last_checkpoint(output)
     if checkpoint and trainer.is_world_process_zero():
@@ -76,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         raise RunError(str(error).strip().splitlines()[-1].removeprefix("pipeline.cli.RunError: ")) from None
     seconds = trainer.train_seconds()
     metrics = trainer.evaluate() if held_out else {}
+    if entropies:
+        trainer.export_entropies(entropies, train_shards)
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
         copy_tokenizer(manifest.uri, output)
@@ -84,12 +99,36 @@ def main(argv: list[str] | None = None) -> None:
         print_summary(output, summary)
 
 
+def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries: list[ShardEntry]) -> Visited | None:
+    """What a run with self-masking keeps of its sequences.
+
+    Raises:
+        UsageError: the scores of so many do not fit this machine's memory.
+    """
+    if options.entropy_source != "self":
+        return None
+    length, rows, memory = manifest.sequence_length, sum(entry.rows for entry in entries), None
+    if options.self_refresh == "lagged":
+        needed, there = 2 * rows * length, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise UsageError(
+                f"--self-refresh lagged keeps 2 bytes a token, {needed / 2**30:.1f} GiB of these shards, and there are "
+                f"{there / 2**30:.1f} GiB of memory; use --self-refresh step"
+            )
+        memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
+    return Visited(entries, min(policy.positions(length), length), memory)
+
+
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
-    """Turn epochs into steps, where no number of steps is given, and the self-masking warm-up with them."""
+    """Turn epochs into steps, where no number of steps is given, and fill in what self-masking takes then."""
     if args.max_steps <= 0:
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
-    if options.entropy_source == "self" and options.self_warmup_steps is None:
-        options.self_warmup_steps = args.max_steps // 10
+    if options.entropy_source == "self":
+        options.self_refresh = options.self_refresh or "step"
+        if options.self_warmup_steps is None:
+            options.self_warmup_steps = args.max_steps // 10
+        if options.self_refresh == "lagged":
+            options.self_refresh_every = options.self_refresh_every or REFRESH_EVERY
 
 
 def global_batch(args: TrainingArguments) -> int:
@@ -101,7 +140,8 @@ def deciding_flags(
     options: Options, args: TrainingArguments, policy: MaskPolicy, manifest: Manifest, targets: Manifest | None
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
-    own = {name: value for name, value in asdict(options).items() if name not in ("overwrite", "trust_remote_code")}
+    free = ("overwrite", "trust_remote_code", "export_entropies")
+    own = {name: value for name, value in asdict(options).items() if name not in free}
     masks = {name if name == "corruption" else f"mask_{name}": value for name, value in policy.to_json().items()}
     run = {
         "shards": manifest.fingerprint_hash,

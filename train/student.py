@@ -14,14 +14,14 @@ from transformers import AutoModelForMaskedLM, BertConfig, PretrainedConfig, Pre
 from pipeline import storage
 from pipeline.checkpoints import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length, weights_hash
 from pipeline.cli import UsageError
-from pipeline.entropy import entropy
+from pipeline.entropy import entropy_and_surprisal
 from pipeline.manifests import Manifest, special_ids, tokenizer_hash
 from train.distill import distillation
 from train.masking import IGNORED_LABEL
 
 # Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962): layers, hidden size
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
-LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # of the no-gradient entropies
+LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # of scores, which take no gradient
 
 
 def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> Any:
@@ -112,10 +112,13 @@ class MaskedPositions:
     """Mixed into a masked LM: with ``positions_BK`` the head runs only there, and the forward returns the loss.
 
     The encoder's output is narrowed by a hook, so that the model's own head does the rest: this holds for any
-    architecture whose forward is encoder, head. Without ``positions_BK`` the forward is the model's own.
+    architecture whose forward is encoder, head. Without ``positions_BK`` the forward is the model's own. Another hook
+    takes what goes into the vocabulary projection at ``scored_BR`` out of the way of gradients.
     """
 
-    _positions_BK: Tensor | None = None
+    _positions_BP: Tensor | None = None  # those that the head gets to see: K masked, then R scored
+    _masked = 0  # K
+    _features_BRH: Tensor | None = None
 
     def forward(
         self,
@@ -126,6 +129,7 @@ class MaskedPositions:
         teacher_ids_BKT: Tensor | None = None,
         teacher_logprobs_BKT: Tensor | None = None,
         temperature_lse_BK: Tensor | None = None,
+        scored_BR: Tensor | None = None,
         distill_weight: float = 0.0,
         distill_temperature: float = 1.0,
         **others: Any,
@@ -138,21 +142,27 @@ class MaskedPositions:
             labels_BK: hidden tokens, -100 where ignored.
             teacher_ids_BKT, teacher_logprobs_BKT: the teacher's top T at those positions; needed if ``distill_weight``.
             temperature_lse_BK: lse_T of the teacher there (``train.distill``); needed if T is not 1.
+            scored_BR: positions that are not masked, whose scores are wanted; at negative ones they mean nothing.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
 
         Returns:
-            ``{"loss": scalar, "logits": logits_BKV}``.
+            ``{"loss": scalar, "logits": logits_BKV}``, and for ``scored_BR`` ``"entropy"`` and ``"surprisal"`` [B, R],
+            float32, in nats, without gradient.
         """
         own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
         if positions_BK is None:
             return own_forward(input_ids=input_ids, attention_mask=attention_mask, **others)
-        self._positions_BK = positions_BK.clamp_min(0)
+        positions_BP = positions_BK if scored_BR is None else torch.cat([positions_BK, scored_BR], dim=1)
+        self._positions_BP, self._masked = positions_BP.clamp_min(0), positions_BK.shape[1]
         try:
             logits_BKV = own_forward(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
-            self._positions_BK = None
+            features_BRH, self._positions_BP, self._features_BRH = self._features_BRH, None, None
         output = {"logits": logits_BKV}
+        if scored_BR is not None and input_ids is not None and features_BRH is not None:
+            tokens_BR = input_ids.gather(1, scored_BR.clamp_min(0))
+            output["entropy"], output["surprisal"] = _scores(self, features_BRH, tokens_BR)
         if labels_BK is not None:
             # a constant denominator: the mean is the same however a batch is split among steps and ranks
             count = labels_BK.numel()
@@ -176,26 +186,44 @@ def with_masked_positions(model: Any) -> Any:
     """Give a masked LM the forward of ``MaskedPositions``. It keeps its class name, so it is saved as what it was."""
 
     def narrow(module: Any, args: Any, output: Any) -> Any:
-        if model._positions_BK is not None:
+        if model._positions_BP is not None:
             rows_B1 = torch.arange(len(output.last_hidden_state), device=output.last_hidden_state.device)[:, None]
-            output.last_hidden_state = output.last_hidden_state[rows_B1, model._positions_BK]
+            output.last_hidden_state = output.last_hidden_state[rows_B1, model._positions_BP]
         return output
 
+    def part(module: Any, args: Any) -> Any:
+        K = model._masked
+        if model._positions_BP is not None and model._positions_BP.shape[1] > K:
+            model._features_BRH = args[0][:, K:].detach()
+            return args[0][:, :K]
+        return None
+
     model.base_model.register_forward_hook(narrow)
+    model.get_output_embeddings().register_forward_pre_hook(part)
     model.__class__ = type(type(model).__name__, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
     return model
 
 
 @torch.no_grad()
-def student_entropy(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> Tensor:
-    """The model's predictive entropy [B, L] in nats on the batch as it is, nothing hidden; a few rows at a time."""
+def _scores(model: Any, features_BRH: Tensor, tokens_BR: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and surprisal [B, R] from what goes into the vocabulary projection; never are all logits alive."""
+    decoder, V = model.get_output_embeddings(), model.config.vocab_size
+    rows = max(1, LOGITS_PER_CHUNK["cuda" if features_BRH.is_cuda else "cpu"] // V)
+    parts_NH, parts_N = features_BRH.flatten(0, 1).split(rows), tokens_BR.flatten().split(rows)
+    found = [entropy_and_surprisal(decoder(part_NH), part_N) for part_NH, part_N in zip(parts_NH, parts_N, strict=True)]
+    entropy_N, surprisal_N = (torch.cat(column) for column in zip(*found, strict=True))
+    return entropy_N.view_as(tokens_BR), surprisal_N.view_as(tokens_BR)
+
+
+@torch.no_grad()
+def student_scores(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Tensor]:
+    """The model's predictive ``entropy`` and its ``surprisal`` at the actual tokens [B, L], float32, in nats.
+
+    On the batch as it is, nothing hidden, and without dropout.
+    """
     was_training = model.training
     model.eval()
-    per_row = input_ids_BL.shape[1] * model.config.vocab_size
-    rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // per_row)
-    chunks = []
-    for start in range(0, len(input_ids_BL), rows):
-        attention = None if attention_BL is None else attention_BL[start : start + rows]
-        chunks.append(entropy(model(input_ids=input_ids_BL[start : start + rows], attention_mask=attention).logits))
+    all_BL = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device).expand_as(input_ids_BL)
+    found = model(input_ids_BL, attention_BL, positions_BK=all_BL[:, :0], scored_BR=all_BL)
     model.train(was_training)
-    return torch.cat(chunks)
+    return {name: found[name] for name in ("entropy", "surprisal")}
