@@ -172,7 +172,7 @@ def sequence_faults(manifest: Manifest, table: pa.Table) -> Checked:
     for name in shards.SCORE_COLUMNS:
         missing_NL = np.isnan(columns[name])
         if manifest.context == "self":  # the student has not scored every position
-            missing_NL |= scored_NL
+            missing_NL &= ~scored_NL
         faults += _where(missing_NL == scored_NL, sequence_id_N, f"has {name} at a special token, or none elsewhere")
     entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
     most = np.log(manifest.vocab_size)

@@ -197,6 +197,8 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
             raise UsageError(f"{flag(name)} only applies to --entropy-source self; leave it out")
     if options.self_refresh_every is not None and options.self_refresh != "lagged":
         raise UsageError("--self-refresh-every only applies to --self-refresh lagged; leave it out")
+    if options.self_refresh == "lagged" and options.mask_band:
+        raise UsageError("--mask-band needs scores of every position, which --self-refresh step has; use that")
     if args.eval_strategy != "no" and not options.eval_fraction:
         raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0")
     for name, value in FIXED.items():

@@ -6,13 +6,13 @@ sequence comes again. A score is kept as three terms, nats all of them::
 
     score(sequence, position) ≈ level + mean of its token type + share · what was left when it was scored
 
-The level is the mean of a step's scores, the types' means are relative to it, and ``share`` is how much of a rest is found
-again, by least squares over the positions that have been scored twice. So scores age well while the student learns,
+The level is the mean of a step's scores, the types' means are relative to it, and ``share`` is how much of a rest is
+found again, by least squares over the positions scored twice. So scores age well while the student learns,
 and a sequence that was never seen is ranked by its tokens' types.
 
-Only what is visible is scored, so a token that is always masked would stay what it was once taken for. So what is
-masked is forgotten by degrees: the rest of a position is halved, and a type counts as unseen, neither hard nor easy,
-once it has been masked much more often than scored; then it is let out, and scored.
+Only what is visible can be scored, so a token that is always masked would stay what it was once taken for. Therefore
+a position whose turn it is to be scored is not masked in that visit: every type is measured all the time, and every
+position once in so many visits.
 
 All of it is on the host, in step with the visits in a canonical order: the same for any split of a batch.
 """
@@ -29,36 +29,25 @@ from pipeline.manifests import ShardEntry
 from train.masking import IGNORED, hashes
 
 SHARE_RATE = 0.05  # of the moving sums behind the share, a step
-MOST_COUNTED = 256.0  # a type's mean is a running one over so many scores at most
-LEAST_COUNTED = 4.0  # below it a type counts as unseen
-FADING = 0.5  # what a masked position keeps of its rest
+MOST_COUNTED = 8.0  # a type's mean is a running one over so many scores at most
 TURN_SEED = 0
 
 
-def positions_scored(length: int, masked: int, every: int) -> int:
-    """R: one in ``every`` of the positions of a sequence that are neither masked nor its ends."""
-    return max(1, -(-(length - 2 - masked) // every))
+def turns(sequence_id_B: Tensor, visit_B: Tensor, length: int, every: int) -> Tensor:
+    """Whose turn it is to be scored: positions_BR, R = ⌈L / every⌉, ``IGNORED`` past a sequence's end.
 
-
-def turns(candidates_BL: Tensor, sequence_id_B: Tensor, visit_B: Tensor, R: int, every: int) -> Tensor:
-    """Whose turn it is to be scored: positions_BR, ``IGNORED`` where a row has fewer candidates.
-
-    Position p's turn comes at the visits v with (p + hash(sequence) - v) mod ``every`` = 0; where too many of those are
-    masked, the next in turn fill up.
+    Position p's turn comes at the visits v with p = v - hash(sequence) mod ``every``.
     """
-    L = candidates_BL.shape[1]
-    position_L = torch.arange(L, device=candidates_BL.device)
-    start_B = hashes(TURN_SEED, of_N=sequence_id_B) % every - visit_B
-    order_BL = (position_L + start_B[:, None]) % every * L + position_L
-    key_BR = order_BL.masked_fill(~candidates_BL, every * L).sort(dim=1).values[:, :R]
-    return torch.where(key_BR < every * L, key_BR % L, IGNORED)
+    first_B = (visit_B - hashes(TURN_SEED, of_N=sequence_id_B)) % every
+    position_BR = first_B[:, None] + every * torch.arange(-(-length // every), device=visit_B.device)
+    return torch.where(position_BR < length, position_BR, IGNORED)
 
 
 class ScoreMemory:
     """The scores of a run's sequences as they were last seen; 2 bytes a token.
 
     Args:
-        every: a position that is not masked is scored at one in so many visits.
+        every: a position is scored at one in so many visits.
     """
 
     def __init__(self, rows: int, length: int, vocab_size: int, every: int) -> None:
@@ -71,44 +60,33 @@ class ScoreMemory:
 
     def estimate(self, row_B: Tensor, ids_BL: Tensor) -> Tensor:
         """Scores [B, L] float32 of some sequences, by what is kept of them."""
-        type_BL = torch.where(self.count_V >= LEAST_COUNTED, self.mean_V, 0.0)[ids_BL]
         rest_BL = self.rest_NL[row_B].double().nan_to_num(nan=0.0)
-        return (self.level.nan_to_num(nan=0.0) + type_BL + self.share() * rest_BL).float()
+        return (self.level.nan_to_num(nan=0.0) + self.mean_V[ids_BL] + self.share() * rest_BL).float()
 
     def share(self) -> Tensor:
         """How much of a rest is found again; 1 until it is known."""
         both, before = self.products
         return (both / before).clamp(0, 1) if before > 0 else torch.ones((), dtype=torch.float64)
 
-    def update(self, row_B: Tensor, ids_BL: Tensor, positions_BK: Tensor, scored_BR: Tensor, score_BR: Tensor) -> None:
-        """Take in what one step saw of sequences that are all different.
-
-        Args:
-            positions_BK: what was masked, ``scored_BR`` what was scored; ``IGNORED`` where it was neither.
-        """
+    def update(self, row_B: Tensor, ids_BL: Tensor, scored_BR: Tensor, score_BR: Tensor) -> None:
+        """Take in the scores of one step, of sequences that are all different, at positions or ``IGNORED``."""
         V = len(self.mean_V)
         scored = scored_BR != IGNORED
         row_M, position_M = row_B[:, None].expand_as(scored_BR)[scored], scored_BR[scored]
         token_M, score_M = ids_BL.gather(1, scored_BR.clamp_min(0))[scored], score_BR[scored].double()
-        if len(score_M):
-            self.level = score_M.mean()
-            relative_M = score_M - self.level
-            count_V = torch.bincount(token_M, minlength=V).double()
-            sum_V = torch.bincount(token_M, weights=relative_M, minlength=V)
-            self.mean_V += (sum_V - count_V * self.mean_V) / (self.count_V + count_V).clamp_min(1)
-            self.count_V = (self.count_V + count_V).clamp_max(MOST_COUNTED)
-            rest_M, before_M = relative_M - self.mean_V[token_M], self.rest_NL[row_M, position_M].double()
-            again_M = ~before_M.isnan()
-            products = torch.stack([(before_M * rest_M)[again_M].sum(), before_M[again_M].square().sum()])
-            self.products = (1 - SHARE_RATE) * self.products + products
-            self.rest_NL[row_M, position_M] = rest_M.half()
-
-        masked = positions_BK != IGNORED
-        row_M, position_M = row_B[:, None].expand_as(positions_BK)[masked], positions_BK[masked]
-        self.rest_NL[row_M, position_M] *= FADING
-        masked_V = torch.bincount(ids_BL.gather(1, positions_BK.clamp_min(0))[masked], minlength=V)
-        # as much as a score would have added, had it been visible
-        self.count_V = (self.count_V - masked_V / self.every).clamp_min(0)
+        if not len(score_M):
+            return
+        self.level = score_M.mean()
+        relative_M = score_M - self.level
+        count_V = torch.bincount(token_M, minlength=V).double()
+        sum_V = torch.bincount(token_M, weights=relative_M, minlength=V)
+        self.mean_V += (sum_V - count_V * self.mean_V) / (self.count_V + count_V).clamp_min(1)
+        self.count_V = (self.count_V + count_V).clamp_max(MOST_COUNTED)
+        rest_M, before_M = relative_M - self.mean_V[token_M], self.rest_NL[row_M, position_M].double()
+        again_M = ~before_M.isnan()
+        products = torch.stack([(before_M * rest_M)[again_M].sum(), before_M[again_M].square().sum()])
+        self.products = (1 - SHARE_RATE) * self.products + products
+        self.rest_NL[row_M, position_M] = rest_M.half()
 
     def kept(self, row_B: Tensor, ids_BL: Tensor) -> Tensor:
         """As ``estimate``, NaN where a position was never scored."""
@@ -177,7 +155,7 @@ class Visited:
                 part = {name: tensor[visit["epoch"] == epoch] for name, tensor in visit.items()}
                 self.last_NK[part["row"]] = part["positions_BK"].short()
                 if self.memory:
-                    names = ("row", "input_ids", "positions_BK", "scored_BR", "score_BR")
+                    names = ("row", "input_ids", "scored_BR", "score_BR")
                     self.memory.update(*(part[name] for name in names))
 
     def state(self) -> dict[str, Tensor]:

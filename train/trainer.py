@@ -29,14 +29,15 @@ from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
 from train import export
 from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
-from train.masking import IGNORED_LABEL, Masker, MaskPolicy
-from train.selfmask import Visited, positions_scored, turns
+from train.masking import IGNORED, IGNORED_LABEL, Masker, MaskPolicy
+from train.selfmask import Visited, turns
 from train.student import student_scores
 from train.watch import Watch, entropy_sums, mask_overlap, rank_correlation
 
 # evaluation masks at random, the same positions for every regime, seed and mask ratio
 EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
 DECILES = 10
+LAST = -1e4  # nats: a score that is ranked behind all others
 SELF_SCORES = "self_scores.pt"  # of a checkpoint: what a run with self-masking keeps of its sequences
 
 
@@ -136,15 +137,17 @@ class MaskedLMTrainer(Trainer):
             student = self.accelerator.unwrap_model(self.model)
             score_BL = student_scores(student, ids_BL, None if attended_BL.all() else attended_BL.long())["entropy"]
         policy = replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)) if warming else self.policy
-        masked: dict[str, Any] = self.masker(batch if score_BL is None else batch | {"entropy": score_BL}, policy)
+        candidates_BL, ranked_BL = ~self.masker.special_V.to(ids_BL.device)[ids_BL], score_BL
+        if memory and score_BL is not None:
+            turn_BR = turns(batch["sequence_id"], batch["epoch"], ids_BL.shape[1], memory.every)
+            turn_BL = torch.zeros_like(candidates_BL).scatter(1, turn_BR.clamp_min(0), True)
+            ranked_BL = score_BL.masked_fill(turn_BL, LAST)
+        masked: dict[str, Any] = self.masker(batch if ranked_BL is None else batch | {"entropy": ranked_BL}, policy)
 
-        positions_BK, candidates_BL = masked["positions_BK"], ~self.masker.special_V.to(ids_BL.device)[ids_BL]
+        positions_BK = masked["positions_BK"]
         if memory:
-            hidden_BL = torch.zeros_like(candidates_BL).scatter(1, positions_BK.clamp_min(0), True)
-            R = positions_scored(ids_BL.shape[1], positions_BK.shape[1], memory.every)
-            masked["scored_BR"] = turns(
-                candidates_BL & ~hidden_BL, batch["sequence_id"], batch["epoch"], R, memory.every
-            )
+            visible_BL = candidates_BL.scatter(1, positions_BK.clamp_min(0), False)
+            masked["scored_BR"] = turn_BR.where(visible_BL.gather(1, turn_BR.clamp_min(0)), IGNORED)
         before_BK = self.visited.last_NK[row_B].long().to(ids_BL.device, non_blocking=True)
         self.watch.add("mask_overlap", *mask_overlap(positions_BK, before_BK))
         if score_BL is not None and not (memory and memory.level.isnan()):
