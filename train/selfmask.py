@@ -29,7 +29,7 @@ from pipeline.manifests import ShardEntry
 from train.masking import IGNORED, hashes
 
 SHARE_RATE = 0.05  # of the moving sums behind the share, a step
-MOST_COUNTED = 8.0  # a type's mean is a running one over so many scores at most
+MOST_COUNTED = 2.0  # a type's mean is a running one over so many scores at most
 TURN_SEED = 0
 
 
