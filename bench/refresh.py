@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     add("--looks", type=cli.positive, default=4, help="checkpoints looked at in a run (default: 4)")
     add("--sample", type=cli.positive, default=256, help="sequences looked at (default: 256)")
     add("--every", type=cli.positive, default=REFRESH_EVERY, help="--self-refresh-every of lagged")
-    add("--mask-temperature", default="0", help="of step and lagged (default: 0)")
+    add("--mask-temperature", default="1", help="of step and lagged (default: 1; from random weights 0 teaches little)")
     add("--threads", type=cli.positive, default=1)
     return parser.parse_args()
 

@@ -163,8 +163,9 @@ def test_two_epochs_use_what_was_kept_and_leave_a_map(
     maps = [pl.read_parquet(directory / "part-*.parquet") for directory in (scored, tmp_path / "map")]
     assert maps[0]["sequence_id"].equals(maps[1]["sequence_id"]) and maps[0]["input_ids"].equals(maps[1]["input_ids"])
     assert read_manifest(str(tmp_path / "map")).context == "self"
-    per_row = maps[1].select(pl.col("entropy").list.eval(pl.element().is_not_nan()).list.sum())["entropy"].to_numpy()
-    assert ((per_row == 0) | (per_row > 0.6 * per_row.max())).all(), "all that was trained on, each position in turn"
+    count = pl.col("entropy").list.eval(pl.element().is_not_nan()).list.sum()
+    candidates, kept = (each.select(count)["entropy"].to_numpy() for each in maps)
+    assert ((kept == 0) | (kept > 0.6 * candidates)).all() and (kept == candidates).mean() > 0.3
     again = train_here(tmp_path / "map", tmp_path / "parquet", "--entropy-source", "parquet", "--max-steps", 2)
     assert again["shards"]["context"] == "self"
     capsys.readouterr()
