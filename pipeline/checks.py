@@ -171,6 +171,8 @@ def sequence_faults(manifest: Manifest, table: pa.Table) -> Checked:
     scored_NL = ~np.isin(ids_NL, manifest.special_token_ids)
     for name in shards.SCORE_COLUMNS:
         missing_NL = np.isnan(columns[name])
+        if manifest.context == "self":  # the student has not scored every position
+            missing_NL &= ~scored_NL
         faults += _where(missing_NL == scored_NL, sequence_id_N, f"has {name} at a special token, or none elsewhere")
     entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
     most = np.log(manifest.vocab_size)
@@ -185,7 +187,7 @@ def sequence_faults(manifest: Manifest, table: pa.Table) -> Checked:
         faults += top_k_faults(manifest, sequence_id_N, scored_NL, topk_ids_NLK, logprobs_NLK, lse)
     entropy_M = columns["entropy"][scored_NL & ~np.isnan(columns["entropy"])]
     sums |= {
-        "scored_tokens": int(scored_NL.sum()),
+        "scored_tokens": len(entropy_M),
         "entropy_sum": float(entropy_M.sum(dtype=np.float64)),
         "rounding": float(np.spacing(np.abs(entropy_M)).sum(dtype=np.float64)) / 2,  # if all were rounded the same way
     }

@@ -36,6 +36,13 @@ def entropy(logits_NV: Tensor) -> Tensor:
     return _entropy_and_lse(_at_least_float32(logits_NV))[0]
 
 
+def entropy_and_surprisal(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """H_N and the surprisal_N of the tokens ``targets_N`` (int64), in nats; float32 (float64 for float64 logits)."""
+    z_NV = _at_least_float32(logits_NV)
+    entropy_N, lse_N1 = _entropy_and_lse(z_NV)
+    return entropy_N, (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
+
+
 def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequence[float] = ()) -> Reduced:
     """Reduce logits to what a shard stores.
 

@@ -141,10 +141,13 @@ def test_a_failed_forward_leaves_no_positions_behind() -> None:
     assert sparse(input_ids=batch["input_ids"]).logits.shape == (ROWS, LENGTH, VOCAB)
 
 
-@pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
-def test_student_scores_are_those_of_the_plain_forward(monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int) -> None:
-    monkeypatch.setattr("train.student.LOGITS_PER_CHUNK", {"cpu": rows_at_a_time * LENGTH * VOCAB})
-    plain = model_of("bert")
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS, "mixing"])
+@pytest.mark.parametrize("positions_at_a_time", [1, 7, 10_000])
+def test_student_scores_are_those_of_the_plain_forward(
+    monkeypatch: pytest.MonkeyPatch, name: str, positions_at_a_time: int
+) -> None:
+    monkeypatch.setattr("train.student.LOGITS_PER_CHUNK", {"cpu": positions_at_a_time * VOCAB})
+    plain = model_of(name)
     student = with_masked_positions(copy.deepcopy(plain)).train()
     ids_BL = torch.from_numpy(sequences(ROWS).astype("int64"))
     attention_BL = (ids_BL != PAD).long()
@@ -155,6 +158,24 @@ def test_student_scores_are_those_of_the_plain_forward(monkeypatch: pytest.Monke
     torch.testing.assert_close(found["entropy"][real].double(), entropy(logits)[real], atol=1e-4, rtol=0)
     torch.testing.assert_close(found["surprisal"][real].double(), surprisal_BL[real], atol=1e-4, rtol=0)
     assert student.training and not found["entropy"].requires_grad
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS, "mixing"])
+def test_scoring_beside_training_changes_neither_loss_nor_gradients(name: str) -> None:
+    alone = with_masked_positions(model_of(name))
+    beside = with_masked_positions(model_of(name))
+    batch = masked_batch()
+    scored_BR = torch.tensor([3, 5, 9]).expand(ROWS, 3)
+    expected, found = alone(**batch), beside(**batch, scored_BR=scored_BR)
+    assert torch.equal(found["logits"], expected["logits"])
+    full = student_scores(with_masked_positions(model_of(name)), batch["input_ids"], batch["attention_mask"])
+    for score in ("entropy", "surprisal"):
+        torch.testing.assert_close(found[score], full[score].gather(1, scored_BR), atol=1e-5, rtol=1e-5)
+    expected["loss"].backward()
+    found["loss"].backward()
+    for (label, ours), theirs in zip(beside.named_parameters(), alone.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5, msg=label)
 
 
 def test_a_head_that_needs_whole_sequences_is_told(capsys: pytest.CaptureFixture) -> None:

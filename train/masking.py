@@ -226,6 +226,10 @@ class Masker:
         moved.continues_V = None if self.continues_V is None else self.continues_V.to(device)
         return moved
 
+    def candidates(self, input_ids_BL: Tensor) -> Tensor:
+        """[B, L] bool: what may be masked."""
+        return ~self.special_V[input_ids_BL]
+
     def attention_mask(self, batch: dict[str, Any]) -> Tensor | None:
         """[B, L] int64, 0 at padding; None where a batch has none.
 
@@ -251,7 +255,7 @@ class Masker:
             teacher_ids_BKT, teacher_logprobs_BKT and temperature_lse_BK.
         """
         ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
-        candidates_BL = ~self.special_V[ids_BL]
+        candidates_BL = self.candidates(ids_BL)
         score_BL = candidates_BL if policy.uniform else batch[policy.by]
         continues_BL = None if self.continues_V is None else self.continues_V[ids_BL]
         positions_BK = select_positions(score_BL, candidates_BL, *key, policy, continues_BL)

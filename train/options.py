@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from pipeline import storage
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, read_manifest
@@ -24,6 +23,7 @@ LEARNING_RATES = {"tiny": 1e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "ba
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
+REFRESH_EVERY = 8
 
 # flags of TrainingArguments that have no use here, and the value that they keep
 FIXED: dict[str, Any] = {
@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "dataloader_num_workers": (0, math.inf),
     "num_workers": (0, math.inf),
     "self_warmup_steps": (0, math.inf),
+    "self_refresh_every": (1, math.inf),
     "distill_weight": (0, 1),
     "distill_temperature": (sys.float_info.min, sys.float_info.max),
 }
@@ -121,6 +122,18 @@ class Options(MaskOptions):
     )
     self_warmup_steps: int | None = field(
         default=None, metadata={"help": "self: steps masked at random first (default: a tenth of all)"}
+    )
+    self_refresh: Literal["step", "lagged"] | None = field(
+        default=None,
+        metadata={
+            "help": "self: a forward of its own each step (default), or scores kept since a sequence's last visit"
+        },
+    )
+    self_refresh_every: int | None = field(
+        default=None, metadata={"help": f"lagged: a visit scores one in so many positions (default: {REFRESH_EVERY})"}
+    )
+    export_entropies: str | None = field(
+        default=None, metadata={"help": "self: at the end write the student's entropies as a shard directory, here"}
     )
     eval_fraction: float = field(default=0.01, metadata={"help": "share of the shards held out; 0 for no evaluation"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code that a checkpoint brings along"})
@@ -193,17 +206,25 @@ def flag(name: str) -> str:
 
 def check(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> None:
     """Refuse flags that contradict each other, the shards or the targets, before anything is built."""
-    contents = not _checked_before(options, args, manifest, targets)
+    # every byte is checked when a run begins, by one process a machine; so it goes on at once, whatever the corpus
+    begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
     for directory in filter(None, (manifest, targets)):
-        check_shards(directory, contents=contents)
+        check_shards(directory, contents=not (begun or args.local_process_index))
     source = options.entropy_source
     check_scored(options, source, manifest)
     if options.mask_unit == "word":
         masker_of(manifest, "word")
     if not 0 <= options.eval_fraction < 1:
         raise UsageError(f"--eval-fraction {options.eval_fraction:g} is not at least 0 and below 1")
-    if source != "self" and options.self_warmup_steps is not None:
-        raise UsageError("--self-warmup-steps only applies to --entropy-source self; leave it out")
+    for name in ("self_warmup_steps", "self_refresh", "self_refresh_every", "export_entropies"):
+        if source != "self" and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} only applies to --entropy-source self; leave it out")
+    if options.self_refresh_every is not None and options.self_refresh != "lagged":
+        raise UsageError("--self-refresh-every only applies to --self-refresh lagged; leave it out")
+    if options.self_refresh == "lagged" and options.mask_band:
+        raise UsageError("--mask-band needs scores of every position, which --self-refresh step has; use that")
+    if options.export_entropies and options.self_refresh == "lagged" and options.mask_by == "surprisal":
+        raise UsageError("--export-entropies has none of a run that keeps surprisals; use --self-refresh step")
     if args.n_gpu > 1 and options.num_workers < 2:
         raise UsageError(
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
@@ -235,23 +256,6 @@ def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
     if source == "parquet" and not manifest.scored:
         lacking = "surprisals" if options.mask_by == "surprisal" else "entropies"
         raise UsageError(f"{manifest.uri} has no {lacking} (made with --teacher none); {SCORE} for parquet")
-
-
-def _checked_before(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> bool:
-    """Whether every byte of the shards has been checked: when this run began, or by another process of this machine.
-
-    A run goes on from its checkpoint at once that way, whatever the corpus; what a loader reads is checked as well.
-    """
-    if args.local_process_index:
-        return True
-    output = Path(str(args.output_dir))
-    try:
-        flags = storage.read_json(str(output / resume.FLAGS))
-        same = flags["shards"] == manifest.fingerprint_hash
-        same &= flags["targets"] == (targets and targets.fingerprint_hash)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
-    return same and not options.overwrite and resume.last_checkpoint(output) is not None
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
+from pipeline.manifests import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
 UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted
@@ -71,6 +72,17 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
         return False
     storage.write_json(str(directory / FLAGS), flags)
     return True
+
+
+def has_begun(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
+    """Whether there is a checkpoint of a run on these shards and targets, which were checked when it began."""
+    try:
+        flags = storage.read_json(str(directory / FLAGS))
+        same = flags["shards"] == shards.fingerprint_hash
+        same &= flags["targets"] == (targets and targets.fingerprint_hash)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return same and last_checkpoint(directory) is not None
 
 
 def drop(directory: Path) -> None:

@@ -16,6 +16,7 @@ command resumes a run that was cut short.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -30,12 +31,14 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pipeline import cli, storage
-from pipeline.manifests import Manifest, copy_tokenizer, read_manifest
-from train import cluster, resume
+from pipeline.cli import UsageError
+from pipeline.manifests import Manifest, ShardEntry, copy_tokenizer, read_manifest
+from train import cluster, export, resume
 from train.data import split_shards
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.masking import MaskPolicy
-from train.options import Options, check, mask_policy, open_targets, parse, planned_policy
+from train.options import REFRESH_EVERY, Options, check, mask_policy, open_targets, parse, planned_policy
+from train.selfmask import ScoreMemory, Visited
 from train.student import build_student, model_identity
 from train.trainer import DECILES, MaskedLMTrainer
 
@@ -57,9 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flags = deciding_flags(options, args, policy, manifest, targets)
+        uri = options.export_entropies
+        entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
+        visited = visited_of(options, policy, manifest, train_shards)
     # where torchrun starts its processes anew, what they had trained is not to be overwritten
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if not on_first(rank, lambda: resume.claim(output, flags, overwrite)):
+    if not on_first(rank, lambda: claim(output, flags, overwrite, entropies)):
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train it again")
         return
@@ -79,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         distill_temperature=options.distill_temperature or 1.0,
         targets=targets,
         self_warmup_steps=options.self_warmup_steps or 0,
+        visited=visited,
     )
     if checkpoint and rank == 0:
         print(f"resuming from {checkpoint}", file=sys.stderr)
@@ -89,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds = trainer.train_seconds()
     metrics = trainer.evaluate() if held_out else {}
     check_finite(student, trainer.state.global_step, output)
+    if entropies:
+        trainer.export_entropies(entropies, train_shards)
     if rank == 0:
         with writing(f"the model to {output}", output):
             trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
@@ -107,12 +116,49 @@ def stop(trainer: MaskedLMTrainer) -> None:
     raise cli.Terminated
 
 
+def claim(output: Path, flags: dict[str, Any], overwrite: bool, entropies: Manifest | None) -> bool:
+    """Bind the directories of a run to it; False if it is finished. Errors as ``resume.claim``, ``export.claim``."""
+    if entropies:
+        export.claim(entropies, write=False)
+    if not resume.claim(output, flags, overwrite):
+        if entropies:
+            export.check_finished(entropies)
+        return False
+    if entropies:
+        export.claim(entropies, afresh=overwrite)
+    return True
+
+
+def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries: list[ShardEntry]) -> Visited | None:
+    """What a run with self-masking keeps of its sequences.
+
+    Raises:
+        UsageError: the scores of so many do not fit this machine's memory.
+    """
+    if options.entropy_source != "self":
+        return None
+    length, rows, memory = manifest.sequence_length, sum(entry.rows for entry in entries), None
+    if options.self_refresh == "lagged":
+        needed, there = 2 * rows * length, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise UsageError(
+                f"--self-refresh lagged keeps 2 bytes a token, {needed / 2**30:.1f} GiB of these shards, and there are "
+                f"{there / 2**30:.1f} GiB of memory; use --self-refresh step"
+            )
+        memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
+    return Visited(entries, min(policy.positions(length), length), memory)
+
+
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
-    """Turn epochs into steps, where no number of steps is given, and the self-masking warm-up with them."""
+    """Turn epochs into steps, where no number of steps is given, and fill in what self-masking takes then."""
     if args.max_steps <= 0:
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
-    if options.entropy_source == "self" and options.self_warmup_steps is None:
-        options.self_warmup_steps = args.max_steps // 10
+    if options.entropy_source == "self":
+        options.self_refresh = options.self_refresh or "step"
+        if options.self_warmup_steps is None:
+            options.self_warmup_steps = args.max_steps // 10
+        if options.self_refresh == "lagged":
+            options.self_refresh_every = options.self_refresh_every or REFRESH_EVERY
 
 
 def global_batch(args: TrainingArguments) -> int:
@@ -124,11 +170,8 @@ def deciding_flags(
     options: Options, args: TrainingArguments, policy: MaskPolicy, manifest: Manifest, targets: Manifest | None
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
-    own = {
-        name: value
-        for name, value in asdict(options).items()
-        if name not in ("overwrite", "trust_remote_code", "num_workers")
-    }
+    free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers")
+    own = {name: value for name, value in asdict(options).items() if name not in free}
     masks = {name if name == "corruption" else f"mask_{name}": value for name, value in policy.to_json().items()}
     run = {
         "shards": manifest.fingerprint_hash,

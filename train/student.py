@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
 from pipeline import storage
 from pipeline.checkpoints import load_config, load_masked_lm, load_tokenizer, local_checkpoint, max_length, weights_hash
 from pipeline.cli import UsageError
-from pipeline.entropy import entropy
+from pipeline.entropy import entropy_and_surprisal
 from pipeline.manifests import Manifest, special_ids, tokenizer_hash
 from train.distill import masked_lm_loss
 
@@ -24,7 +23,7 @@ PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 
 PROBE = 16  # tokens of a row on which a new student's head is tried out
 # what a forward raises that was not made for such input
 UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}  # of the no-gradient entropies
+LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # of scores, which take no gradient
 
 
 def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> Any:
@@ -117,11 +116,15 @@ class MaskedPositions:
 
     The encoder's output is narrowed by a hook, so that the model's own head does the rest: this holds for any
     architecture whose forward is encoder, head. For others the head runs everywhere, and its logits are narrowed.
-    Without ``positions_BK`` the forward is the model's own.
+    Without ``positions_BK`` the forward is the model's own. Another hook takes what goes into the vocabulary projection
+    at ``scored_BR`` out of the way of gradients; where there is no such module, their logits are narrowed as well.
     """
 
-    sparse_head = True
-    _positions_BK: Tensor | None = None
+    sparse_head = True  # the head can run at some positions alone
+    parted_head = True  # its projection is a module of its own
+    _positions_BP: Tensor | None = None  # those that the head gets to see: K masked, then R scored
+    _masked = 0  # K
+    _features_BRH: Tensor | None = None
 
     def forward(
         self,
@@ -132,6 +135,7 @@ class MaskedPositions:
         teacher_ids_BKT: Tensor | None = None,
         teacher_logprobs_BKT: Tensor | None = None,
         temperature_lse_BK: Tensor | None = None,
+        scored_BR: Tensor | None = None,
         distill_weight: float = 0.0,
         distill_temperature: float = 1.0,
         **others: Any,
@@ -144,24 +148,35 @@ class MaskedPositions:
             labels_BK: hidden tokens, -100 where ignored.
             teacher_ids_BKT, teacher_logprobs_BKT: the teacher's top T at those positions; needed if ``distill_weight``.
             temperature_lse_BK: lse_T of the teacher there (``train.distill``); needed if T is not 1.
+            scored_BR: positions that are not masked, whose scores are wanted; at negative ones they mean nothing.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
 
         Returns:
-            ``{"loss": scalar, "logits": logits_BKV}``.
+            ``{"loss": scalar, "logits": logits_BKV}``, and for ``scored_BR`` ``"entropy"`` and ``"surprisal"`` [B, R],
+            float32, in nats, without gradient.
         """
         own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
         if positions_BK is None:
             return own_forward(input_ids=input_ids, attention_mask=attention_mask, **others)
-        positions_BK = positions_BK.clamp_min(0)
-        self._positions_BK = positions_BK if self.sparse_head else None
+        K = positions_BK.shape[1]
+        positions_BP = positions_BK if scored_BR is None else torch.cat([positions_BK, scored_BR], dim=1)
+        positions_BP = positions_BP.clamp_min(0)
+        self._positions_BP, self._masked = (positions_BP if self.sparse_head else None), K
         try:
-            logits_BKV = own_forward(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = own_forward(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
-            self._positions_BK = None
-        if not self.sparse_head:
-            logits_BKV = _at(logits_BKV, positions_BK)
+            features_BRH, self._positions_BP, self._features_BRH = self._features_BRH, None, None
+        logits_BPV = logits if self.sparse_head else _at(logits, positions_BP)
+        logits_BKV = logits_BPV[:, :K]
         output = {"logits": logits_BKV}
+        if scored_BR is not None and input_ids is not None:
+            tokens_BR = input_ids.gather(1, positions_BP[:, K:])
+            if features_BRH is None:
+                found = entropy_and_surprisal(logits_BPV[:, K:].detach().flatten(0, 1), tokens_BR.flatten())
+                output["entropy"], output["surprisal"] = (score_N.view_as(tokens_BR) for score_N in found)
+            else:
+                output["entropy"], output["surprisal"] = _scores(self, features_BRH, tokens_BR)
         if labels_BK is not None:
             loss_N = masked_lm_loss(
                 logits_BKV.flatten(0, 1),
@@ -188,15 +203,24 @@ def with_masked_positions(model: Any) -> Any:
     """
 
     def narrow(module: Any, args: Any, output: Any) -> Any:
-        if model._positions_BK is not None:
-            output.last_hidden_state = _at(output.last_hidden_state, model._positions_BK)
+        if model._positions_BP is not None:
+            output.last_hidden_state = _at(output.last_hidden_state, model._positions_BP)
         return output
+
+    def part(module: Any, args: Any) -> Any:
+        K = model._masked
+        if model._positions_BP is not None and model._positions_BP.shape[1] > K:
+            model._features_BRH = args[0][:, K:].detach()
+            return args[0][:, :K]
+        return None
 
     name = type(model).__name__
     model.base_model.register_forward_hook(narrow)
+    if model.get_output_embeddings() is not None:
+        model.get_output_embeddings().register_forward_pre_hook(part)
     model.__class__ = type(name, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
-    if not _head_is_sparse(model):
-        model.sparse_head = False
+    model.sparse_head, model.parted_head = _try_head(model)
+    if not model.sparse_head:
         print(f"the head of {name} needs whole sequences: it runs at every position, masked or not", file=sys.stderr)
     return model
 
@@ -207,8 +231,8 @@ def _at(hidden_BLH: Tensor, positions_BK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _head_is_sparse(model: Any) -> bool:
-    """Whether the logits at some positions are the same when the head runs there alone."""
+def _try_head(model: Any) -> tuple[bool, bool]:
+    """Whether the logits at some positions stay the same when the head runs there alone; and when it is parted."""
     was_training = model.training
     model.eval()
     ids_BL = torch.arange(2 * PROBE, device=model.device).view(2, PROBE) % model.config.vocab_size
@@ -224,34 +248,51 @@ def _head_is_sparse(model: Any) -> bool:
             f"{type(model).__name__} gives no logits for each token of a batch ({reason}); use another masked LM"
         ) from None
     expected_BKV = _at(logits_BLV, positions_BK)
-    try:
-        found_BKV = model(**inputs, positions_BK=positions_BK)["logits"]
-        same = found_BKV.shape == expected_BKV.shape and torch.allclose(
-            found_BKV, expected_BKV, rtol=0, atol=1e-3 * float(expected_BKV.abs().max())
-        )
-    except UNFIT:
-        same = False
+
+    def same(**more: Tensor) -> bool:
+        try:
+            found_BKV = model(**inputs, positions_BK=positions_BK, **more)["logits"]
+        except UNFIT:
+            return False
+        nearly = 1e-3 * float(expected_BKV.abs().max())
+        return found_BKV.shape == expected_BKV.shape and torch.allclose(found_BKV, expected_BKV, rtol=0, atol=nearly)
+
+    sparse = same()
+    parted = sparse and same(scored_BR=positions_BK.flip(1))
     model.train(was_training)
-    return same
+    return sparse, parted
+
+
+@torch.no_grad()
+def _scores(model: Any, features_BRH: Tensor, tokens_BR: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy and surprisal [B, R] from what goes into the vocabulary projection; never are all logits alive."""
+    rows = max(1, LOGITS_PER_CHUNK["cuda" if features_BRH.is_cuda else "cpu"] // model.config.vocab_size)
+    project = model.get_output_embeddings()
+    parts_NH, parts_N = features_BRH.flatten(0, 1).split(rows), tokens_BR.flatten().split(rows)
+    found = [entropy_and_surprisal(project(part_NH), part_N) for part_NH, part_N in zip(parts_NH, parts_N, strict=True)]
+    entropy_N, surprisal_N = (torch.cat(column) for column in zip(*found, strict=True))
+    return entropy_N.view_as(tokens_BR), surprisal_N.view_as(tokens_BR)
 
 
 @torch.no_grad()
 def student_scores(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Tensor]:
-    """What a model says of a batch as it is, nothing hidden; a few rows at a time.
+    """The model's predictive ``entropy`` and its ``surprisal`` at the actual tokens [B, L], float32, in nats.
 
-    Returns:
-        [B, L] in nats: ``entropy`` of its predictions, and ``surprisal``: -log p of the tokens that stand there.
+    On the batch as it is, nothing hidden, and without dropout; a few rows at a time where the head cannot be parted.
     """
     was_training = model.training
     model.eval()
-    per_row = input_ids_BL.shape[1] * model.config.vocab_size
-    rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // per_row)
+    B, L = input_ids_BL.shape
+    position_L, rows = torch.arange(L, device=input_ids_BL.device), B
+    if not model.parted_head:
+        rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // (L * model.config.vocab_size))
     found: dict[str, list[Tensor]] = {"entropy": [], "surprisal": []}
-    for start in range(0, len(input_ids_BL), rows):
+    for start in range(0, B, rows):
         ids_RL = input_ids_BL[start : start + rows]
         attention_RL = None if attention_BL is None else attention_BL[start : start + rows]
-        logits_RLV = model(input_ids=ids_RL, attention_mask=attention_RL).logits
-        found["entropy"].append(entropy(logits_RLV))
-        found["surprisal"].append(F.cross_entropy(logits_RLV.mT.float(), ids_RL, reduction="none"))
+        all_RL = position_L.expand_as(ids_RL)
+        output = model(ids_RL, attention_RL, positions_BK=all_RL[:, :0], scored_BR=all_RL)
+        for name, chunks in found.items():
+            chunks.append(output[name])
     model.train(was_training)
     return {name: torch.cat(chunks) for name, chunks in found.items()}

@@ -30,15 +30,19 @@ from pipeline import cli
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
-from train import resume
+from train import export, resume
 from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
 from train.guard import Guard, check_finite, heed_parent_only, together, writing
-from train.masking import IGNORED_LABEL, Masker, MaskPolicy
+from train.masking import IGNORED, IGNORED_LABEL, Masker, MaskPolicy
+from train.selfmask import Visited, turns
 from train.student import student_scores
+from train.watch import Watch, mask_overlap, rank_correlation, score_sums
 
 # evaluation masks at random, the same positions for every regime, seed and mask ratio
 EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
 DECILES = 10
+LAST = -1e4  # nats: a score that is ranked behind all others
+SELF_SCORES = "self_scores.pt"  # of a checkpoint: what a run with self-masking keeps of its sequences
 
 
 class MaskedLMTrainer(Trainer):
@@ -54,6 +58,8 @@ class MaskedLMTrainer(Trainer):
         distill_temperature: T of the distillation loss.
         targets: a target directory for the very masks of ``policy``.
         self_warmup_steps: with ``self``, mask at random for so many steps, while the student knows nothing.
+        visited: with ``self``, what is kept of the sequences; with a memory of scores, those rank the tokens, without
+            one a forward of its own does.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -73,18 +79,19 @@ class MaskedLMTrainer(Trainer):
         distill_temperature: float = 1.0,
         targets: Manifest | None = None,
         self_warmup_steps: int = 0,
+        visited: Visited | None = None,
     ) -> None:
         self.manifest, self.held_out = manifest, held_out
         self.source, self.policy = source, policy
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
-        self.self_warmup_steps = self_warmup_steps
+        self.self_warmup_steps, self.visited, self.watch = self_warmup_steps, visited, Watch()
         self.masker = masker_of(manifest, policy.unit)
         guard = Guard(Path(str(args.output_dir)))  # before the report, which has to know what it decides
         sequences = TrainingSequences(
             manifest,
             shards,
             Columns(
-                **{policy.by: source == "parquet"},
+                **{policy.by: source == "parquet" or bool(visited and manifest.scored)},
                 top_k=distill_weight > 0 and targets is None,
                 temperature=distill_temperature,
             ),
@@ -111,19 +118,75 @@ class MaskedLMTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw one, masked on the device."""
-        if "positions_BK" not in inputs:
-            inputs = self.mask_by_student(inputs)
-        output = model(**inputs, distill_weight=self.distill_weight, distill_temperature=self.distill_temperature)
+        masked = self.mask_by_student(inputs) if self.visited else dict(inputs)
+        for name, sum_and_count in masked.pop("watched", {}).items():
+            self.watch.add_sums(name, sum_and_count)
+        output = model(**masked, distill_weight=self.distill_weight, distill_temperature=self.distill_temperature)
+        if self.visited:
+            self._note_visit(inputs, masked, output)
         return (output["loss"], output) if return_outputs else output["loss"]
 
-    def mask_by_student(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Mask by the student's predictive entropies or surprisals, at random during the warm-up."""
-        if self.state.global_step < self.self_warmup_steps:
-            return self.device_masker(batch, replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)))
-        student = self.accelerator.unwrap_model(self.model)
-        attention_BL = self.device_masker.attention_mask(batch)
-        scores = student_scores(student, batch["input_ids"], attention_BL)
-        return self.device_masker(batch | scores, self.policy)
+    def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Mask by the student's scores, kept or fresh, at random during the warm-up; and watch what becomes of it."""
+        assert self.visited
+        ids_BL, memory, by = batch["input_ids"], self.visited.memory, self.policy.by
+        warming = self.state.global_step < self.self_warmup_steps
+        self.visited.absorb(before=self.state.global_step)
+        sequence_id_B, ids_on_host_BL = batch["on_host"]
+        row_B = self.visited.rows_of(sequence_id_B)
+        score_BL = None
+        if memory:
+            score_BL = memory.estimate(row_B, torch.from_numpy(ids_on_host_BL)).to(ids_BL.device, non_blocking=True)
+        elif not warming:
+            student = self.accelerator.unwrap_model(self.model)
+            score_BL = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))[by]
+        policy = replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)) if warming else self.policy
+        candidates_BL, ranked_BL = self.device_masker.candidates(ids_BL), score_BL
+        if memory and score_BL is not None:
+            turn_BR = turns(batch["sequence_id"], batch["epoch"], ids_BL.shape[1], memory.every)
+            turn_BL = torch.zeros_like(candidates_BL).scatter(1, turn_BR.clamp_min(0), True)
+            ranked_BL = score_BL.masked_fill(turn_BL, LAST)
+        masked: dict[str, Any] = self.device_masker(batch if ranked_BL is None else batch | {by: ranked_BL}, policy)
+
+        positions_BK = masked["positions_BK"]
+        if memory:
+            visible_BL = candidates_BL.scatter(1, positions_BK.clamp_min(0), False)
+            masked["scored_BR"] = turn_BR.where(visible_BL.gather(1, turn_BR.clamp_min(0)), IGNORED)
+        before_BK = self.visited.last_NK[row_B].long().to(ids_BL.device, non_blocking=True)
+        self.watch.add("mask_overlap", *mask_overlap(positions_BK, before_BK))
+        if score_BL is not None and not (memory and memory.level.isnan()):
+            masked["watched"] = score_sums(by, score_BL, candidates_BL, positions_BK)
+            if by in batch:
+                rho_B, known_B = rank_correlation(score_BL, batch[by], candidates_BL)
+                self.watch.add("teacher_rank_correlation", rho_B, known_B)
+        return masked
+
+    def _note_visit(self, batch: dict[str, Any], masked: dict[str, Tensor], output: dict[str, Tensor]) -> None:
+        """All ranks keep what each has seen: a sequence's next visit may be to another."""
+        assert self.visited
+        visit = {name: batch[name] for name in ("sequence_id", "epoch", "input_ids")}
+        visit["positions_BK"] = masked["positions_BK"]
+        if self.visited.memory:
+            visit |= {"scored_BR": masked["scored_BR"], "score_BR": output[self.policy.by]}
+        self.visited.note(self.state.global_step, self.accelerator.gather(visit))
+
+    def export_entropies(self, empty: Manifest, entries: list[ShardEntry]) -> None:
+        """Write the student's entropies as a shard directory: those kept of the shards trained on, or fresh ones."""
+        assert self.visited
+        self.visited.absorb()
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        kept = export.kept_scores(self.visited, entries) if self.visited.memory else None
+        score = kept or export.fresh_scores(student, self.masker.pad_id, self.args.eval_batch_size)
+        export.write(empty, self.manifest, score, self.args.process_index, self.args.world_size)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            export.finish(empty)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A logged loss comes with the means of what was watched since the last one."""
+        if "loss" in logs:
+            logs |= self.watch.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(
@@ -217,6 +280,19 @@ class MaskedLMTrainer(Trainer):
         finally:
             self.saving_to = None
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Also keeps what self-masking knows of the sequences."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.visited:
+            state = self.visited.state()
+            if self.args.should_save:
+                torch.save(state, Path(output_dir) / SELF_SCORES)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.visited:
+            self.visited.load(torch.load(Path(resume_from_checkpoint) / SELF_SCORES, weights_only=True))
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Checkpoints leave out weights that are another's, as the decoder's are the embedding's: no news."""
         tied = getattr(self.model, "all_tied_weights_keys", {})
@@ -236,9 +312,14 @@ class _Prepare:
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         if self.policy is None:  # masked by the student later: a GPU may not know every type of integer
-            raw = batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+            raw: dict[str, Any] = batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+            # nor need it be asked for what is known here: arrays stay on the host
+            raw["on_host"] = tuple(batch[name].numpy() for name in ("sequence_id", "input_ids"))
             return raw | {"padded": self.masker.attention_mask(batch) is not None}
-        masked = self.masker(batch, self.policy)
+        masked: dict[str, Any] = self.masker(batch, self.policy)
+        if (by := self.policy.by) in batch:
+            candidates_BL = self.masker.candidates(batch["input_ids"])
+            masked["watched"] = score_sums(by, batch[by], candidates_BL, masked["positions_BK"])
         return masked | _targets(batch, masked) if "input_crc32" in batch else masked
 
 

@@ -1,0 +1,75 @@
+"""What is logged of the masks while a run trains: means since the last logging. Pure functions and sums of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from train.masking import IGNORED
+
+
+class Watch:
+    """Running means, as sums on the device that computes them: nobody waits for them until they are logged."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, where: Tensor) -> None:
+        """Count the values where ``where``, a bool of their shape."""
+        self.add_sums(name, torch.stack([values.double().where(where, 0.0).sum(), where.sum().double()]))
+
+    def add_sums(self, name: str, sum_and_count: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + sum_and_count
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means of what has been counted, and start afresh.
+
+        Args:
+            reduce: from a rank's sums to those of all of them.
+        """
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums_N2 = reduce(torch.stack([self.sums[name] for name in names])).tolist()
+        self.sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums_N2, strict=True) if count}
+
+
+def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK: Tensor) -> dict[str, Tensor]:
+    """(sum, count) [2] float64 of the scores, of all candidates and, as ``masked_…``, of the masked positions."""
+    watch = Watch()
+    known_BL = candidates_BL & ~score_BL.isnan()
+    watch.add(name, score_BL, known_BL)
+    where_BK = positions_BK.clamp_min(0)
+    masked_BK = (positions_BK != IGNORED) & known_BL.gather(1, where_BK)
+    watch.add(f"masked_{name}", score_BL.gather(1, where_BK), masked_BK)
+    return watch.sums
+
+
+def mask_overlap(positions_BK: Tensor, before_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Share of a row's masked positions that were masked ``before``; and bool, whether there was a before."""
+    real_BK = positions_BK != IGNORED
+    again_BK = (positions_BK[:, :, None] == before_BK[:, None, :]).any(2) & real_BK
+    return again_BK.sum(1) / real_BK.sum(1).clamp_min(1), (before_BK != IGNORED).any(1) & real_BK.any(1)
+
+
+def rank_correlation(first_BL: Tensor, second_BL: Tensor, where_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Spearman's rank correlation of each row over the positions ``where``, ties at their mean rank, float64.
+
+    Returns:
+        rho_B, and bool, whether there is one: not for less than two positions, or where all are equal.
+    """
+    where_BL = where_BL & ~first_BL.isnan() & ~second_BL.isnan()
+    count_B1 = where_BL.sum(1, keepdim=True).clamp_min(1)
+    centred = []
+    for values_BL in (first_BL, second_BL):
+        values_BL = values_BL.masked_fill(~where_BL, torch.inf).contiguous()
+        sorted_BL = values_BL.sort(dim=1).values
+        rank_BL = (torch.searchsorted(sorted_BL, values_BL) + torch.searchsorted(sorted_BL, values_BL, right=True)) / 2
+        rank_BL = rank_BL.double().where(where_BL, 0.0)
+        centred.append((rank_BL - rank_BL.sum(1, keepdim=True) / count_B1).where(where_BL, 0.0))
+    first_BL, second_BL = centred
+    norm_B = (first_BL.square().sum(1) * second_BL.square().sum(1)).sqrt()
+    return (first_BL * second_BL).sum(1) / norm_B.clamp_min(1e-9), norm_B > 1e-9
