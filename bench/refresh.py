@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
+from transformers.utils import logging
 
 from bench.table import Row, keep_buffers, print_table, row
 from pipeline import cli
@@ -54,6 +55,7 @@ def main() -> None:
     args = parse()
     keep_buffers()
     torch.set_num_threads(args.threads)
+    logging.disable_progress_bar()  # of reading weights
     for seed in args.seeds:
         for regime in REGIMES:
             train(args, regime, seed)
