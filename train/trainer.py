@@ -313,7 +313,7 @@ class _Prepare:
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         if self.policy is None:  # masked by the student later: a GPU may not know every type of integer
             raw: dict[str, Any] = batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
-            # nor need it be asked for what is known here: arrays stay on the host (copies, as a tensor may move when it is sent)
+            # nor need it be asked for what is known here: arrays stay on the host; copies, as tensors move when sent
             raw["on_host"] = tuple(batch[name].numpy().copy() for name in ("sequence_id", "input_ids"))
             return raw | {"padded": self.masker.attention_mask(batch) is not None}
         masked: dict[str, Any] = self.masker(batch, self.policy)
