@@ -35,7 +35,8 @@ from pipeline import cli
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, read_manifest
 from train.data import Columns, masker_of, read_rows, split_shards, to_tensors
-from train.masking import MaskPolicy, hash_order, select_positions
+from train.masking import MaskPolicy, select_positions
+from train.noise import hash_order
 from train.options import REFRESH_EVERY
 from train.selfmask import ScoreMemory, Visited
 from train.student import student_scores, with_masked_positions

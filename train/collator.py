@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.masking import IGNORED_LABEL, Masker, MaskPolicy, sequence_hash
+from train.masking import IGNORED_LABEL, Masker, MaskPolicy
+from train.noise import sequence_hash
 from train.words import continuing_tokens
 
 

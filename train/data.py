@@ -19,7 +19,8 @@ from pipeline import masks, storage
 from pipeline.cli import RunError, UsageError
 from pipeline.manifests import Manifest, ShardEntry, load_tokenizer, read_table
 from pipeline.shards import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
-from train.masking import Masker, hash_order, hashes
+from train.masking import Masker
+from train.noise import hash_order, hashes
 from train.words import continuing_tokens
 
 WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from pipeline.manifests import ShardEntry
-from train.masking import IGNORED, hashes
+from train.masking import IGNORED
+from train.noise import hashes
 
 SHARE_RATE = 0.05  # of the moving sums behind the share, a step
 MOST_COUNTED = 2.0  # a type's mean is a running one over so many scores at most

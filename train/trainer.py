@@ -1,4 +1,4 @@
-"""A thin ``transformers.Trainer``: the entropy source, evaluation by entropy decile, progress, and cumulative time."""
+"""A thin ``transformers.Trainer``: the entropy source, evaluation by entropy decile, checkpoints that appear whole."""
 
 from __future__ import annotations
 
@@ -19,14 +19,10 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from pipeline import cli
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
@@ -36,7 +32,7 @@ from train.guard import Guard, check_finite, heed_parent_only, together, writing
 from train.masking import IGNORED, IGNORED_LABEL, Masker, MaskPolicy
 from train.selfmask import Visited, turns
 from train.student import student_scores
-from train.watch import Watch, mask_overlap, rank_correlation, score_sums
+from train.watch import ProgressReport, Watch, mask_overlap, rank_correlation, score_sums
 
 # evaluation masks at random, the same positions for every regime, seed and mask ratio
 EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
@@ -106,7 +102,7 @@ class MaskedLMTrainer(Trainer):
             train_dataset=sequences,
             eval_dataset=held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
             data_collator=_as_it_is,  # type: ignore[arg-type]
-            callbacks=[guard, _ProgressReport(manifest.sequence_length)],
+            callbacks=[guard, ProgressReport(manifest.sequence_length)],
         )
         self.device_masker = self.masker.to(self.args.device)
         self.guard = guard
@@ -301,7 +297,7 @@ class MaskedLMTrainer(Trainer):
 
     def train_seconds(self) -> float:
         """Seconds in ``train``, over all sessions of the run."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, _ProgressReport)).seconds()
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, ProgressReport)).seconds()
 
 
 class _Prepare:
@@ -345,54 +341,3 @@ def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, T
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collator: the dataset hands out batches."""
     return batch
-
-
-class _ProgressReport(TrainerCallback):
-    """A bar on a terminal, lines in a log, and the losses; counts the seconds of all sessions of a run."""
-
-    def __init__(self, sequence_length: int) -> None:
-        self.sequence_length = sequence_length
-        self.before, self.started = 0.0, time.monotonic()
-        self.progress: cli.Progress | None = None
-
-    def seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        self.before = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.started = time.monotonic()
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.tokens_per_step = batch * self.sequence_length
-        if state.is_world_process_zero:
-            total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
-            self.progress = cli.Progress(total, "tok", "training", done=done).__enter__()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
-        if self.progress:
-            self.progress.advance(self.tokens_per_step)
-        # a logged loss is a mean since the last one: logged at every checkpoint, it is the same after a resume
-        if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
-            control.should_log = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **others: Any
-    ) -> None:
-        if not self.progress or not logs:
-            return
-        if "loss" in logs:
-            self.progress.note(
-                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}"
-            )
-        elif "eval_loss" in logs:
-            self.progress.note(
-                f"step {state.global_step}/{state.max_steps}: held-out loss {logs['eval_loss']:.4f} nats, "
-                f"accuracy {logs['eval_accuracy']:.1%}"
-            )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        if self.progress:
-            self.progress.__exit__(None, None, None)

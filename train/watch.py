@@ -1,12 +1,16 @@
-"""What is logged of the masks while a run trains: means since the last logging. Pure functions and sums of them."""
+"""What a run shows while it trains: its progress, its losses, and what becomes of its masks, as means since a logging."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pipeline import cli
 from train.masking import IGNORED
 
 
@@ -73,3 +77,54 @@ def rank_correlation(first_BL: Tensor, second_BL: Tensor, where_BL: Tensor) -> t
     first_BL, second_BL = centred
     norm_B = (first_BL.square().sum(1) * second_BL.square().sum(1)).sqrt()
     return (first_BL * second_BL).sum(1) / norm_B.clamp_min(1e-9), norm_B > 1e-9
+
+
+class ProgressReport(TrainerCallback):
+    """A bar on a terminal, lines in a log, and the losses; counts the seconds of all sessions of a run."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
+        self.before, self.started = 0.0, time.monotonic()
+        self.progress: cli.Progress | None = None
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        self.before = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.monotonic()
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.tokens_per_step = batch * self.sequence_length
+        if state.is_world_process_zero:
+            total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
+            self.progress = cli.Progress(total, "tok", "training", done=done).__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        if self.progress:
+            self.progress.advance(self.tokens_per_step)
+        # a logged loss is a mean since the last one: logged at every checkpoint, it is the same after a resume
+        if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
+            control.should_log = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **others: Any
+    ) -> None:
+        if not self.progress or not logs:
+            return
+        if "loss" in logs:
+            self.progress.note(
+                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}"
+            )
+        elif "eval_loss" in logs:
+            self.progress.note(
+                f"step {state.global_step}/{state.max_steps}: held-out loss {logs['eval_loss']:.4f} nats, "
+                f"accuracy {logs['eval_accuracy']:.1%}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        if self.progress:
+            self.progress.__exit__(None, None, None)

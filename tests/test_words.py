@@ -1,0 +1,379 @@
+"""Masking by words and by surprisal: against a slow reference, on every kind of tokenizer, on the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rows import CLS, MASK, PAD, SEP, VOCAB, K, L, as_sets, candidates, entropies, keys
+from tokenizers import (
+    BertWordPieceTokenizer,
+    ByteLevelBPETokenizer,
+    CharBPETokenizer,
+    SentencePieceBPETokenizer,
+    SentencePieceUnigramTokenizer,
+    Tokenizer,
+    models,
+)
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import train.plan
+import train.run
+from pipeline.cli import UsageError
+from pipeline.manifests import read_manifest
+from train import masking, words
+from train.masking import IGNORED, Masker, MaskPolicy, select_positions
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def words_of(candidate: list[bool], continues: list[bool], without: set[int] = frozenset()) -> list[list[int]]:
+    """Pieces word by word: a candidate that is still there, and those directly after it that go on with it."""
+    words: list[list[int]] = []
+    for position, is_candidate in enumerate(candidate):
+        if is_candidate and position not in without:
+            if continues[position] and words and words[-1][-1] == position - 1:
+                words[-1].append(position)
+            else:
+                words.append([position])
+    return words
+
+
+def slow_words(
+    score: list[float],
+    candidate: list[bool],
+    continues: list[bool],
+    gumbel: list[float],
+    uniform: list[float],
+    policy: MaskPolicy,
+) -> set[int]:
+    """The documented rule, word after word, in Python."""
+    infinite = math.isinf(policy.temperature)
+    score = [0.0] * len(score) if infinite else score
+    candidate = [is_candidate and not math.isnan(h) for is_candidate, h in zip(candidate, score, strict=True)]
+    count = sum(candidate)
+    left = min(count, max(1, round(policy.ratio * count)), policy.positions(len(score)))
+    words = words_of(candidate, continues)
+
+    def mean(word: list[int]) -> float:
+        return sum(score[p] for p in word) / len(word)
+
+    low, high = math.floor(policy.band[0] * count), math.ceil(policy.band[1] * count)
+    ascending = [p for word in sorted(words, key=mean) for p in word]
+    inside = set(ascending[low:high])
+    candidate = [any(p in inside for word in words if position in word for p in word) for position in range(len(score))]
+
+    taken: set[int] = set()
+    chance = round(policy.floor * left)
+    for room, noise, scores, tau in (
+        (left - chance, gumbel, score, 1.0 if infinite else policy.temperature),
+        (chance, uniform, [0.0] * len(score), 1.0),
+    ):
+        words = words_of(candidate, continues, taken)
+        means = {word[0]: sum(scores[p] for p in word) / len(word) for word in words}
+        room += len(taken)
+        for word in sorted(words, key=lambda w: (-(means[w[0]] + tau * noise[w[0]]), -noise[w[0]], w[0])):
+            if len(taken) + len(word) <= room:
+                taken |= set(word)
+        pieces = [p for p, is_candidate in enumerate(candidate) if is_candidate and p not in taken]
+        pieces.sort(key=lambda p: (-(scores[p] + tau * noise[p]), -noise[p], p))
+        taken |= set(pieces[: room - len(taken)])
+    return taken
+
+
+def word_batch(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, candidates, continues) with ties, unscored pieces, padding, and words of 1 to many pieces."""
+    random = np.random.default_rng(seed)
+    score_BL = torch.from_numpy(random.integers(0, 12, (rows, length)) / 4.0)
+    candidates_BL = candidates(rows, length)
+    candidates_BL &= torch.from_numpy(random.random((rows, length)) > 0.05)
+    for row in range(0, rows, 5):
+        candidates_BL[row, random.integers(0, length) :] = False
+    score_BL[torch.from_numpy(random.random((rows, length)) < 0.03)] = torch.nan
+    continues_BL = torch.from_numpy(random.random((rows, length)) < random.choice([0.2, 0.6, 0.9], (rows, 1)))
+    return score_BL, candidates_BL, continues_BL
+
+
+WORDS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": math.inf},
+    {"temperature": math.inf, "ratio": 1},
+    {"ratio": 0.4, "floor": 0.35},
+    {"ratio": 0.3, "temperature": 1.5, "band": (0.3, 0.8), "floor": 0.5},
+    {"ratio": 0.5, "band": (0.5, 1.0)},
+    {"ratio": 0.02, "band": (0.4, 0.42)},
+    {"ratio": 0.9, "floor": 1},
+]
+
+
+@pytest.mark.parametrize("length", [8, 41, 128])
+@pytest.mark.parametrize("settings", WORDS)
+def test_words_are_taken_by_the_documented_rule(settings: dict, length: int) -> None:
+    rows = 60
+    policy = MaskPolicy(**settings, seed=length, unit="word")
+    score_BL, candidates_BL, continues_BL = word_batch(rows, length, seed=length)
+    sequence_B, epoch_B = keys(rows, epoch=2)
+    positions_BK = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, policy, continues_BL)
+    gumbel_BL = -(-masking.noise(policy.seed, masking.SELECTION, epoch_B, sequence_B, torch.arange(length)).log()).log()
+    uniform_BL = masking.noise(policy.seed, masking.FLOOR, epoch_B, sequence_B, torch.arange(length))
+    as_tokens = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, replace(policy, unit="token"))
+    assert torch.equal((positions_BK != IGNORED).sum(1), (as_tokens != IGNORED).sum(1)), "exactly k, as by tokens"
+    columns = (score_BL, candidates_BL, continues_BL, gumbel_BL, uniform_BL)
+    for row, chosen in enumerate(as_sets(positions_BK)):
+        assert chosen == slow_words(*(column_BL[row].tolist() for column_BL in columns), policy), row
+
+
+def test_words_of_one_piece_are_tokens() -> None:
+    score_BL, candidates_BL, _ = word_batch(200, 64, seed=3)
+    alone_BL = torch.zeros_like(candidates_BL)
+    for settings in WORDS:
+        by_word = select_positions(score_BL, candidates_BL, *keys(200), MaskPolicy(**settings, unit="word"), alone_BL)
+        assert torch.equal(by_word, select_positions(score_BL, candidates_BL, *keys(200), MaskPolicy(**settings)))
+
+
+def test_a_round_of_taking_words_that_never_fit_ends() -> None:
+    """Sizes 1, 16, 1, 15 …: each round takes one word and meets one that is too large."""
+    sizes = [size for large in range(16, 1, -1) for size in (1, large)]
+    size_BL = torch.zeros(1, sum(sizes), dtype=torch.float64)
+    size_BL[0, : len(sizes)] = torch.tensor(sizes)
+    for room in range(sum(sizes) + 1):
+        expected, left = [], room
+        for size in sizes:
+            expected.append(size <= left)
+            left -= size if size <= left else 0
+        assert words.take_while_it_fits(size_BL, torch.tensor([[room]]))[0, : len(sizes)].tolist() == expected
+
+
+def test_most_words_are_masked_whole_and_the_word_unit_needs_words() -> None:
+    score_BL, candidates_BL, continues_BL = word_batch(500, 128, seed=8)
+    policy = MaskPolicy(unit="word", temperature=1.0)
+    chosen = as_sets(select_positions(score_BL, candidates_BL, *keys(500), policy, continues_BL))
+    whole = broken = 0
+    for row in range(500):
+        scored = candidates_BL[row] & ~score_BL[row].isnan()
+        for word in words_of(scored.tolist(), continues_BL[row].tolist()):
+            hidden = len(chosen[row] & set(word))
+            whole, broken = whole + (hidden == len(word)), broken + (0 < hidden < len(word))
+    assert broken < 0.1 * whole
+    with pytest.raises(ValueError, match="word unit needs"):
+        select_positions(score_BL, candidates_BL, *keys(500), policy)
+
+
+TEXTS = ["the unbelievable cat sat on the mat, naïvely\n", "unbelievers like cats' mats\tand dogs"] * 20
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer of each kind, in which few words are one token."""
+    tokenizer = {
+        "wordpiece": BertWordPieceTokenizer,
+        "byte-level": ByteLevelBPETokenizer,
+        "sentencepiece-bpe": SentencePieceBPETokenizer,
+        "sentencepiece-unigram": SentencePieceUnigramTokenizer,
+    }[kind]()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    size = {"byte-level": 275, "wordpiece": 56}.get(kind, 45)
+    tokenizer.train_from_iterator(TEXTS, vocab_size=size, special_tokens=special, show_progress=False)
+    roles = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **roles)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte-level", "sentencepiece-bpe", "sentencepiece-unigram"])
+def test_which_tokens_go_on_with_a_word(kind: str) -> None:
+    tokenizer = trained(kind)
+    tokenizer.add_tokens(["##dogs"])
+    continues_V = words.continuing_tokens(tokenizer, len(tokenizer) + 3)
+    assert continues_V.dtype == torch.bool and continues_V.shape == (len(tokenizer) + 3,)
+    assert not continues_V[tokenizer.all_special_ids].any() and not continues_V[-4:].any(), "added tokens and no tokens"
+    ids = tokenizer("the unbelievable cats like the naïve mats", add_special_tokens=False).input_ids
+    assert len(ids) > 12
+    groups = words_of([True] * len(ids), continues_V[ids].tolist())
+    found = [tokenizer.decode([ids[p] for p in group]).strip().replace(" ", "") for group in groups]
+    expected = ["the", "unbelievable", "cats", "like", "the", "naïve", "mats"]
+    assert found == ([word.replace("ï", "i") for word in expected] if kind == "wordpiece" else expected)
+
+
+def test_tokens_that_do_not_say_are_refused() -> None:
+    """Whole words by another mark (</w> at their end), none at all, or no fast tokenizer."""
+    end = CharBPETokenizer()
+    end.train_from_iterator(TEXTS, vocab_size=60, show_progress=False)
+    plain = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    for backend in (end._tokenizer, plain):
+        with pytest.raises(ValueError, match="do not say which of them go on with a word") as caught:
+            words.continuing_tokens(PreTrainedTokenizerFast(tokenizer_object=backend), 60)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="object"):
+        words.continuing_tokens(object(), 60)  # type: ignore[arg-type]
+
+
+def test_a_masker_hides_words_by_their_surprisal() -> None:
+    rows = 40
+    ids_BL = torch.randint(5, VOCAB, (rows, L), generator=torch.Generator().manual_seed(4))
+    ids_BL[:, 0], ids_BL[:, -1] = CLS, SEP
+    continues_V = torch.arange(VOCAB) >= 120
+    masker = Masker(
+        vocab_size=VOCAB, special_token_ids=[PAD, CLS, SEP, MASK], mask_id=MASK, pad_id=PAD, continues_V=continues_V
+    )
+    sequence_B, epoch_B = keys(rows)
+    raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "surprisal": entropies(rows)}
+    policy = MaskPolicy(unit="word", by="surprisal")
+    expected = select_positions(entropies(rows), candidates(rows), *keys(rows), policy, continues_V[ids_BL])
+    assert torch.equal(masker(raw, policy)["positions_BK"], expected)
+    with pytest.raises(KeyError, match="entropy"):
+        masker(raw, MaskPolicy())
+
+
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_on_an_accelerator_nothing_is_waited_for(unit: str) -> None:
+    """Tensors of torch's `meta` device have no values: whatever wants to look at one fails."""
+    masker = Masker(
+        vocab_size=VOCAB,
+        special_token_ids=[PAD, CLS, SEP, MASK],
+        mask_id=MASK,
+        pad_id=PAD,
+        continues_V=torch.arange(VOCAB) >= 120,
+    )
+    moved = masker.to("meta")
+    assert masker.special_V.device.type == "cpu" and moved.special_V.device.type == "meta"
+    sequence_B, epoch_B = keys(6)
+    raw = {"input_ids": torch.full((6, L), 9), "sequence_id": sequence_B, "epoch": epoch_B, "entropy": entropies(6)}
+    raw |= {"topk_ids": torch.ones(6, L, 4, dtype=torch.long), "topk_logprobs": torch.zeros(6, L, 4)}
+    batch = {name: tensor.to("meta") for name, tensor in raw.items()}
+    for settings in ({}, {"temperature": 1.0, "band": (0.2, 0.9), "floor": 0.3}, {"temperature": math.inf}):
+        policy = MaskPolicy(**settings, unit=unit)
+        masked = moved(batch, policy)
+        assert masked["positions_BK"].shape == (6, K) and masked["attention_mask"].shape == (6, L)
+        assert "attention_mask" not in moved(batch | {"padded": False}, policy)
+        on_cpu = masker(raw, policy)
+        assert torch.equal(on_cpu["positions_BK"], masker(raw | {"padded": True}, policy)["positions_BK"])
+        assert {name: tensor.dtype for name, tensor in masked.items() if name != "attention_mask"} == {
+            name: tensor.dtype for name, tensor in on_cpu.items()
+        }
+
+
+def test_rows_without_an_id_are_known_by_their_tokens() -> None:
+    ids_BL = torch.randint(5, VOCAB, (300, L), generator=torch.Generator().manual_seed(4))
+    ids_BL[1], ids_BL[2, :2], ids_BL[3, :2] = ids_BL[0], torch.tensor([5, 6]), torch.tensor([6, 5])
+    ids_BL[3, 2:] = ids_BL[2, 2:]
+    attended_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    hash_B = masking.sequence_hash(ids_BL, attended_BL)
+    assert hash_B[0] == hash_B[1] and len(set(hash_B.tolist())) == 299
+    padded_BL = torch.cat([ids_BL, torch.zeros_like(ids_BL)], dim=1)
+    attended_BL = torch.cat([attended_BL, torch.zeros_like(attended_BL)], dim=1)
+    assert torch.equal(masking.sequence_hash(padded_BL, attended_BL), hash_B)
+
+
+# --- through the command line ----------------------------------------------------------------------------------------
+
+WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3, "--seed", 3]
+
+
+def train_here(shards: Path, output: Path, *flags: object) -> dict[str, Any]:
+    sizes = ["--max-steps", 3, "--per-device-train-batch-size", 8, "--eval-fraction", 0.2, "--bf16", "false"]
+    train.run.main([str(flag) for flag in ("--shards", shards, "--output-dir", output, *sizes, *flags)])
+    return json.loads((output / "summary.json").read_text())
+
+
+@pytest.fixture
+def masked_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], dict[str, Tensor], MaskPolicy]]:
+    """What every masker is given, and what it gives."""
+    seen = []
+    original = Masker.__call__
+
+    def spy(masker: Masker, batch: dict[str, Tensor], policy: MaskPolicy) -> dict[str, Tensor]:
+        seen.append((batch, original(masker, batch, policy), policy))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Masker, "__call__", spy)
+    return seen
+
+
+def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
+    scored: Path, tmp_path: Path, masked_batches: list
+) -> None:
+    parquet = ["--entropy-source", "parquet", *WORDS_BY_SURPRISAL]
+    summary = train_here(scored, tmp_path / "out", *parquet)
+    assert (summary["flags"]["mask_unit"], summary["flags"]["mask_by"]) == ("word", "surprisal")
+    policy = MaskPolicy(0.3, unit="word", by="surprisal", seed=3)
+    trained = [(batch, masked) for batch, masked, used in masked_batches if used == policy]
+    assert len(trained) == 3
+    tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+    table = pa.concat_tables(pq.read_table(file) for file in sorted(scored.glob("part-*.parquet")))
+    rows = {row["sequence_id"]: row for row in table.select(["sequence_id", "input_ids", "surprisal"]).to_pylist()}
+    hidden = {
+        sequence: positions
+        for batch, masked in trained
+        for sequence, positions in zip(batch["sequence_id"].tolist(), as_sets(masked["positions_BK"]), strict=True)
+    }
+    for sequence, positions in hidden.items():
+        ids, score = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
+        keyed = (torch.tensor([0]), torch.tensor([sequence]))
+        gumbel_L = -(-masking.noise(3, masking.SELECTION, *keyed, torch.arange(len(ids))).log()).log()
+        continues = [tokens[token].startswith("##") for token in ids]
+        assert positions == slow_words(
+            score, [token >= 5 for token in ids], continues, gumbel_L[0].tolist(), score, policy
+        )
+
+    train.plan.main([str(flag) for flag in ("--shards", scored, "--output", tmp_path / "plan", *parquet)])
+    manifest = read_manifest(str(tmp_path / "plan"), kind="plan")
+    assert manifest.masks and MaskPolicy.from_json(manifest.masks["policy"]) == policy
+    planned = pa.concat_tables(pq.read_table(file) for file in sorted((tmp_path / "plan").glob("part-*.parquet")))
+    for row in planned.to_pylist():
+        assert hidden.get(row["sequence_id"], set(row["positions"])) == set(row["positions"])
+
+
+def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, masked_batches: list) -> None:
+    train_here(scored, tmp_path / "out", "--entropy-source", "self", "--mask-by", "surprisal", "--self-warmup-steps", 1)
+    warm_up, *by_surprisal = (seen for seen in masked_batches if seen[2].by == "surprisal")
+    assert warm_up[2].temperature == math.inf and len(by_surprisal) == 2
+    for batch, masked, policy in by_surprisal:
+        assert policy == MaskPolicy(by="surprisal", seed=42) and "padded" in batch
+        special_BL = batch["input_ids"] < 5
+        for row, chosen in enumerate(as_sets(masked["positions_BK"])):
+            rest = {p for p in range(special_BL.shape[1]) if not special_BL[row, p]} - chosen
+            score_L = batch["surprisal"][row]
+            assert min(score_L[list(chosen)]) >= max(score_L[list(rest)])
+
+
+def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
+    blind, unscored = tmp_path / "blind", tmp_path / "unscored"
+    for directory in (blind, unscored):
+        shutil.copytree(scored, directory)
+    manifest = json.loads((scored / "manifest.json").read_text())
+    (unscored / "manifest.json").write_text(json.dumps(manifest | {"scored": False}))
+    # the same tokens with the same ids, but a tokenizer that takes each for a whole word
+    backend = json.loads((blind / "tokenizer" / "tokenizer.json").read_text())
+    backend["model"] = {"type": "WordLevel", "vocab": backend["model"]["vocab"], "unk_token": "[UNK]"}
+    (blind / "tokenizer" / "tokenizer.json").write_text(json.dumps(backend))
+    settings = json.loads((blind / "tokenizer" / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (blind / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    parquet, random = ["--entropy-source", "parquet"], ["--entropy-source", "random"]
+    for shards, flags, sentence in (
+        (scored, [*parquet, "--mask-ratio", 0], "mask ratio 0 is not above 0"),
+        (scored, [*parquet, "--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
+        (scored, [*parquet, "--mask-band", 0.5, 0.5], "no range within 0 and 1"),
+        (scored, [*random, "--mask-by", "surprisal"], "--mask-by ranks by surprisal, which --entropy-source random"),
+        (scored, [*parquet, "--mask-by", "entropy", "--mask-temperature", "inf"], "--mask-by has no use with"),
+        (unscored, [*parquet, "--mask-by", "surprisal"], "has no surprisals"),
+        (blind, [*random, "--mask-unit", "word"], "do not say which of them go on with a word"),
+    ):
+        for program, output in ((train.run, "--output-dir"), (train.plan, "--output")):
+            with pytest.raises(UsageError, match=sentence) as caught:
+                program.main([str(flag) for flag in ("--shards", shards, output, tmp_path / "out", *flags)])
+            assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as exited:
+        train.run.main(["--shards", str(scored), *random, "--output-dir", "o", "--mask-unit", "letter"])
+    assert exited.value.code == 2
