@@ -1,4 +1,4 @@
-"""What a run shows while it trains: its progress, its losses, and what becomes of its masks, as means since a logging."""
+"""What a run shows while it trains: its progress, its losses, and what becomes of its masks."""
 
 from __future__ import annotations
 
