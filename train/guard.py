@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +144,9 @@ def together(rank: int) -> Iterator[None]:
 @contextmanager
 def in_one_sentence(guard: Guard) -> Iterator[None]:
     """Errors of processes that training leans on: its loader's, and those of other ranks. Raises RunError."""
+    say = sys.unraisablehook
+    # torch says that a loader worker has died wherever the signal finds the process, in a destructor even
+    sys.unraisablehook = lambda what: None if "DataLoader worker (pid" in str(what.exc_value) else say(what)
     try:
         with guard:
             yield
@@ -159,6 +163,8 @@ def in_one_sentence(guard: Guard) -> Iterator[None]:
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RunError(f"another rank has ended; {_standing(guard.output)}; run the command again") from None
         raise
+    finally:
+        sys.unraisablehook = say
 
 
 def _lost_loader(error: Exception) -> bool:
