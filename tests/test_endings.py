@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig
 
 from pipeline.manifests import read_manifest
-from train import resume
+from train import guard, resume
 
 STEPS = 8
 
@@ -144,3 +144,35 @@ def test_a_loader_worker_that_is_killed_ends_the_run(flags: list[object], tmp_pa
     assert "a loader worker was ended from outside" in line and "--dataloader-num-workers" in line
     assert len(workers) == 2 and not psutil.wait_procs(workers, 10)[1], "a loader worker is left behind"
     assert resume.last_checkpoint(tmp_path / "out")
+
+
+def test_a_checkpoint_that_was_damaged_is_passed_over(
+    flags: list[object], whole: dict[int, tuple[float, float]], tmp_path: Path
+) -> None:
+    argv = [*flags, "--output-dir", tmp_path / "out"]
+    assert Run(tmp_path / "log", *argv, kill_at=7).end() == [-9]
+    weights = tmp_path / "out" / "checkpoint-6" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    again = Run(tmp_path / "again", *argv)
+    assert again.end() == [0] and f"resuming from {tmp_path}/out/checkpoint-3" in again.output()
+    assert history(tmp_path / "out", STEPS) == whole
+
+
+def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) -> None:
+    argv = [*flags, "--output-dir", tmp_path / "out", "--max-steps", 100_000, "--save-total-limit", 1]
+    first = Run(tmp_path / "log", *argv)
+    wait_for(first, tmp_path / "out" / "checkpoint-6")
+    line = sentence(Run(tmp_path / "second", *argv), 2)
+    assert line == f"error: another run is at work in {tmp_path}/out; wait for its end, or end it"
+    first.processes[0].kill()
+    assert first.end() == [-9]
+    third = Run(tmp_path / "third", *flags, "--output-dir", tmp_path / "out", "--overwrite")
+    assert third.end() == [0], third.output()
+
+
+def test_what_asked_workers_of_a_cluster_to_stop_stops_no_other_run(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / guard.STOP).touch()
+    assert Run(tmp_path / "log", *flags, "--output-dir", tmp_path / "out").end() == [0]

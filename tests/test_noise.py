@@ -63,3 +63,15 @@ def test_hash_order_is_a_permutation_of_its_key() -> None:
     for key in ((0, 1, 3), (0, 2, 2), (1, 1, 2)):
         assert not torch.equal(first, noise.hash_order(*key, size=1000))
     assert abs(np.corrcoef(first.numpy(), np.arange(1000))[0, 1]) < 0.15
+
+
+def test_rows_without_an_id_are_known_by_their_tokens() -> None:
+    ids_BL = torch.randint(5, VOCAB, (300, L), generator=torch.Generator().manual_seed(4))
+    ids_BL[1], ids_BL[2, :2], ids_BL[3, :2] = ids_BL[0], torch.tensor([5, 6]), torch.tensor([6, 5])
+    ids_BL[3, 2:] = ids_BL[2, 2:]
+    attended_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    hash_B = noise.sequence_hash(ids_BL, attended_BL)
+    assert hash_B[0] == hash_B[1] and len(set(hash_B.tolist())) == 299
+    padded_BL = torch.cat([ids_BL, torch.zeros_like(ids_BL)], dim=1)
+    attended_BL = torch.cat([attended_BL, torch.zeros_like(attended_BL)], dim=1)
+    assert torch.equal(noise.sequence_hash(padded_BL, attended_BL), hash_B)

@@ -12,7 +12,7 @@ import torch
 from test_scoring_maths import ARCHITECTURES, LENGTH, PAD, SMALL, VOCAB, sequences
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, DebertaV2Config
+from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, DebertaV2Config, EsmConfig
 from transformers.modeling_outputs import MaskedLMOutput
 
 import train.run
@@ -33,6 +33,15 @@ OTHERS = {
         relative_attention=True,
         pos_att_type=["p2c", "c2p"],
         position_biased_input=False,
+    ),
+    # adds a bias after the projection, outside of it
+    "esm": EsmConfig(
+        **SMALL,
+        intermediate_size=64,
+        max_position_embeddings=LENGTH + 2,
+        mask_token_id=4,
+        token_dropout=False,
+        position_embedding_type="absolute",
     ),
 }
 
@@ -81,6 +90,8 @@ def model_of(name: str) -> torch.nn.Module:
     model = Mixing(config) if name == "mixing" else AutoModelForMaskedLM.from_config(config)
     for parameter in model.parameters():
         parameter.data.mul_(2)
+        if parameter.shape == (VOCAB,):
+            parameter.data.normal_()
     return model.eval()
 
 
@@ -99,7 +110,8 @@ def test_sparse_head_equals_full_head(name: str, alpha: float, T: float) -> None
     if T == 1:
         del batch["temperature_lse_BK"]
     found = sparse(**batch, distill_weight=alpha, distill_temperature=T)
-    assert found["logits"].shape == (ROWS, batch["positions_BK"].shape[1], VOCAB)
+    unlabelled = {name: batch[name] for name in ("input_ids", "attention_mask", "positions_BK")}
+    assert sparse(**unlabelled)["logits"].shape == (ROWS, batch["positions_BK"].shape[1], VOCAB)
 
     logits_BLV = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     where_BK = batch["positions_BK"].clamp_min(0)
@@ -167,7 +179,7 @@ def test_scoring_beside_training_changes_neither_loss_nor_gradients(name: str) -
     batch = masked_batch()
     scored_BR = torch.tensor([3, 5, 9]).expand(ROWS, 3)
     expected, found = alone(**batch), beside(**batch, scored_BR=scored_BR)
-    assert torch.equal(found["logits"], expected["logits"])
+    torch.testing.assert_close(found["loss"], expected["loss"], atol=1e-6, rtol=0)
     full = student_scores(with_masked_positions(model_of(name)), batch["input_ids"], batch["attention_mask"])
     for score in ("entropy", "surprisal"):
         torch.testing.assert_close(found[score], full[score].gather(1, scored_BR), atol=1e-5, rtol=1e-5)

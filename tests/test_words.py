@@ -261,18 +261,6 @@ def test_on_an_accelerator_nothing_is_waited_for(unit: str) -> None:
         }
 
 
-def test_rows_without_an_id_are_known_by_their_tokens() -> None:
-    ids_BL = torch.randint(5, VOCAB, (300, L), generator=torch.Generator().manual_seed(4))
-    ids_BL[1], ids_BL[2, :2], ids_BL[3, :2] = ids_BL[0], torch.tensor([5, 6]), torch.tensor([6, 5])
-    ids_BL[3, 2:] = ids_BL[2, 2:]
-    attended_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-    hash_B = masking.sequence_hash(ids_BL, attended_BL)
-    assert hash_B[0] == hash_B[1] and len(set(hash_B.tolist())) == 299
-    padded_BL = torch.cat([ids_BL, torch.zeros_like(ids_BL)], dim=1)
-    attended_BL = torch.cat([attended_BL, torch.zeros_like(attended_BL)], dim=1)
-    assert torch.equal(masking.sequence_hash(padded_BL, attended_BL), hash_B)
-
-
 # --- through the command line ----------------------------------------------------------------------------------------
 
 WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3, "--seed", 3]

@@ -37,7 +37,8 @@ class EntropyMaskingCollator(TrainerCallback):
     ) -> None:
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError("this tokenizer has no mask or no padding token; use one of a masked language model")
-        self.policy, self.pad_to_multiple_of, self.epoch = policy or MaskPolicy(), pad_to_multiple_of, 0
+        self.policy, self.pad_to_multiple_of = policy or MaskPolicy(), pad_to_multiple_of
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers may outlive an epoch
         self.masker = Masker(
             vocab_size=len(tokenizer),
             special_token_ids=tokenizer.all_special_ids,
@@ -45,6 +46,15 @@ class EntropyMaskingCollator(TrainerCallback):
             pad_id=tokenizer.pad_token_id,
             continues_V=continuing_tokens(tokenizer, len(tokenizer)) if self.policy.unit == "word" else None,
         )
+
+    @property
+    def epoch(self) -> int:
+        """Which mask of a row it gets."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Mask a batch.

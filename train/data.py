@@ -164,7 +164,9 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
         name: torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float32))
         for name, array in wide.items()
     }
-    return tensors | {name: torch.from_numpy(rows[name]) for name in TOP_K_COLUMNS if name in rows}
+    return tensors | {
+        name: torch.from_numpy(np.require(rows[name], requirements="W")) for name in TOP_K_COLUMNS if name in rows
+    }
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):

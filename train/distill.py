@@ -81,7 +81,7 @@ def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tens
 
     Args:
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
-        teacher_ids_NK: int64.
+        teacher_ids_NK: int64, all different in a row.
         teacher_logprobs_NK: natural logs under the softmax over the whole vocabulary. Rounded storage may make P ≥ 1:
             p is renormalised then, and the bucket dropped. A row with NaN (not scored by the teacher) gives 0.
 

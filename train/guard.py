@@ -44,12 +44,13 @@ class Guard(TrainerCallback):
 
     def __init__(self, output: Path) -> None:
         self.output, self.looked = output, 0.0
-        self.asked = self.stopped = False
+        self.asked = self.stopped = self.by_file = False
         self.group: Any = None
         self.previous: Any = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # Ray's workers train in another
+        self.by_file = threading.current_thread() is not threading.main_thread()  # Ray's workers train in another
+        if not self.by_file:
             self.previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
@@ -65,7 +66,7 @@ class Guard(TrainerCallback):
             self.group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero and time.monotonic() - self.looked > STOP_SECONDS:
+        if self.by_file and state.is_world_process_zero and time.monotonic() - self.looked > STOP_SECONDS:
             self.looked = time.monotonic()
             self.asked = self.asked or (self.output / STOP).exists()
         asked = torch.tensor(int(self.asked))

@@ -335,7 +335,8 @@ def _within_band(
 
 def _descending(key_BL: Tensor, candidates_BL: Tensor) -> Tensor:
     """Positions of the candidates by key, ties by position; what is no candidate comes last."""
-    return key_BL.masked_fill(~candidates_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    lowest = torch.finfo(key_BL.dtype).min  # a candidate's, however low
+    return key_BL.clamp_min(lowest).masked_fill(~candidates_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def _rank(order_BL: Tensor) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import time
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline import storage
 from pipeline.cli import UsageError
@@ -17,7 +20,8 @@ from pipeline.manifests import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
 UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted
-FILES = "files.json"  # written last into a checkpoint: the size of each of its files
+FILES = "files.json"  # written last into a checkpoint: size and CRC-32 of each of its files
+LOCK = ".lock"
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 # flags of TrainingArguments that do not decide what is learned, by prefix
 FREE = (
@@ -99,9 +103,31 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    return next((path for path in reversed(checkpoints(directory)) if _is_whole(path)), None)
+def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
+    """The newest whole checkpoint; with ``contents`` one of which every byte is as it was written."""
+    return next((path for path in reversed(checkpoints(directory)) if _is_whole(path, contents)), None)
+
+
+def lock(directory: Path) -> IO[bytes] | None:
+    """Keep other runs out of an output directory until the file that is returned is closed, or this process ends.
+
+    Nothing is locked in a directory that is no run's, nor where the file system knows no locks.
+
+    Raises:
+        UsageError: another run is at work there.
+    """
+    if directory.exists() and not (directory / FLAGS).exists() and any(directory.iterdir()):
+        return None
+    directory.mkdir(parents=True, exist_ok=True)
+    file = open(directory / LOCK, "wb")  # noqa: SIM115
+    try:
+        # of the process, so that no loader worker keeps it when the run is killed
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise UsageError(f"another run is at work in {directory}; wait for its end, or end it") from None
+    return file
 
 
 def check_visible(directory: Path, checkpoint: Path | None) -> None:
@@ -130,8 +156,10 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
     for file in files:
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
-    sizes = {str(file.relative_to(written)): file.stat().st_size for file in files}
-    storage.write_json(str(written / FILES), sizes)
+    marks = {str(file.relative_to(written)): [file.stat().st_size, _crc32(file)] for file in files}
+    storage.write_json(str(written / FILES), marks)
+    for folder in {file.parent for file in files} | {written}:
+        storage.sync_directory(folder)
     if checkpoint.exists():
         _delete(checkpoint)
     os.replace(written, checkpoint)
@@ -151,10 +179,21 @@ def _delete(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file is there that was there when it got its name, and none was cut short since."""
+def _is_whole(checkpoint: Path, contents: bool = False) -> bool:
+    """Whether every file is there that was there when it got its name, as long and, if asked, as it was then."""
     try:
-        sizes = json.loads((checkpoint / FILES).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
+        for name, (size, crc32) in json.loads((checkpoint / FILES).read_text()).items():
+            file = checkpoint / name
+            if file.stat().st_size != size or (contents and _crc32(file) != crc32):
+                return False
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
+    return True
+
+
+def _crc32(file: Path) -> int:
+    crc32 = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc32 = zlib.crc32(chunk, crc32)
+    return crc32

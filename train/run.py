@@ -63,13 +63,17 @@ def main(argv: list[str] | None = None) -> None:
         uri = options.export_entropies
         entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
         visited = visited_of(options, policy, manifest, train_shards)
+    with together(rank):
+        if entropies:
+            export.claim(entropies, write=False)
+        _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # where torchrun starts its processes anew, what they had trained is not to be overwritten
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not on_first(rank, lambda: claim(output, flags, overwrite, entropies)):
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train it again")
         return
-    checkpoint = on_first(rank, lambda: resume.last_checkpoint(output))
+    checkpoint = on_first(rank, lambda: resume.last_checkpoint(output, contents=True))
     with together(rank):
         resume.check_visible(output, checkpoint)
     set_seed(args.seed)
@@ -118,8 +122,6 @@ def stop(trainer: MaskedLMTrainer) -> None:
 
 def claim(output: Path, flags: dict[str, Any], overwrite: bool, entropies: Manifest | None) -> bool:
     """Bind the directories of a run to it; False if it is finished. Errors as ``resume.claim``, ``export.claim``."""
-    if entropies:
-        export.claim(entropies, write=False)
     if not resume.claim(output, flags, overwrite):
         if entropies:
             export.check_finished(entropies)

@@ -128,12 +128,12 @@ class Visited:
         """Remember a visit for later: on a GPU it is on its way, and nobody waits for it.
 
         Args:
-            visit: sequence_id and epoch [B], input_ids [B, L] as they are, positions_BK, and with a memory scored_BR
+            visit: sequence_id and epoch [B], positions_BK, and with a memory input_ids [B, L] as they are, scored_BR
                 and score_BR; of all ranks, so that all of them keep the same.
         """
         copied = None
         on_host = {name: tensor.detach().to("cpu", non_blocking=True) for name, tensor in visit.items()}
-        if visit["input_ids"].is_cuda:
+        if visit["positions_BK"].is_cuda:
             copied = torch.cuda.Event()
             copied.record()
         self._pending.append((step, on_host, copied))

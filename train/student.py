@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,8 @@ class MaskedPositions:
             distill_temperature: T of both distributions in the KL.
 
         Returns:
-            ``{"loss": scalar, "logits": logits_BKV}``, and for ``scored_BR`` ``"entropy"`` and ``"surprisal"`` [B, R],
-            float32, in nats, without gradient.
+            ``{"loss": scalar}``, or without labels ``{"logits": logits_BKV}``; and for ``scored_BR`` ``"entropy"`` and
+            ``"surprisal"`` [B, R], float32, in nats, without gradient.
         """
         own_forward: Callable[..., Any] = super().forward  # type: ignore[misc]
         if positions_BK is None:
@@ -169,7 +170,8 @@ class MaskedPositions:
             features_BRH, self._positions_BP, self._features_BRH = self._features_BRH, None, None
         logits_BPV = logits if self.sparse_head else _at(logits, positions_BP)
         logits_BKV = logits_BPV[:, :K]
-        output = {"logits": logits_BKV}
+        # logits that nobody asked for would be copied to float32 by autocast
+        output: dict[str, Tensor] = {} if labels_BK is not None else {"logits": logits_BKV}
         if scored_BR is not None and input_ids is not None:
             tokens_BR = input_ids.gather(1, positions_BP[:, K:])
             if features_BRH is None:
@@ -209,7 +211,7 @@ def with_masked_positions(model: Any) -> Any:
 
     def part(module: Any, args: Any) -> Any:
         K = model._masked
-        if model._positions_BP is not None and model._positions_BP.shape[1] > K:
+        if model.parted_head and model._positions_BP is not None and model._positions_BP.shape[1] > K:
             model._features_BRH = args[0][:, K:].detach()
             return args[0][:, :K]
         return None
@@ -219,7 +221,8 @@ def with_masked_positions(model: Any) -> Any:
     if model.get_output_embeddings() is not None:
         model.get_output_embeddings().register_forward_pre_hook(part)
     model.__class__ = type(name, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
-    model.sparse_head, model.parted_head = _try_head(model)
+    with torch.no_grad(), _on_trial(model):
+        model.sparse_head, model.parted_head = _try_head(model)
     if not model.sparse_head:
         print(f"the head of {name} needs whole sequences: it runs at every position, masked or not", file=sys.stderr)
     return model
@@ -230,11 +233,8 @@ def _at(hidden_BLH: Tensor, positions_BK: Tensor) -> Tensor:
     return hidden_BLH[rows_B1, positions_BK]
 
 
-@torch.no_grad()
 def _try_head(model: Any) -> tuple[bool, bool]:
     """Whether the logits at some positions stay the same when the head runs there alone; and when it is parted."""
-    was_training = model.training
-    model.eval()
     ids_BL = torch.arange(2 * PROBE, device=model.device).view(2, PROBE) % model.config.vocab_size
     positions_BK = torch.tensor([[1, 2, 5], [0, 3, PROBE - 1]], device=model.device)
     inputs = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
@@ -247,20 +247,41 @@ def _try_head(model: Any) -> tuple[bool, bool]:
         raise UsageError(
             f"{type(model).__name__} gives no logits for each token of a batch ({reason}); use another masked LM"
         ) from None
-    expected_BKV = _at(logits_BLV, positions_BK)
+    expected_BKV, scored_BK = _at(logits_BLV, positions_BK), positions_BK.flip(1)
+    tokens_BK = ids_BL.gather(1, scored_BK)
+    scores_N = entropy_and_surprisal(_at(logits_BLV, scored_BK).flatten(0, 1), tokens_BK.flatten())
+    sparse = parted = True
+    try:
+        found = model(**inputs, positions_BK=positions_BK)
+        sparse = _same(found["logits"], expected_BKV)
+        found = model(**inputs, positions_BK=positions_BK, scored_BR=scored_BK)
+        parted = _same(found["logits"], expected_BKV)
+        parted &= all(_same(found[n].flatten(), s) for n, s in zip(("entropy", "surprisal"), scores_N, strict=True))
+    except UNFIT:
+        sparse = parted = False
+    return sparse, sparse and parted
 
-    def same(**more: Tensor) -> bool:
-        try:
-            found_BKV = model(**inputs, positions_BK=positions_BK, **more)["logits"]
-        except UNFIT:
-            return False
-        nearly = 1e-3 * float(expected_BKV.abs().max())
-        return found_BKV.shape == expected_BKV.shape and torch.allclose(found_BKV, expected_BKV, rtol=0, atol=nearly)
 
-    sparse = same()
-    parted = sparse and same(scored_BR=positions_BK.flip(1))
-    model.train(was_training)
-    return sparse, parted
+def _same(found: Tensor, expected: Tensor) -> bool:
+    nearly = 1e-3 * float(expected.abs().max())
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=nearly)
+
+
+@contextmanager
+def _on_trial(model: Any) -> Iterator[None]:
+    """A model as it may be once it is trained: without dropout, its vocabulary's biases not zero. Then as it was."""
+    was_training = model.training
+    model.eval()
+    biases = [parameter for parameter in model.parameters() if parameter.shape == (model.config.vocab_size,)]
+    before = [bias.clone() for bias in biases]
+    for bias in biases:
+        bias.copy_(torch.linspace(-1, 1, len(bias)))
+    try:
+        yield
+    finally:
+        for bias, values in zip(biases, before, strict=True):
+            bias.copy_(values)
+        model.train(was_training)
 
 
 @torch.no_grad()

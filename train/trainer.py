@@ -83,6 +83,9 @@ class MaskedLMTrainer(Trainer):
         self.self_warmup_steps, self.visited, self.watch = self_warmup_steps, visited, Watch()
         self.masker = masker_of(manifest, policy.unit)
         guard = Guard(Path(str(args.output_dir)))  # before the report, which has to know what it decides
+        # compiled models are to see one shape: an attention mask always, or never
+        some_padded = any(entry.tokens < entry.rows * manifest.sequence_length for entry in shards)
+        padded = some_padded if args.torch_compile else None
         sequences = TrainingSequences(
             manifest,
             shards,
@@ -93,7 +96,7 @@ class MaskedLMTrainer(Trainer):
             ),
             size=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            prepare=_Prepare(self.masker, None if source == "self" else policy),
+            prepare=_Prepare(self.masker, None if source == "self" else policy, padded),
             targets=targets,
         )
         super().__init__(
@@ -132,7 +135,7 @@ class MaskedLMTrainer(Trainer):
         row_B = self.visited.rows_of(sequence_id_B)
         score_BL = None
         if memory:
-            score_BL = memory.estimate(row_B, torch.from_numpy(ids_on_host_BL)).to(ids_BL.device, non_blocking=True)
+            score_BL = _sent(memory.estimate(row_B, torch.from_numpy(ids_on_host_BL)), ids_BL.device)
         elif not warming:
             student = self.accelerator.unwrap_model(self.model)
             score_BL = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))[by]
@@ -148,7 +151,7 @@ class MaskedLMTrainer(Trainer):
         if memory:
             visible_BL = candidates_BL.scatter(1, positions_BK.clamp_min(0), False)
             masked["scored_BR"] = turn_BR.where(visible_BL.gather(1, turn_BR.clamp_min(0)), IGNORED)
-        before_BK = self.visited.last_NK[row_B].long().to(ids_BL.device, non_blocking=True)
+        before_BK = _sent(self.visited.last_NK[row_B].long(), ids_BL.device)
         self.watch.add("mask_overlap", *mask_overlap(positions_BK, before_BK))
         if score_BL is not None and not (memory and memory.level.isnan()):
             masked["watched"] = score_sums(by, score_BL, candidates_BL, positions_BK)
@@ -160,10 +163,10 @@ class MaskedLMTrainer(Trainer):
     def _note_visit(self, batch: dict[str, Any], masked: dict[str, Tensor], output: dict[str, Tensor]) -> None:
         """All ranks keep what each has seen: a sequence's next visit may be to another."""
         assert self.visited
-        visit = {name: batch[name] for name in ("sequence_id", "epoch", "input_ids")}
-        visit["positions_BK"] = masked["positions_BK"]
+        visit = {"sequence_id": batch["sequence_id"], "epoch": batch["epoch"], "positions_BK": masked["positions_BK"]}
         if self.visited.memory:
-            visit |= {"scored_BR": masked["scored_BR"], "score_BR": output[self.policy.by]}
+            visit |= {"input_ids": batch["input_ids"], "scored_BR": masked["scored_BR"]}
+            visit["score_BR"] = output[self.policy.by]
         self.visited.note(self.state.global_step, self.accelerator.gather(visit))
 
     def export_entropies(self, empty: Manifest, entries: list[ShardEntry]) -> None:
@@ -303,20 +306,26 @@ class MaskedLMTrainer(Trainer):
 class _Prepare:
     """What a loader worker does with a raw batch; a class, because workers may have to be sent it."""
 
-    def __init__(self, masker: Masker, policy: MaskPolicy | None) -> None:
-        self.masker, self.policy = masker, policy
+    def __init__(self, masker: Masker, policy: MaskPolicy | None, padded: bool | None) -> None:
+        self.masker, self.policy, self.padded = masker, policy, padded
 
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch["padded"] = self.masker.attention_mask(batch) is not None if self.padded is None else self.padded
         if self.policy is None:  # masked by the student later: a GPU may not know every type of integer
             raw: dict[str, Any] = batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
             # nor need it be asked for what is known here: arrays stay on the host; copies, as tensors move when sent
             raw["on_host"] = tuple(batch[name].numpy().copy() for name in ("sequence_id", "input_ids"))
-            return raw | {"padded": self.masker.attention_mask(batch) is not None}
+            return raw
         masked: dict[str, Any] = self.masker(batch, self.policy)
         if (by := self.policy.by) in batch:
             candidates_BL = self.masker.candidates(batch["input_ids"])
             masked["watched"] = score_sums(by, batch[by], candidates_BL, masked["positions_BK"])
         return masked | _targets(batch, masked) if "input_crc32" in batch else masked
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on its way to the device; from pinned memory, or the host would wait for the device."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
