@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from rows import keys
+from rows import VOCAB, L, keys
 from scipy import stats
 
 from train import noise
