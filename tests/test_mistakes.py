@@ -40,7 +40,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--per-device-train-batch-size", 10**7], "use at least 1 and at most 1000000"),
         (["--report-to", "wandb"], "wandb"),
         (["--dataloader-persistent-workers", "true"], "--dataloader-persistent-workers needs workers"),
-        (["--dataloader-multiprocessing-context", "foo"], "foo"),
+        (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "prefetch_factor"),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
         (["--lr-scheduler-kwargs", "nope"], "transformers takes no such flags"),
         (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),

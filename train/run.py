@@ -155,8 +155,8 @@ def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries
         needed = 2 * rows * length * processes
         if needed > there:
             raise UsageError(
-                f"--self-refresh lagged keeps 2 bytes a token in each process, {needed / 2**30:.1f} GiB of these shards in "
-                f"{processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
+                f"--self-refresh lagged keeps 2 bytes a token in each process, {needed / 2**30:.1f} GiB of these "
+                f"shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
             )
         memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
     return Visited(entries, min(policy.positions(length), length), memory)
