@@ -122,8 +122,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         logging_steps=50,
         logging_nan_inf_filter=False,  # it hides NaN, and waits for the device at each batch
         ddp_find_unused_parameters=False,  # a search at each step for what there is none of
-        # all ranks wait while one a machine checks every byte of the shards; an hour is some 2 TB, and so long, too, does
-        # a rank that hangs hold up a cluster of GPUs
+        # all ranks wait while one a machine checks every byte of the shards; an hour is some 2 TB, and so long, too,
+        # does a rank that hangs hold up a cluster of GPUs
         ddp_timeout=3_600,
         save_total_limit=2,
         report_to="none",
