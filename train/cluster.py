@@ -67,7 +67,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         with _relayed(log):
             result = trainer.fit()
     except api.TrainingFailedError as error:
-        raise RunError(_reason(error, directory)) from None
+        raise RunError(_reason(error)) from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)
         ray.shutdown()
@@ -137,8 +137,7 @@ def _relayed(log: Path) -> Iterator[None]:
         thread.join()
 
 
-def _reason(error: Exception, output: Path) -> str:
+def _reason(error: Exception) -> str:
     """One sentence about what ended a worker for the last time."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    said = [str(failure) for failure in failures]
-    return f"workers died {MOST_FAILURES + 1} times, the last with: {said[0]}"
+    return f"workers died {MOST_FAILURES + 1} times, the last with: {guard.last_line(failures[0])}"

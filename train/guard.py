@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -23,9 +24,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline import cli
 from pipeline.cli import RunError, Terminated, UsageError
 from train import resume
+from train.arguments import is_of_device
 
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
 STOP_SECONDS = 1.0  # between two looks for it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Agreed(RunError):
@@ -113,13 +116,14 @@ def writing(what: str, output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if _lost_loader(error):
+        if _lost_loader(error) or is_of_device(error):
             raise
         # torch's writer tells the position, not the reason
-        reason = "it was cut short" if "inline_container" in str(error) else cli.one_line(error)
-        raise RunError(
-            f"cannot write {what} ({reason}); {_standing(output)}; make room, then run the command again"
-        ) from None
+        cut_short = "inline_container" in str(error)
+        reason = "it was cut short" if cut_short else cli.one_line(error)
+        full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
+        mend = "make room, then run the command again" if full else "run the command again once it can be written"
+        raise RunError(f"cannot write {what} ({reason}); {_standing(output)}; {mend}") from None
 
 
 @contextmanager
@@ -152,13 +156,13 @@ def in_one_sentence(guard: Guard) -> Iterator[None]:
         with guard:
             yield
     except RunError as error:  # a loader worker's comes with its traceback
-        raise type(error)(_last_line(error).removeprefix("pipeline.cli.RunError: ")) from None
+        raise type(error)(last_line(error)) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         if _lost_loader(error):
             if guard.asked:  # a signal to all processes
                 raise Terminated from None
             raise RunError(
-                f"a loader worker was ended from outside, perhaps for want of memory ({_last_line(error)}); "
+                f"a loader worker was ended from outside, perhaps for want of memory ({last_line(error)}); "
                 f"{_standing(guard.output)}; run the command again, with fewer --dataloader-num-workers"
             ) from None
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
@@ -173,8 +177,11 @@ def _lost_loader(error: Exception) -> bool:
     return isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in str(error)
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def last_line(error: Exception) -> str:
+    """What an error says, which came from another process with a traceback, without that."""
+    return (
+        (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().removeprefix("pipeline.cli.RunError: ")
+    )
 
 
 def heed_parent_only(worker: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +10,12 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from pipeline import storage
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, read_manifest
-from train import resume
+from train import arguments, resume
+from train.arguments import flag
 from train.data import masker_of
 from train.masking import MaskPolicy
 
@@ -24,53 +25,6 @@ BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
 REFRESH_EVERY = 8
-
-# flags of TrainingArguments that have no use here, and the value that they keep
-FIXED: dict[str, Any] = {
-    "train_sampling_strategy": "sequential",  # the dataset knows the order
-    "remove_unused_columns": False,
-    "label_smoothing_factor": 0.0,
-    "auto_find_batch_size": False,
-    "ignore_data_skip": False,
-    "resume_from_checkpoint": None,  # the same command resumes
-    "save_only_model": False,  # a run could not go on from it
-    "save_on_each_node": False,  # a checkpoint is one directory that all nodes see
-    "logging_nan_inf_filter": False,
-    "restore_callback_states_from_checkpoint": False,  # one that SIGTERM made says stop
-    "disable_tqdm": True,  # the trainer draws its own bar
-    "do_train": False,
-    "do_predict": False,
-    "prediction_loss_only": False,
-    "eval_do_concat_batches": True,
-    "eval_use_gather_object": False,
-    "eval_accumulation_steps": None,
-    "include_for_metrics": [],
-    "batch_eval_metrics": False,
-    "label_names": None,
-    "length_column_name": "length",
-}
-# ranges of numbers that would fail late or, worse, not at all
-MOST_SEED = (1 << 32) - 1
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, MOST_SEED),
-    "data_seed": (0, MOST_SEED),
-    "learning_rate": (0, sys.float_info.max),
-    "weight_decay": (0, sys.float_info.max),
-    "adam_beta1": (0, math.nextafter(1, 0)),
-    "adam_beta2": (0, math.nextafter(1, 0)),
-    "adam_epsilon": (0, sys.float_info.max),
-    "max_grad_norm": (0, sys.float_info.max),
-    "num_train_epochs": (sys.float_info.min, sys.float_info.max),
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "dataloader_num_workers": (0, math.inf),
-    "num_workers": (0, math.inf),
-    "self_warmup_steps": (0, math.inf),
-    "self_refresh_every": (1, math.inf),
-    "distill_weight": (0, 1),
-    "distill_temperature": (sys.float_info.min, sys.float_info.max),
-}
 
 
 @dataclass(kw_only=True)
@@ -155,6 +109,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         output_dir="",
         learning_rate=None,
         per_device_train_batch_size=None,
+        dataloader_num_workers=None,
+        accelerator_config=None,
         per_device_eval_batch_size=64,
         num_train_epochs=1.0,
         warmup_steps=0.06,  # below 1 it is a share of all steps
@@ -162,11 +118,13 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         adam_beta2=0.98,
         adam_epsilon=1e-6,
         bf16=resolve_dtype("auto") == "bfloat16",
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()),
         logging_steps=50,
         logging_nan_inf_filter=False,  # it hides NaN, and waits for the device at each batch
         ddp_find_unused_parameters=False,  # a search at each step for what there is none of
-        ddp_timeout=86_400,  # a rank may have to wait for another that checks what it reads
+        # all ranks wait while one a machine checks every byte of the shards; an hour is some 2 TB, and so long, too,
+        # does a rank that hangs hold up a cluster of GPUs
+        ddp_timeout=3_600,
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -178,30 +136,19 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     for name, defaults in by_preset.items():
         if flags[name] is None:
             flags[name] = defaults.get(flags["model"], defaults["base"])
+    if flags["dataloader_num_workers"] is None:
+        flags["dataloader_num_workers"] = 0 if flags["use_cpu"] else 2
+    if flags["accelerator_config"] is None:  # copies to a device, from pinned memory, do not hold up the host
+        flags["accelerator_config"] = {"non_blocking": not flags["use_cpu"]}
     if not flags["output_dir"]:
         raise UsageError("--output-dir is needed: the directory of the model to be trained")
-    if flags["max_steps"] < 1 and flags["max_steps"] != TrainingArguments.max_steps:
-        raise UsageError(f"--max-steps {flags['max_steps']} is not positive")
-    for name, (low, high) in RANGES.items():
-        if flags[name] is not None and not low <= flags[name] <= high:
-            raise UsageError(f"{flag(name)} {flags[name]:g} is out of range; use {_range(low, high)}")
-    try:
+    if "://" in flags["output_dir"]:
+        raise UsageError(f"--output-dir {flags['output_dir']} is no path; checkpoints need a file system")
+    arguments.check(flags)
+    with arguments.taken():  # TrainingArguments checks itself
         options, args = parser.parse_dict(flags)
-    except (ValueError, ImportError) as error:  # TrainingArguments checks itself
-        raise UsageError(" ".join(str(error).split())) from None
+    arguments.check_device(args)
     return options, args
-
-
-def _range(low: float, high: float) -> str:
-    """A range in words; its open ends are the nearest numbers of the machine."""
-    least = "more than 0" if low == sys.float_info.min else f"at least {low:g}"
-    if high >= sys.float_info.max:
-        return least
-    return f"{least} and {'less than 1' if high == math.nextafter(1, 0) else f'at most {high:.10g}'}"
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def check(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> None:
@@ -225,6 +172,14 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
         raise UsageError("--mask-band needs scores of every position, which --self-refresh step has; use that")
     if options.export_entropies and options.self_refresh == "lagged" and options.mask_by == "surprisal":
         raise UsageError("--export-entropies has none of a run that keeps surprisals; use --self-refresh step")
+    if options.num_workers > 1 and args.world_size > 1:
+        raise UsageError(
+            f"--num-workers {options.num_workers} starts processes, and there are {args.world_size} already; use it "
+            "without torchrun, or leave it out"
+        )
+    exported = options.export_entropies
+    if exported and storage.absolute(exported) == storage.absolute(str(args.output_dir)):
+        raise UsageError("--export-entropies is the --output-dir; choose another directory for the entropies")
     if args.n_gpu > 1 and options.num_workers < 2:
         raise UsageError(
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
@@ -232,9 +187,8 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
         )
     if args.eval_strategy != "no" and not options.eval_fraction:
         raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0")
-    for name, value in FIXED.items():
-        if getattr(args, name) != value:
-            raise UsageError(f"{flag(name)} has no use here; leave it out")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
     if args.do_eval and args.eval_strategy == "no":
         raise UsageError("--do-eval has no use here; --eval-fraction holds shards out, --eval-strategy says when")
     for name in ("targets", "distill_temperature"):
@@ -271,6 +225,8 @@ def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:
     for name in ("mask_band", "mask_floor", "mask_by"):
         if options.mask_temperature == math.inf and getattr(options, name) is not None:
             raise UsageError(f"{flag(name)} has no use with --mask-temperature inf, which hides any; leave it out")
+    if source == "self" and options.mask_temperature == math.inf:
+        raise UsageError("--mask-temperature inf hides any tokens, whatever the scores; use --entropy-source random")
     if options.mask_band and len(options.mask_band) != 2:
         raise UsageError("--mask-band takes two quantiles, as in --mask-band 0.5 1")
     random = {"temperature": math.inf} if source == "random" else {}

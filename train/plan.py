@@ -31,9 +31,10 @@ from pipeline.cli import UsageError
 from pipeline.documents import Rejects
 from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from pipeline.masks import MaskedRows
+from train.arguments import MOST_SEED
 from train.data import Columns, Rows, masker_of, read_rows, to_tensors
 from train.masking import IGNORED, Masker, MaskPolicy
-from train.options import MOST_SEED, MaskOptions, check_scored, mask_policy
+from train.options import MaskOptions, check_scored, mask_policy
 
 VARIANTS = 4  # by default, where epochs differ
 MOST_VARIANTS = 1 << 16

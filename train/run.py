@@ -33,7 +33,7 @@ from transformers.utils import logging
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, ShardEntry, copy_tokenizer, read_manifest
-from train import cluster, export, resume
+from train import arguments, cluster, export, resume
 from train.data import split_shards
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.masking import MaskPolicy
@@ -41,6 +41,9 @@ from train.options import REFRESH_EVERY, Options, check, mask_policy, open_targe
 from train.selfmask import ScoreMemory, Visited
 from train.student import build_student, model_identity
 from train.trainer import DECILES, MaskedLMTrainer
+
+# of the control group that a container runs in, by version 2 and version 1
+CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,6 +66,23 @@ def main(argv: list[str] | None = None) -> None:
         uri = options.export_entropies
         entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
         visited = visited_of(options, policy, manifest, train_shards)
+    set_seed(args.seed)
+    with together(rank), arguments.taken():  # before anything is written, or dropped
+        trainer = MaskedLMTrainer(
+            student,
+            args,
+            manifest=manifest,
+            shards=train_shards,
+            held_out=held_out,
+            source=source,
+            policy=policy,
+            distill_weight=options.distill_weight,
+            distill_temperature=options.distill_temperature or 1.0,
+            targets=targets,
+            self_warmup_steps=options.self_warmup_steps or 0,
+            visited=visited,
+        )
+        try_out(trainer)
     with together(rank):
         if entropies:
             export.claim(entropies, write=False)
@@ -76,21 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = on_first(rank, lambda: resume.last_checkpoint(output, contents=True))
     with together(rank):
         resume.check_visible(output, checkpoint)
-    set_seed(args.seed)
-    trainer = MaskedLMTrainer(
-        student,
-        args,
-        manifest=manifest,
-        shards=train_shards,
-        held_out=held_out,
-        source=source,
-        policy=policy,
-        distill_weight=options.distill_weight,
-        distill_temperature=options.distill_temperature or 1.0,
-        targets=targets,
-        self_warmup_steps=options.self_warmup_steps or 0,
-        visited=visited,
-    )
     if checkpoint and rank == 0:
         print(f"resuming from {checkpoint}", file=sys.stderr)
     with in_one_sentence(trainer.guard):
@@ -109,6 +114,13 @@ def main(argv: list[str] | None = None) -> None:
             summary = summarise(options, args, manifest, targets, flags, trainer.state.log_history, seconds, metrics)
             storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
         print_summary(output, summary)
+
+
+def try_out(trainer: MaskedLMTrainer) -> None:
+    """Make what training makes first, so that flags it cannot be made of are known; training makes its own."""
+    trainer.get_train_dataloader()
+    trainer.create_optimizer_and_scheduler(trainer.args.max_steps)
+    trainer.optimizer = trainer.lr_scheduler = None
 
 
 def stop(trainer: MaskedLMTrainer) -> None:
@@ -141,14 +153,24 @@ def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries
         return None
     length, rows, memory = manifest.sequence_length, sum(entry.rows for entry in entries), None
     if options.self_refresh == "lagged":
-        needed, there = 2 * rows * length, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_limit()
+        needed = 2 * rows * length * processes
         if needed > there:
             raise UsageError(
-                f"--self-refresh lagged keeps 2 bytes a token, {needed / 2**30:.1f} GiB of these shards, and there are "
-                f"{there / 2**30:.1f} GiB of memory; use --self-refresh step"
+                f"--self-refresh lagged keeps 2 bytes a token in each process, {needed / 2**30:.1f} GiB of these "
+                f"shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
             )
         memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
     return Visited(entries, min(policy.positions(length), length), memory)
+
+
+def memory_limit() -> int:
+    """Bytes of memory that the processes of this machine, or of this container, may have."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in CGROUP_LIMITS:
+        if file.exists() and (text := file.read_text().strip()).isdigit():  # not "max"
+            limits.append(int(text))
+    return min(limits)
 
 
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:

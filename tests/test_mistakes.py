@@ -1,0 +1,160 @@
+"""Mistakes in the flags of run.py: one sentence each, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers.training_args
+
+import train.run
+from pipeline.cli import RunError, UsageError
+from train import cluster, guard
+from train.options import parse
+
+SELF, RANDOM = ["--entropy-source", "self"], ["--entropy-source", "random"]
+
+
+def refusal(shards: Path, output: object, *flags: object) -> str:
+    """What run.py, in this process, has against flags."""
+    argv = ["--shards", shards, "--output-dir", output, "--model", "tiny", "--max-steps", 1, "--bf16", "false", *flags]
+    with pytest.raises(UsageError) as caught:
+        train.run.main([str(flag) for flag in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--warmup-steps", "nan"], "--warmup-steps nan is out of range; use at least 0 and at most"),
+        (["--num-train-epochs", "1e300"], "--num-train-epochs 1e+300 is out of range"),
+        (["--max-steps", 10**22], f"--max-steps {10**22} is out of range; use at least 1 and at most"),
+        (["--max-steps", 10**400], "is out of range"),
+        (["--logging-steps", "inf"], "--logging-steps inf is out of range"),
+        (["--save-total-limit", -1], "--save-total-limit -1 is out of range"),
+        (["--per-device-train-batch-size", 10**7], "use at least 1 and at most 1000000"),
+        (["--report-to", "wandb"], "wandb"),
+        (["--dataloader-persistent-workers", "true"], "--dataloader-persistent-workers needs workers"),
+        (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "prefetch_factor"),
+        (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
+        (["--lr-scheduler-kwargs", "nope"], "transformers takes no such flags"),
+        (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),
+        (["--save-strategy", "best"], "metric_for_best_model"),
+        (["--fsdp", "full_shard"], "--fsdp has no use here"),
+        (["--deepspeed", "nowhere.json"], "--deepspeed has no use here"),
+        (["--use-liger-kernel", "true"], "--use-liger-kernel has no use here"),
+        (["--push-to-hub", "true"], "--push-to-hub has no use here"),
+        (["--optim-target-modules", "all"], "--optim-target-modules has no use here"),
+        (["--torch-compile-backend", "foo"], "FOO"),
+        (["--optim", "adamw_8bit"], "bitsandbytes"),
+        (["--optim-args", "foo"], "transformers takes no such flags"),
+        (["--accelerator-config", '{"split_batches": true}'], "--accelerator-config may say non_blocking only"),
+        (["--accelerator-config", '{"dispatch_batches": true}'], "--accelerator-config may say non_blocking only"),
+        (["--accelerator-config", '{"nope": 1}'], "nope"),
+        (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is no path"),
+    ],
+)
+def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:
+    assert sentence in refusal(scored, tmp_path / "out", *RANDOM, *flags)
+    assert not list(tmp_path.glob("out/*")), "nothing is written"
+
+
+def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "summary.json").write_text("{}")
+    refusal(scored, tmp_path, *RANDOM, "--overwrite", "--optim-args", "foo")
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_self_masking_at_random_is_random(scored: Path, tmp_path: Path) -> None:
+    assert "use --entropy-source random" in refusal(scored, tmp_path, *SELF, "--mask-temperature", "inf")
+
+
+def test_entropies_are_not_exported_over_the_run(scored: Path, tmp_path: Path) -> None:
+    message = refusal(scored, tmp_path / "out", *SELF, "--export-entropies", f"{tmp_path}/./out/")
+    assert "choose another directory for the entropies" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_starts_no_processes_under_torchrun(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
+    message = refusal(scored, tmp_path / "out", *RANDOM, "--num-workers", 2)
+    assert "--num-workers 2 starts processes, and there are 2 already" in message
+
+
+def parsed(*flags: str) -> transformers.TrainingArguments:
+    needed = ["--shards", "S", *RANDOM, "--output-dir", "O", "--bf16", "false"]
+    return parse([*needed, *flags], None)[1]
+
+
+def test_an_accelerator_is_not_waited_for() -> None:
+    for flags, workers, non_blocking in (
+        ([], 0, False),
+        (["--use-cpu", "false"], 2, True),
+        (["--use-cpu", "false", "--dataloader-num-workers", "0"], 0, True),
+        (["--use-cpu", "false", "--accelerator-config", '{"non_blocking": false}'], 2, False),
+    ):
+        args = parsed("--use-cpu", "true", *flags)
+        assert args.dataloader_num_workers == workers
+        assert args.accelerator_config.non_blocking == non_blocking
+
+
+def test_apple_gpus_make_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.training_args, "is_torch_mps_available", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert parsed().device.type == "cpu"
+    with pytest.raises(UsageError, match="no float64"):
+        parsed("--use-cpu", "false")
+
+
+def test_kept_scores_of_all_processes_fit_the_container(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = train.run.read_manifest(str(scored))
+    tokens = sum(entry.rows for entry in manifest.shards) * manifest.sequence_length
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(train.run, "CGROUP_LIMITS", [tmp_path / "none", limit])
+    options = SimpleNamespace(entropy_source="self", self_refresh="lagged", self_refresh_every=None)
+    policy = train.run.MaskPolicy(seed=0)
+
+    def visited() -> object:
+        return train.run.visited_of(options, policy, manifest, manifest.shards)  # type: ignore[arg-type]
+
+    limit.write_text("max\n")
+    assert visited() and train.run.memory_limit() > 2**20
+    limit.write_text(f"{3 * tokens}\n")
+    assert visited()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="GiB of these shards in 2, and there are"):
+        visited()
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device.*make room"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "make room"),
+        (guard.SafetensorError("I/O error: File too large (os error 27)"), "make room"),
+        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos"), "cut short.*make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), r"x: Permission denied\).*once it can be written"),
+    ],
+)
+def test_room_is_made_where_there_is_none(tmp_path: Path, error: Exception, sentence: str) -> None:
+    with pytest.raises(RunError, match=f"cannot write it .*{sentence}"), guard.writing("it", tmp_path):
+        raise error
+
+
+def test_a_device_out_of_memory_is_no_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError), guard.writing("it", tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_the_last_failure_of_workers_is_one_line() -> None:
+    error = RuntimeError("workers")
+    error.worker_failures = {1: ValueError("Traceback:\n  File x\npipeline.cli.RunError: the disk is full\n")}  # type: ignore[attr-defined]
+    assert cluster._reason(error) == "workers died 4 times, the last with: the disk is full"
