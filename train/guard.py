@@ -150,7 +150,7 @@ def together(rank: int) -> Iterator[None]:
 def in_one_sentence(guard: Guard) -> Iterator[None]:
     """Errors of processes that training leans on: its loader's, and those of other ranks. Raises RunError."""
     say = sys.unraisablehook
-    # torch says that a loader worker has died wherever the signal finds the process, in a destructor even
+    # torch says that a loader worker has died wherever the signal finds the process: in a destructor even, at its end
     sys.unraisablehook = lambda what: None if "DataLoader worker (pid" in str(what.exc_value) else say(what)
     try:
         with guard:
@@ -168,8 +168,7 @@ def in_one_sentence(guard: Guard) -> Iterator[None]:
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RunError(f"another rank has ended; {_standing(guard.output)}; run the command again") from None
         raise
-    finally:
-        sys.unraisablehook = say
+    sys.unraisablehook = say
 
 
 def _lost_loader(error: Exception) -> bool:
@@ -179,9 +178,8 @@ def _lost_loader(error: Exception) -> bool:
 
 def last_line(error: Exception) -> str:
     """What an error says, which came from another process with a traceback, without that."""
-    return (
-        (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().removeprefix("pipeline.cli.RunError: ")
-    )
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip().removeprefix("pipeline.cli.RunError: ")
 
 
 def heed_parent_only(worker: int) -> None:
