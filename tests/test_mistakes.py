@@ -141,6 +141,7 @@ def test_kept_scores_of_all_processes_fit_the_container(
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "make room"),
         (guard.SafetensorError("I/O error: File too large (os error 27)"), "make room"),
         (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos"), "cut short.*make room"),
+        (RuntimeError("basic_ios::clear: iostream error"), "cut short.*make room"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), r"x: Permission denied\).*once it can be written"),
     ],
 )

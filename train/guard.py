@@ -119,7 +119,7 @@ def writing(what: str, output: Path) -> Iterator[None]:
         if _lost_loader(error) or is_of_device(error):
             raise
         # torch's writer tells the position, not the reason
-        cut_short = "inline_container" in str(error)
+        cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
         reason = "it was cut short" if cut_short else cli.one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
         mend = "make room, then run the command again" if full else "run the command again once it can be written"
