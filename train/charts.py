@@ -1,19 +1,19 @@
 """Charts as SVG text that takes its colours from the page around it. Pure functions.
 
-Colours are CSS classes: ``s0``, ``s1`` (series), ``axis``, ``grid``. Every mark has a ``<title>`` with its number, which
-browsers show on hover and screen readers read.
+Colours are CSS classes: ``s0`` and ``s1`` (series), ``grid``, ``tick`` …. Every mark has a ``<title>`` with its number:
+browsers show it on hover, and screen readers read it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 36, 10, 14, 40
 
-Series = dict[str, Sequence[float | None]]  # values by name; None draws nothing
+Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing
 
 
 def bars(labels: Sequence[str], series: Series, x_title: str, unit: str, notes: Sequence[str] = ()) -> str:
@@ -58,8 +58,8 @@ def curve(x_N: Sequence[float], series: Series, x_title: str, unit: str) -> str:
     return _svg(_grid(top) + "".join(marks) + _x_ticks(right), x_title, f"mean {unit}")
 
 
-def histogram(width: float, series: Series, x_title: str, start: float = 0.0) -> str:
-    """Shares by bins of ``width`` from ``start``, one area a series, those of the second as a line over it."""
+def histogram(width: float, series: Series, x_title: str, start: float = 0.0, y_title: str = "% of tokens") -> str:
+    """Shares by bins of ``width`` from ``start``: an area, and of a second series a line over it."""
     top = _nice_top([100 * (value or 0) for values in series.values() for value in values])
     bins = len(next(iter(series.values())))
     right = bins * width
@@ -78,7 +78,7 @@ def histogram(width: float, series: Series, x_title: str, start: float = 0.0) ->
         shape = "area" if number == 0 else "line"
         points = " ".join([f"{_x(0, right):.1f},{floor}", *outline, f"{_x(right, right):.1f},{floor}"])
         marks.insert(number, f'<polyline class="{shape} s{number}" points="{points}"/>')
-    return _svg(_grid(top) + "".join(marks) + _x_ticks(right, start), x_title, "% of tokens")
+    return _svg(_grid(top) + "".join(marks) + _x_ticks(right, start), x_title, y_title)
 
 
 def density(width: float, bins: int, cells: Sequence[tuple[int, int, float]], x_title: str, y_title: str) -> str:

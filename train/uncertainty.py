@@ -1,11 +1,13 @@
 """What the entropies of tokens look like: frames of tokens → small tables. Pure polars functions; nats.
 
 A *frame of tokens* has a row a position of N sequences of L tokens, in order: ``sequence`` (0 … N - 1), ``position``,
-``token``, ``piece`` (of ``PIECES``, null where the tokenizer does not say), ``entropy`` and ``surprisal`` (float32, null
-where not scored) and ``masked``. Frames of the same sequences, one a source of entropies, have the same rows.
+``token``, ``piece`` (of ``PIECES``, null where the tokenizer does not say), ``entropy`` and ``surprisal`` (float32,
+null where not scored) and ``masked``. Frames of the same sequences, one a source of entropies, have the same rows.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -13,6 +15,7 @@ import polars as pl
 MEASURES = ("entropy", "surprisal")
 PIECES = ("whole word", "first piece", "continuation")  # of a word of one token, or of several
 RANKS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # the last rank by frequency of each group but one
+THIRDS = ("first third", "second", "last")
 MOST_POSITIONS = 64  # points of a curve over positions
 
 
@@ -84,13 +87,31 @@ def by_position(frame: pl.DataFrame) -> pl.DataFrame:
     return means(frame, (pl.col("position") // step * step).alias("position"))
 
 
+def by_third(frame: pl.DataFrame) -> pl.DataFrame:
+    """``means`` by third of the sequence, with a ``label``."""
+    length = 1 + int(frame["position"].max() or 0)  # type: ignore[arg-type]
+    third = (pl.col("position") * 3 // length).replace_strict(dict(enumerate(THIRDS)), return_dtype=pl.Enum(THIRDS))
+    return means(frame, third.alias("label"))
+
+
+def by_piece(frame: pl.DataFrame) -> pl.DataFrame:
+    """``means`` by ``label``, of ``PIECES``; empty where the tokenizer does not say."""
+    return means(frame, pl.col("piece").alias("label"))
+
+
+def by_mask(frame: pl.DataFrame) -> pl.DataFrame:
+    """``means`` of what is masked and what is left, with a ``label``."""
+    kind = pl.when("masked").then(pl.lit("masked")).otherwise(pl.lit("left"))
+    return means(frame, kind.cast(pl.Enum(["masked", "left"])).alias("label"))
+
+
 def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` by ``rank``: the last rank of its group (``RANKS``; 0 beyond), 1 being the most frequent token here."""
+    """``means`` by group of ranks (``RANKS``), 1 being the token that stands here most often, with a ``label``."""
     scored = frame.drop_nulls("entropy")
     ranks = scored.group_by("token").len().sort("len", "token", descending=[True, False]).with_row_index("rank", 1)
-    group = pl.col("rank").cut(RANKS, labels=[*map(str, RANKS), "0"]).cast(pl.String).cast(pl.UInt32)
-    found = means(scored.join(ranks.select("token", rank=group), on="token"), "rank")
-    return pl.concat([found.filter(pl.col("rank") > 0), found.filter(pl.col("rank") == 0)])
+    names = [f"{low + 1:,}–{high:,}" for low, high in pairwise((0, *RANKS))] + [f"over {RANKS[-1]:,}"]
+    group = pl.col("rank").cut(RANKS, labels=names).cast(pl.Enum(names))
+    return means(scored.join(ranks.select("token", label=group), on="token"), "label")
 
 
 def by_token(frame: pl.DataFrame, least: int) -> pl.DataFrame:
