@@ -83,13 +83,14 @@ class Browser:
 
     def js(self, expression: str) -> Any:
         """The value of an expression, as JSON."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def middle(self, selector: str) -> dict[str, float]:
         """Where the first line of an element is, after scrolling to it."""
         self.js(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        self.rest()
         box = f"document.querySelector({selector!r}).getClientRects()[0]"
         return self.js(f"(b => ({{x: b.x + b.width / 2, y: b.y + b.height / 2}}))({box})")
 
@@ -100,7 +101,11 @@ class Browser:
         at = self.middle(selector)
         self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[at])
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-        self.js("new Promise(done => setTimeout(done, 50))")
+        self.rest()
+
+    def rest(self) -> None:
+        """Let the page take in what has happened: it is drawn twice."""
+        self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):

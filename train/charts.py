@@ -16,8 +16,14 @@ LEFT, RIGHT, TOP, BOTTOM = 36, 10, 14, 40
 Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing
 
 
-def bars(labels: Sequence[str], series: Series, x_title: str, unit: str, notes: Sequence[str] = ()) -> str:
-    """A group of bars a label, a bar a series, each with its value; ``notes`` are added to the titles."""
+def bars(
+    labels: Sequence[str], series: Series, x_title: str, unit: str, ticks: Sequence[str], notes: Sequence[str]
+) -> str:
+    """A group of bars a label, a bar a series, each with its value.
+
+    Args:
+        ticks: what stands below the groups; ``labels`` and ``notes`` are in the titles.
+    """
     top = _nice_top([value for values in series.values() for value in values if value is not None])
     slot = (WIDTH - LEFT - RIGHT) / max(1, len(labels))
     width = min(34.0, slot * 0.84 / max(1, len(series)))
@@ -26,19 +32,20 @@ def bars(labels: Sequence[str], series: Series, x_title: str, unit: str, notes: 
         for place, value in enumerate(values):
             if value is None:
                 continue
-            x = LEFT + slot * (place + 0.5) + width * (number - len(series) / 2)
-            y, note = _y(value, top), f", {notes[place]}" if notes else ""
+            x, y = LEFT + slot * (place + 0.5) + width * (number - len(series) / 2), _y(value, top)
+            said = f"{labels[place]} · {name}: {value:.2f} {unit}, {notes[place]}"
             marks.append(
-                f'<g class="s{number}"><title>{escape(f"{labels[place]} · {name}: {value:.2f} {unit}{note}")}</title>'
+                f'<g class="s{number}"><title>{escape(said)}</title>'
                 f'<rect x="{x + 0.5:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{_y(0, top) - y:.1f}"/></g>'
             )
             if width >= 15:
-                marks.append(f'<text class="value" x="{x + width / 2:.1f}" y="{y - 3:.1f}">{value:.1f}</text>')
-    ticks = "".join(
-        f'<text class="tick" x="{LEFT + slot * (place + 0.5):.1f}" y="{HEIGHT - BOTTOM + 14}">{escape(label)}</text>'
-        for place, label in enumerate(labels)
-    )
-    return _svg(_grid(top) + "".join(marks) + ticks, x_title, f"mean {unit}")
+                number_text = f"{value:.{2 if width > 22 else 1}f}"
+                marks.append(f'<text class="value" x="{x + width / 2:.1f}" y="{y - 3:.1f}">{number_text}</text>')
+    marks += [
+        f'<text class="tick" x="{LEFT + slot * (place + 0.5):.1f}" y="{HEIGHT - BOTTOM + 14}">{escape(tick)}</text>'
+        for place, tick in enumerate(ticks)
+    ]
+    return _svg(_grid(top) + "".join(marks), x_title, f"mean {unit}")
 
 
 def curve(x_N: Sequence[float], series: Series, x_title: str, unit: str) -> str:

@@ -35,7 +35,7 @@ function prediction(source, token, index) {
   return box
 }
 
-const percent = p => p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toFixed(1)} %`
+const percent = p => p >= 0.0995 ? `${(100 * p).toFixed(0)}%` : `${(100 * p).toFixed(1)}%`
 
 function show(span) {
   document.querySelector('.t.on')?.classList.remove('on')
@@ -50,6 +50,8 @@ function show(span) {
   const at = span.getBoundingClientRect()
   const below = at.bottom + 8 + card.offsetHeight < innerHeight || at.top < card.offsetHeight + 8
   card.style.top = `${below ? at.bottom + 8 : at.top - 8 - card.offsetHeight}px`
+  const hidden = at.bottom + 12 - card.getBoundingClientRect().top
+  if (innerWidth <= 704 && hidden > 0) scrollBy(0, hidden) // the card lies at the bottom of a narrow screen
   card.style.left = `${Math.max(8, Math.min(at.left, innerWidth - card.offsetWidth - 16))}px`
 }
 

@@ -69,13 +69,14 @@ def facts(sources: list[Source]) -> str:
         for measure in uncertainty.MEASURES:
             if found := uncertainty.spread(source.frame, measure):
                 values = [f"{found[name]:.2f}" for name in ("mean", "median", "low", "high")]
-                rows.append([f"{source.name}, {measure}", *values])
-    head = ["nats", "mean", "median", "a tenth is below", "a tenth is above"]
+                rows.append([f"{source.name}, {measure}" if len(sources) > 1 else measure, *values])
+    head = ["nats", "mean", "median", "10 %", "90 %"]
     read = (
         "Entropy says how unsure the prediction of a token is, before anybody looks at the token: 0 for certainty, "
         f"{_log_v(sources[0]):.1f} nats for a vocabulary of {sources[0].manifest.vocab_size:,} equally likely tokens. "
         "Surprisal, −log p, says how wrong it was about the token that stands there. A model that knows how unsure it "
-        "is has the same mean of both; one that is too sure of itself has the higher surprisal."
+        "is has the same mean of both; one that is too sure of itself has the higher surprisal. A tenth of "
+        "the tokens lies below the value at 10 %, a tenth above that at 90 %."
     )
     return "".join(lines) + table(head, rows) + reading(read)
 
@@ -155,8 +156,8 @@ def distribution_section(sources: list[Source]) -> str:
         return charts.histogram(BIN, shares, f"{measure}, nats")
 
     read = (
-        "How many tokens have which value. A peak near 0 is tokens that the model is sure of; random masking spends "
-        "most of its targets there. What is beyond the axis counts in the last bin."
+        "How many tokens have which value. On the left are those that the model is sure of; random masking spends its "
+        "targets in these proportions. What is beyond the axis counts in the last bin."
     )
     return section("Distribution", read, sources, chart)
 
@@ -170,7 +171,7 @@ def frequency_section(sources: list[Source]) -> str:
         "By frequency",
         read,
         sources,
-        lambda measure: bars(sources, measure, uncertainty.by_frequency, "rank by frequency"),
+        lambda measure: bars(sources, measure, uncertainty.by_frequency, "rank by frequency, up to"),
     )
 
 
@@ -178,8 +179,8 @@ def piece_section(sources: list[Source]) -> str:
     if sources[0].frame["piece"].null_count() == len(sources[0].frame):
         return "<h2>By piece of a word</h2>" + reading("The tokens of this tokenizer do not say where words begin.")
     read = (
-        "A word that is one token, the first piece of a longer one, and the pieces that go on with it. Pieces are "
-        "often told by those before them, unless all of a word is hidden together."
+        "A word that is one token, the first piece of a longer one, and the pieces that go on with it. Long words are "
+        "rarer, so their pieces are harder to tell; the more so, the fewer of them the model could see."
     )
     return section(
         "By piece of a word", read, sources, lambda measure: bars(sources, measure, uncertainty.by_piece, "piece")
@@ -272,7 +273,8 @@ def bars(sources: list[Source], measure: str, by: Callable[[pl.DataFrame], pl.Da
         by_label = dict(zip(each["label"].cast(pl.String), each[measure], strict=True))
         series[source.name] = [by_label.get(name) for name in labels]
     notes = [f"{share:.1%} of the tokens" for share in found[0]["share"]]
-    return charts.bars(labels, series, x_title, "nats", notes)
+    ticks = [name.rpartition("–")[2].replace(",000", "k") for name in labels]  # of ranks, where a group ends
+    return charts.bars(labels, series, x_title, "nats", ticks, notes)
 
 
 def key(sources: list[Source]) -> str:

@@ -24,7 +24,7 @@ def print_summary(sources: list[Source], mask: MaskPolicy, label: Label) -> None
             if found := uncertainty.spread(frame, measure):
                 shares = uncertainty.histogram(frame, measure, 0.5, 20)["share"].to_list()
                 print(
-                    f"  {measure:10} mean {found['mean']:.2f} nats, median {found['median']:.2f}, 80 % between "
+                    f"  {measure:12} mean {found['mean']:.2f} nats, median {found['median']:.2f}, 80 % between "
                     f"{found['low']:.2f} and {found['high']:.2f}   0 {sparkline(shares)} 10"
                 )
         print_means("by frequency", uncertainty.by_frequency(frame))
@@ -33,7 +33,7 @@ def print_summary(sources: list[Source], mask: MaskPolicy, label: Label) -> None
         found_tokens = uncertainty.by_token(frame, uncertainty.often_enough(frame))
         print_tokens("uncertain", found_tokens.head(8), "entropy", label)
         print_tokens("certain", found_tokens.reverse().head(8), "entropy", label)
-        print_means(f"masked {mask_words(mask)}", uncertainty.by_mask(frame))
+        print_means("by mask", uncertainty.by_mask(frame), f" ({mask_words(mask)})")
     if len(sources) > 1:
         first, second = (source.frame for source in sources)
         print(f"{sources[0].name} → {sources[1].name}")
@@ -43,15 +43,15 @@ def print_summary(sources: list[Source], mask: MaskPolicy, label: Label) -> None
         print_tokens("fell most", moved.reverse().head(8), "rise", label)
 
 
-def print_means(title: str, found: pl.DataFrame) -> None:
+def print_means(title: str, found: pl.DataFrame, note: str = "") -> None:
     if len(found):
         cells = [f"{row['label']} {row['entropy']:.2f}" for row in found.iter_rows(named=True)]
-        print(f"  {title:10} {', '.join(cells)}")
+        print(f"  {title:12} {', '.join(cells)}{note}")
 
 
 def print_tokens(title: str, found: pl.DataFrame, column: str, label: Label) -> None:
     cells = [f"{label(row['token'])[1]} {row[column]:.2f}" for row in found.iter_rows(named=True)]
-    print(f"  {title:10} {', '.join(cells)}")
+    print(f"  {title:12} {', '.join(cells)}")
 
 
 def sparkline(shares: list[float]) -> str:
@@ -64,9 +64,10 @@ def describe(source: Source) -> str:
     manifest, frame = source.manifest, source.frame
     looked, total = frame["sequence"].n_unique(), sum(entry.rows for entry in manifest.shards)
     scored = len(frame) - frame["entropy"].null_count()
+    context = f"{manifest.context} ({CONTEXTS.get(str(manifest.context), 'unknown')})"
     return (
-        f"scored by {manifest.teacher}, context {manifest.context} ({CONTEXTS.get(str(manifest.context), 'unknown')}); "
-        f"{looked:,} of {total:,} sequences of {manifest.sequence_length} tokens, {scored:,} scored"
+        f"entropies by {manifest.teacher}, context {context}; {looked:,} of {total:,} sequences of "
+        f"{manifest.sequence_length} tokens, {scored:,} scored"
     )
 
 
@@ -87,15 +88,14 @@ def mask_words(mask: MaskPolicy) -> str:
 def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:
     """How far two sources agree: ranks within a sequence, and masks."""
     found = uncertainty.agreement(first, second)
-    rho, overlap = found["correlation"].drop_nulls(), found["overlap"].drop_nulls()
     words = []
-    if len(rho):
+    if rho := uncertainty.spread(found, "correlation"):
         words.append(
-            f"rank correlation within a sequence {float(rho.to_numpy().mean()):.2f} on average (below {rho.quantile(0.1):.2f} in a tenth)"
+            f"rank correlation within a sequence {rho['mean']:.2f} (below {rho['low']:.2f} in a tenth of them)"
         )
-    if len(overlap):
-        by_chance = first["masked"].sum() / max(1, len(first) - first["entropy"].null_count())
+    if overlap := uncertainty.spread(found, "overlap"):
+        by_chance = second["masked"].sum() / max(1, len(second) - second["entropy"].null_count())
         words.append(
-            f"{float(overlap.to_numpy().mean()):.0%} of the first's masked tokens are the second's too ({by_chance:.0%} by chance)"
+            f"of what the first masks {overlap['mean']:.0%} is masked by the second too ({by_chance:.0%} by chance)"
         )
     return "; ".join(words)

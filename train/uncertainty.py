@@ -54,12 +54,12 @@ def tokens(
 
 
 def spread(frame: pl.DataFrame, measure: str) -> dict[str, float]:
-    """Number, mean, median, and the values that a tenth of the tokens lie below and above; empty without any."""
+    """``mean`` and ``median`` of a column, and what a tenth of it is below (``low``) and above; empty without any."""
     column = frame[measure].drop_nulls()
     if not len(column):
         return {}
-    low, median, high = (column.quantile(q, "linear") for q in (0.1, 0.5, 0.9))
-    return {"count": len(column), "mean": column.mean(), "low": low, "median": median, "high": high}  # type: ignore[dict-item]
+    low, median, high = (float(column.quantile(q, "linear") or 0) for q in (0.1, 0.5, 0.9))
+    return {"mean": float(column.to_numpy().mean(dtype=np.float64)), "low": low, "median": median, "high": high}
 
 
 def histogram(frame: pl.DataFrame, measure: str, width: float, bins: int) -> pl.DataFrame:
@@ -110,7 +110,8 @@ def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
     scored = frame.drop_nulls("entropy")
     ranks = scored.group_by("token").len().sort("len", "token", descending=[True, False]).with_row_index("rank", 1)
     names = [f"{low + 1:,}–{high:,}" for low, high in pairwise((0, *RANKS))] + [f"over {RANKS[-1]:,}"]
-    group = pl.col("rank").cut(RANKS, labels=names).cast(pl.Enum(names))
+    above = pl.sum_horizontal([pl.col("rank") > last for last in RANKS])
+    group = above.replace_strict(range(len(names)), names, return_dtype=pl.Enum(names))
     return means(scored.join(ranks.select("token", label=group), on="token"), "label")
 
 
@@ -121,8 +122,8 @@ def by_token(frame: pl.DataFrame, least: int) -> pl.DataFrame:
 
 
 def often_enough(frame: pl.DataFrame) -> int:
-    """How often a token must stand there for its mean to say something: 3 times, or once in 50,000 tokens."""
-    return max(3, len(frame) // 50_000)
+    """How often a token must stand there for its mean to say something: 10 times, or once in 20,000 tokens."""
+    return max(10, len(frame) // 20_000)
 
 
 # --- two sources -----------------------------------------------------------------------------------------------------
