@@ -31,7 +31,7 @@ function prediction(source, token, index) {
     row.append(element('span', 'all others'), element('span', percent(rest)))
     list.append(row)
   }
-  box.append(list)
+  box.append(token.top[index].length ? list : element('div', 'its predictions were not kept', 'muted'))
   return box
 }
 

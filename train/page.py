@@ -196,7 +196,7 @@ def position_section(sources: list[Source]) -> str:
         return charts.curve(places, series, "position in the sequence", "nats")
 
     read = (
-        "Tokens at the ends of a sequence have context on one side only, so the ends are higher; between, it is flat."
+        "Tokens near the ends have context on one side only: there a model is less sure. Between, expect a flat line."
     )
     return section("By position", read, sources, chart)
 
@@ -205,19 +205,13 @@ def token_section(sources: list[Source], label: Label) -> str:
     parts = []
     for source in sources:
         found = uncertainty.by_token(source.frame, uncertainty.often_enough(source.frame))
-        head = ["token", "times", "entropy", "surprisal"]
-        sides = [("most uncertain", found.head(ROWS)), ("least uncertain", found.reverse().head(ROWS))]
-        tables = [
-            f"<div><h3>{escape(f'{source.name}: {name}' if len(sources) > 1 else name)}</h3>"
-            + table(head, [token_cells(label, row, "entropy", "surprisal") for row in side.iter_rows(named=True)])
-            + "</div>"
-            for name, side in sides
-        ]
-        parts.append(f'<div class="pair">{"".join(tables)}</div>')
-    least = uncertainty.often_enough(sources[0].frame)
+        columns, whose = ["entropy", "surprisal"], f"{source.name}: " if len(sources) > 1 else ""
+        parts.append(
+            token_tables(found, columns, columns, [f"{whose}most uncertain", f"{whose}least uncertain"], label)
+        )
     read = (
-        f"Means over all places where a token stands, of tokens that stand here at least {least} times. ## marks a "
-        "piece that goes on with a word."
+        "Means over all places where a token stands, of tokens that stand here at least "
+        f"{uncertainty.often_enough(sources[0].frame)} times. ## marks a piece that goes on with a word."
     )
     return f"<h2>Tokens</h2>{reading(read)}{''.join(parts)}"
 
@@ -227,27 +221,22 @@ def difference_section(sources: list[Source], label: Label) -> str:
     frames = first.frame, second.frame
     bins = round(_log_v(first) / CELL) + 1
     cells = uncertainty.joint(*frames, CELL, bins).rows()
-    correlations = uncertainty.agreement(*frames)["correlation"].drop_nulls()
-    shares = uncertainty.histogram(pl.DataFrame({"entropy": correlations + 1}), "entropy", 0.1, 20)["share"].to_list()
-    moved = uncertainty.movements(*frames, uncertainty.often_enough(first.frame))
-    head = ["token", "times", first.name, second.name, "rise"]
-    tables = [
-        f"<div><h3>{name}</h3>"
-        + table(head, [token_cells(label, row, "first", "second", "rise") for row in side.iter_rows(named=True)])
-        + "</div>"
-        for name, side in (("rose most", moved.head(ROWS)), ("fell most", moved.reverse().head(ROWS)))
+    ranks = uncertainty.agreement(*frames).select(pl.col("correlation") + 1)
+    shares = uncertainty.histogram(ranks, "correlation", 0.1, 20)["share"].to_list()
+    drawn = [
+        charts.density(CELL, bins, cells, f"entropy of {first.name}, nats", f"entropy of {second.name}, nats"),
+        charts.histogram(0.1, {"sequences": shares}, "rank correlation within a sequence", -1.0, "% of sequences"),
     ]
-    density = charts.density(CELL, bins, cells, f"entropy of {first.name}, nats", f"entropy of {second.name}, nats")
-    ranks = charts.histogram(0.1, {"sequences": shares}, "rank correlation within a sequence", -1.0, "% of sequences")
+    moved = uncertainty.movements(*frames, uncertainty.often_enough(first.frame))
+    head = [first.name, second.name, "rise"]
+    tables = token_tables(moved, ["first", "second", "rise"], head, ["rose most", "fell most"], label)
     read = (
-        "Left: each token by both entropies; on the diagonal they agree. Right: whether both rank the tokens of a "
-        "sequence alike (Spearman), which is what masks depend on; 1 is the same order, 0 none in common. "
+        "First, each token by both entropies: on the diagonal they agree. Then, whether both rank the tokens of a "
+        "sequence alike (Spearman), which is what masks depend on: 1 is the same order, 0 none in common. "
         f"Here: {agreement_words(*frames)}."
     )
-    return (
-        f"<h2>{escape(second.name)} against {escape(first.name)}</h2>{reading(read)}"
-        f'<div class="pair">{density}{ranks}</div><div class="pair">{"".join(tables)}</div>'
-    )
+    title = f"{second.name} against {first.name}"
+    return f'<h2>{escape(title)}</h2>{reading(read)}<div class="pair">{"".join(drawn)}</div>{tables}'
 
 
 # --- elements --------------------------------------------------------------------------------------------------------
@@ -266,15 +255,13 @@ def section(title: str, read: str, sources: list[Source], chart: Callable[[str],
 
 def bars(sources: list[Source], measure: str, by: Callable[[pl.DataFrame], pl.DataFrame], x_title: str) -> str:
     shown = known(sources, measure)
-    found = [by(source.frame) for source in shown]
-    labels = found[0]["label"].cast(pl.String).to_list()
-    series: dict[str, list[float | None]] = {}
-    for source, each in zip(shown, found, strict=True):
-        by_label = dict(zip(each["label"].cast(pl.String), each[measure], strict=True))
-        series[source.name] = [by_label.get(name) for name in labels]
-    notes = [f"{share:.1%} of the tokens" for share in found[0]["share"]]
+    found = [by(source.frame).with_columns(pl.col("label").cast(pl.String)) for source in shown]
+    labels, shares = max(found, key=len).select("label", "share")
+    values = [dict(each.select("label", measure).iter_rows()) for each in found]
+    series = {source.name: [each.get(name) for name in labels] for source, each in zip(shown, values, strict=True)}
+    notes = [f"{share:.1%} of the tokens" for share in shares]
     ticks = [name.rpartition("–")[2].replace(",000", "k") for name in labels]  # of ranks, where a group ends
-    return charts.bars(labels, series, x_title, "nats", ticks, notes)
+    return charts.bars(labels.to_list(), series, x_title, "nats", ticks, notes)
 
 
 def key(sources: list[Source]) -> str:
@@ -288,9 +275,18 @@ def reading(text: str) -> str:
     return f'<p class="read">{escape(text)}</p>'
 
 
-def token_cells(label: Label, row: dict[str, float], *columns: str) -> list[str]:
-    numbers = ["–" if row[name] is None else f"{row[name]:.2f}" for name in columns]
-    return [label(int(row["token"]))[1], f"{row['count']:,}", *numbers]
+def token_tables(
+    found: pl.DataFrame, columns: Sequence[str], head: Sequence[str], titles: Sequence[str], label: Label
+) -> str:
+    """The first and the last rows of a table of tokens, side by side."""
+    parts = []
+    for title, side in zip(titles, (found.head(ROWS), found.reverse().head(ROWS)), strict=True):
+        rows = []
+        for row in side.iter_rows(named=True):
+            numbers = ["–" if row[name] is None else f"{row[name]:.2f}" for name in columns]
+            rows.append([label(row["token"])[1], f"{row['count']:,}", *numbers])
+        parts.append(f"<div><h3>{escape(title)}</h3>{table(['token', 'times', *head], rows)}</div>")
+    return f'<div class="pair">{"".join(parts)}</div>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
