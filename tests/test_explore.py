@@ -221,7 +221,6 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
     tokenizer = ["--tokenizer", str(work / "tokenizer"), "--sequence-length", "24"]
     pipeline.score.main([*corpus, "--teacher", "none", *tokenizer, "--output", str(blank)])
     manifest = json.loads((blank / "manifest.json").read_text())
-    (tmp_path / "other").symlink_to(blank)
     for arguments, sentence in (
         ([tmp_path / "nowhere"], "is no shard directory"),
         ([blank], "has no entropies"),
@@ -236,6 +235,11 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
         assert "\n" not in str(caught.value)
     (blank / "manifest.json").write_text(json.dumps(manifest | {"scored": True}))
     with pytest.raises(UsageError, match="hold different tokens"):
+        explore(scored, blank)
+    same = {"scored": True, "sequences_hash": read_manifest(str(scored)).sequences_hash, "shards": [], "failed": {}}
+    same |= {"planned_shards": 0}
+    (blank / "manifest.json").write_text(json.dumps(manifest | same))
+    with pytest.raises(UsageError, match="no sequences in common"):
         explore(scored, blank)
     assert not (tmp_path / "page.html").exists()
 

@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         continues_V = None
     label = sample.labels(tokenizer, continues_V)
     picks = sample.pick(manifests, options.limit)
+    if not picks:
+        raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
     sources = [
         Source(name, manifest, sample.frame_of(manifest, picks, policy, continues_V))
         for name, manifest in zip(names(directories), manifests, strict=True)
@@ -116,12 +118,22 @@ def open_directories(uris: list[str]) -> list[Manifest]:
 
 
 def check_scored(sources: list[Source]) -> None:
-    """Raises UsageError if a source has no score of the sampled sequences, or two have none at the same positions."""
+    """Refuse sources that have nothing to show, or nothing to compare.
+
+    Raises:
+        UsageError: one has no score in the sample, or two have other tokens, or no scores of the same positions.
+    """
     for source in sources:
         if not uncertainty.spread(source.frame, "entropy"):
             raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
-    if len(sources) > 1 and uncertainty.side_by_side(*(source.frame for source in sources)).is_empty():
-        raise UsageError("the two directories have scored no position in common; name others")
+    if len(sources) > 1:
+        first, second = (source.frame for source in sources)
+        if not first["token"].equals(second["token"]):
+            raise UsageError(
+                "the two directories hold different tokens; pipeline/verify.py says what is wrong with them"
+            )
+        if uncertainty.side_by_side(first, second).is_empty():
+            raise UsageError("the two directories have scored no position in common; name others")
 
 
 def names(uris: list[str]) -> list[str]:

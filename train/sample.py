@@ -69,12 +69,9 @@ def pick(manifests: list[Manifest], limit: int) -> list[Pick]:
     common = [index for index, size in sorted(rows[0].items()) if all(other.get(index) == size for other in rows)]
     groups = [(index, start) for index in common for start in range(0, rows[0][index], ROW_GROUP)]
     sizes = [min(ROW_GROUP, rows[0][index] - start) for index, start in groups]
-    chosen: list[int] = []
-    for group in hash_order(SAMPLE_SEED, size=len(groups)).tolist():
-        if len(chosen) >= GROUPS and sum(sizes[each] for each in chosen) >= limit:
-            break
-        chosen.append(group)
-    chosen.sort()
+    order = hash_order(SAMPLE_SEED, size=len(groups)).tolist()
+    enough = int(np.searchsorted(np.cumsum([sizes[group] for group in order]), limit)) + 1
+    chosen = sorted(order[: max(GROUPS, enough)])
     ends = np.cumsum([0, *(sizes[group] for group in chosen)])
     number = min(limit, int(ends[-1]))
     taken = np.arange(number) * ends[-1] // max(1, number)

@@ -50,8 +50,9 @@ def print_means(title: str, found: pl.DataFrame, note: str = "") -> None:
 
 
 def print_tokens(title: str, found: pl.DataFrame, column: str, label: Label) -> None:
-    cells = [f"{label(row['token'])[1]} {row[column]:.2f}" for row in found.iter_rows(named=True)]
-    print(f"  {title:12} {', '.join(cells)}")
+    if len(found):
+        cells = [f"{label(row['token'])[1]} {row[column]:.2f}" for row in found.iter_rows(named=True)]
+        print(f"  {title:12} {', '.join(cells)}")
 
 
 def sparkline(shares: list[float]) -> str:
