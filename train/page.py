@@ -83,19 +83,21 @@ def facts(sources: list[Source]) -> str:
 
 def text_section(sources: list[Source], mask: MaskPolicy, texts: list[list[Token]]) -> str:
     values = [score for source in sources if (score := uncertainty.spread(source.frame, "entropy"))]
-    most = max(1.0, *(found["high"] for found in values)) * 1.15
+    low, high = min(found["low"] for found in values), max(found["high"] for found in values)
+    scale = low, max(high, low + 0.5)
     hidden = f'<span class="sample solid">Framed</span>: hidden in the first epoch ({escape(mask_words(mask))}).'
     lines = [
-        f'<p class="only {view} read">{escape(source.name)}: entropy 0<span class="scale"></span>{most:.1f} nats and '
-        f"more. {hidden}</p>"
+        f'<p class="only {view} read">{escape(source.name)}: entropy of {scale[0]:.1f} nats or less '
+        f'<span class="scale"></span> {scale[1]:.1f} or more. {hidden}</p>'
         for view, source in zip("ab", sources, strict=False)
     ]
     views = ""
     if len(sources) > 1:
         first, second = (escape(source.name) for source in sources)
+        reach = (scale[1] - scale[0]) / 2
         lines.append(
-            f'<p class="only d read">{second} less {first}: −{most / 2:.1f}<span class="scale both"></span>'
-            f'+{most / 2:.1f} nats. <span class="sample solid">Framed</span>: hidden by both; '
+            f'<p class="only d read">{second} less {first}: −{reach:.1f}<span class="scale both"></span>'
+            f'+{reach:.1f} nats. <span class="sample solid">Framed</span>: hidden by both; '
             f'<span class="sample dotted">dotted</span>: by {first} alone; '
             f'<span class="sample dashed">dashed</span>: by {second} alone ({escape(mask_words(mask))}).</p>'
         )
@@ -109,24 +111,25 @@ def text_section(sources: list[Source], mask: MaskPolicy, texts: list[list[Token
     for text in texts:
         spans = []
         for token in text:
-            spans.append(("" if token.continues else " ") + span(token, number, most))
+            spans.append(("" if token.continues else " ") + span(token, number, scale))
             number += 1
         lines.append(f'<p class="text" tabindex="0">{"".join(spans).strip()}</p>')
     read = "Point at a token, or tap it, for what was predicted there; the arrow keys go on from it, Escape closes it."
     return f"<h2>In the text</h2>{reading(read)}{views}{''.join(lines)}"
 
 
-def span(token: Token, number: int, most: float) -> str:
-    """A token of the text: coloured by entropy, ``most`` nats being the strongest."""
+def span(token: Token, number: int, scale: tuple[float, float]) -> str:
+    """A token of the text: coloured by entropy, from none at the lower end of the scale to all at the upper."""
     if token.special:
         return f'<span class="x">{escape(token.text)}</span>'
+    low, width = scale[0], scale[1] - scale[0]
     entropies, style, kinds = token.scores["entropy"], [], ["t"]
     for view, entropy, hidden in zip("ab", entropies, token.hidden, strict=False):
-        style += [f"--{view}:{min(1.0, entropy / most):.2f}"] if entropy is not None else []
+        style += [f"--{view}:{min(1.0, max(0.0, (entropy - low) / width)):.2f}"] if entropy is not None else []
         kinds += [f"m{view}"] if hidden is not None else []
     if len(entropies) > 1 and entropies[0] is not None and entropies[1] is not None:
         rise = entropies[1] - entropies[0]
-        style.append(f"--d:{min(1.0, abs(rise) / (most / 2)):.2f}")
+        style.append(f"--d:{min(1.0, abs(rise) / (width / 2)):.2f}")
         kinds += ["less"] * (rise < 0)
     return f'<span class="{" ".join(kinds)}" data-i="{number}" style="{";".join(style)}">{escape(token.text)}</span>'
 
