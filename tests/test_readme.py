@@ -24,6 +24,7 @@ SMALLER = {
     "pipeline/score.py": "--sequence-length 32 --shard-tokens 4000 --passes 2",
     "pipeline/status.py": "",
     "pipeline/verify.py": "",
+    "train/explore.py": "",
     "train/plan.py": "",
     "train/run.py": "--max-steps 2 --per-device-train-batch-size 4",
     "glue/run.py": "--epochs 1 --limit-train 8 --max-length 32",

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""See the entropies of a shard directory, and what would be masked: a summary here, and a page to look at.
+
+    python train/explore.py runs/scored
+    python train/explore.py runs/scored --output entropy.html
+    python train/explore.py runs/scored --mask-temperature 1 --mask-unit word --output entropy.html
+    python train/explore.py runs/scored runs/self-entropies --output difference.html
+
+The page is one file that needs no network. Two directories must hold the same tokens: entropies of a teacher and of a
+student, or of a student early and late. See docs/explore.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from transformers import HfArgumentParser
+
+from pipeline import cli, storage
+from pipeline.cli import UsageError
+from pipeline.manifests import Manifest, check_shards, load_tokenizer, read_manifest
+from train import page, sample, uncertainty
+from train.data import masker_of
+from train.options import MOST_SEED, MaskOptions, mask_policy
+from train.sample import Policy, Source
+from train.summary import print_summary
+from train.words import continuing_tokens
+
+
+@dataclass(kw_only=True)
+class Options(MaskOptions):
+    """What to look at; the mask flags are those of train/run.py."""
+
+    output: str | None = field(default=None, metadata={"help": "HTML file to write (default: only the summary here)"})
+    limit: int = field(default=10_000, metadata={"help": "sequences to take the statistics of"})
+    sequences: int = field(default=6, metadata={"help": "sequences to show as text on the page"})
+    entropy_source: Literal["parquet", "random"] = field(
+        default="parquet", metadata={"help": "mask by the scores of the shards, or at random"}
+    )
+    seed: int = field(default=42, metadata={"help": "of the masks, as of a run; those of its first epoch are shown"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, directories = parse(argv)
+    mask = mask_policy(options, options.entropy_source, options.seed)
+    manifests = open_directories(directories)
+    policy = Policy(masker_of(manifests[0], mask.unit), mask)
+    tokenizer = load_tokenizer(manifests[0].uri)
+    try:
+        continues_V = continuing_tokens(tokenizer, manifests[0].vocab_size).numpy()
+    except ValueError:  # this tokenizer's tokens do not say
+        continues_V = None
+    label = sample.labels(tokenizer, continues_V)
+    picks = sample.pick(manifests, options.limit)
+    if not picks:
+        raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
+    sources = [
+        Source(name, manifest, sample.frame_of(manifest, picks, policy, continues_V))
+        for name, manifest in zip(names(directories), manifests, strict=True)
+    ]
+    check_scored(sources)
+    print_summary(sources, mask, label)
+    if options.output:
+        texts = sample.texts(sources, picks, options.sequences, policy, label)
+        storage.write_bytes(options.output, page.render(sources, mask, texts, label).encode())
+        print(f"written to {options.output}")
+
+
+def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
+    parser = HfArgumentParser(
+        Options,  # type: ignore[arg-type]
+        prog="train/explore.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("directory", metavar="DIR", help="shard directory with scores, a path or a URI")
+    parser.add_argument("other", metavar="DIR2", nargs="?", help="another, with other scores of the same tokens")
+    flags = vars(parser.parse_args(argv))
+    directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
+    (options,) = parser.parse_dict(flags)
+    for name in ("limit", "sequences"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} {getattr(options, name)} is not positive")
+    if not 0 <= options.seed <= MOST_SEED:
+        raise UsageError(f"--seed {options.seed} is not between 0 and {MOST_SEED}")
+    return options, directories
+
+
+def open_directories(uris: list[str]) -> list[Manifest]:
+    """Their manifests.
+
+    Raises:
+        UsageError: one is no shard directory or has no scores, or they hold different tokens.
+    """
+    manifests = [read_manifest(uri) for uri in uris]
+    for manifest in manifests:
+        check_shards(manifest, contents=False)
+        if not manifest.scored:
+            raise UsageError(
+                f"{manifest.uri} has no entropies (made with --teacher none); score it with pipeline/score.py "
+                f"--corpus {manifest.uri} --teacher …"
+            )
+    first, *others = manifests
+    for other in others:
+        if other.sequences_hash != first.sequences_hash:
+            raise UsageError(
+                f"{first.uri} and {other.uri} hold different tokens; score one with --corpus {first.uri}, "
+                "which keeps them"
+            )
+    return manifests
+
+
+def check_scored(sources: list[Source]) -> None:
+    """Refuse sources that have nothing to show, or nothing to compare.
+
+    Raises:
+        UsageError: one has no score in the sample, or two have other tokens, or no scores of the same positions.
+    """
+    for source in sources:
+        if not uncertainty.spread(source.frame, "entropy"):
+            raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
+    if len(sources) > 1:
+        first, second = (source.frame for source in sources)
+        if not first["token"].equals(second["token"]):
+            raise UsageError(
+                "the two directories hold different tokens; pipeline/verify.py says what is wrong with them"
+            )
+        if uncertainty.side_by_side(first, second).is_empty():
+            raise UsageError("the two directories have scored no position in common; name others")
+
+
+def names(uris: list[str]) -> list[str]:
+    """A short name for each: the end of its path, as long as needed to tell them apart."""
+    parts = [storage.absolute(uri).rstrip("/").split("/") for uri in uris]
+    for depth in range(1, max(map(len, parts))):
+        short = ["/".join(part[-depth:]) for part in parts]
+        if len(set(short)) == len(short):
+            return short
+    return ["first", "second"][: len(uris)]
+
+
+if __name__ == "__main__":
+    cli.run(main)
