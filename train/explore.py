@@ -27,7 +27,7 @@ from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, load_tokenizer, read_manifest
 from train import page, sample, uncertainty
 from train.data import masker_of
-from train.options import MOST_SEED, MaskOptions, mask_policy
+from train.options import MaskOptions, mask_policy
 from train.sample import Policy, Source
 from train.summary import print_summary
 from train.words import continuing_tokens
