@@ -26,6 +26,7 @@ from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards, load_tokenizer, read_manifest
 from train import page, sample, uncertainty
+from train.arguments import MOST_SEED
 from train.data import masker_of
 from train.options import MaskOptions, mask_policy
 from train.sample import Policy, Source
