@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -242,8 +243,9 @@ def test_a_worker_that_is_killed_costs_its_cell(work: Path, data: Path, words: l
     while not workers:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
-        below = psutil.Process(process.pid).children(recursive=True)
-        workers = [each for each in below if "Worker.work_on" in " ".join(each.cmdline())]
+        with contextlib.suppress(psutil.Error):  # some are at their end already
+            below = psutil.Process(process.pid).children(recursive=True)
+            workers = [each for each in below if "Worker.work_on" in " ".join(each.cmdline())]
     workers[0].kill()
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
