@@ -36,10 +36,8 @@ student parquet-kd --entropy-source parquet --distill-weight 0.5
 student self --entropy-source self --mask-temperature 1
 
 step "6/6 fine-tuning on two probe tasks made from held-out docstrings"
-for name in random parquet parquet-kd self; do
-    python glue/run.py --model "$out/$name" --tasks probes --seeds "$seeds" --epochs 3 --learning-rate 1e-3 --batch-size 32 \
-        --limit-train "$rows" --max-length 64 --output "$out/probes/$name"
-done
+python glue/run.py --model "$out"/{random,parquet,parquet-kd,self} --tasks probes --seeds "$seeds" --epochs 3 \
+    --learning-rate 1e-3 --batch-size 32 --limit-train "$rows" --max-length 64 --output "$out/probes"
 step "the comparison"
 python glue/compare.py "random=$out/probes/random" "parquet=$out/probes/parquet" \
     "parquet+kd=$out/probes/parquet-kd" "self=$out/probes/self" --output "$out/comparison"

@@ -1,52 +1,31 @@
-"""Fine-tuning one model on one task with one seed, by transformers.Trainer."""
+"""Fine-tuning one model on one task with one seed: a plain loop, since batches are tensors already."""
 
 from __future__ import annotations
 
+import inspect
 import math
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from glue import metrics
-from glue.tasks import Split, Task, TaskData
+from glue.batches import TaskTokens, Tokens, batches_by_length, shuffled_batches
+from glue.protocols import RECIPE, Settings
+from glue.tasks import GLUE, Task
 from pipeline.checkpoints import load_config, max_length, safetensors_files
 from pipeline.cli import UsageError
 
-DROPOUT = 0.1
 # what encoders call it; pretraining sets it to 0
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One way to fine-tune. ``scheduler`` by transformers' name; AdamW, weight decay 0.01, 6 % warm-up throughout.
-
-    ``limit_train``: only so many training rows, drawn by a fixed seed; None for all.
-    """
-
-    learning_rate: float
-    epochs: int
-    batch_size: int
-    scheduler: str = "linear"
-    max_length: int = 128
-    dropout: float = DROPOUT
-    dtype: str = "float32"
-    limit_train: int | None = None
+EVAL_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -64,11 +43,11 @@ class Result:
         return metrics.score(self.metrics)
 
 
-def check_model(directory: Path, length: int) -> None:
-    """Refuse what is no pretrained encoder of ``length`` tokens: a pickle, no masked LM, fine-tuned already, too short.
+def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Refuse what cannot be fine-tuned on ``length`` tokens, before anything is.
 
     Raises:
-        UsageError: says which.
+        UsageError: a pickle, no masked LM, fine-tuned already, not whole, too short, another model's tokenizer.
     """
     safetensors_files(directory)
     config = load_config(directory)
@@ -81,89 +60,96 @@ def check_model(directory: Path, length: int) -> None:
     longest = max_length(config) or length
     if not 8 <= length <= longest:
         raise UsageError(f"--max-length {length} must be between 8 and {longest}, the positions of {directory}")
+    if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
+            f"{config.vocab_size}; put the model's own tokenizer there"
+        )
+    load_classifier(directory, GLUE["rte"], 0.0)
 
 
 def finetune(
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TaskData,
-    settings: Settings,
-    seed: int,
-    advance: Callable[[int], None],
+    directory: Path, tokens: TaskTokens, settings: Settings, seed: int, advance: Callable[[int], None]
 ) -> Result:
     """Fine-tune on the training rows and evaluate on the others.
 
     Args:
         directory: checkpoint of a masked LM.
-        seed: of the new head, the order of rows and the dropout.
+        tokens: of its own tokenizer.
+        seed: of the new head, the order of rows and the dropout: the same for every model of one architecture.
         advance: told the number of rows as they are trained on.
-
-    Raises:
-        UsageError: the checkpoint's encoder does not load whole.
     """
-    train = limited(data.train, settings.limit_train)
+    task, device = tokens.task, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     set_seed(seed)
-    model = load_classifier(directory, data.task, settings.dropout)
-    with tempfile.TemporaryDirectory() as temporary:
-        arguments = TrainingArguments(
-            output_dir=temporary,
-            learning_rate=settings.learning_rate,
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=128,
-            lr_scheduler_type=settings.scheduler,
-            warmup_steps=0.06,  # below 1 it is a share of all steps
-            weight_decay=0.01,
-            bf16=settings.dtype == "bfloat16",
-            use_cpu=not torch.accelerator.is_available(),
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=encode(train, tokenizer, settings.max_length),  # type: ignore[arg-type]
-            data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[_Advance(advance, settings.batch_size)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        values: dict[str, float] = {}
-        constant = False
-        for suffix, split in data.evaluations.items():
-            rows: Any = encode(split, tokenizer, settings.max_length)
-            logits_NC = np.asarray(trainer.predict(rows).predictions)
-            predictions = logits_NC.argmax(1) if data.task.labels else logits_NC[:, 0]
-            found = metrics.evaluate(data.task.metrics, split.labels, predictions)
-            values |= {name + suffix: value for name, value in found.items()}
-            constant = constant or metrics.collapsed(predictions)
-    labels = [split.labels for split in data.evaluations.values()]
-    constant_score = metrics.constant_score(data.task.metrics, labels, len(data.task.labels))
-    return Result(values, constant, constant_score, len(train.labels), sum(map(len, labels)))
+    model = load_classifier(directory, task, settings.dropout).to(device)
+    train(model, as_seen_by(model, tokens.train), settings, seed, advance)
+    found: dict[str, float] = {}
+    constant = False
+    for suffix, rows in tokens.evaluations.items():
+        logits_NC = predict(model, as_seen_by(model, rows), settings.dtype)
+        predictions = logits_NC.argmax(1) if task.labels else logits_NC[:, 0]
+        values = metrics.evaluate(task.metrics, rows.labels, predictions)
+        found |= {name + suffix: value for name, value in values.items()}
+        constant = constant or metrics.collapsed(predictions)
+    labels = [rows.labels for rows in tokens.evaluations.values()]
+    constant_score = metrics.constant_score(task.metrics, labels, len(task.labels))
+    return Result(found, constant, constant_score, len(tokens.train), sum(map(len, labels)))
 
 
-def limited(split: Split, rows: int | None) -> Split:
-    """At most ``rows`` rows, the same whatever the seed of the run."""
-    if rows is None or rows >= len(split.labels):
-        return split
-    kept = np.sort(np.random.default_rng(0).permutation(len(split.labels))[:rows])
-    return Split([[texts[row] for row in kept] for texts in split.texts], split.labels[kept])
+def train(model: Any, rows: Tokens, settings: Settings, seed: int, advance: Callable[[int], None]) -> None:
+    """AdamW with warm-up and clipped gradients, as ``RECIPE`` says; the weights stay float32."""
+    steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]  # biases and norms
+    groups = [{"params": decayed, "weight_decay": RECIPE["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, fused=model.device.type in ("cpu", "cuda"))
+    schedule = get_scheduler(settings.scheduler, optimizer, math.ceil(RECIPE["warmup"] * steps), steps)
+    regression = rows.labels.dtype.kind == "f"
+    labels_N = torch.from_numpy(rows.labels).to(model.device, torch.float32 if regression else torch.int64)
+    model.train()
+    for epoch in range(settings.epochs):
+        for batch in shuffled_batches(rows.lengths, settings.batch_size, RECIPE["pool"], (seed, epoch)):
+            logits_BC = classify(model, rows.batch(batch), settings.dtype)
+            labels_B = labels_N[torch.from_numpy(batch).to(model.device)]
+            loss = F.mse_loss(logits_BC[:, 0], labels_B) if regression else F.cross_entropy(logits_BC, labels_B)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), RECIPE["clip_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            advance(len(batch))
 
 
-def trained_rows(data: TaskData, settings: Settings) -> int:
-    """Rows that ``finetune`` reports to ``advance`` in all, to the last batch's rounding."""
-    rows = min(len(data.train.labels), settings.limit_train or len(data.train.labels))
-    return settings.epochs * math.ceil(rows / settings.batch_size) * settings.batch_size
+@torch.no_grad()
+def predict(model: Any, rows: Tokens, dtype: str) -> np.ndarray:
+    """Logits [N, C] float32 of all rows, in their order."""
+    model.eval()
+    batches = batches_by_length(np.arange(len(rows)), rows.lengths, EVAL_BATCH)
+    found_NC = torch.cat([classify(model, rows.batch(batch), dtype) for batch in batches]).cpu().numpy()
+    logits_NC = np.empty_like(found_NC)
+    logits_NC[np.concatenate(batches)] = found_NC
+    return logits_NC
+
+
+def classify(model: Any, batch: dict[str, Tensor], dtype: str) -> Tensor:
+    """Logits [B, C] float32; ``dtype`` is that of the matrix products."""
+    inputs = {name: tensor_BL.to(model.device, non_blocking=True) for name, tensor_BL in batch.items()}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model(**inputs).logits.float()
+
+
+def as_seen_by(model: Any, rows: Tokens) -> Tokens:
+    """Rows without segments where the model knows no two: RoBERTa's has one, DistilBERT's forward none."""
+    several = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+    takes = several and "token_type_ids" in inspect.signature(model.forward).parameters
+    return rows if takes else replace(rows, segments=None)
 
 
 def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
-    """The encoder with a new head; dropout is put back.
+    """The encoder with a new head, float32; dropout is put back.
 
     Raises:
-        UsageError: weights of the encoder are missing.
+        UsageError: it has no form for classification, or weights of the encoder are missing.
     """
     config = load_config(directory)
     for name in DROPOUTS:
@@ -173,27 +159,15 @@ def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     config.problem_type = "single_label_classification" if task.labels else "regression"
     config.id2label = dict(enumerate(task.labels)) or {0: "score"}
     config.label2id = {name: number for number, name in config.id2label.items()}
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        directory, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            directory, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"cannot load {directory} for fine-tuning: {reason}") from None
     encoder = f"{model.base_model_prefix}."
     lost = [name for name in loading["missing_keys"] if name.startswith(encoder) and "pooler" not in name]
     if lost:
         raise UsageError(f"{directory} lacks weights of its encoder ({lost[0]}); use a complete checkpoint")
     return model
-
-
-def encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, Any]]:
-    """Token ids of a text or a pair, cut to ``max_length``; padding is the collator's."""
-    encoded = tokenizer(*split.texts, truncation=True, max_length=max_length)
-    labels = split.labels.astype(np.float32) if split.labels.dtype.kind == "f" else split.labels
-    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    return [row | {"labels": label} for row, label in zip(rows, labels.tolist(), strict=True)]
-
-
-class _Advance(TrainerCallback):
-    def __init__(self, advance: Callable[[int], None], batch_size: int) -> None:
-        self.advance, self.batch_size = advance, batch_size
-
-    def on_step_end(self, *args: Any, **others: Any) -> None:
-        self.advance(self.batch_size)

@@ -90,12 +90,25 @@ def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:
         results: metrics by task.
 
     Raises:
-        IncompleteAverage: names the tasks that are missing.
+        IncompleteAverage: names the tasks, or metrics of tasks, that are missing.
     """
     require_tasks(name, results)
     parts = [part.partition(":") for part in AVERAGES[name]]
+    if lacking := [f"{task} {metric}" for task, _, metric in parts if metric and metric not in results[task]]:
+        raise IncompleteAverage(f"the average {name} needs {', '.join(lacking)}")
     scores = [100 * results[task][metric] if metric else score(results[task]) for task, _, metric in parts]
     return sum(scores) / len(scores)
+
+
+def averages_by_seed(name: str, results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[int, float]:
+    """A named average, in percent, for each seed that all of its tasks have: none where one lacks.
+
+    Args:
+        results: metrics by task and seed.
+    """
+    own = [results.get(task, {}) for task in tasks_of(name)]
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in own)))
+    return {seed: average(name, {task: results[task][seed] for task in tasks_of(name)}) for seed in shared}
 
 
 def _correlation(function: Callable[..., tuple[float, float]], labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -1,211 +1,212 @@
 #!/usr/bin/env python3
-"""Fine-tune a model on GLUE, or on two probe tasks that need no data: tasks × seeds, one result file each.
+"""Fine-tune models on GLUE, or on two probe tasks that need no data: tasks × seeds × models, one result file each.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
-python glue/run.py --model runs/student --tasks cola,rte,stsb --data glue_data --output runs/glue/student
-python glue/run.py --model runs/student --tasks probes --output runs/probes/student
+python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
+python glue/run.py --model a=runs/random b=runs/parquet --tasks probes --num-workers 4 --output runs/probes
 
-What is done is skipped, so a run that was cut short goes on with the same command.
+What is done is skipped, so a run that was cut short goes on with the same command; so does one in which some failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from glue.finetune import Result, Settings, check_model, finetune, trained_rows
-from glue.tasks import PROBES, Task, TaskData, choose, load
+from glue import metrics
+from glue.batches import TaskTokens, encode_task
+from glue.cells import Cell, Outcome, work_here, work_on_ray
+from glue.finetune import check_model
+from glue.options import parse
+from glue.protocols import RECIPE, Settings, grid_of
+from glue.tasks import TaskData, load
 from pipeline import cli, storage
 from pipeline.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
-from pipeline.cli import UsageError
+from pipeline.cli import RunError, UsageError
 from pipeline.commit import differences
+from pipeline.manifests import tokenizer_hash
+
+MOST_NAMED = 5  # of the cells that failed
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How every task is fine-tuned; of several settings the best on dev counts. ``limits``: training rows by task."""
+class Model:
+    """A checkpoint and where its results go."""
 
-    grid: tuple[Settings, ...]
-    limits: dict[str, int]
+    name: str
+    path: str
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_hash: str
+    hash: str
+    output: str
 
-
-PROTOCOLS = {
-    # one setting for all tasks: Geiping and Goldstein 2023, arXiv 2212.14034
-    "cramming": Protocol((Settings(4e-5, 5, 16, scheduler="cosine"),), {}),
-    # Devlin et al. 2019, arXiv 1810.04805, with the learning rates of its appendix and of its code
-    "bert-grid": Protocol(
-        tuple(Settings(rate, epochs, 32) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)), {}
-    ),
-    # the fine-tuning of the BabyLM challenge of 2025
-    "babylm": Protocol((Settings(3e-5, 10, 32),), {"mnli": 10_000, "qqp": 10_000}),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One task with one seed: what goes into its result file, and what decides it."""
-
-    task: Task
-    seed: int
-    grid: tuple[Settings, ...]
-    file: str
-    key: dict[str, Any]
+    @property
+    def training(self) -> dict[str, Any] | None:
+        """What its own summary says of its pretraining, if it was trained by train/run.py."""
+        try:
+            return storage.read_json(str(self.directory / "summary.json"))
+        except (FileNotFoundError, ValueError):
+            return None
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    directory = local_checkpoint(args.model)
-    check_model(directory, args.max_length or Settings.max_length)
-    tokenizer = load_tokenizer(str(directory))
-    data = {task.name: load(task, args.data) for task in args.tasks}
-    model = {"path": str(args.model), "hash": weights_hash(directory)}
-    runs = [plan(args, task, seed, model, data[task.name]) for task in args.tasks for seed in args.seeds]
-    todo = [run for run in runs if args.overwrite or not is_done(run)]
+    args = parse(argv, __doc__)
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # "some weights are newly initialized": that is the point
-    total = sum(trained_rows(data[run.task.name], settings) for run in todo for settings in run.grid)
-    with cli.Progress(total, "rows", "fine-tuning") as progress:
-        if len(todo) < len(runs):
-            progress.note(f"{len(runs) - len(todo)} of {len(runs)} results are there already")
-        for run in todo:
-            started = time.monotonic()
-            found = [
-                (settings, finetune(directory, tokenizer, data[run.task.name], settings, run.seed, progress.advance))
-                for settings in run.grid
-            ]
-            result = report(run, found, model, training_of(directory), time.monotonic() - started)
-            storage.write_json(run.file, result)
-            progress.note(f"{run.task.name} seed {run.seed}: {describe(result)}")
-    print_results([storage.read_json(run.file) for run in runs], args.output)
+    models = {name: open_model(args, name, path) for name, path in args.models.items()}
+    data = {task.name: load(task, args.data) for task in args.tasks}
+    cells = [
+        plan(args, model, data[task.name], seed)
+        for task in args.tasks
+        for seed in args.seeds
+        for model in models.values()
+    ]
+    todo = [cell for cell in cells if args.overwrite or not is_done(cell)]
+    tokens_of = shared_tokens(models, data)
+    failed: dict[str, str] = {}
+    with cli.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning") as progress:
+        progress.note(f"{args.protocol}: {describe_grid(cells)}")
+        if len(todo) < len(cells):
+            progress.note(f"{len(cells) - len(todo)} of {len(cells)} results are there already")
+        if args.num_workers > 1 and todo:
+            work = work_on_ray(todo, tokens_of, progress.advance, args.num_workers, args.gpus_per_worker)
+        else:
+            work = work_here(todo, tokens_of, progress.advance)
+        for cell, outcome in work:
+            if outcome.failure:
+                failed[str(cell)] = outcome.failure
+                progress.note(f"{cell} failed: {outcome.failure}")
+                continue
+            result = report(cell, outcome, models[cell.model], data[cell.task.name])
+            storage.write_json(cell.file, result)
+            progress.note(f"{cell}: {describe(result)}")
+    for model in models.values():
+        done = [cell.file for cell in cells if cell.model == model.name and str(cell) not in failed]
+        print_results(model.output, [storage.read_json(file) for file in done])
+    if failed:
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(failed.items())[:MOST_NAMED])
+        more = f"; and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
+        raise RunError(f"{len(failed)} of {len(todo)} failed: {named}{more}; the same command tries them again")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="glue/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="pretrained masked LM with its tokenizer, by path or Hub id")
-    add("--tasks", required=True, help="comma-separated; glue and probes stand for all of theirs")
-    add("--data", help="directory with TASK/train.parquet|tsv|jsonl and dev.…, or hub")
-    add("--seeds", default="1", help="comma-separated (default: 1)")
-    add("--protocol", choices=PROTOCOLS, default="cramming", help="(default: cramming)")
-    add("--output", required=True, help="directory of the results, one JSON a task and seed")
-    add("--learning-rate", type=cli.positive_float, help="instead of the protocol's")
-    add("--epochs", type=cli.positive, help="instead of the protocol's")
-    add("--batch-size", type=cli.positive, help="instead of the protocol's")
-    add("--max-length", type=cli.positive, help="tokens of a text or pair (default: 128)")
-    add("--limit-train", type=cli.positive, help="at most so many training rows, the same for every seed")
-    add(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="auto: bfloat16 where the hardware has it",
-    )
-    add("--overwrite", action="store_true", help="do results again that are there already")
-    args = parser.parse_args(argv)
-    args.tasks = choose(args.tasks)
-    if args.data and all(task.name in PROBES for task in args.tasks):
-        raise UsageError("the probes are made from installed packages; leave out --data")
-    try:
-        args.seeds = [int(seed) for seed in args.seeds.split(",")]
-    except ValueError:
-        raise UsageError(f"--seeds {args.seeds} is no list of whole numbers, as in --seeds 1,2,3") from None
-    if wrong := [seed for seed in args.seeds if not 0 <= seed < 1 << 32]:
-        raise UsageError(f"--seeds {wrong[0]} is not between 0 and {(1 << 32) - 1}")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise UsageError(f"--seeds {','.join(map(str, args.seeds))} names a seed twice; each makes one result")
-    return args
+def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
+    """Load what is needed to know a model. Raises UsageError if it cannot be fine-tuned."""
+    directory = local_checkpoint(path)
+    tokenizer = load_tokenizer(str(directory))
+    check_model(directory, tokenizer, args.max_length or Settings.max_length)
+    words = tokenizer_hash(tokenizer)
+    output = storage.join(args.output, name) if name else args.output
+    both = storage.sha256_json([weights_hash(directory), words])
+    return Model(name, path, directory, tokenizer, words, both, output)
 
 
-def plan(args: argparse.Namespace, task: Task, seed: int, model: dict[str, str], data: TaskData) -> Run:
-    """The settings of a task under the protocol and the flags that override it."""
-    protocol = PROTOCOLS[args.protocol]
+def plan(args: argparse.Namespace, model: Model, data: TaskData, seed: int) -> Cell:
+    """A cell under the protocol and the flags that override it."""
+    task = data.task
     changes = {
         "learning_rate": args.learning_rate,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
         "max_length": args.max_length,
         "dtype": resolve_dtype(args.dtype),
-        "limit_train": args.limit_train or protocol.limits.get(task.name),
+        "limit_train": args.limit_train.get(task.name),
     }
-    given = {name: value for name, value in changes.items() if value is not None}
-    grid = tuple(dict.fromkeys(replace(settings, **given) for settings in protocol.grid))
+    grid = grid_of(args.protocol, task.name, changes)
     key = {
         "task": task.name,
         "seed": seed,
         "protocol": args.protocol,
         "settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)},
+        "recipe": RECIPE,
         "train_split": data.train_split,
         "data_hash": data.hash,
-        "model_hash": model["hash"],
+        "model_hash": model.hash,
     }
-    return Run(task, seed, grid, storage.join(args.output, f"{task.name}-seed{seed}.json"), key)
+    file = storage.join(model.output, f"{task.name}-seed{seed}.json")
+    rows = sum(settings.epochs * min(len(data.train.labels), settings.limit_train or sys.maxsize) for settings in grid)
+    return Cell(model.name, model.directory, task, seed, grid, rows, file, key)
 
 
-def is_done(run: Run) -> bool:
+def shared_tokens(models: dict[str, Model], data: dict[str, TaskData]) -> Callable[[Cell], TaskTokens]:
+    """The tokens of a cell, made once for all seeds, settings and models of the same tokenizer."""
+    tokenizers = {model.tokenizer_hash: model.tokenizer for model in models.values()}
+
+    @cache
+    def encoded(tokenizer: str, task: str, max_length: int, limit_train: int | None) -> TaskTokens:
+        return encode_task(data[task], tokenizers[tokenizer], max_length, limit_train)
+
+    def tokens_of(cell: Cell) -> TaskTokens:
+        settings = cell.grid[0]  # a grid is over learning rates and epochs
+        return encoded(models[cell.model].tokenizer_hash, cell.task.name, settings.max_length, settings.limit_train)
+
+    return tokens_of
+
+
+def is_done(cell: Cell) -> bool:
     """Whether the result is there.
 
     Raises:
         UsageError: a result of another model or of other settings is in its place.
     """
     try:
-        previous = storage.read_json(run.file)["key"]
+        previous = storage.read_json(cell.file)["key"]
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError):
-        raise UsageError(f"{run.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
-    if differing := differences(previous, run.key):
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{cell.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
+    if differing := differences(previous, cell.key):
         raise UsageError(
-            f"{run.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
+            f"{cell.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
         )
     return True
 
 
-def report(
-    run: Run,
-    found: list[tuple[Settings, Result]],
-    model: dict[str, str],
-    training: dict[str, Any] | None,
-    seconds: float,
-) -> dict[str, Any]:
-    """The result file: the best of the grid by its dev score, and all of the grid beside it."""
-    settings, best = max(found, key=lambda pair: pair[1].score)
+def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[str, Any]:
+    """The result file: the first best of the grid by its dev score, and all of the grid beside it."""
+    settings, best = max(outcome.found, key=lambda pair: pair[1].score)
+    grid = [
+        {**asdict(tried), "score": result.score, "metrics": result.metrics, "collapsed": result.collapsed}
+        for tried, result in outcome.found
+    ]
     return {
-        "task": run.task.name,
-        "seed": run.seed,
-        "protocol": run.key["protocol"],
+        "task": cell.task.name,
+        "seed": cell.seed,
+        "protocol": cell.key["protocol"],
         "settings": asdict(settings),
         "metrics": best.metrics,
         "score": best.score,
         "collapsed": best.collapsed,
         "constant_score": best.constant_score,
-        "train_split": run.key["train_split"],
+        "train_split": data.train_split,
         "train_rows": best.train_rows,
         "eval_rows": best.eval_rows,
-        "seconds": round(seconds, 2),
-        "grid": [{**asdict(settings), "score": result.score} for settings, result in found],
-        "model": model,
-        "training": training,
-        "key": run.key,
+        "seconds": round(outcome.seconds, 2),
+        "device": outcome.device,
+        "grid": grid,
+        "model": {"path": str(model.path), "hash": model.hash},
+        "training": model.training,
+        "key": cell.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
     }
 
 
-def training_of(directory: Path) -> dict[str, Any] | None:
-    """What the model's own summary says of its pretraining, if it was trained by train/run.py."""
-    try:
-        return storage.read_json(str(directory / "summary.json"))
-    except (FileNotFoundError, ValueError):
-        return None
+def describe_grid(cells: list[Cell]) -> str:
+    size = len(cells[0].grid)
+    if size == 1:
+        return "one setting"
+    return f"a grid of {size} settings; in each run of each model the best by its dev score counts"
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -214,11 +215,30 @@ def describe(result: dict[str, Any]) -> str:
     return f"{result['score']:.1f} ({values}{note}) in {result['seconds']:.0f} s"
 
 
-def print_results(results: list[dict[str, Any]], output: str) -> None:
+def print_results(output: str, results: list[dict[str, Any]]) -> None:
+    """Task by task the mean score, each raw metric's mean, seconds and the scores by seed; then the named averages."""
     print(f"{output}: {len(results)} results")
-    for task in dict.fromkeys(result["task"] for result in results):
-        scores = [result["score"] for result in results if result["task"] == task]
-        print(f"  {task:<10} {sum(scores) / len(scores):5.1f}   {' '.join(f'{score:.1f}' for score in scores)}")
+    by_task: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        by_task.setdefault(result["task"], {})[result["seed"]] = result
+    for task, by_seed in by_task.items():
+        runs = list(by_seed.values())
+        raw = ", ".join(f"{name} {mean([run['metrics'][name] for run in runs]):.3f}" for name in runs[0]["metrics"])
+        scores = " ".join(f"{run['score']:.1f}" for run in runs)
+        collapsed = sum(run["collapsed"] for run in runs)
+        note = f"   {collapsed} of {len(runs)} say the same of every row" if collapsed else ""
+        print(f"  {task:<12} {mean([run['score'] for run in runs]):5.1f}   {scores}   ({raw}){note}")
+    raw_metrics = {task: {seed: run["metrics"] for seed, run in by_seed.items()} for task, by_seed in by_task.items()}
+    for name in metrics.AVERAGES:
+        if averages := metrics.averages_by_seed(name, raw_metrics):
+            print(
+                f"  {name:<12} {mean(list(averages.values())):5.1f}   {' '.join(f'{a:.1f}' for a in averages.values())}"
+            )
+    print(f"  {sum(result['seconds'] for result in results):,.0f} s of fine-tuning")
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 if __name__ == "__main__":

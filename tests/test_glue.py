@@ -16,11 +16,21 @@ import pytest
 import torch
 from harness import ROOT, refused, run, save_bert
 from made_glue import make_rows, write_rows
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForSequenceClassification
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import glue.compare
 import glue.run
 import glue.tasks
+from glue.options import parse
+from glue.protocols import grid_of
 from glue.tasks import GLUE
 from pipeline.cli import UsageError
 
@@ -93,10 +103,12 @@ def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
     old, new = (read(path)["rte-seed2"] for path in (results, copy))
     assert {**old, "seconds": 0} == {**new, "seconds": 0}
 
-    message = refused(*GLUE_RUN, *flags, *QUICK, "--epochs", 2)
-    assert "cola-seed1.json was made otherwise (settings.1.epochs: 1 → 2)" in message and "--overwrite" in message
+    again = [str(flag) for flag in (*flags, *QUICK)]
+    with pytest.raises(UsageError, match=r"made otherwise .settings.1.epochs: 1 → 2.*; choose another.*--overwrite"):
+        glue.run.main([*again, "--epochs", "2"])
     (copy / "cola-seed1.json").write_text("{")
-    assert "no result of glue/run.py" in refused(*GLUE_RUN, *flags, *QUICK)
+    with pytest.raises(UsageError, match=r"cola-seed1.json is no result of glue/run.py"):
+        glue.run.main(again)
     glue_here(work / "teacher", copy, "--tasks", "cola", "--data", data, *QUICK, "--epochs", 2, "--overwrite")
     assert read(copy)["cola-seed1"]["settings"]["epochs"] == 2
 
@@ -128,17 +140,16 @@ def test_grid_takes_the_best_of_the_dev_scores(work: Path, data: Path, tmp_path:
 
 def test_limits_of_a_protocol_and_of_the_user(work: Path, words: list[str], tmp_path: Path) -> None:
     for name in ("qqp", "rte"):
-        write_rows(make_rows(GLUE[name], words, 10_500, 1), tmp_path / "data" / name / "train.parquet")
+        write_rows(make_rows(GLUE[name], words, 64, 1), tmp_path / "data" / name / "train.parquet")
         write_rows(make_rows(GLUE[name], words, 8, 2), tmp_path / "data" / name / "dev.parquet")
     model = work / "teacher"
-    args = glue.run.parse([f"--model={model}", "--tasks=qqp,rte", "--protocol=babylm", "--output=x"])
-    limits = {}
-    for task in args.tasks:
-        loaded = glue.tasks.load(task, str(tmp_path / "data"))
-        limits[task.name] = glue.run.plan(args, task, 1, {"hash": "", "path": ""}, loaded).grid[0].limit_train
+    limits = {name: grid_of("babylm", name, {})[0].limit_train for name in ("qqp", "rte")}
     assert limits == {"qqp": 10_000, "rte": None}
-    flags = ["--tasks", "qqp", "--data", tmp_path / "data", *QUICK, "--limit-train", 16, "--seeds", "1,2"]
-    assert [result["train_rows"] for result in glue_here(model, tmp_path / "out", *flags).values()] == [16, 16]
+    flags = ["--tasks", "qqp,rte", "--data", tmp_path / "data", *QUICK]
+    found = glue_here(model, tmp_path / "all", *flags, "--limit-train", 16)
+    assert [result["train_rows"] for result in found.values()] == [16, 16]
+    found = glue_here(model, tmp_path / "one", *flags, "--limit-train", "rte=24,qqp=8")
+    assert {result["task"]: result["train_rows"] for result in found.values()} == {"qqp": 8, "rte": 24}
 
 
 def test_from_the_hub(
@@ -345,7 +356,19 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     (pickled / "model.safetensors").unlink()
     torch.save(masked.state_dict(), pickled / "pytorch_model.bin")
     headless.mkdir()
+    generator, swapped = tmp_path / "generator", tmp_path / "swapped"
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=1)).save_pretrained(generator)
+    tokenizer.save_pretrained(generator)
+    BertForMaskedLM(BertConfig(**{**masked.config.to_dict(), "vocab_size": 200})).save_pretrained(swapped)
+    tokenizer.save_pretrained(swapped)
+    cola = ["--tasks", "cola", "--data", data]
     cases += [
+        (["--model", generator, *cola], "is a gpt2 model, which has no masked-LM head"),
+        (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., the model 200"),
+        ([*model, *cola, "--limit-train", "rte"], "is no number of rows"),
+        ([*model, *cola, "--limit-train", "sst3=10"], "there is no task 'sst3'"),
+        (["--model", work / "teacher", work / "teacher", *cola], "two models have the name teacher"),
+        (["--model", "=x", *cola], "no NAME=MODEL"),
         (["--model", tuned, "--tasks", "cola", "--data", data], "is fine-tuned already"),
         (["--model", pickled, "--tasks", "cola", "--data", data], "pickle"),
         (["--model", headless, "--tasks", "cola", "--data", data], "headless"),
@@ -353,7 +376,8 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     for flags, sentence in cases:
         with pytest.raises(UsageError, match=sentence):
             glue.run.main([str(flag) for flag in ["--max-length", 32, *flags, *out]])
-    with pytest.raises(SystemExit):
-        glue.run.parse(["--model=x", "--tasks=cola", "--output=x", "--learning-rate=-1"])
+    for wrong in ("--learning-rate=-1", "--gpus-per-worker=2"):
+        with pytest.raises(SystemExit):
+            parse(["--model=x", "--tasks=cola", "--output=x", wrong], "")
     assert "there is no task 'x'" in refused(*GLUE_RUN, *model, *out, "--tasks", "x")
     assert not (tmp_path / "out").exists()

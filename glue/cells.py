@@ -1,0 +1,136 @@
+"""The cells of a table, model × task × seed: what decides one, and working on many, in this process or on Ray."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glue.batches import TaskTokens
+from glue.finetune import Result, finetune
+from glue.protocols import Settings
+from glue.tasks import Task
+from pipeline import backends, cli
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, a task and a seed, tried with each setting of a grid.
+
+    Attributes:
+        key: all that decides the result.
+        file: of the result.
+        rows: training rows over the whole grid, to the last batch's rounding.
+    """
+
+    model: str
+    directory: Path
+    task: Task
+    seed: int
+    grid: tuple[Settings, ...]
+    rows: int
+    file: str
+    key: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.task.name} seed {self.seed}".strip()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: the results of its grid, or why it failed."""
+
+    found: list[tuple[Settings, Result]] = field(default_factory=list)
+    seconds: float = 0.0
+    device: str = ""
+    failure: str = ""
+
+
+Work = Iterator[tuple[Cell, Outcome]]
+TokensOf = Callable[[Cell], TaskTokens]
+
+
+def work_on(cell: Cell, tokens: TaskTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
+    """Fine-tune with each setting of the cell. What goes wrong is an outcome: the other cells go on."""
+    torch.set_num_threads(1)  # several slow such small steps down; and sums come out the same beside any others
+    started = time.monotonic()
+    try:
+        found = [(settings, finetune(cell.directory, tokens, settings, cell.seed, advance)) for settings in cell.grid]
+    except Exception as error:
+        kind = "" if isinstance(error, cli.UsageError) else f"{type(error).__name__}: "
+        return Outcome(failure=kind + cli.one_line(error))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return Outcome(found, time.monotonic() - started, device)
+
+
+def work_here(cells: list[Cell], tokens_of: TokensOf, advance: Callable[[int], None]) -> Work:
+    """One cell after the other."""
+    for cell in cells:
+        yield cell, work_on(cell, tokens_of(cell), advance)
+
+
+def work_on_ray(
+    cells: list[Cell], tokens_of: TokensOf, advance: Callable[[int], None], workers: int, gpus_per_worker: float
+) -> Work:
+    """The largest cells first, each to an actor that is up and free; yields them as they end.
+
+    An actor has a GPU (or a share of one) where the cluster has any, else a CPU. One that dies costs its cell.
+    Workers read the models where they are; the tokens come through Ray's object store, one copy a node.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    backends.connect("pipeline", "train", "glue", cpus=workers)
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        actor_class: Any = ray.remote(**({"num_gpus": gpus_per_worker} if gpus else {"num_cpus": 1}))(_Worker)
+        waiting = sorted(cells, key=lambda cell: -cell.rows)
+        shared: dict[int, Any] = {}  # tokens that are in the object store
+        busy: dict[Any, tuple[Any, Cell | None]] = {}  # what an actor will return → it, and its cell
+
+        def start_actor() -> None:
+            actor = actor_class.remote()
+            busy[actor.ready.remote()] = actor, None
+
+        for _ in range(min(workers, len(cells))):
+            start_actor()
+        while waiting or any(cell for _, cell in busy.values()):
+            (ended,), _ = ray.wait(list(busy), num_returns=1)
+            actor, cell = busy.pop(ended)
+            try:
+                outcome = ray.get(ended)
+            except ray.exceptions.RayError as error:
+                if cell is None:  # it could not even start: nor would another
+                    raise cli.RunError(f"a worker did not start ({cli.one_line(error)})") from None
+                outcome, actor = Outcome(failure=f"its worker died ({cli.one_line(error)})"), None
+            if cell:
+                advance(cell.rows)
+                yield cell, outcome
+            if waiting and actor is None:
+                start_actor()
+            elif waiting:
+                following = waiting.pop(0)
+                tokens = tokens_of(following)
+                if id(tokens) not in shared:
+                    shared[id(tokens)] = ray.put(tokens)
+                busy[actor.work_on.remote(following, shared[id(tokens)])] = actor, following
+    finally:
+        ray.shutdown()
+
+
+class _Worker:
+    """An actor; its process keeps what it has imported for the next cell."""
+
+    def ready(self) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+    def work_on(self, cell: Cell, tokens: TaskTokens) -> Outcome:
+        return work_on(cell, tokens)

@@ -1,0 +1,255 @@
+"""Fine-tuning many cells: batches by length, paired seeds, shared tokens, several models, failed cells, Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from harness import ROOT, run
+from made_glue import make_rows, write_rows
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+import glue.cells
+import glue.finetune
+import glue.run
+from glue.batches import batches_by_length, encode, shuffled_batches
+from glue.finetune import load_classifier
+from glue.tasks import GLUE, load
+from pipeline.cli import RunError, UsageError
+
+GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
+QUICK = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--max-length", 32, "--dtype", "float32"]
+
+
+def glue_here(output: Path, *flags: object) -> dict[str, dict[str, Any]]:
+    glue.run.main([str(flag) for flag in (*flags, "--output", output)])
+    return read(output)
+
+
+def read(output: Path) -> dict[str, dict[str, Any]]:
+    """Results by file, without the time they took."""
+    found = {str(path.relative_to(output)): json.loads(path.read_text()) for path in sorted(output.rglob("*.json"))}
+    return {name: {**result, "seconds": 0} for name, result in found.items()}
+
+
+@pytest.fixture(scope="module")
+def other(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same architecture and tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "other"
+    torch.manual_seed(1)
+    model = AutoModelForMaskedLM.from_pretrained(work / "teacher")
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(work / "teacher").save_pretrained(directory)
+    return directory
+
+
+def test_an_epoch_has_every_row_once_in_batches_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 1003)
+    batches = shuffled_batches(lengths, 16, 32, (1, 0))
+    assert sorted(np.concatenate(batches)) == list(range(1003)) and Counter(map(len, batches)) == {16: 62, 11: 1}
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert padded < 1.1 * lengths.sum(), "at random it is 1.7 times as much"
+    means = [lengths[batch].mean() for batch in batches]
+    assert np.corrcoef(means[:-1], means[1:])[0, 1] < 0.3, "short and long ones take turns"
+    again, epoch, seed = (shuffled_batches(lengths, 16, 32, key) for key in ((1, 0), (1, 1), (2, 0)))
+    assert all(np.array_equal(*pair) for pair in zip(batches, again, strict=True))
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(epoch))
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(seed))
+    ordered = np.concatenate(batches_by_length(np.arange(1003), lengths, 16))
+    assert (np.diff(lengths[ordered]) >= 0).all()
+
+
+def test_a_batch_is_what_the_tokenizer_pads(work: Path, data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(work / "teacher")
+    split = load(GLUE["rte"], str(data)).train
+    split.texts[1][3] = " ".join(split.texts[1][3].split() * 9)  # to be cut
+    rows = np.array([3, 0, 7])
+    ours = encode(split, tokenizer, 24).batch(rows)
+    encoded = [tokenizer(*(texts[row] for texts in split.texts), truncation=True, max_length=24) for row in rows]
+    theirs = DataCollatorWithPadding(tokenizer)(encoded)
+    assert ours.keys() == theirs.keys() and ours["input_ids"].shape[1] == 24
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_seeds_are_paired(work: Path, other: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of one architecture start a seed with the same head and see the same batches."""
+    heads, batches, train = [], [], glue.finetune.train
+
+    def watch(model: Any, rows: Any, *others: Any) -> None:
+        heads.append(torch.cat([model.classifier.weight.flatten(), model.bert.pooler.dense.weight.flatten()]).detach())
+        heads[-1] = heads[-1].clone()
+        train(model, rows, *others)
+
+    def watch_batches(*args: Any) -> Any:
+        batches.append(shuffled_batches(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(glue.finetune, "train", watch)
+    monkeypatch.setattr(glue.finetune, "shuffled_batches", watch_batches)
+    flags = ["--model", work / "teacher", other, "--tasks", "rte", "--data", data, "--seeds", "1,2", *QUICK]
+    found = glue_here(tmp_path, *flags)
+    assert set(found) == {f"{name}/rte-seed{seed}.json" for name in ("teacher", "other") for seed in (1, 2)}
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[2], heads[3]) and not torch.equal(heads[0], heads[2])
+    order = [np.concatenate(each).tolist() for each in batches]
+    assert order[0] == order[1] and order[2] == order[3] and order[0] != order[2]
+
+
+def test_a_task_is_tokenized_once(
+    work: Path, other: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, encode_task = [], glue.run.encode_task
+    monkeypatch.setattr(glue.run, "encode_task", lambda *args: calls.append(args[0].task.name) or encode_task(*args))
+    flags = ["--model", f"a={work / 'teacher'}", "--model", f"b={other}", "--tasks", "rte,cola", "--data", data]
+    found = glue_here(tmp_path, *flags, "--seeds", "1,2", *QUICK)
+    assert calls == ["rte", "cola"] and len(found) == 8
+    alone = glue_here(tmp_path / "alone", "--model", work / "teacher", "--tasks", "rte", "--data", data, *QUICK)
+    assert alone["rte-seed1.json"] == found["a/rte-seed1.json"], "no matter what it is worked on beside"
+
+
+def test_the_grid_is_told_and_every_raw_metric_kept(
+    work: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", work / "teacher", "--tasks", "mrpc", "--data", data, "--protocol", "bert-grid"]
+    (result,) = glue_here(tmp_path, *flags, "--max-length", 16).values()
+    assert "bert-grid: a grid of 8 settings; in each run of each model the best" in capfd.readouterr().err
+    assert len(result["grid"]) == 8 and all(set(tried["metrics"]) == {"accuracy", "f1"} for tried in result["grid"])
+    first = next(tried for tried in result["grid"] if tried["score"] == result["score"])
+    assert {name: first[name] for name in result["settings"]} == result["settings"]
+    assert first["metrics"] == result["metrics"]
+
+
+def test_runs_that_collapse_are_counted(
+    work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict, calls = glue.finetune.predict, []
+
+    def say_one(model: Any, rows: Any, dtype: str) -> np.ndarray:
+        calls.append(1)
+        logits_NC = predict(model, rows, dtype)
+        logits_NC[:, 1] = logits_NC.min() - 1 if len(calls) < 3 else logits_NC[:, 1]
+        logits_NC[0, 1] = logits_NC[0, 1] if len(calls) < 3 else logits_NC.max() + 1
+        logits_NC[1, 0] = logits_NC[1, 0] if len(calls) < 3 else logits_NC.max() + 1
+        return logits_NC
+
+    monkeypatch.setattr(glue.finetune, "predict", say_one)
+    flags = ["--model", work / "teacher", "--tasks", "cola", "--data", data, "--seeds", "1,2,3", *QUICK]
+    found = glue_here(tmp_path, *flags)
+    assert [result["collapsed"] for result in found.values()] == [True, True, False]
+    assert [result["metrics"]["matthews"] for result in found.values()][:2] == [0, 0]
+    assert "2 of 3 say the same of every row" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_is_named_and_tried_again(
+    work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune = glue.cells.finetune
+
+    def fail(directory: Path, tokens: Any, settings: Any, seed: int, advance: Any) -> Any:
+        if tokens.task.name == "cola" and seed == 2:
+            raise torch.OutOfMemoryError("out of\nmemory")
+        return finetune(directory, tokens, settings, seed, advance)
+
+    monkeypatch.setattr(glue.cells, "finetune", fail)
+    flags = ["--model", work / "teacher", "--tasks", "cola,rte", "--data", data, "--seeds", "1,2", *QUICK]
+    with pytest.raises(RunError, match=r"1 of 4 failed: cola seed 2 \(OutOfMemoryError: out of memory\); the same"):
+        glue_here(tmp_path, *flags)
+    assert set(read(tmp_path)) == {"cola-seed1.json", "rte-seed1.json", "rte-seed2.json"}
+    monkeypatch.setattr(glue.cells, "finetune", finetune)
+    assert len(glue_here(tmp_path, *flags)) == 4
+
+
+SMALL = {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}
+BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        RobertaForMaskedLM(RobertaConfig(**SMALL, **BERT_LIKE, type_vocab_size=1)),
+        DistilBertForMaskedLM(DistilBertConfig(**SMALL, dim=32, n_layers=1, n_heads=2, hidden_dim=64)),
+        ModernBertForMaskedLM(ModernBertConfig(**SMALL, **BERT_LIKE, cls_token_id=2, sep_token_id=3)),
+    ],
+    ids=lambda model: model.config.model_type,
+)
+def test_models_without_segments(work: Path, data: Path, tmp_path: Path, model: Any) -> None:
+    """The tokenizer has two, which these models do not know."""
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(work / "teacher").save_pretrained(tmp_path / "model")
+    (result,) = glue_here(
+        tmp_path / "out", "--model", tmp_path / "model", "--tasks", "rte", "--data", data, *QUICK
+    ).values()
+    assert result["train_rows"] == 64 and result["device"]
+
+
+def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
+    trained = AutoModelForMaskedLM.from_pretrained(work / "teacher")
+    model = load_classifier(work / "teacher", GLUE["mnli"], 0.1)
+    assert model.config.hidden_dropout_prob == 0.1 and model.classifier.out_features == 3
+    weight = "embeddings.word_embeddings.weight"
+    assert torch.equal(model.bert.get_parameter(weight), trained.bert.get_parameter(weight))
+
+
+def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UsageError, match="would be lost with the job's directory"):
+        glue_here(Path("relative"), "--model", work / "teacher", "--tasks", "rte", "--data", data)
+
+
+def test_two_workers_give_the_numbers_of_one_process(
+    work: Path, other: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", work / "teacher", other, "--tasks", "mrpc,stsb", "--data", data, "--seeds", "1,2", *QUICK]
+    one = glue_here(tmp_path / "one", *flags)
+    done = "other/stsb-seed1.json"
+    (tmp_path / "two" / "other").mkdir(parents=True)
+    (tmp_path / "two" / done).write_bytes((tmp_path / "one" / done).read_bytes())
+    capfd.readouterr()
+    two = glue_here(tmp_path / "two", *flags, "--num-workers", 2)
+    output = "".join(capfd.readouterr())
+    assert "1 of 8 results are there already" in output and "ray" not in output.lower(), output
+    assert two == one
+
+
+@pytest.mark.exhaustive
+def test_a_worker_that_is_killed_costs_its_cell(work: Path, data: Path, words: list[str], tmp_path: Path) -> None:
+    for split, rows in (("train", 3000), ("dev", 64)):
+        write_rows(make_rows(GLUE["rte"], words, rows, 1), tmp_path / "data" / "rte" / f"{split}.parquet")
+    flags = ["--model", work / "teacher", "--tasks", "rte", "--data", tmp_path / "data", "--seeds", "1,2,3,4"]
+    command = [str(part) for part in (*GLUE_RUN, *flags, *QUICK, "--num-workers", 2, "--output", tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+        with contextlib.suppress(psutil.Error):  # some are at their end already
+            below = psutil.Process(process.pid).children(recursive=True)
+            workers = [each for each in below if "Worker.work_on" in " ".join(each.cmdline())]
+    workers[0].kill()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "1 of 4 failed: rte seed" in output and "its worker died" in output and "Traceback" not in output
+    assert len(read(tmp_path / "out")) == 3
+    assert "3 of 4 results are there already" in run(*command)
+    assert len(read(tmp_path / "out")) == 4
