@@ -38,7 +38,7 @@ from pipeline.cli import UsageError
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     regimes = read_regimes(args.regimes)
-    table = compare(regimes, args.baseline, args.average)
+    table = compare(regimes, args.baseline, args.average, teacher_flops(args.teacher))
     curves = {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
     markdown = tables.to_markdown(table)
     files = {
@@ -63,6 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", required=True, help="directory of the comparison")
     add("--baseline", metavar="NAME", help="regime that the others are compared with (default: the first)")
     add("--average", action="append", choices=AVERAGES, default=[], help="must be computed; the first is plotted")
+    add("--teacher", metavar="MODEL", help="of the scores, made by train/run.py: costs with its training, and without")
     args = parser.parse_args(argv)
     pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
     for name, equals, directories in pairs:
@@ -75,8 +76,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def compare(regimes: Regimes, baseline: str, required: list[str]) -> dict[str, Any]:
+def teacher_flops(directory: str | None) -> float | None:
+    """What training the teacher took, scores that it read itself included; None if nobody asked.
+
+    Raises:
+        UsageError: it does not say.
+    """
+    if directory is None:
+        return None
+    try:
+        summary = storage.read_json(storage.join(directory, "summary.json"))
+        return summary["training_flops"] + summary["scoring_flops"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"--teacher {directory} has no summary.json that says what its training cost; name a directory made by "
+            "train/run.py, or leave it out"
+        ) from None
+
+
+def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> dict[str, Any]:
     """All numbers of the comparison: what table.json holds.
+
+    Args:
+        required: averages that have to be computed.
+        teacher: FLOPs of its training.
 
     Raises:
         UsageError: a required average lacks tasks.
@@ -111,6 +134,8 @@ def compare(regimes: Regimes, baseline: str, required: list[str]) -> dict[str, A
     table["training"] = {name: cost([run.training for run in runs if run.training]) for name, runs in regimes.items()}
     for name, row in table["training"].items():
         if row:
+            if teacher is not None and row["total_flops"] is not None:
+                row["with_teacher_flops"] = row["total_flops"] + (teacher if row["scoring_flops"] else 0)
             row["eval_loss"] = (table["eval_loss"] or {}).get(name, {}).get("mean")
     table["break_even"] = break_evens(table["training"])
     return table

@@ -17,15 +17,15 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e6e8ea;--dim:#9aa2ab;--rule:#343a41;--card:#1b1e22;
 --c0:#56a9e0;--c1:#f2ae3d;--c2:#35c79d;--c3:#ff8b50;--c4:#e59bc6;--c5:#9ad6fb;--c6:#d9cb52;--c7:#bfc4ca}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:70rem;background:var(--paper);color:var(--ink);
+body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0}
 h2{font-size:1.2rem;margin:2.2rem 0 .3rem}
 h3{font-size:1rem;margin:0 0 .3rem}
 p{max-width:46rem;margin:.5rem 0}
 .dim,.notes{color:var(--dim);font-size:.875rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem;margin:.8rem 0}
-figure{margin:0;padding:.7rem .8rem;max-width:36rem;background:var(--card);
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem;margin:.8rem 0}
+figure{margin:0;padding:.7rem .8rem;max-width:32rem;background:var(--card);
 border:1px solid var(--rule);border-radius:8px}
 svg{display:block;width:100%;height:auto}
 svg text{font-size:12px;fill:var(--ink)}
@@ -34,7 +34,8 @@ svg .value{font-variant-numeric:tabular-nums}
 svg .axis{stroke:var(--dim)}
 svg .grid{stroke:var(--rule)}
 svg .zero{stroke:var(--ink)}
-svg .dashed{stroke:var(--dim);stroke-dasharray:4 3}
+svg .dashed{stroke-dasharray:6 3}
+svg .constant{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:3 2}
 svg g{fill:currentColor;stroke:none}
 svg g line,svg g polyline{stroke:currentColor;fill:none}
 svg .dotted{stroke-dasharray:2 3}
@@ -43,15 +44,13 @@ svg rect{opacity:.55}
 svg .hollow{fill:var(--card);stroke:currentColor;stroke-width:2}
 svg .line{stroke-width:2.2;stroke-linejoin:round}
 svg .faint{opacity:.3}
-svg .d1{stroke-dasharray:6 3}
-svg .d2{stroke-dasharray:2 3}
 svg text.number{font-weight:700;fill:currentColor}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}
 .c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}.c7{color:var(--c7)}
 .keys{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.4rem 0;padding:0;font-size:.875rem}
 .keys b{margin-right:.3rem}
 .scroll{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 th{font-weight:500}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 50, 396, 12, 226
+WIDTH, HEIGHT = 360, 260
+LEFT, RIGHT, TOP, BOTTOM = 46, 336, 26, 218
+NAME = 24  # characters of a name that fit beside its numbers
 ROW = 34  # of a plot with a row a regime
 COLOURS = 8
 
@@ -70,13 +71,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; ``faint`` are those that it is the mean of, ``dots`` are points on it worth seeing."""
+    """A curve; ``label`` stands at its end, ``faint`` are those that it is the mean of, ``dots`` are worth seeing."""
 
     style: int
     name: str
+    label: str
     points: Sequence[tuple[float, float]]
     faint: Sequence[Sequence[tuple[float, float]]] = ()
     dots: Sequence[tuple[float, float]] = ()
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +92,19 @@ class Point:
 
 
 def bars(rows: Sequence[Row], constant: float | None) -> str:
-    """A bar a regime from zero, the interval as a whisker; ``constant`` as a dashed line."""
+    """A bar a regime from zero, the interval as a whisker; ``constant`` as a mark on each."""
     ends = [each for row in rows for each in (row.mean, row.low, row.high, constant) if each is not None]
     x = Axis(min(0.0, *ends), max(max(ends), min(ends) + 1, 1.0) * 1.02, 8, WIDTH - 12)
-    parts, bottom = [], 8 + ROW * len(rows)
-    if constant is not None:
-        parts.append(_line(x(constant), 4, x(constant), bottom, "dashed"))
+    parts: list[str] = []
+    bottom = 8 + ROW * len(rows)
     for number, row in enumerate(rows):
         top = 8 + ROW * number
         left, right = sorted((x(0), x(row.mean)))
         bar = f'<rect x="{left}" y="{top + 16}" width="{max(right - left, 0.5):.1f}" height="11" rx="2"/>'
         parts.append(_group(row.style, _title(f"{row.name}: {row.text}") + bar + _whisker(x, row, top + 21.5)))
         parts.append(_row_text(row, top))
+        if constant is not None:
+            parts.append(_line(x(constant), top + 13, x(constant), top + 30, "constant"))
     parts += [_x_ticks(x, bottom, f"{{:.{_digits(x)}f}}".format)]
     return _svg(parts, bottom + 22, "bars: " + "; ".join(f"{row.name} {row.text}" for row in rows))
 
@@ -121,29 +125,34 @@ def forest(rows: Sequence[Row]) -> str:
 
 
 def lines(found: Sequence[Line], x_label: str, y_label: str, x_text: Number, y_text: Number, log: bool = False) -> str:
-    """Curves, each with its number at its end. ``log``: the horizontal axis."""
+    """Curves, each with its label at its end. ``log``: the horizontal axis."""
     every = [point for line in found for each in (line.points, *line.faint) for point in each]
-    x = axis((at for at, _ in every), LEFT, RIGHT - 14, log, margin=0.0 if log else 0.02)
+    right = WIDTH - 12 - 7 * max(len(line.label) for line in found)
+    x = axis((at for at, _ in every), LEFT, right, log, margin=0.0 if log else 0.02)
     y = axis((at for _, at in every), BOTTOM, TOP)
     parts = [_frame(x, y, x_label, y_label, x_text, y_text)]
     for line in found:
         inner = _title(line.name) + "".join(_path(x, y, each, "faint") for each in line.faint)
-        inner += _path(x, y, line.points, f"line d{line.style // COLOURS}")
+        inner += _path(x, y, line.points, "line dashed" if line.dashed else "line")
         for at, value in line.dots:
             inner += f'<circle cx="{x(at)}" cy="{y(value)}" r="5"/>'
         parts.append(_group(line.style, inner))
-    ends = [(line.style, x(line.points[-1][0]) + 5, y(line.points[-1][1])) for line in found]
+    ends = [(line.style, line.label, x(line.points[-1][0]) + 5, y(line.points[-1][1])) for line in found]
     return _svg([*parts, _numbers(ends)], HEIGHT, f"{y_label} over {x_label}")
 
 
 def scatter(found: Sequence[Point], x_label: str, y_label: str, x_text: Number) -> str:
-    """Cost against quality: filled with all of the scoring, hollow without, the interval upright."""
+    """Cost against quality: filled with all of the scoring, hollow without, the interval upright.
+
+    Of points of equal cost each is a little to the right of the last, so that all intervals are seen.
+    """
     x = axis((cost for point in found for cost in (point.cost, point.without)), LEFT, RIGHT - 14, log=True)
     ends = [each for point in found for each in (point.row.mean, point.row.low, point.row.high) if each is not None]
     y = axis(ends, BOTTOM, TOP)
     parts, places = [_frame(x, y, x_label, y_label, x_text, f"{{:.{_digits(y)}f}}".format)], []
     for point in found:
-        row, across, up = point.row, x(point.cost), y(point.row.mean)
+        row, up = point.row, y(point.row.mean)
+        across = _beside([x(other.cost) for other in found[: found.index(point)]], x(point.cost))
         inner = _title(f"{row.name}: {row.text}")
         if row.low is not None and row.high is not None:
             inner += _line(across, y(row.low), across, y(row.high), "whisker")
@@ -151,7 +160,7 @@ def scatter(found: Sequence[Point], x_label: str, y_label: str, x_text: Number) 
             inner += _line(x(point.without), up, across, up, "dotted")
             inner += f'<circle cx="{x(point.without)}" cy="{up}" r="4" class="hollow"/>'
         parts.append(_group(row.style, inner + f'<circle cx="{across}" cy="{up}" r="5"/>'))
-        places.append((row.style, across + 8, up))
+        places.append((row.style, str(row.style + 1), across + 8, up))
     return _svg([*parts, _numbers(places)], HEIGHT, f"{y_label} over {x_label}")
 
 
@@ -180,7 +189,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _row_text(row: Row, top: float) -> str:
-    return _text(8, top + 11, f"{row.style + 1} {row.name}") + _text(WIDTH - 12, top + 11, row.text, "value", "end")
+    name = row.name if len(row.name) <= NAME else f"{row.name[: NAME - 1]}…"
+    return _text(8, top + 11, f"{row.style + 1} {name}") + _text(WIDTH - 12, top + 11, row.text, "value", "end")
 
 
 def _whisker(x: Axis, row: Row, at: float) -> str:
@@ -211,17 +221,20 @@ def _x_ticks(x: Axis, at: float, text: Number) -> str:
 def _frame(x: Axis, y: Axis, x_label: str, y_label: str, x_text: Number, y_text: Number) -> str:
     grid = "".join(_line(LEFT, y(value), RIGHT, y(value), "grid") for value in y.ticks())
     grid += "".join(_text(LEFT - 6, y(value) + 4, y_text(value), "tick", "end") for value in y.ticks())
-    labels = _text((LEFT + RIGHT) / 2, HEIGHT - 6, x_label, "tick", "middle")
-    labels += f'<text transform="translate(11 {(TOP + BOTTOM) / 2}) rotate(-90)" class="tick" text-anchor="middle">'
-    return grid + _x_ticks(x, BOTTOM, x_text) + labels + f"{escape(y_label)}</text>"
+    labels = _text((LEFT + RIGHT) / 2, HEIGHT - 6, x_label, "tick", "middle") + _text(4, 13, y_label, "tick")
+    return grid + _x_ticks(x, BOTTOM, x_text) + labels
 
 
-def _numbers(ends: Sequence[tuple[int, float, float]]) -> str:
-    """The regimes' numbers beside their points, pushed apart where they would overlap."""
+def _beside(before: Sequence[float], at: float) -> float:
+    return round(at + 5 * sum(abs(other - at) < 3 for other in before), 1)
+
+
+def _numbers(ends: Sequence[tuple[int, str, float, float]]) -> str:
+    """Labels beside their points, each at the nearest place where it hides no other."""
     found, taken = "", list[tuple[float, float]]()
-    for style, x, y in sorted(ends, key=lambda end: end[2]):
-        while any(abs(x - other) < 14 and abs(y - height) < 11 for other, height in taken):
-            y += 1
-        taken.append((x, y))
-        found += f'<text x="{x:.1f}" y="{y + 4:.1f}" class="number c{style % COLOURS}">{style + 1}</text>'
+    for style, label, x, y in sorted(ends, key=lambda end: end[3]):
+        shifts = (step * sign for step in range(200) for sign in (1, -1))
+        place = next(y + d for d in shifts if all(abs(x - a) >= 14 or abs(y + d - b) >= 11 for a, b in taken))
+        taken.append((x, place))
+        found += f'<text x="{x:.1f}" y="{place + 4:.1f}" class="number c{style % COLOURS}">{escape(label)}</text>'
     return found

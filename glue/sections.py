@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glue import plots, tables
@@ -12,6 +12,7 @@ from glue.costs import ONLINE, number
 from glue.tables import Table, amount
 
 STUDENTS = 64  # for so many, at least, the cost of a student is drawn
+MOST_STUDENTS = 10_000
 PANELS = ("at equal steps", "at equal seconds", "scoring included")
 
 
@@ -66,7 +67,7 @@ def gains(table: dict[str, Any]) -> Section | None:
     if not found:
         return None
     text = (
-        f"A dot is a regime's {label} less that of {table['baseline']}: the mean over pairs of the same pretraining "
+        f"A dot is a regime's {label} minus that of {table['baseline']}: the mean over pairs of the same pretraining "
         "seed, which share initial weights and the order of the data. The line is its 95 % interval. One that crosses "
         "zero is no evidence for either side; a hollow dot is one pair, without an interval, and an anecdote."
     )
@@ -88,8 +89,8 @@ def scores(table: dict[str, Any]) -> Section:
         drawn[label] = plots.bars(rows, constant)
     text = (
         "Means over pretraining seeds, each with its own 95 % interval. Regimes share initial weights and data, so "
-        "these intervals may overlap where the paired difference above is clear. Dashed: the best score of a model "
-        "that says the same of every row; a run that does so is counted as collapsed."
+        "these intervals may overlap where the paired difference above is clear. The dashed mark is the best score of "
+        "a model that says the same of every row; a run that does so is counted as collapsed."
     )
     return Section("Scores, task by task", text, drawn, tables.score_table(table))
 
@@ -110,7 +111,7 @@ def quality_and_cost(table: dict[str, Any]) -> Section | None:
     text = (
         "Up is better, left is cheaper. A filled dot pays for its training and for all of the scoring that it reads, "
         "as if it were the only student; its hollow twin pays for training alone, as if there were ever so many. "
-        "What has nothing above and to the left of it is worth having. The training of the reference is in neither."
+        "What has nothing above and to the left of it is worth having. The training of the teacher is in neither."
     )
     return Section("Quality against cost", text, drawn, tables.cost_table(table), table["regimes"])
 
@@ -120,31 +121,43 @@ def amortised(table: dict[str, Any]) -> Section | None:
     if not table["break_even"]:
         return None
     by_flops = [row for row in table["break_even"] if row["flops"]]
-    counts = [row["flops"]["students"] or 0 for row in by_flops]
-    last = max(STUDENTS, *(1.5 * count for count in counts if count < 1e4), 0)
-    steps = [last ** (step / 60) for step in range(61)]
-    found: list[plots.Line] = []
-    online: dict[str, float] = {}
+    last = max(STUDENTS, *(1.5 * (row["flops"]["students"] or 0) for row in by_flops), 0)
+    steps = [min(last, MOST_STUDENTS) ** (step / 60) for step in range(61)]
+    shown = {table["baseline"]} | {row[side] for row in by_flops for side in ("regime", "against")}
+    found: dict[tuple[str, ...], plots.Line] = {}
     for style, name in enumerate(table["regimes"]):
         bill = table["training"][name]
-        if not bill or not bill["training_flops"]:
+        if name not in shown or not bill or not bill["training_flops"]:
             continue
         once, each = bill["scoring_flops"] or 0, bill["training_flops"]
         met = [row["flops"]["students"] or 0 for row in by_flops if row["regime"] == name]
-        dots = [(n, each + once / n) for n in met if 1 <= n <= last]
-        found.append(plots.Line(style, name, [(n, each + once / n) for n in steps], dots=dots))
+        dots = [(n, each + once / n) for n in met if 1 <= n <= steps[-1]]
+        line = plots.Line(style, name, f"{style + 1}", [(n, each + once / n) for n in steps], dots=dots)
+        merge(found, (f"{once:.2g}", f"{each:.3g}"), line)
         if once and bill["online_flops"] and bill["tokens"]:
-            online[f"{name}, {ONLINE}"] = each + bill["online_flops"] * bill["tokens"]
-    for style, (name, each) in enumerate(online.items(), len(table["regimes"])):
-        found.append(plots.Line(style, name, [(n, each) for n in steps]))
+            taught = each + bill["online_flops"] * bill["tokens"]
+            points = [(n, taught) for n in steps]
+            merge(
+                found, (f"{taught:.3g}",), plots.Line(style, f"{name}, {ONLINE}", f"{style + 1}", points, dashed=True)
+            )
     heading = "FLOPs of a student, by how many there are"
-    drawn = {heading: plots.lines(found, "students, log", "FLOPs", "{:g}".format, amount, log=True)} if found else {}
+    drawn = {heading: plots.lines(list(found.values()), "students, log", "FLOPs", "{:g}".format, amount, log=True)}
     text = (
         "A student's training and its share of the scoring, by how many students share that. What reads no scores is "
-        "level; what does falls. From a dot on, the offline scores are cheaper than a teacher in memory or than "
-        "self-masking. The table says it in epochs too: a student of many epochs shares with itself."
+        "level; what does falls. Dashed: the same regime with its teacher in memory, asked once about each batch. From "
+        "a dot on, the offline scores are cheaper than that, or than self-masking. Curves that are equal are one. The "
+        "table says it in epochs too: a student of many epochs shares with itself."
     )
-    return Section("When offline scores pay", text, drawn, tables.break_even_table(table), [*table["regimes"], *online])
+    drawn = drawn if found else {}
+    return Section("When offline scores pay", text, drawn, tables.break_even_table(table), table["regimes"])
+
+
+def merge(found: dict[tuple[str, ...], plots.Line], key: tuple[str, ...], line: plots.Line) -> None:
+    """Add a line, or its label and dots to the one that it would cover."""
+    if old := found.get(key):
+        label, name = f"{old.label},{line.label}", f"{old.name}; {line.name}"
+        line = replace(old, label=label, name=name, dots=[*old.dots, *line.dots])
+    found[key] = line
 
 
 def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) -> Section | None:
@@ -162,7 +175,7 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
         for panel, by, before in zip(PANELS, ("step", "seconds", "seconds"), (0.0, 0.0, scoring), strict=True):
             each = [[(point[by] + before, point[loss]) for point in curve] for curve in curves]
             mean = [(at + before, value) for at, value in mean_curve(curves, by, loss)]
-            panels[panel].append(plots.Line(style, name, mean, faint=each[1:] and each))
+            panels[panel].append(plots.Line(style, name, str(style + 1), mean, faint=each[1:] and each))
     if not any(bill and bill["scoring_seconds"] for bill in table["training"].values()):
         del panels["scoring included"]
     drawn = {

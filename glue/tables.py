@@ -13,7 +13,7 @@ from glue.costs import ONLINE
 COSTS = {  # heading: name in a regime's bill
     **{"steps": "steps", "tokens": "tokens", "training s": "seconds", "tokens/s": "tokens_per_second"},
     **{"training FLOPs": "training_flops", "scoring s": "scoring_seconds", "scoring FLOPs": "scoring_flops"},
-    **{"total FLOPs": "total_flops", "bytes on disk": "bytes"},
+    **{"total FLOPs": "total_flops", "with the teacher's": "with_teacher_flops", "bytes on disk": "bytes"},
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -91,11 +91,11 @@ def difference_table(table: dict[str, Any]) -> Table:
             n = found[0]["n"] if found[0] else 0
             rows.append([name, *cells, f"{n} (anecdote)" if n == 1 else str(n)])
     notes = [
-        f"Regime less {baseline}, with the 95 % interval of a paired t over the n pretraining seeds that both have. "
+        f"Regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds that both have. "
         "With one there is no interval: an anecdote. Intervals are not corrected for how many there are: of twenty "
-        "true zeros, one is missed."
+        "differences that are none, one appears to be."
     ]
-    return Table(f"Difference to {baseline}", [f"less {baseline}", *compared, "n"], rows, notes)
+    return Table(f"Difference to {baseline}", [f"minus {baseline}", *compared, "n"], rows, notes)
 
 
 def difference(found: dict[str, Any] | None, digits: int) -> str:
@@ -106,18 +106,19 @@ def difference(found: dict[str, Any] | None, digits: int) -> str:
 
 
 def cost_table(table: dict[str, Any]) -> Table:
-    rows = []
+    rows, bills = [], [bill for bill in table["training"].values() if bill]
+    shown = {heading: key for heading, key in COSTS.items() if any(key in bill for bill in bills)}
     for name, bill in table["training"].items():
         if bill:
-            values = [amount(bill[key], exact=key in ("steps", "tokens")) for key in COSTS.values()]
+            values = [amount(bill.get(key), exact=key in ("steps", "tokens")) for key in shown.values()]
             rows.append([name, str(bill["regime"] or ""), *values])
     notes = [
         "Of one student, a mean over the pretraining seeds. Scoring: all of the shards and targets whose scores it "
-        "reads, as if no other student did. total: training and scoring. Training FLOPs: forward, backward, and the "
+        "reads, as if no other student did. total: training and scoring, and where it is known, with the teacher's own training. Training FLOPs: forward, backward, and the "
         "scores of self-masking. Bytes: of the directories that it was given, whether it reads all of their columns "
         "or not.",
     ]
-    return Table("Cost", ["cost", "regime", *COSTS], rows, notes)
+    return Table("Cost", ["cost", "regime", *shown], rows, notes)
 
 
 def break_even_table(table: dict[str, Any]) -> Table:
