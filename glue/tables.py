@@ -114,9 +114,9 @@ def cost_table(table: dict[str, Any]) -> Table:
             rows.append([name, str(bill["regime"] or ""), *values])
     notes = [
         "Of one student, a mean over the pretraining seeds. Scoring: all of the shards and targets whose scores it "
-        "reads, as if no other student did. total: training and scoring, and where it is known, with the teacher's own training. Training FLOPs: forward, backward, and the "
-        "scores of self-masking. Bytes: of the directories that it was given, whether it reads all of their columns "
-        "or not.",
+        "reads, as if no other student did. total: training and scoring; beside it, where it is known, with the "
+        "teacher's own training. Training FLOPs: forward, backward, and the scores of self-masking. Bytes: of the "
+        "directories that it was given, whether it reads all of their columns or not.",
     ]
     return Table("Cost", ["cost", "regime", *shown], rows, notes)
 

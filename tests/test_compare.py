@@ -276,7 +276,7 @@ def test_the_training_of_the_teacher_is_shown_with_and_without(results: Path, tm
     assert bills["random"]["total_flops"] == bills["random"]["with_teacher_flops"] == 3e10
     assert "| 37.0 G | 537 G |" in (tmp_path / "out" / "table.md").read_text()
     for directory in (tmp_path / "nothing", results):
-        with pytest.raises(UsageError, match="has no summary.json that says what its training cost"):
+        with pytest.raises(UsageError, match=r"has no summary.json that says what its training cost"):
             compare_here(tmp_path / "out", *names, "--teacher", directory)
 
 
