@@ -102,6 +102,8 @@ def difference(found: dict[str, Any] | None, digits: int) -> str:
     if found is None:
         return "-"
     mean = f"{found['mean']:+.{digits}f}"
+    if found["sd"] == 0:  # as where every run collapsed: an interval of no width would claim to know
+        return f"{mean} (all alike)"
     return mean if found["low"] is None else f"{mean} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
 
 

@@ -333,6 +333,7 @@ def test_curves_that_may_be_compared_are_drawn_where_they_are(tmp_path: Path) ->
     compare_here(tmp_path / "out", *names)
     text = (tmp_path / "out" / "page.html").read_text()
     assert "held-out loss at equal seconds" in text and "scoring included" not in text
+    assert "rte not told apart from random: self +0.0 (all alike), n = 2" in Page(text).text
     assert len(svgs(text)[-1].findall(".//polyline[@class='line']")) == 2
     assert len(svgs(text)[-1].findall(".//polyline[@class='faint']")) == 4
 

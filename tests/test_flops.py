@@ -61,9 +61,10 @@ def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:
     log = [{"step": 5, "loss": 9.0}]  # of a program that noted no seconds
     for step in range(10, 10_001, 10):
         log += [{"step": step, "train_seconds": step / 4}, {"step": step, "loss": 1 / step}]
-    log += [{"step": 10_000, "train_seconds": 2600.0}, {"step": 10_000, "eval_loss": 2.0}]
+    log += 2 * [{"step": 10_000, "train_seconds": 2600.0}, {"step": 10_000, "eval_loss": 2.0}]
     points = curve(log)
     assert points[-1] == {"step": 10_000, "seconds": 2500.0, "eval_loss": 2.0}
+    assert sum("eval_loss" in point for point in points) == 1
     steps = [point["step"] for point in points if "loss" in point]
     assert steps == list(range(50, 10_001, 50)) and len(steps) == MOST_POINTS
     assert curve([]) == []

@@ -92,7 +92,8 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
             seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # an evaluation does not count
     points = []
     for name in ("loss", "eval_loss"):
-        found = [entry for entry in log if name in entry and entry["step"] in seconds]
+        # the last step may be evaluated twice
+        found = list({entry["step"]: entry for entry in log if name in entry and entry["step"] in seconds}.values())
         stride = -(-len(found) // MOST_POINTS) or 1
         for entry in found[::-stride]:
             points.append({"step": entry["step"], "seconds": seconds[entry["step"]], name: entry[name]})
