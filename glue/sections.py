@@ -51,7 +51,14 @@ def verdict(table: dict[str, Any]) -> dict[str, list[str]]:
         elif found["low"] is None:
             kind, text = "Anecdotes, of one pretraining seed each", f"{name} {tables.difference(found, 1)}"
         else:
-            side = "above" if found["low"] > 0 else "below" if found["high"] < 0 else "not told apart from"
+            known = found["sd"] > 0  # pairs that are all alike say nothing of how much they vary
+            side = (
+                "above"
+                if known and found["low"] > 0
+                else "below"
+                if known and found["high"] < 0
+                else "not told apart from"
+            )
             kind, text = f"{label} {side} {baseline}", f"{name} {tables.difference(found, 1)}, n = {found['n']}"
         groups.setdefault(kind, []).append(text)
     return groups
