@@ -15,6 +15,7 @@ from html import escape
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 336, 26, 218
 NAME = 24  # characters of a name that fit beside its numbers
+LINE = 11  # of labels below each other
 ROW = 34  # of a plot with a row a regime
 COLOURS = 8
 
@@ -230,11 +231,27 @@ def _beside(before: Sequence[float], at: float) -> float:
 
 
 def _numbers(ends: Sequence[tuple[int, str, float, float]]) -> str:
-    """Labels beside their points, each at the nearest place where it hides no other."""
-    found, taken = "", list[tuple[float, float]]()
-    for style, label, x, y in sorted(ends, key=lambda end: end[3]):
-        shifts = (step * sign for step in range(200) for sign in (1, -1))
-        place = next(y + d for d in shifts if all(abs(x - a) >= 14 or abs(y + d - b) >= 11 for a, b in taken))
-        taken.append((x, place))
-        found += f'<text x="{x:.1f}" y="{place + 4:.1f}" class="number c{style % COLOURS}">{escape(label)}</text>'
+    """Labels beside their points, in the points' order, pushed apart where they would overlap."""
+    found, left = "", sorted(ends, key=lambda end: end[2])
+    while left:
+        column = sorted((end for end in left if end[2] - left[0][2] < 14), key=lambda end: end[3])
+        left = [end for end in left if end not in column]
+        for (style, label, x, _), y in zip(column, _apart([end[3] for end in column]), strict=True):
+            found += f'<text x="{x:.1f}" y="{y + 4:.1f}" class="number c{style % COLOURS}">{escape(label)}</text>'
     return found
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights, lowest first, a line apart at least and above the axis: those in each other's way are centred."""
+    blocks: list[list[float]] = []
+    for height in heights:
+        block = [height]
+        while blocks and _edge(blocks[-1], 1) > _edge(block, -1):
+            block = blocks.pop() + block
+        blocks.append(block)
+    found = [_edge(block, -1) + LINE * (number + 0.5) for block in blocks for number in range(len(block))]
+    return [height + min(0.0, BOTTOM - LINE / 2 - found[-1]) for height in found]
+
+
+def _edge(block: Sequence[float], side: int) -> float:
+    return sum(block) / len(block) + side * LINE * len(block) / 2

@@ -13,6 +13,7 @@ from glue.tables import Table, amount
 
 STUDENTS = 64  # for so many, at least, the cost of a student is drawn
 MOST_STUDENTS = 10_000
+EARLY = 0.2  # of a training curve that is not drawn
 PANELS = ("at equal steps", "at equal seconds", "scoring included")
 
 
@@ -176,7 +177,9 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
     panels: dict[str, list[plots.Line]] = {panel: [] for panel in PANELS}
     for style, name in enumerate(table["regimes"]):
         curves = [[point for point in curve if loss in point] for curve in histories.get(name, [])]
-        if not (curves := [curve for curve in curves if len(curve) > 1]):
+        # the fall of the first steps is the same for all, and would leave no height to what differs
+        curves = [curve[int(EARLY * len(curve)) :] for curve in curves if len(curve) > 1]
+        if not curves:
             continue
         scoring = table["training"][name]["scoring_seconds"] or 0.0
         for panel, by, before in zip(PANELS, ("step", "seconds", "seconds"), (0.0, 0.0, scoring), strict=True):
@@ -194,7 +197,7 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
     }
     if not drawn:
         return None
-    text = "Means over pretraining seeds, with each seed drawn faintly. "
+    text = "Means over pretraining seeds, with each seed drawn faintly; the first fifth of the steps is left out. "
     if held_out:
         text += "The loss is on held-out sequences under one random mask, the same for all: it may be compared."
     else:

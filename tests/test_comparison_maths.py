@@ -109,3 +109,11 @@ def test_numbers_for_people() -> None:
     amounts = [amount(value) for value in (None, 0, 5, 999.4, 1234, 4.1e10, 7.5e26)]
     assert amounts == ["-", "0", "5.00", "999", "1.23 k", "41.0 G", "750 Y"]
     assert amount(512_000, exact=True) == "512,000"
+
+
+def test_labels_keep_their_order_and_a_distance() -> None:
+    heights = sorted(np.random.default_rng(0).uniform(60, 218, 12).tolist())
+    found = plots._apart(heights)
+    assert all(after - before >= plots.LINE - 1e-9 for before, after in zip(found, found[1:], strict=False))
+    assert found[-1] < plots.BOTTOM and plots._apart([50.0, 100.0]) == [50.0, 100.0]
+    assert plots._apart([100.0, 101.0]) == [95.0, 106.0]
