@@ -47,6 +47,6 @@ cat <<EOF
 Done in $SECONDS s. What was produced, under $out/:
   scored/                 shards of tokens, entropies and top-k log-probabilities (try polars.read_parquet)
   random/ parquet/ …      the students; each loads with AutoModelForMaskedLM and has a summary.json
-  comparison/             table.md, table.json and chart.png: the students side by side
+  comparison/             page.html, table.md, table.json, table.csv and chart.png: the students side by side
 A run this small shows the machinery. It proves nothing about quality.
 EOF

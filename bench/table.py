@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 PEAKS = {  # dense bfloat16 FLOPs a second, by the manufacturer; the first name that fits
     "H100 PCIe": 756e12,
@@ -51,13 +49,6 @@ def peak_flops(dtype: str) -> float | None:
     """FLOPs a second that the GPU can do in half precision; None where that is not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((flops for gpu, flops in PEAKS.items() if gpu in name and dtype != "float32"), None)
-
-
-def flops_of(call: Callable[[], object]) -> int:
-    """FLOPs of a call, as torch counts them: matrix products and attention, which is done as plain products here."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 import train.run
-from bench.table import Row, flops_of, keep_buffers, peak_flops, print_table, row
+from bench.table import Row, keep_buffers, peak_flops, print_table, row
 from pipeline import cli
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, load_tokenizer, read_manifest
 from train.data import Columns, TrainingSequences, masker_of
+from train.flops import forward_flops, training_flops
 from train.masking import IGNORED_LABEL, Masker, MaskPolicy
 from train.options import parse as parse_run
 from train.student import build_student
@@ -164,7 +165,11 @@ def train_once(args: argparse.Namespace) -> dict[str, Any]:
         "losses": clock.losses,
         "whole": clock.whole,
         "peak_bytes": peak,
-        "flops": training_flops(args, manifest),
+        "flops": training_flops(
+            *forward_flops(build_student(args.model, manifest, seed=0), manifest.sequence_length),
+            sequences=args.batch,
+            masked=MaskPolicy().positions(manifest.sequence_length),
+        ),
     }
 
 
@@ -207,15 +212,6 @@ def our_masks(manifest: Manifest, arguments: Any, whole: list[bool]) -> Training
     size = arguments.max_steps * arguments.train_batch_size
     shards = [entry for entry in manifest.shards if entry.rows]
     return TrainingSequences(manifest, shards, Columns(), size=size, seed=arguments.seed, prepare=prepare)
-
-
-def training_flops(args: argparse.Namespace, manifest: Manifest) -> float:
-    """FLOPs of a step: three forwards, of the encoder on every token and of the head on the masked ones."""
-    student = build_student(args.model, manifest, seed=0)
-    L, K = manifest.sequence_length, MaskPolicy().positions(manifest.sequence_length)
-    ids_1L = torch.full((1, L), manifest.special_ids["mask"])
-    forward = flops_of(lambda: student(input_ids=ids_1L, positions_BK=torch.arange(K)[None]))
-    return 3.0 * forward * args.batch
 
 
 class Clock:

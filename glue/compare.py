@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Regimes side by side: a table of tasks × models with mean and standard deviation over seeds, averages, and a chart.
+"""Regimes side by side: scores with intervals over pretraining seeds, what they cost, and a page that shows both.
 
 python glue/compare.py random=runs/glue/random parquet=runs/glue/parquet --output runs/comparison
-python glue/compare.py A=runs/glue/a B=runs/glue/b --average glue8 --output runs/comparison
+python glue/compare.py random=runs/glue/random-1,runs/glue/random-2 self=runs/glue/self-1 self=runs/glue/self-2 \\
+    --baseline random --average local6 --output runs/comparison
 
-Writes table.md, table.json and chart.png. What was fine-tuned differently is not compared.
+A directory holds the results of one pretrained model (glue/run.py); those of one name are its pretraining seeds, and
+are paired with the baseline's by the seed in the model's summary. Writes table.md, table.json, table.csv, page.html and
+chart.png. What was fine-tuned differently is not compared.
 """
 
 from __future__ import annotations
@@ -12,42 +15,43 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from glue import tables
 from glue.chart import draw
+from glue.costs import break_evens, cost, number
+from glue.intervals import Estimate, Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
+from glue.page import page
+from glue.results import Regimes, Run, read_regimes
 from glue.tasks import GLUE, PROBES
 from pipeline import cli, storage
 from pipeline.cli import UsageError
-from pipeline.commit import differences
-
-# what the table shows of the models' own summaries
-TRAINING = ("regime", "steps", "tokens", "seconds", "tokens_per_second", "scoring_seconds", "eval_loss")
-
-# what a result must have to be compared, besides the metrics of its task
-FIELDS = {
-    **{"task": str, "seed": int, "protocol": str, "metrics": dict, "score": float | int, "collapsed": bool},
-    **{"constant_score": float | int, "train_split": str, "train_rows": int, "eval_rows": int, "key": dict},
-    **{"training": dict | None},
-}
-
-Results = dict[str, dict[int, dict[str, Any]]]  # by task, by seed
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    regimes = {name: read_results(name, directory) for name, directory in args.regimes.items()}
-    check_comparable(regimes)
-    table = compare(regimes, args.average)
-    markdown = to_markdown(table)
+    regimes = read_regimes(args.regimes)
+    table = compare(regimes, args.baseline, args.average, teacher_flops(args.teacher))
+    curves = {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
+    markdown = tables.to_markdown(table)
+    files = {
+        "table.md": markdown.encode(),
+        "table.csv": tables.to_csv(table).encode(),
+        "page.html": page(table, curves).encode(),
+        "chart.png": draw(table),
+    }
     storage.write_json(storage.join(args.output, "table.json"), table)
-    storage.write_bytes(storage.join(args.output, "table.md"), markdown.encode())
-    storage.write_bytes(storage.join(args.output, "chart.png"), draw(table))
+    for name, data in files.items():
+        storage.write_bytes(storage.join(args.output, name), data)
     print(markdown)
-    print(f"written to {args.output}: table.md, table.json, chart.png")
+    print(f"written to {args.output}: table.json, {', '.join(files)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,172 +59,140 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="glue/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("regimes", nargs="+", metavar="NAME=DIR", help="a name for the table and a directory of glue/run.py")
+    add("regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime, and a directory of glue/run.py a seed of it")
     add("--output", required=True, help="directory of the comparison")
-    add("--average", action="append", choices=AVERAGES, default=[], help="must be computed, or it is an error")
+    add("--baseline", metavar="NAME", help="regime that the others are compared with (default: the first)")
+    add("--average", action="append", choices=AVERAGES, default=[], help="must be computed; the first is plotted")
+    add("--teacher", metavar="MODEL", help="of the scores, made by train/run.py: costs with its training, and without")
     args = parser.parse_args(argv)
-    pairs = [text.partition("=") for text in args.regimes]
-    if wrong := [name for name, equals, directory in pairs if not (name and equals and directory)]:
-        raise UsageError(f"{wrong[0]!r} is no NAME=DIR, as in random=runs/glue/random")
-    args.regimes = {name: directory for name, _, directory in pairs}
-    if len(args.regimes) < len(pairs):
-        raise UsageError("two regimes have the same name; give each its own")
+    pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
+    for name, equals, directories in pairs:
+        if not (name and equals and all(directories.split(","))):
+            raise UsageError(f"{name + equals + directories!r} is no NAME=DIR, as in random=runs/glue/random")
+        args.regimes.setdefault(name, []).extend(directories.split(","))
+    args.baseline = args.baseline or next(iter(args.regimes))
+    if args.baseline not in args.regimes:
+        raise UsageError(f"--baseline {args.baseline} is none of the regimes {', '.join(args.regimes)}")
     return args
 
 
-def read_results(name: str, directory: str) -> Results:
-    """The result files of one model, by task and seed.
+def teacher_flops(directory: str | None) -> float | None:
+    """What training the teacher took, scores that it read itself included; None if nobody asked.
 
     Raises:
-        UsageError: there are none, one cannot be read, or they are of different models.
+        UsageError: it does not say.
     """
-    files = [info.base_name for info in storage.list_files(directory) if info.base_name.endswith(".json")]
-    results: Results = {}
-    models = set()
-    for file in files:
-        try:
-            result = storage.read_json(storage.join(directory, file))
-            check_result(result)
-            results.setdefault(result["task"], {})[result["seed"]] = result
-            models.add(result["key"]["model_hash"])
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{storage.join(directory, file)} is no result of glue/run.py; remove it") from None
-    if not results:
-        raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")
-    if len(models) > 1:
-        raise UsageError(f"{directory} ({name}) holds results of {len(models)} models; keep one directory a model")
-    return results
+    if directory is None:
+        return None
+    try:
+        summary = storage.read_json(storage.join(directory, "summary.json"))
+        return summary["training_flops"] + summary["scoring_flops"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"--teacher {directory} has no summary.json that says what its training cost; name a directory made by "
+            "train/run.py, or leave it out"
+        ) from None
 
 
-def check_result(result: Any) -> None:
-    """Raises KeyError, TypeError or ValueError if a result is not whole: see ``FIELDS``."""
-    if wrong := [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]:
-        raise ValueError(f"{wrong[0]} is {result[wrong[0]]!r}")
-    task = (GLUE | PROBES)[result["task"]]
-    for name in (metric + suffix for metric in task.metrics for suffix in task.evaluations):
-        float(result["metrics"][name])
+def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> dict[str, Any]:
+    """All numbers of the comparison: what table.json holds.
 
-
-def check_comparable(regimes: dict[str, Results]) -> None:
-    """Refuse to compare different tasks, seeds, settings or data.
-
-    Raises:
-        UsageError: says what differs between which two.
-    """
-    (first, reference), *others = regimes.items()
-    for name, results in others:
-        for task in sorted(reference.keys() ^ results.keys()):
-            has, lacks = (first, name) if task in reference else (name, first)
-            raise UsageError(f"{has} has the task {task}, {lacks} has not; run it there, or compare without it")
-        for task, by_seed in results.items():
-            if by_seed.keys() != reference[task].keys():
-                seeds = [", ".join(map(str, sorted(found[task]))) for found in (reference, results)]
-                raise UsageError(f"{task} has seeds {seeds[0]} in {first} but {seeds[1]} in {name}; run the same")
-            for seed, result in by_seed.items():
-                old, new = ({**found["key"], "model_hash": ""} for found in (reference[task][seed], result))
-                if differing := differences(old, new):
-                    raise UsageError(
-                        f"{task} was fine-tuned differently in {first} and {name} ({'; '.join(differing)}); "
-                        "run both alike"
-                    )
-
-
-def compare(regimes: dict[str, Results], required: list[str]) -> dict[str, Any]:
-    """All numbers of the comparison.
+    Args:
+        required: averages that have to be computed.
+        teacher: FLOPs of its training.
 
     Raises:
         UsageError: a required average lacks tasks.
     """
-    reference = next(iter(regimes.values()))
-    tasks = [task for task in (*GLUE, *PROBES) if task in reference]
-    any_result = next(iter(reference[tasks[0]].values()))
+    reference = regimes[baseline][0]
+    tasks = [task for task in (*GLUE, *PROBES) if task in reference.results]
+    of_task = {task: next(iter(reference.results[task].values())) for task in tasks}
     table: dict[str, Any] = {
-        "protocol": any_result["protocol"],
+        "protocol": of_task[tasks[0]]["protocol"],
+        "baseline": baseline,
         "regimes": list(regimes),
-        "tasks": {},
+        "runs": {name: [runs_of(run) for run in runs] for name, runs in regimes.items()},
         "averages": {},
         "not_computed": {},
-        "training": {},
+        "tasks": {},
+        "eval_loss": losses(regimes, baseline),
     }
-    for task in tasks:
-        result = next(iter(reference[task].values()))
-        rows = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "constant_score")}
-        row = {name: spread([r["score"] for _, r in sorted(res[task].items())]) for name, res in regimes.items()}
-        for name, results in regimes.items():
-            row[name]["collapsed"] = sum(r["collapsed"] for r in results[task].values())
-        table["tasks"][task] = rows | {"scores": row}
-    for name in AVERAGES:
+    for name in dict.fromkeys([*required, *AVERAGES]):
         try:
-            table["averages"][name] = {regime: over_seeds(name, results) for regime, results in regimes.items()}
+            table["averages"][name] = cells(regimes, baseline, partial(averages, name))
         except IncompleteAverage as error:
             if name in required:
                 raise UsageError(f"{error}; run what is missing, or leave out --average {name}") from None
             if any(task in tasks for task in tasks_of(name)):
                 table["not_computed"][name] = str(error)
-    for regime, results in regimes.items():
-        table["training"][regime] = next(iter(results[tasks[0]].values()))["training"]
+    for task, result in of_task.items():
+        row = cells(regimes, baseline, partial(scores, task))
+        for name, runs in regimes.items():
+            row[name]["collapsed"] = sum(each["collapsed"] for run in runs for each in run.results[task].values())
+        kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "constant_score")}
+        table["tasks"][task] = kept | {"scores": row}
+    table["training"] = {name: cost([run.training for run in runs if run.training]) for name, runs in regimes.items()}
+    for name, row in table["training"].items():
+        if row:
+            if teacher is not None and row["total_flops"] is not None:
+                row["with_teacher_flops"] = row["total_flops"] + (teacher if row["scoring_flops"] else 0)
+            row["eval_loss"] = (table["eval_loss"] or {}).get(name, {}).get("mean")
+    table["break_even"] = break_evens(table["training"])
     return table
 
 
-def over_seeds(name: str, results: Results) -> dict[str, Any]:
-    """An average's spread over the seeds that all of its tasks have."""
-    require_tasks(name, results)
-    own = {task: results[task] for task in tasks_of(name)}
+def runs_of(run: Run) -> dict[str, Any]:
+    seeds = {task: sorted(results) for task, results in run.results.items()}
+    return {"directory": run.directory, "pretraining_seed": run.seed, "fine_tuning_seeds": seeds}
+
+
+def scores(task: str, run: Run) -> dict[int, float]:
+    """A task's scores of one model, in percent, by fine-tuning seed."""
+    return {seed: result["score"] for seed, result in sorted(run.results[task].items())}
+
+
+def averages(name: str, run: Run) -> dict[int, float]:
+    """A named average of one model, by the fine-tuning seeds that all of its tasks have."""
+    require_tasks(name, run.results)
+    own = {task: run.results[task] for task in tasks_of(name)}
     seeds = set.intersection(*(set(by_seed) for by_seed in own.values()))
     if not seeds:
         raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
-    return spread([average(name, {task: by[seed]["metrics"] for task, by in own.items()}) for seed in sorted(seeds)])
+    return {seed: average(name, {task: by[seed]["metrics"] for task, by in own.items()}) for seed in sorted(seeds)}
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None for a single value)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "sd": deviation, "values": values}
+def losses(regimes: Regimes, baseline: str) -> dict[str, dict[str, Any]] | None:
+    """The held-out loss of pretraining, in nats; None unless every summary has one."""
+    found = [number((run.training or {}).get("eval_loss")) for runs in regimes.values() for run in runs]
+    if None in found:
+        return None
+    return cells(regimes, baseline, lambda run: {0: float((run.training or {})["eval_loss"])})
 
 
-def to_markdown(table: dict[str, Any]) -> str:
-    regimes = table["regimes"]
-    columns = [*regimes, "constant", "seeds"]
-    lines = [f"| {table['protocol']} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
-    notes = []
-    for task, row in table["tasks"].items():
-        label = task if row["train_split"] == "train" else f"{task} ({row['train_split']})"
-        cells = [cell(row["scores"][name]) for name in regimes]
-        seeds = len(row["scores"][regimes[0]]["values"])
-        lines.append(f"| {label} | {' | '.join(cells)} | {row['constant_score']:.1f} | {seeds} |")
-    for name, row in table["averages"].items():
-        seeds = len(row[regimes[0]]["values"])
-        lines.append(f"| **{name}** | {' | '.join(cell(row[regime]) for regime in regimes)} | | {seeds} |")
-    notes.append("Scores in percent, mean ± standard deviation over the seeds.")
-    notes.append("constant: the score of the best model that says the same of every row.")
-    if any(row["scores"][name]["collapsed"] for row in table["tasks"].values() for name in regimes):
-        notes.append("† In some runs the model says the same of every row.")
-    if table["not_computed"]:
-        notes.append(f"Not computed: {'; '.join(table['not_computed'].values())}.")
-    parts = ["\n".join(lines), *notes]
-    if any(table["training"].values()):
-        parts.append(training_table(table["training"]))
-    return "\n\n".join(parts) + "\n"
+def cells(regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]]) -> dict[str, dict[str, Any]]:
+    """A row of the table: for each regime what it scores, and by how much it differs from the baseline.
+
+    Args:
+        value: what counts, by fine-tuning seed.
+    """
+    by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
+    row = {name: cell(found) for name, found in by_regime.items()}
+    for name, found in by_regime.items():
+        difference = None if name == baseline else paired_difference(found, by_regime[baseline])
+        row[name]["difference"] = difference and asdict(difference)
+    return row
 
 
-def cell(value: dict[str, Any]) -> str:
-    text = f"{value['mean']:.1f}" + (f" ± {value['sd']:.1f}" if value["sd"] is not None else "")
-    return text + (" †" if value.get("collapsed") else "")
-
-
-def training_table(training: dict[str, dict[str, Any] | None]) -> str:
-    """What each model's pretraining took, as far as its summary says."""
-    lines = [f"| pretraining | {' | '.join(name.replace('_', ' ') for name in TRAINING)} |", "|---" * 8 + "|"]
-    for regime, summary in training.items():
-        values = [(summary or {}).get(name) for name in TRAINING]
-        lines.append(f"| {regime} | {' | '.join(number(value) for value in values)} |")
-    return "\n".join(lines)
-
-
-def number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def cell(found: Scores) -> dict[str, Any]:
+    """Mean, deviation and interval over pretraining seeds; and the deviation that fine-tuning seeds alone make."""
+    means = seed_means(found)
+    estimated: Estimate = estimate(list(means.values()))
+    variances = [statistics.variance(by.values()) for by in found.values() if len(by) > 1]
+    return asdict(estimated) | {
+        "values": {str(seed): mean for seed, mean in means.items()},
+        "fine_tuning_seeds": min(len(by) for by in found.values()),
+        "fine_tuning_sd": statistics.fmean(variances) ** 0.5 if variances else None,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""glue/run.py and glue/compare.py as their users run them: all tasks and file forms, skip, kill, comparison, misuse."""
+"""glue/run.py as its users run it: all tasks and file forms, skip, kill, misuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-import glue.compare
 import glue.run
 import glue.tasks
 from glue.options import parse
@@ -35,7 +34,6 @@ from glue.tasks import GLUE
 from pipeline.cli import UsageError
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
-COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
 QUICK = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--max-length", 32, "--dtype", "float32"]
 
 
@@ -205,113 +203,6 @@ def test_other_data_of_the_same_size_is_other_data(work: Path, words: list[str],
     write_rows(make_rows(GLUE["rte"], words, 16, 2), tmp_path / "data" / "rte" / "dev.parquet")
     with pytest.raises(UsageError, match=r"rte-seed1.json was made otherwise .data_hash: "):
         glue_here(work / "teacher", tmp_path / "out", *flags)
-
-
-def test_an_average_takes_the_seeds_of_its_own_tasks(results: Path, tmp_path: Path) -> None:
-    for path in results.glob("*.json"):
-        if path.name != "wnli-seed2.json":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
-    glue.compare.main([f"a={tmp_path}", "--output", str(tmp_path / "out")])
-    averages = json.loads((tmp_path / "out" / "table.json").read_text())["averages"]
-    assert len(averages["glue8"]["a"]["values"]) == 2 and len(averages["leaderboard9"]["a"]["values"]) == 1
-    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
-    seeds = {
-        line.split(" | ")[0].strip("| *"): line.strip("| ").split("|")[-1].strip() for line in lines if "|" in line
-    }
-    assert (seeds["cola"], seeds["wnli"], seeds["glue8"], seeds["leaderboard9"]) == ("2", "1", "2", "1")
-    for path in tmp_path.glob("*-seed2.json"):
-        path.unlink()
-    for name in ("rte-seed1", "wnli-seed1"):
-        result = json.loads((tmp_path / f"{name}.json").read_text())
-        (tmp_path / f"{name}.json").unlink()
-        (tmp_path / f"{result['task']}-seed7.json").write_text(json.dumps({**result, "seed": 7}))
-    with pytest.raises(UsageError, match="glue8 needs a seed that all of its tasks share; run what is missing"):
-        glue.compare.main([f"a={tmp_path}", "--output", str(tmp_path / "out"), "--average", "glue8"])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"task": "sst3"},
-        {"metrics": {"accuracy": 0.5}},
-        {"metrics": {"accuracy": 0.5, "f1": None}},
-        {"score": None},
-        {"train_rows": ...},
-        {"training": ...},
-    ],
-)
-def test_half_a_result(results: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    result = json.loads((results / "mrpc-seed1.json").read_text()) | change
-    text = json.dumps({name: value for name, value in result.items() if value is not ...})
-    (tmp_path / "mrpc-seed1.json").write_text(text)
-    with pytest.raises(UsageError, match=r"mrpc-seed1.json is no result of glue/run.py"):
-        glue.compare.main([f"a={tmp_path}", "--output", str(tmp_path / "out")])
-
-
-def test_compare(results: Path, work: Path, data: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    other = AutoModelForMaskedLM.from_pretrained(work / "teacher")
-    for parameter in other.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    other.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(work / "teacher").save_pretrained(tmp_path / "other")
-    summary = {"regime": "parquet", "steps": 7, "tokens": 99, "seconds": 1.5, "eval_loss": 3.25}
-    (tmp_path / "other" / "summary.json").write_text(json.dumps(summary))
-    glue_here(tmp_path / "other", tmp_path / "b", "--tasks", "glue", "--data", data, "--seeds", "1,2", *QUICK)
-
-    output = run(*COMPARE, f"first={results}", f"second={tmp_path / 'b'}", "--output", tmp_path / "out")
-    table = json.loads((tmp_path / "out" / "table.json").read_text())
-    by_regime = {"first": read(results), "second": read(tmp_path / "b")}
-    for task in GLUE:
-        for regime, found in by_regime.items():
-            scores = [found[f"{task}-seed{seed}"]["score"] for seed in (1, 2)]
-            cell = table["tasks"][task]["scores"][regime]
-            assert cell["mean"] == pytest.approx(np.mean(scores))
-            assert cell["sd"] == pytest.approx(np.std(scores, ddof=1))
-            assert f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}" in output
-    eight = [task for task in GLUE if task != "wnli"]
-    by_seed = [np.mean([by_regime["first"][f"{task}-seed{seed}"]["score"] for task in eight]) for seed in (1, 2)]
-    assert table["averages"]["glue8"]["first"]["values"] == pytest.approx(by_seed)
-    assert set(table["averages"]) == {"glue8", "bert9", "leaderboard9", "local6"}
-    assert table["training"]["second"]["steps"] == 7 and table["training"]["first"] is None
-    assert output.startswith("| cramming | first | second | constant |") and "qnli (train_subset)" in output
-    assert (tmp_path / "out" / "table.md").read_text() in output
-    assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_what_cannot_be_compared(results: Path, work: Path, data: Path, tmp_path: Path) -> None:
-    def case(name: str, *flags: object) -> str:
-        glue_here(work / "teacher", tmp_path / name, "--data", data, *QUICK, *flags)
-        return f"{name}={tmp_path / name}"
-
-    one = case("one", "--tasks", "cola,rte", "--seeds", "1,2")
-    out = ["--output", tmp_path / "out"]
-    # an average whose tasks are missing
-    message = refused(*COMPARE, one, *out, "--average", "local6")
-    assert "the average local6 needs sst2, mrpc, stsb, qnli" in message
-    glue.compare.main([one, *map(str, out)])
-    assert "Not computed: the average" in (tmp_path / "out" / "table.md").read_text()
-    # other tasks, seeds, settings
-    with pytest.raises(UsageError, match="one has the task rte, tasks has not"):
-        glue.compare.main([one, case("tasks", "--tasks", "cola", "--seeds", "1,2"), *map(str, out)])
-    with pytest.raises(UsageError, match="cola has seeds 1, 2 in one but 1 in seeds"):
-        glue.compare.main([one, case("seeds", "--tasks", "cola,rte"), *map(str, out)])
-    with pytest.raises(
-        UsageError, match=r"cola was fine-tuned differently in one and epochs \(settings.1.epochs: 1 → 2\)"
-    ):
-        glue.compare.main([one, case("epochs", "--tasks", "cola,rte", "--seeds", "1,2", "--epochs", 2), *map(str, out)])
-    # results of two models in one directory
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    result = json.loads((results / "cola-seed1.json").read_text())
-    (mixed / "cola-seed1.json").write_text(json.dumps(result))
-    (mixed / "cola-seed2.json").write_text(
-        json.dumps({**result, "seed": 2, "key": {**result["key"], "model_hash": "x"}})
-    )
-    assert "results of 2 models" in refused(*COMPARE, f"mixed={mixed}", *out)
-    assert "holds no results" in refused(*COMPARE, f"none={tmp_path / 'nothing'}", *out)
-    assert "is no NAME=DIR" in refused(*COMPARE, str(results), *out)
-    assert "same name" in refused(*COMPARE, f"a={results}", f"a={results}", *out)
 
 
 def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:

@@ -143,7 +143,11 @@ def test_every_regime_learns_and_sums_up(students: dict[str, Path], scored: Path
         )
         assert summary["seed"] == 3 and summary["flags"]["mask_ratio"] == 0.15
         assert (summary["scoring_seconds"] > 0) == (name not in ("random", "self")), "charged to who reads scores"
-        assert summary["shards"]["context"] == "masked"
+        assert summary["shards"]["context"] == "masked" and summary["shards"]["bytes"] > 0
+        cheapest = json.loads((students["random"] / "summary.json").read_text())["training_flops"]
+        assert (summary["training_flops"] > cheapest > 0) == name.startswith("self")
+        assert [point["step"] for point in summary["history"] if "eval_loss" in point] == [12]
+        assert summary["history"][-1]["seconds"] == pytest.approx(summary["seconds"], abs=1)
         deciles = summary["eval_loss_by_entropy_decile"]
         assert len(deciles) == 10
         assert sum(deciles) / 10 == pytest.approx(summary["eval_loss"], abs=0.05)

@@ -35,12 +35,14 @@ from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, ShardEntry, copy_tokenizer, read_manifest
 from train import arguments, cluster, export, resume
 from train.data import split_shards
+from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.masking import MaskPolicy
 from train.options import REFRESH_EVERY, Options, check, mask_policy, open_targets, parse, planned_policy
 from train.selfmask import ScoreMemory, Visited
 from train.student import build_student, model_identity
 from train.trainer import DECILES, MaskedLMTrainer
+from train.watch import curve
 
 # of the control group that a container runs in, by version 2 and version 1
 CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         train_shards, held_out = split_shards(manifest, options.eval_fraction)
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
+        flops = flops_of(student, options, args, policy, manifest.sequence_length)
         flags = deciding_flags(options, args, policy, manifest, targets)
         uri = options.export_entropies
         entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
@@ -111,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         with writing(f"the model to {output}", output):
             trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
             copy_tokenizer(manifest.uri, output)
-            summary = summarise(options, args, manifest, targets, flags, trainer.state.log_history, seconds, metrics)
+            log = trainer.state.log_history
+            summary = summarise(options, args, manifest, targets, flags, log, seconds, flops, metrics)
             storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
         print_summary(output, summary)
 
@@ -208,14 +212,44 @@ def deciding_flags(
     return own | masks | run | resume.deciding(args.to_dict())
 
 
+def flops_of(student: Any, options: Options, args: TrainingArguments, policy: MaskPolicy, length: int) -> int:
+    """FLOPs of the whole run, on all devices."""
+    batch, self_masked = global_batch(args), options.entropy_source == "self"
+    lagged = self_masked and options.self_refresh == "lagged"
+    fresh = max(0, args.max_steps - (options.self_warmup_steps or 0)) if self_masked and not lagged else 0
+    return training_flops(
+        *forward_flops(student, length),
+        sequences=args.max_steps * batch,
+        masked=min(policy.positions(length), length),
+        scored=math.ceil(length / (options.self_refresh_every or REFRESH_EVERY)) if lagged else 0,
+        fresh=fresh * batch,
+        length=length,
+    )
+
+
+def bill(manifest: Manifest) -> dict[str, Any]:
+    """What a directory is, and what it cost: whoever compares runs may not have it at hand."""
+    return {
+        "uri": manifest.uri,
+        "fingerprint_hash": manifest.fingerprint_hash,
+        "passes": manifest.passes,
+        "sequences": manifest.totals["sequences"],
+        "sequence_length": manifest.sequence_length,
+        "bytes": manifest.totals["bytes"],
+        "flops": manifest.totals["flops"],
+        "worker_seconds": manifest.totals["worker_seconds"],
+    }
+
+
 def summarise(
     options: Options,
     args: TrainingArguments,
     manifest: Manifest,
     targets: Manifest | None,
     flags: dict[str, Any],
-    history: list[dict[str, Any]],
+    log: list[dict[str, Any]],
     seconds: float,
+    flops: int,
     metrics: dict[str, float],
 ) -> dict[str, Any]:
     tokens = args.max_steps * global_batch(args) * manifest.sequence_length
@@ -229,22 +263,18 @@ def summarise(
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
-        "train_loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
+        "train_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
         "eval_loss": metrics.get("eval_loss"),
         "eval_accuracy": metrics.get("eval_accuracy"),
         "eval_positions": metrics.get("eval_positions"),
         "eval_loss_by_entropy_decile": deciles if manifest.scored and metrics else None,
+        "training_flops": flops,
         "scoring_seconds": sum((each.totals["worker_seconds"] for each in scores), 0.0),
         "scoring_flops": sum(each.totals["flops"] for each in scores),
-        "shards": {
-            "uri": manifest.uri,
-            "fingerprint_hash": manifest.fingerprint_hash,
-            "context": manifest.context,
-            "teacher": manifest.teacher,
-        },
-        "targets": targets
-        and {"uri": targets.uri, "fingerprint_hash": targets.fingerprint_hash, **(targets.masks or {})},
+        "shards": bill(manifest) | {"context": manifest.context, "teacher": manifest.teacher, "scores_read": uses_scan},
+        "targets": targets and bill(targets) | (targets.masks or {}),
         "seed": args.seed,
+        "history": curve(log),
         "flags": flags,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
     }

@@ -182,8 +182,9 @@ class MaskedLMTrainer(Trainer):
             export.finish(empty)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A logged loss comes with the means of what was watched since the last one."""
+        """A logged loss comes with the seconds so far, and the means of what was watched since the last one."""
         if "loss" in logs:
+            self._note_seconds()
             logs |= self.watch.means(lambda sums: self.accelerator.reduce(sums, "sum"))
         super().log(logs, start_time)
 
@@ -197,6 +198,7 @@ class MaskedLMTrainer(Trainer):
         tokens is judged unfairly by the easy ones alone.
         """
         started = time.monotonic()
+        self._note_seconds()
         rank, ranks = self.args.process_index, self.args.world_size
         own = [self._evaluate_batch(b) for number, b in enumerate(self._held_out_batches()) if number % ranks == rank]
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
@@ -261,7 +263,7 @@ class MaskedLMTrainer(Trainer):
         """
         output, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(model), self.state.global_step, output)
-        self.state.log_history.append({"step": self.state.global_step, "train_seconds": self.train_seconds()})
+        self._note_seconds()
         rank, self.saving_to = self.args.process_index, output / resume.UNFINISHED
         try:
             with together(rank), writing(name, output):
@@ -297,6 +299,10 @@ class MaskedLMTrainer(Trainer):
         tied = getattr(self.model, "all_tied_weights_keys", {})
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
+
+    def _note_seconds(self) -> None:
+        """An entry of its own in the history: a logged loss is the same in every run, its seconds are not."""
+        self.state.log_history.append({"step": self.state.global_step, "train_seconds": self.train_seconds()})
 
     def train_seconds(self) -> float:
         """Seconds in ``train``, over all sessions of the run."""

@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pipeline import cli
 from train.masking import IGNORED
 
+MOST_POINTS = 200  # of a curve in a run's summary
+
 
 class Watch:
     """Running means, as sums on the device that computes them: nobody waits for them until they are logged."""
@@ -77,6 +79,25 @@ def rank_correlation(first_BL: Tensor, second_BL: Tensor, where_BL: Tensor) -> t
     first_BL, second_BL = centred
     norm_B = (first_BL.square().sum(1) * second_BL.square().sum(1)).sqrt()
     return (first_BL * second_BL).sum(1) / norm_B.clamp_min(1e-9), norm_B > 1e-9
+
+
+def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
+
+    Of each kind at most ``MOST_POINTS``, evenly among its steps, the last one included.
+    """
+    seconds: dict[int, float] = {}
+    for entry in log:
+        if "train_seconds" in entry:
+            seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # an evaluation does not count
+    points = []
+    for name in ("loss", "eval_loss"):
+        # the last step may be evaluated twice
+        found = list({entry["step"]: entry for entry in log if name in entry and entry["step"] in seconds}.values())
+        stride = -(-len(found) // MOST_POINTS) or 1
+        for entry in found[::-stride]:
+            points.append({"step": entry["step"], "seconds": seconds[entry["step"]], name: entry[name]})
+    return sorted(points, key=lambda point: point["step"])
 
 
 class ProgressReport(TrainerCallback):

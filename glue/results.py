@@ -1,0 +1,153 @@
+"""The results of glue/run.py, read back: one model's, a regime's, and whether regimes may be compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from glue.tasks import GLUE, PROBES
+from pipeline import storage
+from pipeline.cli import UsageError
+from pipeline.commit import differences
+
+# what a result must have to be compared, besides the metrics of its task
+FIELDS = {
+    **{"task": str, "seed": int, "protocol": str, "metrics": dict, "score": float | int, "collapsed": bool},
+    **{"constant_score": float | int, "train_split": str, "train_rows": int, "eval_rows": int, "key": dict},
+    **{"training": dict | None},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one pretrained model.
+
+    Attributes:
+        seed: of its pretraining; 0 where it was not trained by train/run.py, or its summary does not say.
+        results: by task, by fine-tuning seed.
+        training: its own ``summary.json``, if it has one.
+    """
+
+    directory: str
+    seed: int
+    results: dict[str, dict[int, dict[str, Any]]]
+    training: dict[str, Any] | None
+
+
+Regimes = dict[str, list[Run]]  # by name, a run a pretraining seed
+
+
+def read_regimes(directories: dict[str, list[str]]) -> Regimes:
+    """All runs, checked.
+
+    Raises:
+        UsageError: a directory holds no results, or those of several models; or not all of it can be compared.
+    """
+    regimes = {name: [read_run(name, directory) for directory in those] for name, those in directories.items()}
+    for name, runs in regimes.items():
+        check_regime(name, runs)
+    check_comparable(regimes)
+    return {name: sorted(runs, key=lambda run: run.seed) for name, runs in regimes.items()}
+
+
+def read_run(name: str, directory: str) -> Run:
+    """The result files of one model.
+
+    Raises:
+        UsageError: there are none, one cannot be read, or they are of different models.
+    """
+    files = [info.base_name for info in storage.list_files(directory) if info.base_name.endswith(".json")]
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    models, training = set(), None
+    for file in files:
+        try:
+            result = storage.read_json(storage.join(directory, file))
+            check_result(result)
+            results.setdefault(result["task"], {})[result["seed"]] = result
+            models.add(result["key"]["model_hash"])
+            training = result["training"]
+            seed = int((training or {}).get("seed") or 0)
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{storage.join(directory, file)} is no result of glue/run.py; remove it") from None
+    if not results:
+        raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")
+    if len(models) > 1:
+        raise UsageError(f"{directory} ({name}) holds results of {len(models)} models; keep one directory a model")
+    return Run(directory, seed, results, training)
+
+
+def check_result(result: Any) -> None:
+    """Raises KeyError, TypeError or ValueError if a result is not whole: see ``FIELDS``."""
+    if wrong := [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]:
+        raise ValueError(f"{wrong[0]} is {result[wrong[0]]!r}")
+    task = (GLUE | PROBES)[result["task"]]
+    for name in (metric + suffix for metric in task.metrics for suffix in task.evaluations):
+        float(result["metrics"][name])
+
+
+def check_regime(name: str, runs: list[Run]) -> None:
+    """Refuse to average what is not the same but for its pretraining seed.
+
+    Raises:
+        UsageError: says what differs between which two directories.
+    """
+    first, *others = runs
+    if others and (lacking := [run.directory for run in runs if run.training is None]):
+        raise UsageError(
+            f"{lacking[0]} ({name}) does not say how its model was pretrained, so it cannot be one seed of several; "
+            "give it a name of its own"
+        )
+    by_seed: dict[int, Run] = {}
+    for run in runs:
+        if (same := by_seed.setdefault(run.seed, run)) is not run:
+            raise UsageError(
+                f"{same.directory} and {run.directory} ({name}) are both of pretraining seed {run.seed}; "
+                "a regime has one directory a seed, another regime another name"
+            )
+        if differing := differences(pretraining(first), pretraining(run)):
+            raise UsageError(
+                f"{first.directory} and {run.directory} were pretrained differently ({'; '.join(differing)}), and both "
+                f"are named {name}; give each regime its own name"
+            )
+        for task in sorted(first.results.keys() | run.results.keys()):
+            seeds = [sorted(each.results.get(task, {})) for each in (first, run)]
+            if seeds[0] != seeds[1]:
+                listed = [", ".join(map(str, each)) or "none" for each in seeds]
+                raise UsageError(
+                    f"{task} has seeds {listed[0]} in {first.directory} but {listed[1]} in {run.directory}; "
+                    "run the same"
+                )
+
+
+def pretraining(run: Run) -> dict[str, Any]:
+    """What decides a regime: all flags of its summary but seeds, and what is made anew for each seed."""
+    flags = (run.training or {}).get("flags")
+    kept = flags if isinstance(flags, dict) else {}
+    return {name: value for name, value in kept.items() if "seed" not in name and name not in ("targets", "model")}
+
+
+def check_comparable(regimes: Regimes) -> None:
+    """Refuse to compare different tasks, settings or data, or what shares no fine-tuning seed.
+
+    Raises:
+        UsageError: says what differs between which two.
+    """
+    (first, (reference, *_)), *others = regimes.items()
+    for name, (run, *_) in others:
+        for task in sorted(reference.results.keys() ^ run.results.keys()):
+            has, lacks = (first, name) if task in reference.results else (name, first)
+            raise UsageError(f"{has} has the task {task}, {lacks} has not; run it there, or compare without it")
+        for task in run.results:
+            seeds = [sorted(each.results[task]) for each in (reference, run)]
+            if not set(seeds[0]) & set(seeds[1]):
+                listed = [", ".join(map(str, each)) for each in seeds]
+                raise UsageError(f"{task} has seeds {listed[0]} in {first} but {listed[1]} in {name}; run the same")
+    for name, runs in regimes.items():
+        for result in (result for run in runs for by in run.results.values() for result in by.values()):
+            task = result["task"]
+            expected = next(iter(reference.results[task].values()))
+            old, new = ({**each["key"], "model_hash": "", "seed": ""} for each in (expected, result))
+            if differing := differences(old, new):
+                raise UsageError(
+                    f"{task} was fine-tuned differently in {first} and {name} ({'; '.join(differing)}); run both alike"
+                )

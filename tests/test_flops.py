@@ -1,0 +1,70 @@
+"""What a run is said to cost, against torch's count of its steps, and against the formula that people know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+
+from train.flops import forward_flops, training_flops
+from train.student import student_scores, with_masked_positions
+from train.watch import MOST_POINTS, curve
+
+B, L, K, R, V = 3, 64, 10, 8, 3000
+SIZES = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = BertConfig(**SIZES, intermediate_size=256, max_position_embeddings=L)
+MODERN = ModernBertConfig(
+    **SIZES, intermediate_size=128, max_position_embeddings=L, pad_token_id=0, cls_token_id=1, sep_token_id=2
+)
+
+
+@pytest.fixture(scope="module")
+def student() -> BertForMaskedLM:
+    return with_masked_positions(BertForMaskedLM(BERT))
+
+
+def count(model: BertForMaskedLM, refresh: str | None) -> int:
+    """Of one step, its backward included."""
+    ids_BL = torch.randint(3, V, (B, L))
+    positions_BK = torch.arange(K).expand(B, K)
+    scored: dict[str, Tensor] = {"scored_BR": torch.arange(K, K + R).expand(B, R)} if refresh == "lagged" else {}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if refresh == "step":
+            student_scores(model, ids_BL, None)
+        loss = model(ids_BL, positions_BK=positions_BK, labels_BK=ids_BL[:, :K], **scored)["loss"]
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("refresh", [None, "step", "lagged"])
+def test_a_step_costs_what_torch_counts(student: BertForMaskedLM, refresh: str | None) -> None:
+    extra = {"step": {"fresh": B, "length": L}, "lagged": {"scored": R}}.get(refresh or "", {})
+    expected = training_flops(*forward_flops(student, L), sequences=B, masked=K, **extra)
+    assert expected == pytest.approx(count(student, refresh), rel=0.02)
+
+
+def test_of_another_architecture() -> None:
+    model = with_masked_positions(ModernBertForMaskedLM(MODERN))
+    expected = training_flops(*forward_flops(model, L), sequences=B, masked=K)
+    assert expected == pytest.approx(count(model, None), rel=0.02)
+
+
+def test_a_forward_costs_what_the_formula_says(student: BertForMaskedLM) -> None:
+    H, layers = BERT.hidden_size, BERT.num_hidden_layers
+    assert forward_flops(student, L) == (L * layers * (24 * H**2 + 4 * L * H), 2 * H**2 + 2 * H * V)
+
+
+def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:
+    log = [{"step": 5, "loss": 9.0}]  # of a program that noted no seconds
+    for step in range(10, 10_001, 10):
+        log += [{"step": step, "train_seconds": step / 4}, {"step": step, "loss": 1 / step}]
+    log += 2 * [{"step": 10_000, "train_seconds": 2600.0}, {"step": 10_000, "eval_loss": 2.0}]
+    points = curve(log)
+    assert points[-1] == {"step": 10_000, "seconds": 2500.0, "eval_loss": 2.0}
+    assert sum("eval_loss" in point for point in points) == 1
+    steps = [point["step"] for point in points if "loss" in point]
+    assert steps == list(range(50, 10_001, 50)) and len(steps) == MOST_POINTS
+    assert curve([]) == []
