@@ -192,6 +192,11 @@ def test_mistakes_in_a_plan(scan: Path, planned: Path, tmp_path: Path) -> None:
 # --- as with the teacher online --------------------------------------------------------------------------------------
 
 
+def logits_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The student's at the masked positions [B, K, V], which it gives where there are no labels."""
+    return model(**{name: value for name, value in inputs.items() if name != "labels_BK"})["logits"]
+
+
 class Online:
     """In place of the trainer's loss: the teacher, in memory, on the very inputs of the student."""
 
@@ -200,7 +205,7 @@ class Online:
 
     def __call__(self, trainer: MaskedLMTrainer, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         labels_N = inputs["labels_BK"].flatten()
-        logits_NV = model(**inputs)["logits"].flatten(0, 1)
+        logits_NV = logits_of(model, inputs).flatten(0, 1)
         rows_B1, where_BK = torch.arange(len(inputs["input_ids"]))[:, None], inputs["positions_BK"].clamp_min(0)
         with torch.no_grad():
             logits_BLV = self.teacher(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
@@ -254,7 +259,7 @@ def test_without_targets_the_scan_is_distilled(
         return masked_by(self, batch)
 
     def compute_loss(trainer: MaskedLMTrainer, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        outputs.append(model(**inputs)["logits"].detach().double())
+        outputs.append(logits_of(model, inputs).detach().double())
         return loss_of(trainer, model, inputs, *args, **more)
 
     masked_by, loss_of = train.trainer._Prepare.__call__, MaskedLMTrainer.compute_loss

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         flags = deciding_flags(options, args, policy, manifest, targets)
         uri = options.export_entropies
         entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
+        if entropies:
+            export.claim(entropies, write=False)
         visited = visited_of(options, policy, manifest, train_shards)
     set_seed(args.seed)
     with together(rank), arguments.taken():  # before anything is written, or dropped
@@ -87,8 +89,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         try_out(trainer)
     with together(rank):
-        if entropies:
-            export.claim(entropies, write=False)
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # where torchrun starts its processes anew, what they had trained is not to be overwritten
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
