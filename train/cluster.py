@@ -61,7 +61,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
                 name="run",
                 storage_path=str(directory / RAY),
                 failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
-                logging_config=api.LoggingConfig(log_level="ERROR"),
+                logging_config=api.LoggingConfig(log_level="CRITICAL"),  # else the tracebacks of what is mended
             ),
         )
         with _relayed(log):
