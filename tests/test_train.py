@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import LENGTH, TRAIN, command, refused, run
+from harness import LENGTH, SCORE, TRAIN, command, refused, run
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
@@ -96,6 +96,39 @@ def test_what_is_trained_on_and_hidden_and_what_is_held_out(
         chosen = [position for position in positions if position != IGNORED]
         others = np.delete(entropy_L, chosen)
         assert entropy_L[chosen].min() >= np.nanmax(others, initial=-1)
+
+
+def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path) -> None:
+    """All shards are trained on; loss, positions and deciles are of the other directory."""
+    (tmp_path / "other.jsonl").write_text("".join((work / "corpus.jsonl").read_text().splitlines(True)[:90]))
+    other, tokens = tmp_path / "other", tmp_path / "tokens"
+    run(*command(work, other, "--corpus", str(tmp_path / "other.jsonl"), "--backend", "local"))
+    flags = ["--entropy-source", "parquet", "--num-train-epochs", 1, "--eval-fraction", 0]
+    summary = train_here(scored, tmp_path / "out", *flags, "--eval-shards", other)
+    sequences = json.loads((scored / "manifest.json").read_text())["totals"]["sequences"]
+    assert summary["steps"] == math.ceil(sequences / 8)
+    manifest = train.run.read_manifest(str(other))
+    masks = MaskPolicy().positions(LENGTH)
+    padded = sum(entry.tokens < entry.rows * LENGTH for entry in manifest.shards)
+    whole = sum(entry.rows for entry in manifest.shards) - padded
+    assert masks * whole < summary["eval_positions"] <= masks * (whole + padded)
+    deciles = summary["eval_loss_by_entropy_decile"]
+    assert len(deciles) == 10 and min(deciles) < summary["eval_loss"] < max(deciles)
+
+    score = [*SCORE, "--corpus", tmp_path / "other.jsonl", "--teacher", "none", "--tokenizer", work / "tokenizer"]
+    run(*score, "--sequence-length", LENGTH, "--output", tokens, "--backend", "local")
+    summary = train_here(scored, tmp_path / "plain", *flags, "--eval-shards", tokens)
+    assert summary["eval_loss"] and summary["eval_loss_by_entropy_decile"] is None
+
+    run(*score, "--sequence-length", 2 * LENGTH, "--output", tmp_path / "long", "--backend", "local")
+    for mistake, sentence in (
+        (["--eval-shards", scored], "holds what is trained on"),
+        (["--eval-shards", tmp_path / "long"], "sequences of 64 tokens"),
+        (["--eval-shards", tmp_path / "nowhere"], "nowhere"),
+        (["--eval-shards", other, "--eval-fraction", 0.2], "use one"),
+    ):
+        given = ["--shards", scored, "--entropy-source", "random", "--output-dir", tmp_path / "wrong", *mistake]
+        assert sentence in refused(*TRAIN, *given)
 
 
 def test_deciles_are_of_the_shards_entropy(scored: Path, students: dict[str, Path]) -> None:

@@ -87,6 +87,8 @@ def _absolute(options: Options, output: Path) -> list[str]:
     flags += ["--output-dir", str(output), "--shards", storage.absolute(options.shards)]
     if options.targets:
         flags += ["--targets", storage.absolute(options.targets)]
+    if options.eval_shards:
+        flags += ["--eval-shards", storage.absolute(options.eval_shards)]
     if options.export_entropies:
         flags += ["--export-entropies", storage.absolute(options.export_entropies)]
     if Path(options.model).exists():

@@ -25,6 +25,7 @@ BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
 REFRESH_EVERY = 8
+EVAL_FRACTION = 0.01
 
 
 @dataclass(kw_only=True)
@@ -89,7 +90,12 @@ class Options(MaskOptions):
     export_entropies: str | None = field(
         default=None, metadata={"help": "self: at the end write the student's entropies as a shard directory, here"}
     )
-    eval_fraction: float = field(default=0.01, metadata={"help": "share of the shards held out; 0 for no evaluation"})
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "share of the shards held out (default: 0.01); 0 for no evaluation"}
+    )
+    eval_shards: str | None = field(
+        default=None, metadata={"help": "evaluate on this shard directory (default: on the shards held out)"}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code that a checkpoint brings along"})
     num_workers: int = field(
         default=1, metadata={"help": "train in so many processes on a Ray cluster, one a GPU (default: in this one)"}
@@ -144,6 +150,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         raise UsageError("--output-dir is needed: the directory of the model to be trained")
     if "://" in flags["output_dir"]:
         raise UsageError(f"--output-dir {flags['output_dir']} is no path; checkpoints need a file system")
+    if flags["eval_fraction"] is None:
+        flags["eval_fraction"] = 0.0 if flags["eval_shards"] else EVAL_FRACTION
     arguments.check(flags)
     with arguments.taken():  # TrainingArguments checks itself
         options, args = parser.parse_dict(flags)
@@ -151,18 +159,22 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     return options, args
 
 
-def check(options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None) -> None:
+def check(
+    options: Options, args: TrainingArguments, manifest: Manifest, targets: Manifest | None, evaluated: Manifest | None
+) -> None:
     """Refuse flags that contradict each other, the shards or the targets, before anything is built."""
     # every byte is checked when a run begins, by one process a machine; so it goes on at once, whatever the corpus
     begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
-    for directory in filter(None, (manifest, targets)):
+    for directory in filter(None, (manifest, targets, evaluated)):
         check_shards(directory, contents=not (begun or args.local_process_index))
     source = options.entropy_source
     check_scored(options, source, manifest)
     if options.mask_unit == "word":
         masker_of(manifest, "word")
-    if not 0 <= options.eval_fraction < 1:
-        raise UsageError(f"--eval-fraction {options.eval_fraction:g} is not at least 0 and below 1")
+    if not 0 <= (fraction := options.eval_fraction or 0.0) < 1:
+        raise UsageError(f"--eval-fraction {fraction:g} is not at least 0 and below 1")
+    if evaluated and fraction:
+        raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
     for name in ("self_warmup_steps", "self_refresh", "self_refresh_every", "export_entropies"):
         if source != "self" and getattr(options, name) is not None:
             raise UsageError(f"{flag(name)} only applies to --entropy-source self; leave it out")
@@ -185,8 +197,8 @@ def check(options: Options, args: TrainingArguments, manifest: Manifest, targets
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
             f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    if args.eval_strategy != "no" and not options.eval_fraction:
-        raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0")
+    if args.eval_strategy != "no" and not (fraction or evaluated):
+        raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0, or --eval-shards")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
     if args.do_eval and args.eval_strategy == "no":
@@ -272,6 +284,26 @@ def open_targets(options: Options, manifest: Manifest) -> Manifest:
     if (planned := targets.masks["source"]) != source:
         raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan anew")
     return targets
+
+
+def open_evaluated(options: Options, manifest: Manifest) -> Manifest:
+    """The directory that a run is evaluated on, if it is one of its own.
+
+    Raises:
+        UsageError: no shard directory, that of the training, or one of another tokenizer or length.
+    """
+    uri = str(options.eval_shards)
+    evaluated = read_manifest(uri)
+    if evaluated.tokenizer_hash != manifest.tokenizer_hash:
+        raise UsageError(f"--eval-shards {uri} was made with another tokenizer than {manifest.uri}; use that of both")
+    if evaluated.sequence_length != manifest.sequence_length:
+        raise UsageError(
+            f"--eval-shards {uri} has sequences of {evaluated.sequence_length} tokens, {manifest.uri} of "
+            f"{manifest.sequence_length}; make them alike"
+        )
+    if evaluated.sequences_hash == manifest.sequences_hash:
+        raise UsageError(f"--eval-shards {uri} holds what is trained on; name other text, or use --eval-fraction")
+    return evaluated
 
 
 def _is_plan(targets: Manifest) -> bool:

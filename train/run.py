@@ -38,7 +38,16 @@ from train.data import split_shards
 from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.masking import MaskPolicy
-from train.options import REFRESH_EVERY, Options, check, mask_policy, open_targets, parse, planned_policy
+from train.options import (
+    REFRESH_EVERY,
+    Options,
+    check,
+    mask_policy,
+    open_evaluated,
+    open_targets,
+    parse,
+    planned_policy,
+)
 from train.selfmask import ScoreMemory, Visited
 from train.student import build_student, model_identity
 from train.trainer import DECILES, MaskedLMTrainer
@@ -56,16 +65,19 @@ def main(argv: list[str] | None = None) -> None:
     with together(rank):
         manifest = read_manifest(options.shards)
         targets = open_targets(options, manifest) if options.targets else None
-        check(options, args, manifest, targets)
+        evaluated = open_evaluated(options, manifest) if options.eval_shards else None
+        check(options, args, manifest, targets, evaluated)
         policy = planned_policy(options, targets) if targets else mask_policy(options, source, args.seed)
     if options.num_workers > 1:
         return cluster.run(main, argv, options, args)
     with together(rank):
-        train_shards, held_out = split_shards(manifest, options.eval_fraction)
+        train_shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
+        if evaluated:
+            held_out = [entry for entry in evaluated.shards if entry.rows]
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, policy, manifest.sequence_length)
-        flags = deciding_flags(options, args, policy, manifest, targets)
+        flags = deciding_flags(options, args, policy, manifest, targets, evaluated)
         uri = options.export_entropies
         entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
         if entropies:
@@ -78,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             args,
             manifest=manifest,
             shards=train_shards,
+            evaluated=evaluated or manifest,
             held_out=held_out,
             source=source,
             policy=policy,
@@ -195,7 +208,12 @@ def global_batch(args: TrainingArguments) -> int:
 
 
 def deciding_flags(
-    options: Options, args: TrainingArguments, policy: MaskPolicy, manifest: Manifest, targets: Manifest | None
+    options: Options,
+    args: TrainingArguments,
+    policy: MaskPolicy,
+    manifest: Manifest,
+    targets: Manifest | None,
+    evaluated: Manifest | None,
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
     free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers")
@@ -204,6 +222,7 @@ def deciding_flags(
     run = {
         "shards": manifest.fingerprint_hash,
         "targets": targets and targets.fingerprint_hash,
+        "eval_shards": evaluated and evaluated.fingerprint_hash,
         "model": model_identity(options.model),
         "distill_temperature": options.distill_temperature or 1.0,
         "steps": args.max_steps,
@@ -267,7 +286,7 @@ def summarise(
         "eval_loss": metrics.get("eval_loss"),
         "eval_accuracy": metrics.get("eval_accuracy"),
         "eval_positions": metrics.get("eval_positions"),
-        "eval_loss_by_entropy_decile": deciles if manifest.scored and metrics else None,
+        "eval_loss_by_entropy_decile": deciles if any(deciles) else None,
         "training_flops": flops,
         "scoring_seconds": sum((each.totals["worker_seconds"] for each in scores), 0.0),
         "scoring_flops": sum(each.totals["flops"] for each in scores),

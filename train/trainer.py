@@ -48,6 +48,7 @@ class MaskedLMTrainer(Trainer):
     dataset itself knows the epochs, so that resuming is an index.
 
     Args:
+        evaluated, held_out: the directory that is evaluated on, and its shards.
         source: ``random``, ``parquet`` (the shards' entropies) or ``self`` (the student's, on the unmasked batch).
         policy: which positions to mask; ``random`` needs τ = ∞.
         distill_weight: α of the distillation loss; above 0 reads the targets or, without, the shards' top-k.
@@ -68,6 +69,7 @@ class MaskedLMTrainer(Trainer):
         *,
         manifest: Manifest,
         shards: list[ShardEntry],
+        evaluated: Manifest,
         held_out: list[ShardEntry],
         source: str,
         policy: MaskPolicy,
@@ -77,7 +79,7 @@ class MaskedLMTrainer(Trainer):
         self_warmup_steps: int = 0,
         visited: Visited | None = None,
     ) -> None:
-        self.manifest, self.held_out = manifest, held_out
+        self.manifest, self.evaluated, self.held_out = manifest, evaluated, held_out
         self.source, self.policy = source, policy
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.self_warmup_steps, self.visited, self.watch = self_warmup_steps, visited, Watch()
@@ -210,7 +212,7 @@ class MaskedLMTrainer(Trainer):
             f"{metric_key_prefix}_accuracy": float(hit_N.mean()),
             f"{metric_key_prefix}_positions": len(loss_N),
         }
-        if self.manifest.scored:
+        if self.evaluated.scored:
             order = entropy_N.argsort(kind="stable")
             for decile, part in enumerate(np.array_split(order, DECILES), 1):
                 if len(part):
@@ -221,8 +223,8 @@ class MaskedLMTrainer(Trainer):
         return metrics
 
     def _held_out_batches(self) -> Iterator[dict[str, Tensor]]:
-        columns = Columns(entropy=self.manifest.scored)
-        return evaluation_batches(self.manifest, self.held_out, columns, self.args.eval_batch_size)
+        columns = Columns(entropy=self.evaluated.scored)
+        return evaluation_batches(self.evaluated, self.held_out, columns, self.args.eval_batch_size)
 
     def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, ...]:
         """(sequence id, position, loss, correct, shard entropy) of the masked positions of a batch."""
