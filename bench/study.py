@@ -1,0 +1,275 @@
+#!/usr/bin/env python3
+"""The study of docs/RESULTS.md: when does entropy masking pay, from which source, and what does it cost?
+
+    python bench/study.py --articles articles.parquet --held-out ids.txt --glue GLUE --output runs/study
+    python bench/study.py --articles articles.parquet --held-out ids.txt --glue GLUE --output runs/study --dry-run
+    python bench/study.py … --scale gpu --output runs/study-gpu
+
+Every step is a command of this project, written to OUTPUT/commands.sh; what it prints goes to OUTPUT/logs. What is done
+is skipped by the command itself, so the same line goes on after a break. It ends with OUTPUT/comparison, made by
+glue/compare.py, and OUTPUT/results.md, the tables that are not in there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+import numpy as np
+import polars as pl
+
+from bench.table import MALLOC
+from glue.intervals import estimate
+from pipeline import cli
+from pipeline.cli import RunError, UsageError
+from pipeline.manifests import read_manifest
+from train.flops import forward_flops, training_flops
+from train.masking import MaskPolicy
+from train.options import BATCH_SIZES
+from train.student import build_student
+
+GLUE = ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")  # of the average local6
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What differs between a trial of minutes, a study of hours on a CPU, and one on a GPU.
+
+    ``documents``: those that students read, the first of the articles, ``epochs`` times; None for all of them.
+    ``seeds`` of pretraining: of the main regimes, and of ``others``.
+    """
+
+    student: str
+    reference: str
+    reference_epochs: int
+    documents: int | None
+    epochs: int
+    seeds: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+SCALES = {
+    "trial": Scale("tiny", "tiny", 1, 40, 1, (1,), ()),  # shows that it works, and nothing else
+    "cpu": Scale("tiny", "mini", 1, 400, 3, (1, 2, 3), (1,)),
+    "gpu": Scale("small", "medium", 10, None, 10, (1, 2, 3, 4, 5), (1, 2, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A row of the study: the flags of train/run.py that set it apart.
+
+    ``targets`` names the plan whose exact targets it distils from. ``main`` regimes have more pretraining seeds, and
+    their models are fine-tuned with two seeds each. ``glue``: fine-tuned at all. ``equal_cost``: trained for as many
+    steps more as the scores and targets of parquet+kd cost.
+    """
+
+    name: str
+    flags: str
+    shards: str = "scored"
+    targets: str | None = None
+    main: bool = False
+    glue: bool = True
+    equal_cost: bool = False
+
+
+DISTIL = "--distill-weight 0.5"
+REGIMES = (
+    Regime("random", "--entropy-source random", main=True),
+    Regime("random-equal-cost", "--entropy-source random", main=True, equal_cost=True),
+    Regime("random+kd", f"--entropy-source random {DISTIL}", targets="random"),
+    Regime("parquet", "--entropy-source parquet", main=True),
+    Regime("parquet-warm", "--entropy-source parquet --mask-temperature 1"),
+    Regime("parquet-floor", "--entropy-source parquet --mask-floor 0.25"),
+    Regime("parquet+kd", f"--entropy-source parquet {DISTIL}", targets="parquet", main=True),
+    Regime("parquet+kd-scan", f"--entropy-source parquet {DISTIL}"),
+    Regime("parquet-full", "--entropy-source parquet", shards="scored-full"),
+    Regime("self-step", "--entropy-source self --self-refresh step", main=True),
+    Regime("self-step-warm", "--entropy-source self --self-refresh step --mask-temperature 1"),
+    Regime("self-lagged", "--entropy-source self --self-refresh lagged"),
+    Regime("self-lagged-warm", "--entropy-source self --self-refresh lagged --mask-temperature 1"),
+    Regime("self-step+kd", f"--entropy-source self --self-refresh step {DISTIL}"),
+    Regime("parquet-low", "--entropy-source parquet --mask-band 0 0.33", glue=False),
+    Regime("parquet-mid", "--entropy-source parquet --mask-band 0.33 0.67", glue=False),
+    Regime("parquet-high", "--entropy-source parquet --mask-band 0.67 1", glue=False),
+)
+
+
+def main() -> None:
+    args = parse()
+    study = Study(args, SCALES[args.scale])
+    print(f"{len(study.students())} students", file=sys.stderr)
+    if not args.dry_run:
+        study.split_articles()
+    for line in study.preparation():
+        study.run(*line)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(study.train_and_tune, study.students()))
+    study.run("comparison", "glue/compare.py", *study.comparison())
+    if not args.dry_run:
+        (study.output / "results.md").write_text(study.report())
+        print(f"written to {study.output}: results.md, comparison/, commands.sh")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--articles", required=True, help="Parquet file of the texts, with the columns id and text")
+    add("--held-out", required=True, help="file of the ids, one a line, that nothing is trained on")
+    add("--glue", required=True, help="directory of the GLUE tasks, as for glue/run.py --data")
+    add("--output", required=True, help="directory of all that is made")
+    add("--scale", choices=SCALES, default="cpu", help="(default: cpu)")
+    add("--jobs", type=cli.positive, default=1, help="students that are trained and fine-tuned at once (default: 1)")
+    add("--dry-run", action="store_true", help="print the commands and stop")
+    return parser.parse_args()
+
+
+class Study:
+    """The commands of a study, in the order in which they can be run."""
+
+    def __init__(self, args: argparse.Namespace, scale: Scale) -> None:
+        self.scale, self.output, self.glue, self.dry_run = scale, Path(args.output), args.glue, args.dry_run
+        self.articles, self.held_out = Path(args.articles), Path(args.held_out)
+
+    def split_articles(self) -> None:
+        """Write the texts to train on, and those held out."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "commands.sh").write_text("")
+        try:
+            articles = pl.read_parquet(self.articles, columns=["id", "text"])
+            held_out = self.held_out.read_text().split()
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise UsageError(f"--articles or --held-out cannot be read: {cli.one_line(error)}") from None
+        is_held_out = pl.col("id").cast(pl.String).is_in(held_out)
+        for name, part in (("heldout", articles.filter(is_held_out)), ("articles", articles.filter(~is_held_out))):
+            if not (self.output / f"{name}.jsonl").exists():
+                part.write_ndjson(self.output / f"{name}.jsonl")
+
+    def preparation(self) -> list[tuple[object, ...]]:
+        """All that the students read: tokenizer, reference, its scores, and the targets of the planned masks."""
+        of, scale = self.output.joinpath, self.scale
+        score = ("pipeline/score.py", "--backend", "local", "--cpus-per-worker", 1)
+        few = ("--limit-documents", scale.documents) if scale.documents else ()
+        texts = ("--corpus", of("articles.jsonl"))
+        teacher, read = ("--teacher", of("reference")), (*texts, *few)
+        reference = ("--shards", of("tokens"), "--entropy-source", "random", "--model", scale.reference, "--seed", 1)
+        reference += ("--num-train-epochs", scale.reference_epochs, "--eval-strategy", "steps", "--eval-steps", 0.1)
+        lines: list[tuple[object, ...]] = []
+        if not of("tokenizer").exists():
+            trained = ("--vocab-size", 8192, "--output", of("tokenizer"))
+            lines.append(("tokenizer", "pipeline/tokenizer.py", *texts, *trained))
+        tokens = (*texts, "--teacher", "none", "--tokenizer", of("tokenizer"), "--output", of("tokens"))
+        lines.append(("tokens", *score[:3], *tokens))
+        lines.append(("reference", "train/run.py", *reference, "--output-dir", of("reference")))
+        lines.append(("heldout", *score, "--corpus", of("heldout.jsonl"), *teacher, "--output", of("heldout")))
+        lines.append(("scored", *score, *read, *teacher, "--output", of("scored")))
+        full = (*read, *teacher, "--context", "full", "--output", of("scored-full"))
+        lines.append(("scored-full", *score, *full))
+        for source, variants in (("random", scale.epochs), ("parquet", 1)):
+            # the seed of the first students, whose masks these are
+            plan = ("--shards", of("scored"), "--entropy-source", source, "--variants", variants, "--seed", 1)
+            lines.append((f"plan-{source}", "train/plan.py", *plan, "--output", of(f"plan-{source}")))
+            masks = ("--corpus", of("scored"), *teacher, "--masks", of(f"plan-{source}"))
+            lines.append((f"targets-{source}", *score, *masks, "--output", of(f"targets-{source}")))
+        return lines
+
+    def students(self) -> list[tuple[Regime, int]]:
+        """(regime, pretraining seed), those with most steps first."""
+        every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.main else self.scale.others)]
+        return sorted(every, key=lambda each: not each[0].equal_cost)
+
+    def train_and_tune(self, student: tuple[Regime, int]) -> None:
+        regime, seed = student
+        name, of = f"{regime.name}-{seed}", self.output.joinpath
+        train = ["--shards", of(regime.shards), *regime.flags.split(), "--model", self.scale.student, "--seed", seed]
+        train += ["--targets", of(f"targets-{regime.targets}")] if regime.targets else []
+        train += ["--max-steps", self.equal_cost_steps()] if regime.equal_cost else []
+        train += ["--num-train-epochs", self.scale.epochs] if not regime.equal_cost else []
+        train += ["--eval-shards", of("heldout"), "--eval-strategy", "steps", "--eval-steps", 0.15]
+        self.run(name, "train/run.py", *train, "--output-dir", of("students", name))
+        if regime.glue:
+            tasks = ["--tasks", ",".join(GLUE), "--data", self.glue, "--protocol", "cramming"]
+            tasks += ["--limit-train", "sst2=10000", "--seeds", "1,2" if regime.main else "1"]
+            self.run(
+                f"glue-{name}", "glue/run.py", "--model", of("students", name), *tasks, "--output", of("glue", name)
+            )
+
+    def equal_cost_steps(self) -> int | str:
+        """Steps with random masks that take the FLOPs of a student of parquet+kd, with all that it reads."""
+        if self.dry_run:
+            return "…"
+        scored, targets = (read_manifest(str(self.output / name)) for name in ("scored", "targets-parquet"))
+        batch = BATCH_SIZES[self.scale.student]
+        steps = math.ceil(self.scale.epochs * scored.totals["sequences"] / batch)
+        student = build_student(self.scale.student, scored, seed=1)
+        masked = MaskPolicy().positions(scored.sequence_length)
+        forward = forward_flops(student, scored.sequence_length)
+        step = training_flops(*forward, sequences=batch, masked=masked)
+        return steps + round((scored.totals["flops"] + targets.totals["flops"]) / step)
+
+    def comparison(self) -> list[object]:
+        tuned = [
+            f"{regime.name}={self.output / 'glue' / f'{regime.name}-{seed}'}"
+            for regime, seed in self.students()
+            if regime.glue
+        ]
+        order = [regime.name for regime in REGIMES]
+        tuned.sort(key=lambda text: order.index(text.partition("=")[0]))
+        flags = ["--baseline", "random", "--average", "local6", "--teacher", self.output / "reference"]
+        return [*tuned, *flags, "--output", self.output / "comparison"]
+
+    def run(self, name: str, script: str, *flags: object) -> None:
+        """Run a command of this project; it skips what is done.
+
+        Raises:
+            RunError: it failed.
+        """
+        line = [script, *map(str, flags)]
+        shown = f"python {shlex.join(line)}"
+        if self.dry_run:
+            print(shown)
+            return
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        with open(self.output / "commands.sh", "a") as commands:
+            commands.write(f"{shown}\n")
+        log = self.output / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "a") as file:
+            command = [sys.executable, *line]
+            code = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file).returncode
+        if code:
+            raise RunError(f"{name} failed with exit code {code}; see {log}")
+
+    def report(self) -> str:
+        """Held-out loss by decile of the reference's entropy, for every regime, the mean over its seeds."""
+        head = ["regime", "seeds", "loss ± sd", *(str(decile) for decile in range(1, 11)), "steps"]
+        lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+        for regime in REGIMES:
+            found = [
+                json.loads((self.output / "students" / f"{each.name}-{seed}" / "summary.json").read_text())
+                for each, seed in self.students()
+                if each is regime
+            ]
+            loss = estimate([summary["eval_loss"] for summary in found])
+            deciles = np.mean([summary["eval_loss_by_entropy_decile"] for summary in found], axis=0)
+            shown = f"{loss.mean:.3f}" + (f" ± {loss.sd:.3f}" if loss.sd is not None else " (anecdote)")
+            cells = [regime.name, str(loss.n), shown, *(f"{each:.2f}" for each in deciles), f"{found[0]['steps']:,}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
