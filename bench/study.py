@@ -54,6 +54,7 @@ class Scale:
 
     student: str
     reference: str
+    vocab_size: int
     reference_epochs: int
     documents: int | None
     epochs: int
@@ -62,9 +63,9 @@ class Scale:
 
 
 SCALES = {
-    "trial": Scale("tiny", "tiny", 1, 40, 1, (1,), ()),  # shows that it works, and nothing else
-    "cpu": Scale("tiny", "mini", 1, 400, 3, (1, 2, 3), (1,)),
-    "gpu": Scale("small", "medium", 10, None, 10, (1, 2, 3, 4, 5), (1, 2, 3)),
+    "trial": Scale("tiny", "tiny", 128, 1, 40, 1, (1,), ()),  # shows that it works, and nothing else
+    "cpu": Scale("tiny", "mini", 8192, 1, 400, 3, (1, 2, 3), (1,)),
+    "gpu": Scale("small", "medium", 30_522, 10, None, 10, (1, 2, 3, 4, 5), (1, 2, 3)),
 }
 
 
@@ -114,11 +115,15 @@ def main() -> None:
     print(f"{len(study.students())} students", file=sys.stderr)
     if not args.dry_run:
         study.split_articles()
-    for line in study.preparation():
-        study.run(*line)
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for line in study.preparation():
+            study.run(*line)
         list(pool.map(study.train_and_tune, study.students()))
-    study.run("comparison", "glue/compare.py", *study.comparison())
+        study.run("comparison", "glue/compare.py", *study.comparison())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        study.stop()
     if not args.dry_run:
         (study.output / "results.md").write_text(study.report())
         print(f"written to {study.output}: results.md, comparison/, commands.sh")
@@ -143,6 +148,8 @@ class Study:
     def __init__(self, args: argparse.Namespace, scale: Scale) -> None:
         self.scale, self.output, self.glue, self.dry_run = scale, Path(args.output), args.glue, args.dry_run
         self.articles, self.held_out = Path(args.articles), Path(args.held_out)
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
 
     def split_articles(self) -> None:
         """Write the texts to train on, and those held out."""
@@ -169,7 +176,7 @@ class Study:
         reference += ("--num-train-epochs", scale.reference_epochs, "--eval-strategy", "steps", "--eval-steps", 0.1)
         lines: list[tuple[object, ...]] = []
         if not of("tokenizer").exists():
-            trained = ("--vocab-size", 8192, "--output", of("tokenizer"))
+            trained = ("--vocab-size", scale.vocab_size, "--output", of("tokenizer"))
             lines.append(("tokenizer", "pipeline/tokenizer.py", *texts, *trained))
         tokens = (*texts, "--teacher", "none", "--tokenizer", of("tokenizer"), "--output", of("tokens"))
         lines.append(("tokens", *score[:3], *tokens))
@@ -211,7 +218,8 @@ class Study:
         """Steps with random masks that take the FLOPs of a student of parquet+kd, with all that it reads."""
         if self.dry_run:
             return "…"
-        scored, targets = (read_manifest(str(self.output / name)) for name in ("scored", "targets-parquet"))
+        scored = read_manifest(str(self.output / "scored"))
+        targets = read_manifest(str(self.output / "targets-parquet"), kind="targets")
         batch = BATCH_SIZES[self.scale.student]
         steps = math.ceil(self.scale.epochs * scored.totals["sequences"] / batch)
         student = build_student(self.scale.student, scored, seed=1)
@@ -235,8 +243,10 @@ class Study:
         """Run a command of this project; it skips what is done.
 
         Raises:
-            RunError: it failed.
+            RunError: it failed, or the study was stopped.
         """
+        if self.stopped:
+            raise RunError("the study was stopped")
         line = [script, *map(str, flags)]
         shown = f"python {shlex.join(line)}"
         if self.dry_run:
@@ -249,9 +259,19 @@ class Study:
         log.parent.mkdir(exist_ok=True)
         with open(log, "a") as file:
             command = [sys.executable, *line]
-            code = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file).returncode
+            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file)
+        self.running.add(process)
+        code = process.wait()
+        self.running.discard(process)
         if code:
             raise RunError(f"{name} failed with exit code {code}; see {log}")
+
+    def stop(self) -> None:
+        """End what is under way; it has saved what it had, or saves it now."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+            process.wait()
 
     def report(self) -> str:
         """Held-out loss by decile of the reference's entropy, for every regime, the mean over its seeds."""
@@ -263,6 +283,8 @@ class Study:
                 for each, seed in self.students()
                 if each is regime
             ]
+            if not found:  # of a trial
+                continue
             loss = estimate([summary["eval_loss"] for summary in found])
             deciles = np.mean([summary["eval_loss_by_entropy_decile"] for summary in found], axis=0)
             shown = f"{loss.mean:.3f}" + (f" ± {loss.sd:.3f}" if loss.sd is not None else " (anecdote)")

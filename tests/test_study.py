@@ -1,0 +1,88 @@
+"""The study of docs/RESULTS.md: its commands are what the scripts take, and a trial of it, killed, runs to its end."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from harness import ROOT, run
+
+import glue.compare
+import glue.options
+import pipeline.score
+import train.options
+import train.plan
+from bench.study import REGIMES, SCALES
+
+STUDY = [sys.executable, str(ROOT / "bench" / "study.py")]
+
+
+@pytest.fixture
+def files(words: list[str], data: Path, tmp_path: Path) -> list[object]:
+    """Articles, of which two are held out, and GLUE."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(words, 2000)) for _ in range(300)]
+    pl.DataFrame({"id": range(300), "text": texts}).write_parquet(tmp_path / "articles.parquet")
+    (tmp_path / "ids.txt").write_text("7\n11\n")
+    return ["--articles", tmp_path / "articles.parquet", "--held-out", tmp_path / "ids.txt", "--glue", data]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_its_commands_are_such_as_the_scripts_take(files: list[object], tmp_path: Path, scale: str) -> None:
+    lines = run(*STUDY, *files, "--output", tmp_path / "study", "--scale", scale, "--dry-run").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
+    assert not (tmp_path / "study").exists()
+    trained = set()
+    for script, *flags in commands:
+        if script == "train/run.py":
+            options, args = train.options.parse(["8" if flag == "…" else flag for flag in flags], None)
+            trained.add((Path(str(args.output_dir)).name, args.seed))
+            assert options.num_workers == 1
+        elif script == "pipeline/score.py":
+            pipeline.score.parse(flags)
+        elif script == "train/plan.py":
+            train.plan.parse(flags)
+        elif script == "glue/run.py":
+            assert set(glue.options.parse(flags, None).limit_train) == {"sst2"}
+        elif script == "glue/compare.py":
+            compared = glue.compare.parse(flags).regimes
+    seeds = {regime.name: SCALES[scale].seeds if regime.main else SCALES[scale].others for regime in REGIMES}
+    assert trained - {("reference", 1)} == {(f"{name}-{seed}", seed) for name, of in seeds.items() for seed in of}
+    assert {name: len(directories) for name, directories in compared.items()} == {
+        regime.name: len(seeds[regime.name]) for regime in REGIMES if regime.glue and seeds[regime.name]
+    }
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
+def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    command = [str(part) for part in (*STUDY, *files, "--output", output, "--scale", "trial", "--jobs", 2)]
+    study = subprocess.Popen(command, start_new_session=True)
+    while not list(output.glob("students/*/summary.json")):
+        assert study.poll() is None
+        time.sleep(0.2)
+    study.send_signal(signal.SIGTERM)
+    study.wait(120)
+    made = {path: path.stat().st_mtime_ns for path in output.glob("students/*/summary.json")}
+    for _ in range(2):  # to its end, and then once more
+        subprocess.run(command, check=True)
+        assert all(path.stat().st_mtime_ns == written for path, written in made.items())
+        made = {path: path.stat().st_mtime_ns for path in output.glob("students/*/summary.json")}
+    table = json.loads((output / "comparison" / "table.json").read_text())
+    main = [regime for regime in REGIMES if regime.main]
+    assert table["regimes"] == [regime.name for regime in main] and set(table["averages"]) >= {"local6"}
+    costs = {name: row["total_flops"] for name, row in table["training"].items()}
+    assert costs["random-equal-cost"] == pytest.approx(costs["parquet+kd"], rel=0.02)
+    held_out = json.loads((output / "heldout" / "manifest.json").read_text())
+    assert held_out["totals"]["documents"] == 2
+    lines = (output / "results.md").read_text().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [regime.name for regime in main]
