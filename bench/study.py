@@ -23,23 +23,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 import numpy as np
 import polars as pl
+from transformers import ModernBertConfig
 
 from bench.table import MALLOC
 from glue.intervals import estimate
 from pipeline import cli
 from pipeline.cli import RunError, UsageError
-from pipeline.manifests import read_manifest
+from pipeline.manifests import load_tokenizer, read_manifest
 from train.flops import forward_flops, training_flops
 from train.masking import MaskPolicy
-from train.options import BATCH_SIZES
 from train.student import build_student
 
+LENGTH = 128
 GLUE = ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")  # of the average local6
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
@@ -48,13 +50,16 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 class Scale:
     """What differs between a trial of minutes, a study of hours on a CPU, and one on a GPU.
 
-    ``documents``: those that students read, the first of the articles, ``epochs`` times; None for all of them.
-    ``seeds`` of pretraining: of the main regimes, and of ``others``.
+    ``student`` and ``reference``: layers and width. ``documents``: those that students read, the first of the articles,
+    ``epochs`` times; None for all of them. ``batch``: sequences a step, of both. ``seeds`` of pretraining: of the main
+    regimes, and of ``others``.
     """
 
-    student: str
-    reference: str
+    student: tuple[int, int]
+    reference: tuple[int, int]
     vocab_size: int
+    batch: int
+    learning_rate: float
     reference_epochs: int
     documents: int | None
     epochs: int
@@ -63,10 +68,31 @@ class Scale:
 
 
 SCALES = {
-    "trial": Scale("tiny", "tiny", 128, 1, 40, 1, (1,), ()),  # shows that it works, and nothing else
-    "cpu": Scale("tiny", "mini", 8192, 1, 400, 3, (1, 2, 3), (1,)),
-    "gpu": Scale("small", "medium", 30_522, 10, None, 10, (1, 2, 3, 4, 5), (1, 2, 3)),
+    # shows that it works, and nothing else
+    "trial": Scale((2, 64), (2, 128), 128, 16, 2e-3, 1, 40, 1, (1,), ()),
+    "cpu": Scale((2, 128), (4, 256), 8192, 16, 2e-3, 1, 400, 3, (1, 2, 3), (1,)),
+    "gpu": Scale((4, 512), (8, 512), 30_522, 64, 1e-3, 10, None, 10, (1, 2, 3, 4, 5), (1, 2, 3)),
 }
+
+
+def architecture(layers: int, width: int, vocab_size: int, tokenizer: Any) -> ModernBertConfig:
+    """ModernBERT (arXiv 2412.13663), which at this size learns more than the words' frequencies within a few million
+    tokens; a BERT of 2×128 or 4×256 does not. All of its layers attend to all of the 128 tokens.
+    """
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep")}
+    return ModernBertConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
+        num_attention_heads=width // 64,
+        max_position_embeddings=LENGTH,
+        local_attention=LENGTH,
+        global_attn_every_n_layers=1,
+        bos_token_id=special["cls_token_id"],
+        eos_token_id=special["sep_token_id"],
+        **special,
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,8 @@ def main() -> None:
     try:
         for line in study.preparation():
             study.run(*line)
+            if line[0] == "tokenizer" and not args.dry_run:
+                study.write_models()
         list(pool.map(study.train_and_tune, study.students()))
         study.run("comparison", "glue/compare.py", *study.comparison())
     finally:
@@ -172,12 +200,10 @@ class Study:
         few = ("--limit-documents", scale.documents) if scale.documents else ()
         texts = ("--corpus", of("articles.jsonl"))
         teacher, read = ("--teacher", of("reference")), (*texts, *few)
-        reference = ("--shards", of("tokens"), "--entropy-source", "random", "--model", scale.reference, "--seed", 1)
+        reference = ("--shards", of("tokens"), "--entropy-source", "random", *self.model("reference"), "--seed", 1)
         reference += ("--num-train-epochs", scale.reference_epochs, "--eval-strategy", "steps", "--eval-steps", 0.1)
-        lines: list[tuple[object, ...]] = []
-        if not of("tokenizer").exists():
-            trained = ("--vocab-size", scale.vocab_size, "--output", of("tokenizer"))
-            lines.append(("tokenizer", "pipeline/tokenizer.py", *texts, *trained))
+        vocabulary = ("--vocab-size", scale.vocab_size, "--output", of("tokenizer"))
+        lines: list[tuple[object, ...]] = [("tokenizer", "pipeline/tokenizer.py", *texts, *vocabulary)]
         tokens = (*texts, "--teacher", "none", "--tokenizer", of("tokenizer"), "--output", of("tokens"))
         lines.append(("tokens", *score[:3], *tokens))
         lines.append(("reference", "train/run.py", *reference, "--output-dir", of("reference")))
@@ -193,15 +219,26 @@ class Study:
             lines.append((f"targets-{source}", *score, *masks, "--output", of(f"targets-{source}")))
         return lines
 
+    def write_models(self) -> None:
+        tokenizer = load_tokenizer(str(self.output))
+        for name, size in (("reference", self.scale.reference), ("student", self.scale.student)):
+            config = architecture(*size, self.scale.vocab_size, tokenizer)
+            config.save_pretrained(self.output / "models" / name)
+
+    def model(self, name: str) -> tuple[object, ...]:
+        """Flags of train/run.py that say what is trained, and how fast."""
+        rate = ("--per-device-train-batch-size", self.scale.batch, "--learning-rate", self.scale.learning_rate)
+        return ("--model", self.output / "models" / name / "config.json", *rate)
+
     def students(self) -> list[tuple[Regime, int]]:
-        """(regime, pretraining seed), those with most steps first."""
+        """(regime, pretraining seed), those with most steps last."""
         every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.main else self.scale.others)]
-        return sorted(every, key=lambda each: not each[0].equal_cost)
+        return sorted(every, key=lambda each: each[0].equal_cost)
 
     def train_and_tune(self, student: tuple[Regime, int]) -> None:
         regime, seed = student
         name, of = f"{regime.name}-{seed}", self.output.joinpath
-        train = ["--shards", of(regime.shards), *regime.flags.split(), "--model", self.scale.student, "--seed", seed]
+        train = ["--shards", of(regime.shards), *regime.flags.split(), *self.model("student"), "--seed", seed]
         train += ["--targets", of(f"targets-{regime.targets}")] if regime.targets else []
         train += ["--max-steps", self.equal_cost_steps()] if regime.equal_cost else []
         train += ["--num-train-epochs", self.scale.epochs] if not regime.equal_cost else []
@@ -220,9 +257,9 @@ class Study:
             return "…"
         scored = read_manifest(str(self.output / "scored"))
         targets = read_manifest(str(self.output / "targets-parquet"), kind="targets")
-        batch = BATCH_SIZES[self.scale.student]
+        batch = self.scale.batch
         steps = math.ceil(self.scale.epochs * scored.totals["sequences"] / batch)
-        student = build_student(self.scale.student, scored, seed=1)
+        student = build_student(str(self.output / "models" / "student" / "config.json"), scored, seed=1)
         masked = MaskPolicy().positions(scored.sequence_length)
         forward = forward_flops(student, scored.sequence_length)
         step = training_flops(*forward, sequences=batch, masked=masked)

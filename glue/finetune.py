@@ -24,7 +24,10 @@ from pipeline.checkpoints import load_config, max_length, safetensors_files
 from pipeline.cli import UsageError
 
 # what encoders call it; pretraining sets it to 0
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
+    *("embedding_dropout", "mlp_dropout", "classifier_dropout"),
+)
 EVAL_BATCH = 128
 
 
