@@ -20,7 +20,7 @@ import glue.options
 import pipeline.score
 import train.options
 import train.plan
-from bench.study import REGIMES, SCALES
+from bench.regimes import REGIMES, SCALES
 
 STUDY = [sys.executable, str(ROOT / "bench" / "study.py")]
 
