@@ -42,10 +42,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     api: Any = ray.train  # whose types are still those of its first version
 
     directory = Path(storage.absolute(output))
-    if options.overwrite:  # here, so that workers that are started again don't
-        resume.drop(directory)
+    _lock = resume.lock(directory, of_cluster=True)  # until this function returns
     directory.mkdir(parents=True, exist_ok=True)
     (directory / guard.STOP).unlink(missing_ok=True)
+    # the workers drop the run that is there, once they know that theirs can begin; those that are started again don't
+    overwrite = directory / resume.OVERWRITE
+    overwrite.touch() if options.overwrite else overwrite.unlink(missing_ok=True)
     log = directory / RAY / "log"
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     backends.connect("pipeline", "train", cpus=workers)
@@ -54,7 +56,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         gpus = ray.cluster_resources().get("GPU", 0)
         trainer = api.torch.TorchTrainer(
             _work,
-            train_loop_config={"main": main, "argv": [*argv, *_absolute(options, directory)], "log": str(log)},
+            train_loop_config={
+                "main": main,
+                "argv": [*argv, *_absolute(options, directory)],
+                "log": str(log),
+                "overwrite": overwrite,
+            },
             torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
             scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
             run_config=api.RunConfig(
@@ -72,19 +79,19 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         signal.signal(signal.SIGTERM, on_sigterm)
         ray.shutdown()
         (directory / guard.STOP).unlink(missing_ok=True)
+        overwrite.unlink(missing_ok=True)
     code, message = result.return_value
     if code == TERMINATED:
         raise Terminated
-    if not code:
+    if code in (0, 2):
         shutil.rmtree(directory / RAY)
-    else:
+    if code:
         raise UsageError(message) if code == 2 else RunError(message)
 
 
 def _absolute(options: Options, output: Path) -> list[str]:
     """Flags as a worker needs them, paths as they hold in any directory; they come last, and the last counts."""
-    flags = ["--num-workers", "1", "--overwrite", "false"]
-    flags += ["--output-dir", str(output), "--shards", storage.absolute(options.shards)]
+    flags = ["--num-workers", "1", "--output-dir", str(output), "--shards", storage.absolute(options.shards)]
     if options.targets:
         flags += ["--targets", storage.absolute(options.targets)]
     if options.eval_shards:
@@ -103,7 +110,7 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
     if ray.train.get_context().get_world_rank() == 0:
         sys.stdout = sys.stderr = open(config["log"], "a", buffering=1)  # noqa: SIM115
     try:
-        config["main"](config["argv"])
+        config["main"]([*config["argv"], "--overwrite", str(config["overwrite"].exists())])
     except UsageError as error:
         return 2, str(error)
     except guard.Agreed as error:
