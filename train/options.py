@@ -197,8 +197,18 @@ def check(
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
             f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    if args.eval_strategy != "no" and not (fraction or evaluated):
-        raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+    for name in ("eval_on_start",) * args.eval_on_start + ("eval_strategy",) * (args.eval_strategy != "no"):
+        if not (fraction or evaluated):
+            raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+    if args.load_best_model_at_end and args.save_steps != args.eval_steps:
+        raise UsageError(
+            "--load-best-model-at-end needs a checkpoint of each evaluation; set --save-steps to --eval-steps"
+        )
+    if args.load_best_model_at_end and args.save_total_limit == 1:
+        raise UsageError(
+            "--save-total-limit 1 leaves --load-best-model-at-end no checkpoint but the best one, so no run could go "
+            "on; use at least 2"
+        )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
     if args.do_eval and args.eval_strategy == "no":

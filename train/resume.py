@@ -161,7 +161,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
 
     Args:
         limit: how many to keep, None or 0 for all.
-        best: the path of one that is kept in any case.
+        best: the name of one that is kept in any case.
     """
     written, checkpoint = directory / UNFINISHED / name, directory / name
     files = sorted(path for path in written.rglob("*") if path.is_file())
@@ -178,7 +178,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
     storage.sync_directory(directory)
     if limit:
         for old in [path for path in checkpoints(directory) if _is_whole(path)][:-limit]:
-            if str(old) != best:
+            if old.name != best:
                 _delete(old)
 
 

@@ -169,16 +169,17 @@ def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries
     if options.entropy_source != "self":
         return None
     length, rows, memory = manifest.sequence_length, sum(entry.rows for entry in entries), None
+    masked = min(policy.positions(length), length)
     if options.self_refresh == "lagged":
         processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_limit()
-        needed = 2 * rows * length * processes
+        needed = 2 * rows * (length + masked) * processes
         if needed > there:
             raise UsageError(
-                f"--self-refresh lagged keeps 2 bytes a token in each process, {needed / 2**30:.1f} GiB of these "
-                f"shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
+                f"--self-refresh lagged keeps 2 bytes a token and the masks in each process, {needed / 2**30:.1f} GiB "
+                f"of these shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
             )
         memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
-    return Visited(entries, min(policy.positions(length), length), memory)
+    return Visited(entries, masked, memory)
 
 
 def memory_limit() -> int:
@@ -198,6 +199,11 @@ def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
         options.self_refresh = options.self_refresh or "step"
         if options.self_warmup_steps is None:
             options.self_warmup_steps = args.max_steps // 10
+        if options.self_warmup_steps >= args.max_steps:
+            raise UsageError(
+                f"--self-warmup-steps {options.self_warmup_steps} masks at random to the end of {args.max_steps} "
+                "steps; use less, or --entropy-source random"
+            )
         if options.self_refresh == "lagged":
             options.self_refresh_every = options.self_refresh_every or REFRESH_EVERY
 
