@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from pipeline import storage
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, check_shards, read_manifest
+from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from train import arguments, resume
 from train.arguments import flag
 from train.data import masker_of
@@ -232,6 +232,19 @@ def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
     if source == "parquet" and not manifest.scored:
         lacking = "surprisals" if options.mask_by == "surprisal" else "entropies"
         raise UsageError(f"{manifest.uri} has no {lacking} (made with --teacher none); {SCORE} for parquet")
+    run = manifest.fingerprint.get("run") or {}  # that exported them
+    if source == "parquet" and options.mask_by == "surprisal" and run.get("self_refresh") == "lagged":
+        raise UsageError(f"{manifest.uri} has no surprisals (kept by --self-refresh lagged); use --mask-by entropy")
+
+
+def check_all_scored(source: str, manifest: Manifest, entries: list[ShardEntry]) -> None:
+    """Refuse to mask shards by scores that none of their positions has, as those that a run held out and exported."""
+    for entry in entries:
+        if source == "parquet" and entry.rows and not entry.scored_tokens:
+            raise UsageError(
+                f"{manifest.shard_uri(entry)} has no scores, since the run that exported them held it out; hold it out "
+                "too, with the --eval-fraction of that run"
+            )
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:

@@ -42,6 +42,7 @@ from train.options import (
     REFRESH_EVERY,
     Options,
     check,
+    check_all_scored,
     mask_policy,
     open_evaluated,
     open_targets,
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         train_shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
         if evaluated:
             held_out = [entry for entry in evaluated.shards if entry.rows]
+        check_all_scored(source, manifest, train_shards)
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, policy, manifest.sequence_length)
@@ -176,7 +178,8 @@ def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries
         if needed > there:
             raise UsageError(
                 f"--self-refresh lagged keeps 2 bytes a token and the masks in each process, {needed / 2**30:.1f} GiB "
-                f"of these shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
+                f"of these shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; "
+                "use --self-refresh step"
             )
         memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
     return Visited(entries, masked, memory)

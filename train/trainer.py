@@ -213,7 +213,7 @@ class MaskedLMTrainer(Trainer):
             f"{metric_key_prefix}_positions": len(loss_N),
         }
         if self.evaluated.scored:
-            order = entropy_N.argsort(kind="stable")
+            order = entropy_N.argsort(kind="stable")[: (~np.isnan(entropy_N)).sum()]  # NaN comes last
             for decile, part in enumerate(np.array_split(order, DECILES), 1):
                 if len(part):
                     metrics[f"{metric_key_prefix}_loss_decile_{decile}"] = float(loss_N[part].mean())
