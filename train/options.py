@@ -324,9 +324,16 @@ def open_evaluated(options: Options, manifest: Manifest) -> Manifest:
             f"--eval-shards {uri} has sequences of {evaluated.sequence_length} tokens, {manifest.uri} of "
             f"{manifest.sequence_length}; make them alike"
         )
-    if evaluated.sequences_hash == manifest.sequences_hash:
+    # however it was cut
+    if evaluated.sequences_hash == manifest.sequences_hash or _files(evaluated) & _files(manifest):
         raise UsageError(f"--eval-shards {uri} holds what is trained on; name other text, or use --eval-fraction")
     return evaluated
+
+
+def _files(manifest: Manifest) -> set[str]:
+    """Content hashes of the text that the sequences were made of."""
+    corpus = manifest.fingerprint["corpus"]
+    return set(corpus.get("sequences", corpus).get("files", {}).values())
 
 
 def _is_plan(targets: Manifest) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from transformers import TrainingArguments, set_seed
+from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pipeline import cli, storage
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
             copy_tokenizer(manifest.uri, output)
             log = trainer.state.log_history
-            summary = summarise(options, args, manifest, targets, flags, log, seconds, flops, metrics)
+            summary = summarise(options, args, manifest, targets, evaluated, flags, log, seconds, flops, metrics)
             storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
         print_summary(output, summary)
 
@@ -225,18 +225,19 @@ def deciding_flags(
     evaluated: Manifest | None,
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
-    free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers")
+    free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers", "eval_shards")
     own = {name: value for name, value in asdict(options).items() if name not in free}
     masks = {name if name == "corruption" else f"mask_{name}": value for name, value in policy.to_json().items()}
     run = {
         "shards": manifest.fingerprint_hash,
         "targets": targets and targets.fingerprint_hash,
-        "eval_shards": evaluated and evaluated.fingerprint_hash,
         "model": model_identity(options.model),
         "distill_temperature": options.distill_temperature or 1.0,
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }
+    if args.load_best_model_at_end or args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        run["eval_shards"] = evaluated and evaluated.fingerprint_hash
     return own | masks | run | resume.deciding(args.to_dict())
 
 
@@ -260,6 +261,7 @@ def bill(manifest: Manifest) -> dict[str, Any]:
     return {
         "uri": manifest.uri,
         "fingerprint_hash": manifest.fingerprint_hash,
+        "sequences_hash": manifest.sequences_hash,
         "passes": manifest.passes,
         "sequences": manifest.totals["sequences"],
         "sequence_length": manifest.sequence_length,
@@ -274,6 +276,7 @@ def summarise(
     args: TrainingArguments,
     manifest: Manifest,
     targets: Manifest | None,
+    evaluated: Manifest | None,
     flags: dict[str, Any],
     log: list[dict[str, Any]],
     seconds: float,
@@ -301,6 +304,7 @@ def summarise(
         "scoring_flops": sum(each.totals["flops"] for each in scores),
         "shards": bill(manifest) | {"context": manifest.context, "teacher": manifest.teacher, "scores_read": uses_scan},
         "targets": targets and bill(targets) | (targets.masks or {}),
+        "eval_shards": evaluated and bill(evaluated),
         "seed": args.seed,
         "history": curve(log),
         "flags": flags,
