@@ -14,6 +14,7 @@ import psutil
 import pytest
 from harness import ROOT, TRAIN, refused, run
 from processes import Run, history
+from ray.cluster_utils import Cluster
 from transformers import BertConfig
 
 import train.run
@@ -115,6 +116,26 @@ def test_a_worker_that_is_killed_changes_nothing(flags: list[object], tmp_path: 
     ranks = Run(tmp_path / "log", *flags, *steps, *whole, ranks=2)
     assert ranks.end() == [0, 0], ranks.output()
     assert history(tmp_path / "two", 200) == history(tmp_path / "whole", 200)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_waiting_for_a_cluster_that_is_too_small_can_be_ended(
+    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    process = start(*flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path / "two")
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        time.sleep(5)
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        cluster.shutdown()
+    assert line == "waiting for 2 CPUs; the cluster has 1 now\n"
+    assert process.returncode == code and "Traceback" not in rest, rest
 
 
 @pytest.mark.exhaustive

@@ -51,15 +51,29 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     log = directory / RAY / "log"
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     backends.connect("pipeline", "train", cpus=workers)
-    on_sigterm = signal.signal(signal.SIGTERM, lambda *_: (directory / guard.STOP).touch())
+
+    terminated = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal terminated
+        if terminated := not log.exists():  # no worker is there yet
+            raise Terminated
+        (directory / guard.STOP).touch()
+
+    log.unlink(missing_ok=True)
+    on_sigterm = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
+        there = ray.cluster_resources()
+        gpus = there.get("GPU", 0)
+        if (found := gpus or there.get("CPU", 0)) < workers:
+            kind = "GPUs" if gpus else "CPUs"
+            print(f"waiting for {workers} {kind}; the cluster has {found:g} now", file=sys.stderr, flush=True)
         trainer = api.torch.TorchTrainer(
             _work,
             train_loop_config={
                 "main": main,
                 "argv": [*argv, *_absolute(options, directory)],
-                "log": str(log),
+                "log": log,
                 "overwrite": overwrite,
             },
             torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
@@ -71,8 +85,11 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
                 logging_config=api.LoggingConfig(log_level="CRITICAL"),  # else the tracebacks of what is mended
             ),
         )
+        trainer._register_sigint_handler = lambda _: None  # that one ends as a failure, once the workers have ended
         with _relayed(log):
             result = trainer.fit()
+    except KeyboardInterrupt:  # Ray's, whatever the signal was
+        raise Terminated if terminated else KeyboardInterrupt from None
     except api.TrainingFailedError as error:
         raise RunError(_reason(error)) from None
     finally:
@@ -108,6 +125,7 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:
+        config["log"].parent.mkdir(exist_ok=True)
         sys.stdout = sys.stderr = open(config["log"], "a", buffering=1)  # noqa: SIM115
     try:
         config["main"]([*config["argv"], "--overwrite", str(config["overwrite"].exists())])
@@ -125,11 +143,12 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
 @contextmanager
 def _relayed(log: Path) -> Iterator[None]:
     """Show here what the first worker writes to ``log``: what Ray itself would show has the news of Ray in between."""
-    log.parent.mkdir(exist_ok=True)
-    log.write_text("")
     ended = threading.Event()
 
     def relay() -> None:
+        while not log.exists():  # the first worker makes it
+            if ended.wait(RELAY_SECONDS) and not log.exists():
+                return
         with open(log) as lines:
             last = False
             while not last:
