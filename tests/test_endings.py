@@ -162,6 +162,8 @@ def test_a_checkpoint_that_was_damaged_is_passed_over(
 
 
 def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / resume.LOCK).touch()  # of a run that was killed before it had begun
     argv = [*flags, "--output-dir", tmp_path / "out", "--max-steps", 100_000, "--save-total-limit", 1]
     first = Run(tmp_path / "log", *argv)
     wait_for(first, tmp_path / "out" / "checkpoint-6")
