@@ -29,7 +29,7 @@ from glue.costs import break_evens, cost, number
 from glue.intervals import Estimate, Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
 from glue.page import page
-from glue.results import Regimes, Run, read_regimes
+from glue.results import Regimes, Run, evaluated_on, read_regimes
 from glue.tasks import GLUE, PROBES
 from pipeline import cli, storage
 from pipeline.cli import UsageError
@@ -162,9 +162,9 @@ def averages(name: str, run: Run) -> dict[int, float]:
 
 
 def losses(regimes: Regimes, baseline: str) -> dict[str, dict[str, Any]] | None:
-    """The held-out loss of pretraining, in nats; None unless every summary has one."""
-    found = [number((run.training or {}).get("eval_loss")) for runs in regimes.values() for run in runs]
-    if None in found:
+    """The held-out loss of pretraining, in nats; None unless every summary has one, all on the same text."""
+    trained = [run.training or {} for runs in regimes.values() for run in runs]
+    if None in [number(each.get("eval_loss")) for each in trained] or len(set(map(evaluated_on, trained))) > 1:
         return None
     return cells(regimes, baseline, lambda run: {0: float((run.training or {})["eval_loss"])})
 

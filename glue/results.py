@@ -126,6 +126,14 @@ def pretraining(run: Run) -> dict[str, Any]:
     return {name: value for name, value in kept.items() if "seed" not in name and name not in ("targets", "model")}
 
 
+def evaluated_on(training: dict[str, Any]) -> tuple[Any, Any]:
+    """What a run's held-out loss is on: the text, and the share of it that is held out."""
+    flags, own = training.get("flags"), training.get("eval_shards")
+    text = own or training.get("shards") or {}
+    fraction = flags.get("eval_fraction") if isinstance(flags, dict) and not own else None
+    return text.get("sequences_hash"), fraction
+
+
 def check_comparable(regimes: Regimes) -> None:
     """Refuse to compare different tasks, settings or data, or what shares no fine-tuning seed.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from glue import plots, tables
 from glue.costs import ONLINE, number
+from glue.results import evaluated_on
 from glue.tables import Table, amount
 
 STUDENTS = 64  # for so many, at least, the cost of a student is drawn
@@ -173,6 +174,7 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
     histories = {name: [history(each) for each in found] for name, found in summaries.items() if found}
     every = [curve for found in histories.values() for curve in found]
     held_out = bool(every) and all(sum("eval_loss" in point for point in curve) > 1 for curve in every)
+    held_out &= len({evaluated_on(each) for found in summaries.values() for each in found}) == 1
     loss, label = ("eval_loss", "held-out loss, nats") if held_out else ("loss", "training loss, nats")
     panels: dict[str, list[plots.Line]] = {panel: [] for panel in PANELS}
     for style, name in enumerate(table["regimes"]):

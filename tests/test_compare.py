@@ -255,6 +255,26 @@ def test_curves_that_may_be_compared_are_drawn_where_they_are(tmp_path: Path) ->
     assert len(svgs(text)[-1].findall(".//polyline[@class='faint']")) == 4
 
 
+def test_losses_on_other_text_are_not_compared(tmp_path: Path) -> None:
+    """Held-out shards are the same if the tokens are, scored or not; or text of its own is."""
+    shards, other = {"sequences_hash": "a", "fingerprint_hash": "1"}, {"sequences_hash": "b"}
+    cases: list[tuple[bool, dict[str, Any]]] = [
+        (True, {"shards": shards | {"fingerprint_hash": "2"}, "flags": {"eval_fraction": 0.1}}),
+        (False, {"shards": shards, "flags": {"eval_fraction": 0.2}}),
+        (False, {"shards": other, "flags": {"eval_fraction": 0.1}}),
+        (False, {"shards": shards, "flags": {"eval_fraction": 0.1}, "eval_shards": other}),
+    ]
+    first = summary("random", 1) | {"shards": summary("random", 1)["shards"] | shards, "flags": {"eval_fraction": 0.1}}
+    write_results(tmp_path / "random", {"rte": {1: 0.6}}, first)
+    for number, (same, changes) in enumerate(cases):
+        training = summary("parquet", 1)
+        training |= changes | {"shards": training["shards"] | changes["shards"]}
+        name = str(number)
+        write_results(tmp_path / name, {"rte": {1: 0.6}}, training)
+        table = compare_here(tmp_path / "out" / name, f"random={tmp_path / 'random'}", f"parquet={tmp_path / name}")
+        assert (table["eval_loss"] is not None) == same, number
+
+
 def test_an_average_takes_the_seeds_of_its_own_tasks(tmp_path: Path) -> None:
     scores = {task: {1: 0.5, 2: 0.6} for task in GLUE} | {"wnli": {1: 0.5}}
     write_results(tmp_path / "a", scores, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from processes import Run, history
 from safetensors.torch import load_file
 from transformers import BertConfig
@@ -161,6 +162,8 @@ def test_a_checkpoint_that_was_damaged_is_passed_over(
 
 
 def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / resume.LOCK).touch()  # of a run that was killed before it had begun
     argv = [*flags, "--output-dir", tmp_path / "out", "--max-steps", 100_000, "--save-total-limit", 1]
     first = Run(tmp_path / "log", *argv)
     wait_for(first, tmp_path / "out" / "checkpoint-6")
@@ -176,3 +179,17 @@ def test_what_asked_workers_of_a_cluster_to_stop_stops_no_other_run(flags: list[
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / guard.STOP).touch()
     assert Run(tmp_path / "log", *flags, "--output-dir", tmp_path / "out").end() == [0]
+
+
+def test_the_best_checkpoint_is_found_where_the_directory_lies_now(flags: list[object], tmp_path: Path) -> None:
+    steps = ["--eval-fraction", 0.2, "--eval-strategy", "steps", "--eval-steps", 2, "--save-steps", 2]
+    # the highest loss, which is the first
+    argv = [*flags, *steps, "--load-best-model-at-end", "--greater-is-better", "true", "--save-total-limit", 2]
+    assert Run(tmp_path / "log", *argv, "--output-dir", tmp_path / "out", kill_at=5).end() == [-9]
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = Run(tmp_path / "again", *argv, "--output-dir", tmp_path / "moved")
+    assert again.end() == [0] and "checkpoint-4" in again.output() and "not exist" not in again.output()
+    names = [checkpoint.name for checkpoint in resume.checkpoints(tmp_path / "moved")]
+    assert names == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+    ours, best = (load_file(tmp_path / "moved" / name / "model.safetensors") for name in ("", "checkpoint-2"))
+    assert all(torch.equal(ours[name], best[name]) for name in best)

@@ -16,6 +16,7 @@ from pipeline.cli import RunError, UsageError
 from train import cluster, guard
 from train.options import parse
 
+BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
 SELF, RANDOM = ["--entropy-source", "self"], ["--entropy-source", "random"]
 
 
@@ -40,11 +41,25 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--per-device-train-batch-size", 10**7], "use at least 1 and at most 1000000"),
         (["--report-to", "wandb"], "wandb"),
         (["--dataloader-persistent-workers", "true"], "--dataloader-persistent-workers needs workers"),
-        (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "prefetch_factor"),
+        (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "--dataloader-prefetch-factor -1"),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
         (["--lr-scheduler-kwargs", "nope"], "transformers takes no such flags"),
         (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),
-        (["--save-strategy", "best"], "metric_for_best_model"),
+        (["--save-strategy", "best"], "use --load-best-model-at-end"),
+        (["--save-strategy", "epoch"], "--save-strategy epoch"),
+        (["--eval-strategy", "epoch"], "--eval-strategy epoch"),
+        (["--logging-strategy", "epoch"], "--logging-strategy epoch"),
+        (["--load-best-model-at-end", "--eval-strategy", "steps"], "set --save-steps to --eval-steps"),
+        ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 leaves"),
+        ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model foo"),
+        (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
+        (["--dataloader-prefetch-factor", 0], "--dataloader-prefetch-factor 0 is out of range"),
+        (["--torch-compile-mode", "foo"], "--torch-compile-mode foo is none of default"),
+        (["--debug", "underflow_overflow"], "--debug has no use here"),
+        (["--bf16-full-eval", "true"], "--bf16-full-eval has no use here"),
+        (["--targets", ""], "--targets is empty"),
+        (["--eval-shards", ""], "--eval-shards is empty"),
+        (["--num-workers", 0], "--num-workers 0 is out of range; use at least 1"),
         (["--fsdp", "full_shard"], "--fsdp has no use here"),
         (["--deepspeed", "nowhere.json"], "--deepspeed has no use here"),
         (["--use-liger-kernel", "true"], "--use-liger-kernel has no use here"),
@@ -72,6 +87,7 @@ def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path,
 
 
 def test_self_masking_at_random_is_random(scored: Path, tmp_path: Path) -> None:
+    assert "masks at random to the end" in refusal(scored, tmp_path, *SELF, "--self-warmup-steps", 1)
     assert "use --entropy-source random" in refusal(scored, tmp_path, *SELF, "--mask-temperature", "inf")
 
 

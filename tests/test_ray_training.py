@@ -6,18 +6,21 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from harness import TRAIN, run
+from harness import ROOT, TRAIN, refused, run
 from processes import Run, history
+from ray.cluster_utils import Cluster
 from transformers import BertConfig
 
 import train.run
 from pipeline.cli import UsageError
 from pipeline.manifests import read_manifest
+from train import resume
 
 SEVERAL = ["--num-workers", 2, "--per-device-train-batch-size", 4]
 
@@ -43,6 +46,42 @@ def test_two_workers_do_what_one_process_does(flags: list[object], tmp_path: Pat
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("two", "one")]
     assert summaries[0]["eval_loss"] == pytest.approx(summaries[1]["eval_loss"], rel=1e-5)
     assert not (tmp_path / "two" / ".ray").exists()
+
+
+def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "summary.json").write_text("{}")
+    argv = [*flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path]
+    assert "transformers takes no such flags" in refused(*TRAIN, *argv, "--overwrite", "--optim-args", "foo")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json", "summary.json"]
+
+
+def test_nothing_of_a_run_at_work_is_overwritten(flags: list[object], tmp_path: Path) -> None:
+    argv = [*flags, "--output-dir", tmp_path / "out", "--max-steps", 100_000, "--save-steps", 3]
+    first = Run(tmp_path / "log", *argv)
+    while not (tmp_path / "out" / "checkpoint-3").exists():
+        assert first.processes[0].is_alive(), first.output()
+        time.sleep(0.02)
+    os.kill(first.processes[0].pid or 0, signal.SIGSTOP)
+    before = resume.checkpoints(tmp_path / "out")
+    assert "another run is at work" in refused(*TRAIN, *argv, *SEVERAL, "--overwrite")
+    assert resume.checkpoints(tmp_path / "out") == before
+    first.processes[0].kill()
+    assert first.end() == [-9]
+
+
+def test_two_clusters_do_not_share_a_directory(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "log").write_text("the other's")
+    held = "import sys; from pathlib import Path; from train import resume\n"
+    held += f"lock = resume.lock(Path({str(tmp_path)!r}), of_cluster=True); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", held], cwd=ROOT, **pipes) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        refusal = refused(*TRAIN, *flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path)
+        other.communicate()
+    assert "another run is at work" in refusal
+    assert (tmp_path / ".ray" / "log").read_text() == "the other's"
 
 
 def test_an_output_that_would_be_lost_with_the_job(
@@ -77,6 +116,26 @@ def test_a_worker_that_is_killed_changes_nothing(flags: list[object], tmp_path: 
     ranks = Run(tmp_path / "log", *flags, *steps, *whole, ranks=2)
     assert ranks.end() == [0, 0], ranks.output()
     assert history(tmp_path / "two", 200) == history(tmp_path / "whole", 200)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_waiting_for_a_cluster_that_is_too_small_can_be_ended(
+    flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    process = start(*flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path / "two")
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        time.sleep(5)
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        cluster.shutdown()
+    assert line == "waiting for 2 CPUs; the cluster has 1 now\n"
+    assert process.returncode == code and "Traceback" not in rest, rest
 
 
 @pytest.mark.exhaustive

@@ -168,6 +168,10 @@ def test_two_epochs_use_what_was_kept_and_leave_a_map(
     assert ((kept == 0) | (kept > 0.6 * candidates)).all() and (kept == candidates).mean() > 0.3
     again = train_here(tmp_path / "map", tmp_path / "parquet", "--entropy-source", "parquet", "--max-steps", 2)
     assert again["shards"]["context"] == "self"
+    assert again["eval_loss"] and again["eval_loss_by_entropy_decile"] is None
+    for more, sentence in ((["--mask-by", "surprisal"], "has no surprisals"), (["--eval-fraction", 0], "held it out")):
+        with pytest.raises(UsageError, match=sentence):
+            train_here(tmp_path / "map", tmp_path / "no", "--entropy-source", "parquet", "--max-steps", 2, *more)
     capsys.readouterr()
     same = ["--shards", scored, "--output-dir", tmp_path / "out", *SMALL, *flags, "--export-entropies"]
     train.run.main([str(flag) for flag in [*same, tmp_path / "map"]])

@@ -114,15 +114,20 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
     assert masks * whole < summary["eval_positions"] <= masks * (whole + padded)
     deciles = summary["eval_loss_by_entropy_decile"]
     assert len(deciles) == 10 and min(deciles) < summary["eval_loss"] < max(deciles)
+    assert summary["eval_shards"]["fingerprint_hash"] == manifest.fingerprint_hash
 
     score = [*SCORE, "--corpus", tmp_path / "other.jsonl", "--teacher", "none", "--tokenizer", work / "tokenizer"]
     run(*score, "--sequence-length", LENGTH, "--output", tokens, "--backend", "local")
+    train_here(scored, tmp_path / "out", *flags, "--eval-shards", tokens)  # the same run, finished already
     summary = train_here(scored, tmp_path / "plain", *flags, "--eval-shards", tokens)
     assert summary["eval_loss"] and summary["eval_loss_by_entropy_decile"] is None
 
     run(*score, "--sequence-length", 2 * LENGTH, "--output", tmp_path / "long", "--backend", "local")
+    again = [*score, "--corpus", work / "corpus.jsonl", "--shard-tokens", 3000]
+    run(*again, "--sequence-length", LENGTH, "--output", tmp_path / "cut", "--backend", "local")
     for mistake, sentence in (
         (["--eval-shards", scored], "holds what is trained on"),
+        (["--eval-shards", tmp_path / "cut"], "holds what is trained on"),
         (["--eval-shards", tmp_path / "long"], "sequences of 64 tokens"),
         (["--eval-shards", tmp_path / "nowhere"], "nowhere"),
         (["--eval-shards", other, "--eval-fraction", 0.2], "use one"),

@@ -44,6 +44,9 @@ FIXED: dict[str, Any] = {
     "optim_target_modules": None,  # for optimizers of low rank, to fine-tune with
     "use_liger_kernel": False,  # it has none for the sparse head
     "push_to_hub": False,
+    "debug": None,  # what it hooks into is not how this model is called
+    "bf16_full_eval": False,  # evaluation is computed as training is
+    "fp16_full_eval": False,
 }
 # ranges of numbers that would fail late or, worse, not at all
 MOST_SEED = (1 << 32) - 1
@@ -68,13 +71,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "per_device_eval_batch_size": (1, MOST_BATCH),
     "gradient_accumulation_steps": (1, MOST_BATCH),
     "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, 1024),
     "ddp_timeout": (1, 10**9),
-    "num_workers": (0, MOST_BATCH),
+    "num_workers": (1, MOST_BATCH),
     "self_warmup_steps": (0, MOST_STEPS),
     "self_refresh_every": (1, MOST_STEPS),
     "distill_weight": (0, 1),
     "distill_temperature": (sys.float_info.min, sys.float_info.max),
 }
+
+
+BEST_METRICS = ("loss", "accuracy")  # of an evaluation
 
 
 def flag(name: str) -> str:
@@ -86,6 +93,21 @@ def check(flags: dict[str, Any]) -> None:
     for name, value in FIXED.items():
         if flags[name] != value:
             raise UsageError(f"{flag(name)} has no use here; leave it out")
+    for name in ("logging_strategy", "save_strategy", "eval_strategy"):
+        if flags[name] == "epoch":
+            raise UsageError(f"{flag(name)} epoch is at the end of the run, whatever its epochs; use steps")
+    if flags["save_strategy"] == "best":
+        raise UsageError("--save-strategy best leaves nothing to go on from; use --load-best-model-at-end")
+    if (metric := flags["metric_for_best_model"]) and metric.removeprefix("eval_") not in BEST_METRICS:
+        raise UsageError(f"--metric-for-best-model {metric} is none of {', '.join(BEST_METRICS)}; use one")
+    if mode := flags["torch_compile_mode"]:
+        from torch._inductor import list_mode_options  # takes seconds
+
+        if mode not in (modes := list_mode_options()):
+            raise UsageError(f"--torch-compile-mode {mode} is none of {', '.join(modes)}; use one")
+    for name in ("targets", "eval_shards", "export_entropies"):
+        if flags[name] == "":
+            raise UsageError(f"{flag(name)} is empty; name a directory, or leave it out")
     epochs = {"max_steps": TrainingArguments.max_steps}  # the value that says: by epochs
     for name, (low, high) in RANGES.items():
         value = flags[name]

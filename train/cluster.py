@@ -42,19 +42,40 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     api: Any = ray.train  # whose types are still those of its first version
 
     directory = Path(storage.absolute(output))
-    if options.overwrite:  # here, so that workers that are started again don't
-        resume.drop(directory)
+    _lock = resume.lock(directory, of_cluster=True)  # until this function returns
     directory.mkdir(parents=True, exist_ok=True)
     (directory / guard.STOP).unlink(missing_ok=True)
+    # the workers drop the run that is there, once they know that theirs can begin; those that are started again don't
+    overwrite = directory / resume.OVERWRITE
+    overwrite.touch() if options.overwrite else overwrite.unlink(missing_ok=True)
     log = directory / RAY / "log"
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     backends.connect("pipeline", "train", cpus=workers)
-    on_sigterm = signal.signal(signal.SIGTERM, lambda *_: (directory / guard.STOP).touch())
+
+    terminated = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal terminated
+        if terminated := not log.exists():  # no worker is there yet
+            raise Terminated
+        (directory / guard.STOP).touch()
+
+    log.unlink(missing_ok=True)
+    on_sigterm = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
+        there = ray.cluster_resources()
+        gpus = there.get("GPU", 0)
+        if (found := gpus or there.get("CPU", 0)) < workers:
+            kind = "GPUs" if gpus else "CPUs"
+            print(f"waiting for {workers} {kind}; the cluster has {found:g} now", file=sys.stderr, flush=True)
         trainer = api.torch.TorchTrainer(
             _work,
-            train_loop_config={"main": main, "argv": [*argv, *_absolute(options, directory)], "log": str(log)},
+            train_loop_config={
+                "main": main,
+                "argv": [*argv, *_absolute(options, directory)],
+                "log": log,
+                "overwrite": overwrite,
+            },
             torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
             scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
             run_config=api.RunConfig(
@@ -64,27 +85,30 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
                 logging_config=api.LoggingConfig(log_level="CRITICAL"),  # else the tracebacks of what is mended
             ),
         )
+        trainer._register_sigint_handler = lambda _: None  # that one ends as a failure, once the workers have ended
         with _relayed(log):
             result = trainer.fit()
+    except KeyboardInterrupt:  # Ray's, whatever the signal was
+        raise Terminated if terminated else KeyboardInterrupt from None
     except api.TrainingFailedError as error:
         raise RunError(_reason(error)) from None
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)
         ray.shutdown()
         (directory / guard.STOP).unlink(missing_ok=True)
+        overwrite.unlink(missing_ok=True)
     code, message = result.return_value
     if code == TERMINATED:
         raise Terminated
-    if not code:
+    if code in (0, 2):
         shutil.rmtree(directory / RAY)
-    else:
+    if code:
         raise UsageError(message) if code == 2 else RunError(message)
 
 
 def _absolute(options: Options, output: Path) -> list[str]:
     """Flags as a worker needs them, paths as they hold in any directory; they come last, and the last counts."""
-    flags = ["--num-workers", "1", "--overwrite", "false"]
-    flags += ["--output-dir", str(output), "--shards", storage.absolute(options.shards)]
+    flags = ["--num-workers", "1", "--output-dir", str(output), "--shards", storage.absolute(options.shards)]
     if options.targets:
         flags += ["--targets", storage.absolute(options.targets)]
     if options.eval_shards:
@@ -101,9 +125,10 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:
+        config["log"].parent.mkdir(exist_ok=True)
         sys.stdout = sys.stderr = open(config["log"], "a", buffering=1)  # noqa: SIM115
     try:
-        config["main"](config["argv"])
+        config["main"]([*config["argv"], "--overwrite", str(config["overwrite"].exists())])
     except UsageError as error:
         return 2, str(error)
     except guard.Agreed as error:
@@ -118,11 +143,12 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
 @contextmanager
 def _relayed(log: Path) -> Iterator[None]:
     """Show here what the first worker writes to ``log``: what Ray itself would show has the news of Ray in between."""
-    log.parent.mkdir(exist_ok=True)
-    log.write_text("")
     ended = threading.Event()
 
     def relay() -> None:
+        while not log.exists():  # the first worker makes it
+            if ended.wait(RELAY_SECONDS) and not log.exists():
+                return
         with open(log) as lines:
             last = False
             while not last:

@@ -112,6 +112,22 @@ def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_group
     return rows
 
 
+def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: int) -> Rows:
+    """One row group of a shard.
+
+    Raises:
+        RunError: it cannot be read, or is not what the manifest says: files may change under a run.
+    """
+    rows = read_rows(manifest, entry, columns, [block])
+    expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
+    if not np.array_equal(rows["sequence_id"], (entry.index << 32) + expected):
+        raise RunError(
+            f"{manifest.shard_uri(entry)} does not hold the rows that its manifest says; "
+            "pipeline/verify.py says what is wrong with it"
+        )
+    return rows
+
+
 def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: int, variant: int, T: float) -> Rows:
     """What a teacher says of one variant of one row group of sequences (``pipeline.masks``).
 
@@ -283,19 +299,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self._decoded = epoch, window
 
     def _read(self, epoch: int, group: int) -> Rows:
-        """A row group, joined with its targets.
-
-        Raises:
-            RunError: it cannot be read, or is not what the manifest says: files may change under a run.
-        """
-        entry, block, size = self.groups[group]
-        rows = read_rows(self.manifest, entry, self.columns, [block])
-        first = (entry.index << 32) + block * ROW_GROUP
-        if not np.array_equal(rows["sequence_id"], np.arange(first, first + size, dtype=np.uint64)):
-            raise RunError(
-                f"{self.manifest.shard_uri(entry)} does not hold the rows that its manifest says; "
-                "pipeline/verify.py says what is wrong with it"
-            )
+        """A row group, joined with its targets. Raises RunError as ``read_block``."""
+        entry, block, _ = self.groups[group]
+        rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
             variant, T = self._mask_of(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
@@ -308,6 +314,6 @@ def evaluation_batches(
     """The sequences of the held-out shards in order, as raw batches."""
     for entry in entries:
         for group in range(math.ceil(entry.rows / ROW_GROUP)):
-            tensors = to_tensors(read_rows(manifest, entry, columns, [group]))
+            tensors = to_tensors(read_block(manifest, entry, columns, group))
             for start in range(0, len(tensors["sequence_id"]), batch_size):
                 yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}

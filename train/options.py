@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from pipeline import storage
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, check_shards, read_manifest
+from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from train import arguments, resume
 from train.arguments import flag
 from train.data import masker_of
@@ -197,8 +197,18 @@ def check(
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
             f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    if args.eval_strategy != "no" and not (fraction or evaluated):
-        raise UsageError("--eval-strategy needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+    for name in ("eval_on_start",) * args.eval_on_start + ("eval_strategy",) * (args.eval_strategy != "no"):
+        if not (fraction or evaluated):
+            raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+    if args.load_best_model_at_end and args.save_steps != args.eval_steps:
+        raise UsageError(
+            "--load-best-model-at-end needs a checkpoint of each evaluation; set --save-steps to --eval-steps"
+        )
+    if args.load_best_model_at_end and args.save_total_limit == 1:
+        raise UsageError(
+            "--save-total-limit 1 leaves --load-best-model-at-end no checkpoint but the best one, so no run could go "
+            "on; use at least 2"
+        )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
     if args.do_eval and args.eval_strategy == "no":
@@ -222,6 +232,19 @@ def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
     if source == "parquet" and not manifest.scored:
         lacking = "surprisals" if options.mask_by == "surprisal" else "entropies"
         raise UsageError(f"{manifest.uri} has no {lacking} (made with --teacher none); {SCORE} for parquet")
+    run = manifest.fingerprint.get("run") or {}  # that exported them
+    if source == "parquet" and options.mask_by == "surprisal" and run.get("self_refresh") == "lagged":
+        raise UsageError(f"{manifest.uri} has no surprisals (kept by --self-refresh lagged); use --mask-by entropy")
+
+
+def check_all_scored(source: str, manifest: Manifest, entries: list[ShardEntry]) -> None:
+    """Refuse to mask shards by scores that none of their positions has, as those that a run held out and exported."""
+    for entry in entries:
+        if source == "parquet" and entry.rows and not entry.scored_tokens:
+            raise UsageError(
+                f"{manifest.shard_uri(entry)} has no scores, since the run that exported them held it out; hold it out "
+                "too, with the --eval-fraction of that run"
+            )
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:
@@ -301,9 +324,16 @@ def open_evaluated(options: Options, manifest: Manifest) -> Manifest:
             f"--eval-shards {uri} has sequences of {evaluated.sequence_length} tokens, {manifest.uri} of "
             f"{manifest.sequence_length}; make them alike"
         )
-    if evaluated.sequences_hash == manifest.sequences_hash:
+    # however it was cut
+    if evaluated.sequences_hash == manifest.sequences_hash or _files(evaluated) & _files(manifest):
         raise UsageError(f"--eval-shards {uri} holds what is trained on; name other text, or use --eval-fraction")
     return evaluated
+
+
+def _files(manifest: Manifest) -> set[str]:
+    """Content hashes of the text that the sequences were made of."""
+    corpus = manifest.fingerprint["corpus"]
+    return set(corpus.get("sequences", corpus).get("files", {}).values())
 
 
 def _is_plan(targets: Manifest) -> bool:

@@ -22,6 +22,7 @@ FLAGS, SUMMARY = "run.json", "summary.json"
 UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted
 FILES = "files.json"  # written last into a checkpoint: size and CRC-32 of each of its files
 LOCK = ".lock"
+OVERWRITE = ".overwrite"  # while it is there, workers of a cluster have a run to drop
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 # flags of TrainingArguments that do not decide what is learned, by prefix
 FREE = (
@@ -53,7 +54,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     try:
         previous = storage.read_json(str(directory / FLAGS))
     except FileNotFoundError:
-        if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+        if _is_foreign(directory):
             raise UsageError(f"{directory} holds files but no training run; choose another --output-dir") from None
         previous = {}
     except ValueError:
@@ -75,7 +76,15 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     elif finished:
         return False
     storage.write_json(str(directory / FLAGS), flags)
+    (directory / OVERWRITE).unlink(missing_ok=True)
     return True
+
+
+def _is_foreign(directory: Path) -> bool:
+    """Whether there are files, and no run has been there."""
+    if (directory / FLAGS).exists() or not directory.exists():
+        return False
+    return any(not path.name.startswith(".") for path in directory.iterdir())
 
 
 def has_begun(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
@@ -108,21 +117,24 @@ def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
     return next((path for path in reversed(checkpoints(directory)) if _is_whole(path, contents)), None)
 
 
-def lock(directory: Path) -> IO[bytes] | None:
+def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     """Keep other runs out of an output directory until the file that is returned is closed, or this process ends.
 
     Nothing is locked in a directory that is no run's, nor where the file system knows no locks.
 
+    Args:
+        of_cluster: keep out what else would start workers on a cluster, not the workers.
+
     Raises:
         UsageError: another run is at work there.
     """
-    if directory.exists() and not (directory / FLAGS).exists() and any(directory.iterdir()):
+    if _is_foreign(directory):
         return None
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / LOCK, "wb")  # noqa: SIM115
     try:
         # of the process, so that no loader worker keeps it when the run is killed
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(of_cluster))  # a byte of its own
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             return None
@@ -149,7 +161,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
 
     Args:
         limit: how many to keep, None or 0 for all.
-        best: the path of one that is kept in any case.
+        best: the name of one that is kept in any case.
     """
     written, checkpoint = directory / UNFINISHED / name, directory / name
     files = sorted(path for path in written.rglob("*") if path.is_file())
@@ -166,7 +178,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
     storage.sync_directory(directory)
     if limit:
         for old in [path for path in checkpoints(directory) if _is_whole(path)][:-limit]:
-            if str(old) != best:
+            if old.name != best:
                 _delete(old)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from transformers import TrainingArguments, set_seed
+from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pipeline import cli, storage
@@ -42,6 +42,7 @@ from train.options import (
     REFRESH_EVERY,
     Options,
     check,
+    check_all_scored,
     mask_policy,
     open_evaluated,
     open_targets,
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         train_shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
         if evaluated:
             held_out = [entry for entry in evaluated.shards if entry.rows]
+        check_all_scored(source, manifest, train_shards)
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, policy, manifest.sequence_length)
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
             copy_tokenizer(manifest.uri, output)
             log = trainer.state.log_history
-            summary = summarise(options, args, manifest, targets, flags, log, seconds, flops, metrics)
+            summary = summarise(options, args, manifest, targets, evaluated, flags, log, seconds, flops, metrics)
             storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
         print_summary(output, summary)
 
@@ -169,16 +171,18 @@ def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries
     if options.entropy_source != "self":
         return None
     length, rows, memory = manifest.sequence_length, sum(entry.rows for entry in entries), None
+    masked = min(policy.positions(length), length)
     if options.self_refresh == "lagged":
         processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_limit()
-        needed = 2 * rows * length * processes
+        needed = 2 * rows * (length + masked) * processes
         if needed > there:
             raise UsageError(
-                f"--self-refresh lagged keeps 2 bytes a token in each process, {needed / 2**30:.1f} GiB of these "
-                f"shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; use --self-refresh step"
+                f"--self-refresh lagged keeps 2 bytes a token and the masks in each process, {needed / 2**30:.1f} GiB "
+                f"of these shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; "
+                "use --self-refresh step"
             )
         memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
-    return Visited(entries, min(policy.positions(length), length), memory)
+    return Visited(entries, masked, memory)
 
 
 def memory_limit() -> int:
@@ -198,6 +202,11 @@ def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
         options.self_refresh = options.self_refresh or "step"
         if options.self_warmup_steps is None:
             options.self_warmup_steps = args.max_steps // 10
+        if options.self_warmup_steps >= args.max_steps:
+            raise UsageError(
+                f"--self-warmup-steps {options.self_warmup_steps} masks at random to the end of {args.max_steps} "
+                "steps; use less, or --entropy-source random"
+            )
         if options.self_refresh == "lagged":
             options.self_refresh_every = options.self_refresh_every or REFRESH_EVERY
 
@@ -216,18 +225,19 @@ def deciding_flags(
     evaluated: Manifest | None,
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
-    free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers")
+    free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers", "eval_shards")
     own = {name: value for name, value in asdict(options).items() if name not in free}
     masks = {name if name == "corruption" else f"mask_{name}": value for name, value in policy.to_json().items()}
     run = {
         "shards": manifest.fingerprint_hash,
         "targets": targets and targets.fingerprint_hash,
-        "eval_shards": evaluated and evaluated.fingerprint_hash,
         "model": model_identity(options.model),
         "distill_temperature": options.distill_temperature or 1.0,
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }
+    if args.load_best_model_at_end or args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU:
+        run["eval_shards"] = evaluated and evaluated.fingerprint_hash
     return own | masks | run | resume.deciding(args.to_dict())
 
 
@@ -251,6 +261,7 @@ def bill(manifest: Manifest) -> dict[str, Any]:
     return {
         "uri": manifest.uri,
         "fingerprint_hash": manifest.fingerprint_hash,
+        "sequences_hash": manifest.sequences_hash,
         "passes": manifest.passes,
         "sequences": manifest.totals["sequences"],
         "sequence_length": manifest.sequence_length,
@@ -265,6 +276,7 @@ def summarise(
     args: TrainingArguments,
     manifest: Manifest,
     targets: Manifest | None,
+    evaluated: Manifest | None,
     flags: dict[str, Any],
     log: list[dict[str, Any]],
     seconds: float,
@@ -292,6 +304,7 @@ def summarise(
         "scoring_flops": sum(each.totals["flops"] for each in scores),
         "shards": bill(manifest) | {"context": manifest.context, "teacher": manifest.teacher, "scores_read": uses_scan},
         "targets": targets and bill(targets) | (targets.masks or {}),
+        "eval_shards": evaluated and bill(evaluated),
         "seed": args.seed,
         "history": curve(log),
         "flags": flags,

@@ -213,7 +213,7 @@ class MaskedLMTrainer(Trainer):
             f"{metric_key_prefix}_positions": len(loss_N),
         }
         if self.evaluated.scored:
-            order = entropy_N.argsort(kind="stable")
+            order = entropy_N.argsort(kind="stable")[: (~np.isnan(entropy_N)).sum()]  # NaN comes last
             for decile, part in enumerate(np.array_split(order, DECILES), 1):
                 if len(part):
                     metrics[f"{metric_key_prefix}_loss_decile_{decile}"] = float(loss_N[part].mean())
@@ -270,18 +270,28 @@ class MaskedLMTrainer(Trainer):
         try:
             with together(rank), writing(name, output):
                 super()._save_checkpoint(model, trial)
-                if self.state.best_global_step == self.state.global_step:
-                    self.state.best_model_checkpoint = str(output / name)
+                self.state.best_model_checkpoint = None  # it is known by its step, wherever the directory lies later
                 if self.args.should_save:
                     self.state.save_to_json(str(self.saving_to / name / TRAINER_STATE_NAME))
             with together(rank), writing(name, output):
                 if self.args.should_save:
-                    resume.complete(output, name, self.args.save_total_limit, self.state.best_model_checkpoint)
+                    resume.complete(output, name, self.args.save_total_limit, self._best_checkpoint())
         except RunError:
             shutil.rmtree(self.saving_to, ignore_errors=True)  # it may be what fills the disk
             raise
         finally:
             self.saving_to = None
+
+    def _best_checkpoint(self) -> str | None:
+        """The name of the checkpoint that is to be the model in the end, if it need not be the last."""
+        step = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return f"checkpoint-{step}" if step else None
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if (best := self._best_checkpoint()) and not self.guard.stopped:
+            checkpoint = Path(str(self.args.output_dir)) / best
+            self.state.best_model_checkpoint = str(checkpoint) if checkpoint.exists() else None
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Also keeps what self-masking knows of the sequences."""
