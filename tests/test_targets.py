@@ -313,8 +313,8 @@ def test_epochs_take_the_variants_in_turn(scan: Path, teacher: Path, tmp_path: P
         assert batch["input_crc32"][row] == crc32
         assert batch["teacher_ids"][row, : len(positions)].flatten().tolist() == ids
     # through the trainer, which computes its masks: three epochs, with a seed that is not that of the masks
-    steps = 3 * N // 8 + 1
-    summary = train_here(scan, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, "--max-steps", steps)
+    sizes = ["--per-device-train-batch-size", 64, "--max-steps", 3 * N // 64 + 1]
+    summary = train_here(scan, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, *sizes)
     assert summary["flags"]["mask_seed"] == 9 and summary["seed"] == SEED
 
 

@@ -133,7 +133,8 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
         (["--eval-shards", other, "--eval-fraction", 0.2], "use one"),
     ):
         given = ["--shards", scored, "--entropy-source", "random", "--output-dir", tmp_path / "wrong", *mistake]
-        assert sentence in refused(*TRAIN, *given)
+        with pytest.raises(UsageError, match=sentence):
+            train.run.main([str(flag) for flag in given])
 
 
 def test_deciles_are_of_the_shards_entropy(scored: Path, students: dict[str, Path]) -> None:
