@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 import train.data
 from pipeline import manifests
 from pipeline.cli import RunError, UsageError
-from train.data import Columns, TrainingSequences, evaluation_batches, masker_of, read_rows, split_shards
+from train.data import Columns, TrainingSequences, masker_of, read_rows, split_shards
+from train.evaluation import batches
 from train.masking import IGNORED, MaskPolicy
 
 POLICY = MaskPolicy(temperature=1.0)
@@ -127,7 +128,7 @@ def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifes
         assert not {e.index for e in kept} & {e.index for e in held_out}
         assert kept and held_out
     assert split_shards(manifest, 0) == (manifest.shards, [])
-    rows = sum(len(b["sequence_id"]) for b in evaluation_batches(manifest, held_out, Columns(), 7))
+    rows = sum(len(b["sequence_id"]) for b in batches(manifest, held_out, Columns(), 7))
     assert rows == sum(entry.rows for entry in held_out)
     manifest = manifests.Manifest(**(vars(manifest) | {"shards": manifest.shards[:1]}))
     with pytest.raises(UsageError, match="only one shard"):

@@ -24,9 +24,10 @@ from pipeline.cli import UsageError
 from pipeline.entropy import entropy
 from train import resume
 from train.data import Columns, masker_of, read_rows, split_shards, to_tensors
+from train.evaluation import EVALUATION
 from train.masking import IGNORED, Masker, MaskPolicy
 from train.options import parse
-from train.trainer import EVALUATION, MaskedLMTrainer
+from train.trainer import MaskedLMTrainer
 
 SMALL = ["--per-device-train-batch-size", 8, "--eval-fraction", 0.2, "--bf16", "false", "--seed", 3]
 REGIMES = {

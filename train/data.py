@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -306,14 +305,3 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             variant, T = self._mask_of(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
         return rows
-
-
-def evaluation_batches(
-    manifest: Manifest, entries: list[ShardEntry], columns: Columns, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    """The sequences of the held-out shards in order, as raw batches."""
-    for entry in entries:
-        for group in range(math.ceil(entry.rows / ROW_GROUP)):
-            tensors = to_tensors(read_block(manifest, entry, columns, group))
-            for start in range(0, len(tensors["sequence_id"]), batch_size):
-                yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}

@@ -35,23 +35,15 @@ from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, ShardEntry, copy_tokenizer, read_manifest
 from train import arguments, cluster, export, resume
 from train.data import split_shards
+from train.evaluation import DECILES
 from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
+from train.inputs import check_all_scored, open_evaluated, open_targets, planned_policy
 from train.masking import MaskPolicy
-from train.options import (
-    REFRESH_EVERY,
-    Options,
-    check,
-    check_all_scored,
-    mask_policy,
-    open_evaluated,
-    open_targets,
-    parse,
-    planned_policy,
-)
+from train.options import REFRESH_EVERY, Options, check, mask_policy, parse
 from train.selfmask import ScoreMemory, Visited
 from train.student import build_student, model_identity
-from train.trainer import DECILES, MaskedLMTrainer
+from train.trainer import MaskedLMTrainer
 from train.watch import curve
 
 # of the control group that a container runs in, by version 2 and version 1

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
@@ -26,17 +25,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
-from train import export, resume
-from train.data import Columns, TrainingSequences, evaluation_batches, masker_of
+from train import evaluation, export, resume
+from train.data import Columns, TrainingSequences, masker_of
 from train.guard import Guard, check_finite, heed_parent_only, together, writing
-from train.masking import IGNORED, IGNORED_LABEL, Masker, MaskPolicy
+from train.masking import IGNORED, Masker, MaskPolicy
 from train.selfmask import Visited, turns
 from train.student import student_scores
 from train.watch import ProgressReport, Watch, mask_overlap, rank_correlation, score_sums
 
-# evaluation masks at random, the same positions for every regime, seed and mask ratio
-EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
-DECILES = 10
 LAST = -1e4  # nats: a score that is ranked behind all others
 SELF_SCORES = "self_scores.pt"  # of a checkpoint: what a run with self-masking keeps of its sequences
 
@@ -204,19 +200,10 @@ class MaskedLMTrainer(Trainer):
         rank, ranks = self.args.process_index, self.args.world_size
         own = [self._evaluate_batch(b) for number, b in enumerate(self._held_out_batches()) if number % ranks == rank]
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
-        # by sequence and position, so that neither sums nor ties depend on the number of ranks
-        order = np.lexsort((columns[1], columns[0]))
-        loss_N, hit_N, entropy_N = (column[order] for column in columns[2:])
-        metrics: dict[str, float] = {
-            f"{metric_key_prefix}_loss": float(loss_N.mean()),
-            f"{metric_key_prefix}_accuracy": float(hit_N.mean()),
-            f"{metric_key_prefix}_positions": len(loss_N),
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in evaluation.metrics(columns, self.evaluated.scored).items()
         }
-        if self.evaluated.scored:
-            order = entropy_N.argsort(kind="stable")[: (~np.isnan(entropy_N)).sum()]  # NaN comes last
-            for decile, part in enumerate(np.array_split(order, DECILES), 1):
-                if len(part):
-                    metrics[f"{metric_key_prefix}_loss_decile_{decile}"] = float(loss_N[part].mean())
         metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -224,26 +211,18 @@ class MaskedLMTrainer(Trainer):
 
     def _held_out_batches(self) -> Iterator[dict[str, Tensor]]:
         columns = Columns(entropy=self.evaluated.scored)
-        return evaluation_batches(self.evaluated, self.held_out, columns, self.args.eval_batch_size)
+        return evaluation.batches(self.evaluated, self.held_out, columns, self.args.eval_batch_size)
 
     def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, ...]:
-        """(sequence id, position, loss, correct, shard entropy) of the masked positions of a batch."""
-        entropy_BL = raw.pop("entropy", torch.zeros(raw["input_ids"].shape))
-        batch = self.masker(raw | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
-        positions_BK, labels_N = batch["positions_BK"], batch.pop("labels_BK").flatten()
+        batch = evaluation.masked(self.masker, raw)
+        labels_BK = batch.pop("labels_BK")
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         with self.compute_loss_context_manager():
-            logits_NV = model(**self._prepare_inputs(batch))["logits"].flatten(0, 1).float().cpu()
+            logits_BKV = model(**self._prepare_inputs(batch))["logits"].float().cpu()
         model.train(was_training)
-        kept_N = labels_N != IGNORED_LABEL
-        loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
-        entropy_N = entropy_BL.gather(1, positions_BK.clamp_min(0)).flatten()
-        hit_N = logits_NV.argmax(1) == labels_N
-        sequence_N = raw["sequence_id"].repeat_interleave(positions_BK.shape[1])
-        found = (sequence_N, positions_BK.flatten(), loss_N, hit_N, entropy_N)
-        return tuple(values_N[kept_N].numpy() for values_N in found)
+        return evaluation.outcomes(logits_BKV, labels_BK, batch["positions_BK"], raw)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader; its workers draw nothing at random, so they need no seeds."""

@@ -1,0 +1,72 @@
+"""Evaluation under one fixed random mask, the same positions for every run: losses at positions, and their means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.manifests import Manifest, ShardEntry
+from pipeline.shards import ROW_GROUP
+from train.data import Columns, read_block, to_tensors
+from train.masking import IGNORED_LABEL, Masker, MaskPolicy
+
+# at random, whatever the regime, seed and mask ratio
+EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
+DECILES = 10
+
+
+def batches(
+    manifest: Manifest, entries: list[ShardEntry], columns: Columns, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """The sequences of the held-out shards in order, as raw batches."""
+    for entry in entries:
+        for group in range(math.ceil(entry.rows / ROW_GROUP)):
+            tensors = to_tensors(read_block(manifest, entry, columns, group))
+            for start in range(0, len(tensors["sequence_id"]), batch_size):
+                yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
+
+
+def masked(masker: Masker, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A raw batch as the model is to see it, with ``labels_BK``."""
+    sequences = {name: tensor for name, tensor in raw.items() if name != "entropy"}
+    return masker(sequences | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
+
+
+def outcomes(
+    logits_BKV: Tensor, labels_BK: Tensor, positions_BK: Tensor, raw: dict[str, Tensor]
+) -> tuple[np.ndarray, ...]:
+    """(sequence id, position, loss, correct, entropy) [N] of the masked positions; loss and entropy in nats.
+
+    The entropy is that of the shards, 0 where they have none.
+    """
+    logits_NV, labels_N = logits_BKV.flatten(0, 1), labels_BK.flatten()
+    kept_N = labels_N != IGNORED_LABEL
+    loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+    entropy_BL = raw.get("entropy", torch.zeros(raw["input_ids"].shape))
+    entropy_N = entropy_BL.gather(1, positions_BK.clamp_min(0)).flatten()
+    hit_N = logits_NV.argmax(1) == labels_N
+    sequence_N = raw["sequence_id"].repeat_interleave(positions_BK.shape[1])
+    found = (sequence_N, positions_BK.flatten(), loss_N, hit_N, entropy_N)
+    return tuple(values_N[kept_N].numpy() for values_N in found)
+
+
+def metrics(columns: Sequence[np.ndarray], scored: bool) -> dict[str, float]:
+    """What ``outcomes`` come to: loss (nats), accuracy, positions; and the loss by decile of the entropies known.
+
+    Summed by sequence and position, so that neither sums nor ties depend on the number of ranks.
+    """
+    order = np.lexsort((columns[1], columns[0]))
+    loss_N, hit_N, entropy_N = (column[order] for column in columns[2:])
+    found = {"loss": float(loss_N.mean()), "accuracy": float(hit_N.mean()), "positions": len(loss_N)}
+    if scored:
+        order = entropy_N.argsort(kind="stable")[: (~np.isnan(entropy_N)).sum()]  # NaN comes last
+        for decile, part in enumerate(np.array_split(order, DECILES), 1):
+            if len(part):
+                found[f"loss_decile_{decile}"] = float(loss_N[part].mean())
+    return found
