@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 
 class Browser:
@@ -80,6 +84,19 @@ class Browser:
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         self.call("Page.navigate", url=page.as_uri())
         self.wait(lambda answer: answer.get("method") == "Page.loadEventFired")
+
+    def open_alone(self, page: Path, width: int, dark: bool) -> None:
+        """Load a file, for fingers where it is narrow: it needs no network, fits, and has the colours of the theme."""
+        self.requests.clear()
+        self.open(page, width, dark, touch=width == 390)
+        assert [address.partition(":")[0] for address in self.requests] == ["file"], "one file, no network"
+        assert self.js("document.documentElement.scrollWidth") == width, "nothing sticks out"
+        paper, ink = self.js(
+            "[[document.body, document.documentElement].map(e => getComputedStyle(e).backgroundColor)"
+            ".find(colour => !colour.endsWith(' 0)')), getComputedStyle(document.body).color]"
+        )
+        brightness = [sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, ink)]
+        assert brightness[0] < 100 < 600 < brightness[1] if dark else brightness[1] < 100 < 600 < brightness[0]
 
     def js(self, expression: str) -> Any:
         """The value of an expression, as JSON."""

@@ -19,9 +19,12 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
+from browser import Browser
 from harness import ROOT, command, run, save_bert
 from made_glue import write_glue
 from transformers import AutoTokenizer
@@ -67,3 +70,10 @@ def data(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("glue")
     write_glue(root, words)
     return root
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A tab; for tests that are marked ``needs_browser``."""
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from browser import Browser, needs_browser
 from harness import ROOT, refused, run
 from made_results import TOKENS, summary, write_results
 from scipy import stats
@@ -353,3 +354,28 @@ def test_what_cannot_be_compared(results: Path, tmp_path: Path) -> None:
             compare_here(tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
     assert "fine-tuned differently" in refused(*COMPARE, one, f"epochs={tmp_path / 'epochs'}", "--output", tmp_path)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (390, False), (1100, True), (1100, False)])
+def test_the_page_in_a_browser(browser: Browser, compared: Path, width: int, dark: bool) -> None:
+    browser.open_alone(compared / "page.html", width, dark)
+    table = json.loads((compared / "table.json").read_text())
+    text = browser.js("document.body.innerText")
+    difference = table["averages"]["local6"]["parquet"]["difference"]
+    shown = f"{difference['mean']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}], n = 3"
+    assert shown in text.replace("−", "-"), "what is found, with its interval and its n"
+    assert re.search(r"Anecdotes, of one pretraining seed each: self [+-−][\d.]+[^;]*\.", text)
+    sizes = browser.js("[...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().toJSON())")
+    assert len(sizes) >= 5
+    assert all(size["width"] > 250 and size["height"] > 80 and size["right"] <= width for size in sizes)
+    # in every plot words are as large as on the page, nearly, whatever its width
+    letters = browser.js(
+        "[...document.querySelectorAll('figure svg')].flatMap(svg => [...svg.querySelectorAll('text')]"
+        ".map(e => parseFloat(getComputedStyle(e).fontSize) * svg.getScreenCTM().a))"
+    )
+    assert min(letters) >= 9
+    tables = browser.js("[...document.querySelectorAll('table')].map(table => table.innerText)")
+    (scores,) = (each for each in tables if each.startswith("cramming"))
+    (own,) = (line.split("\t") for line in scores.splitlines() if line.startswith("random\t"))
+    assert f"{table['averages']['local6']['random']['mean']:.1f} ±" in own[1] and own[-2:] == ["5", "10"]

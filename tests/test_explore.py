@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser, needs_browser
 from harness import SCORE, TOP_K, command
 from scipy.stats import spearmanr
 from transformers import AutoModelForMaskedLM
@@ -30,7 +29,6 @@ from train.data import Columns, read_rows
 from train.words import continuing_tokens
 
 WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3", "--seed", "3"]
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -247,12 +245,6 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
-
-
 @needs_browser
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (390, False), (1100, True), (1100, False)])
 def test_the_page_shows_the_numbers(
@@ -260,15 +252,7 @@ def test_the_page_shows_the_numbers(
 ) -> None:
     explore(scored, "--output", tmp_path / "page.html", *WORDS)
     printed = capsys.readouterr().out
-    browser.requests.clear()
-    browser.open(tmp_path / "page.html", width, dark, touch=width == 390)
-    assert [address.partition(":")[0] for address in browser.requests] == ["file"], "one file, no network"
-    assert browser.js("document.documentElement.scrollWidth") == width, "nothing sticks out"
-    paper, ink = (
-        browser.js(f"getComputedStyle(document.documentElement).{name}") for name in ("backgroundColor", "color")
-    )
-    brightness = [sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, ink)]
-    assert brightness[0] < 100 < 600 < brightness[1] if dark else brightness[1] < 100 < 600 < brightness[0]
+    browser.open_alone(tmp_path / "page.html", width, dark)
 
     text = browser.js("document.body.innerText")
     manifest = read_manifest(str(scored))
