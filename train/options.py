@@ -197,8 +197,8 @@ def check(
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
             f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
         )
-    for name in ("eval_on_start",) * args.eval_on_start + ("eval_strategy",) * (args.eval_strategy != "no"):
-        if not (fraction or evaluated):
+    for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
+        if wanted and not (fraction or evaluated):
             raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
     if args.load_best_model_at_end and args.save_steps != args.eval_steps:
         raise UsageError(
