@@ -82,7 +82,8 @@ class Study:
     """The commands of a study, in the order in which they can be run."""
 
     def __init__(self, args: argparse.Namespace, scale: Scale) -> None:
-        self.scale, self.output, self.glue, self.dry_run = scale, Path(args.output), args.glue, args.dry_run
+        self.scale, self.dry_run = scale, args.dry_run
+        self.output, self.glue = Path(args.output).absolute(), Path(args.glue).absolute()
         self.articles, self.held_out = Path(args.articles), Path(args.held_out)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
@@ -98,8 +99,9 @@ class Study:
             raise UsageError(f"--articles or --held-out cannot be read: {cli.one_line(error)}") from None
         is_held_out = pl.col("id").cast(pl.String).is_in(held_out)
         for name, part in (("heldout", articles.filter(is_held_out)), ("articles", articles.filter(~is_held_out))):
-            if not (self.output / f"{name}.jsonl").exists():
-                part.write_ndjson(self.output / f"{name}.jsonl")
+            if not (path := self.output / f"{name}.jsonl").exists():
+                part.write_ndjson(path.with_suffix(".part"))
+                path.with_suffix(".part").rename(path)  # whole, or not there
 
     def preparation(self) -> list[tuple[object, ...]]:
         """All that the students read: tokenizer, reference, its scores, and the targets of the planned masks."""
