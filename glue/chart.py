@@ -1,4 +1,4 @@
-"""The comparison as a bar chart."""
+"""The comparison as one picture."""
 
 from __future__ import annotations
 
@@ -6,50 +6,63 @@ import io
 from typing import Any
 
 import matplotlib
-import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-# of Okabe and Ito, told apart by colour-blind readers too
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+INK, BASELINE, CONSTANT = "#0072B2", "#999999", "#D55E00"
 
 
 def draw(table: dict[str, Any]) -> bytes:
-    """PNG of the scores: a group of bars a task and average, a bar a regime, with 95 % intervals where there are any.
+    """PNG of the scores: a panel for each average and task, a row for each regime, with 95 % intervals.
+
+    A hollow dot is one pretraining seed. Marked in each panel are the baseline's mean and, where it is in sight, the
+    score of a model that says the same of every row.
 
     Args:
         table: of ``glue.compare.compare``.
     """
-    groups = {name: row["scores"] for name, row in table["tasks"].items()} | table["averages"]
+    panels = table["averages"] | {name: row["scores"] for name, row in table["tasks"].items()}
     regimes = table["regimes"]
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(groups) * (len(regimes) / 4 + 0.6)), 4), dpi=150)
-    width = 0.8 / len(regimes)
-    for number, regime in enumerate(regimes):
-        places = np.arange(len(groups)) + (number - (len(regimes) - 1) / 2) * width
-        means = [row[regime]["mean"] for row in groups.values()]
-        count = len(table["runs"][regime])
-        highs = [row[regime]["high"] for row in groups.values()]
-        halves = [0.0 if high is None else high - mean for mean, high in zip(means, highs, strict=True)]
-        colour = COLOURS[number % len(COLOURS)]
-        bars = axes.bar(
-            places, means, width * 0.92, yerr=halves, label=f"{regime} (n = {count})", color=colour, capsize=2
-        )
-        axes.bar_label(bars, labels=[f"{mean:.1f}" for mean in means], fontsize=6, padding=2)
-    constants = [row["constant_score"] for row in table["tasks"].values()]
-    centres = np.arange(len(constants))
-    axes.hlines(
-        constants, centres - 0.45, centres + 0.45, color="#555555", linestyle="--", linewidth=0.8, label="constant"
+    rows = range(len(regimes))
+    size = (1.7 + 1.5 * len(panels), 1.1 + 0.3 * len(regimes))
+    figure, every = pyplot.subplots(1, len(panels), figsize=size, dpi=150, sharey=True, squeeze=False)
+    for axes, (name, scores) in zip(every[0], panels.items(), strict=True):
+        found = [scores[regime] for regime in regimes]
+        for row, score in zip(rows, found, strict=True):
+            if score["high"] is not None:
+                axes.plot([score["low"], score["high"]], [row, row], color=INK, linewidth=1.5, solid_capstyle="butt")
+            face = INK if score["high"] is not None else "white"
+            axes.plot(score["mean"], row, "o", color=INK, markerfacecolor=face, markersize=4)
+            axes.annotate(
+                f"{score['mean']:.1f}",
+                (score["mean"], row),
+                xytext=(0, 3.5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=6,
+            )
+        axes.axvline(scores[table["baseline"]]["mean"], color=BASELINE, linewidth=0.8, zorder=0)
+        # an interval of two seeds is wider than all scores: the dots decide what is seen
+        means = [score["mean"] for score in found]
+        middle, half = (max(means) + min(means)) / 2, max(2.0, 1.2 * (max(means) - min(means)))
+        axes.set_xlim(middle - half, middle + half)
+        constant = table["tasks"][name]["constant_score"] if name in table["tasks"] else None
+        if constant is not None and abs(constant - middle) < half:
+            axes.axvline(constant, color=CONSTANT, linestyle="--", linewidth=0.8, zorder=0)
+        axes.set_title(name, fontsize=9, fontweight="bold" if name in table["averages"] else "normal")
+        axes.tick_params(labelsize=7, length=2)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    counts = [len(table["runs"][regime]) for regime in regimes]
+    names = [f"{regime} (n = {count})" for regime, count in zip(regimes, counts, strict=True)]
+    every[0, 0].set_yticks(rows, names, fontsize=8)
+    every[0, 0].set_ylim(len(regimes) - 0.4, -0.7)
+    figure.supxlabel(
+        f"score (%), {table['protocol']} protocol; bar: 95 % interval over n pretraining seeds, hollow: one seed; "
+        f"grey: {table['baseline']}, dashed: the same answer to every row",
+        fontsize=7,
     )
-    axes.axvline(len(table["tasks"]) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axes.set_xticks(range(len(groups)), list(groups))
-    axes.set_ylabel("score (%)")
-    axes.set_ylim(*np.clip(axes.get_ylim(), -105, 110))  # of two seeds an interval is wider than all scores
-    axes.set_title(f"fine-tuned by the {table['protocol']} protocol", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(
-        ncols=min(5, len(regimes) + 1), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1)
-    )
+    figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     pyplot.close(figure)

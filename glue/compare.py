@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from glue.costs import break_evens, cost, number
 from glue.intervals import Estimate, Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
 from glue.page import page
-from glue.results import Regimes, Run, evaluated_on, read_regimes
+from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tasks import GLUE, PROBES
 from pipeline import cli, storage
 from pipeline.cli import UsageError
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
     for name, equals, directories in pairs:
-        if not (name and equals and all(directories.split(","))):
+        if not (name.isprintable() and name and equals and all(directories.split(","))):
             raise UsageError(f"{name + equals + directories!r} is no NAME=DIR, as in random=runs/glue/random")
         args.regimes.setdefault(name, []).extend(directories.split(","))
     args.baseline = args.baseline or next(iter(args.regimes))
@@ -112,6 +112,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         "baseline": baseline,
         "regimes": list(regimes),
         "runs": {name: [runs_of(run) for run in runs] for name, runs in regimes.items()},
+        "set_apart": {name: set_apart(runs[0], reference) for name, runs in regimes.items() if name != baseline},
         "averages": {},
         "not_computed": {},
         "tasks": {},
@@ -120,6 +121,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     for name in dict.fromkeys([*required, *AVERAGES]):
         try:
             table["averages"][name] = cells(regimes, baseline, partial(averages, name))
+            count_collapsed(table["averages"][name], regimes, tasks_of(name))
         except IncompleteAverage as error:
             if name in required:
                 raise UsageError(f"{error}; run what is missing, or leave out --average {name}") from None
@@ -127,10 +129,11 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
                 table["not_computed"][name] = str(error)
     for task, result in of_task.items():
         row = cells(regimes, baseline, partial(scores, task))
-        for name, runs in regimes.items():
-            row[name]["collapsed"] = sum(each["collapsed"] for run in runs for each in run.results[task].values())
+        count_collapsed(row, regimes, [task])
         kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "constant_score")}
         table["tasks"][task] = kept | {"scores": row}
+    if table["eval_loss"] is None and all(run.training for runs in regimes.values() for run in runs):
+        table["not_computed"]["eval loss"] = "the held-out loss needs runs that all have one, on the same text"
     table["training"] = {name: cost([run.training for run in runs if run.training]) for name, runs in regimes.items()}
     for name, row in table["training"].items():
         if row:
@@ -159,6 +162,13 @@ def averages(name: str, run: Run) -> dict[int, float]:
     if not seeds:
         raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
     return {seed: average(name, {task: by[seed]["metrics"] for task, by in own.items()}) for seed in sorted(seeds)}
+
+
+def count_collapsed(row: dict[str, dict[str, Any]], regimes: Regimes, tasks: Iterable[str]) -> None:
+    """Add to each cell how many of its fine-tunings say the same of every row."""
+    for name, runs in regimes.items():
+        found = [each for run in runs for task in tasks for each in run.results[task].values()]
+        row[name]["collapsed"] = sum(each["collapsed"] for each in found)
 
 
 def losses(regimes: Regimes, baseline: str) -> dict[str, dict[str, Any]] | None:

@@ -20,15 +20,15 @@ def cost(summaries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     - ``total_flops``, ``total_seconds``: training, and all of the scoring, as if there were no other student;
     - ``bytes``: of the shards and targets that the run was given;
     - ``corpus_tokens``: of the shards, padding and held-out ones included;
-    - ``online_flops``, ``online_seconds``: of one pass of the teacher, a token of a student's batch. With targets that
-      is what those cost a token and variant, else what the shards cost a token, over their passes: a pass hides about
-      as many positions as a student does.
+    - ``online_flops``, ``online_seconds``: of a teacher in memory, a token of a student's batch. To mask by its scores
+      it makes all the passes over a row that the shards took, to distil one more over the student's input: what exact
+      targets cost a token and variant, or a pass of the shards, which hides about as many positions as a student does.
 
     Scores are made once for all seeds; the scoring of targets that each seed has of its own is averaged.
     """
     if not summaries:
         return None
-    found: dict[str, Any] = {name: summaries[0].get(name) for name in ("regime", "model")}
+    found: dict[str, Any] = {name: summaries[0].get(name) for name in ("regime", "model")} | {"n": len(summaries)}
     found |= {name: _mean([number(summary.get(name)) for summary in summaries]) for name in NUMBERS}
     parts = [_of_directories(summary) for summary in summaries]
     found |= {name: _mean([part.get(name) for part in parts]) for name in ("bytes", "corpus_tokens")}
@@ -41,19 +41,22 @@ def cost(summaries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def _of_directories(summary: dict[str, Any]) -> dict[str, float | None]:
     shards, targets = _dict(summary.get("shards")), _dict(summary.get("targets"))
     size = number(shards.get("bytes"))
-    rows, length = number(shards.get("sequences")), number(shards.get("sequence_length"))
-    taught, passes = (targets, 1) if targets else (shards, number(shards.get("passes")) or 0)
-    taught_rows = number(taught.get("sequences")) or 0
-    tokens = passes * taught_rows * (number(taught.get("sequence_length")) or 0)
-    scored = number(summary.get("scoring_flops")) or number(summary.get("scoring_seconds"))
     found: dict[str, float | None] = {
         "bytes": None if size is None else size + (number(targets.get("bytes")) or 0),
-        "corpus_tokens": None if rows is None or length is None else rows * length,
+        "corpus_tokens": _tokens(shards),
     }
+    regime = str(summary.get("regime"))
     for unit, name in (("flops", "flops"), ("seconds", "worker_seconds")):
-        spent = number(taught.get(name))
-        found[f"online_{unit}"] = spent / tokens if scored and spent and tokens else None
+        row = _ratio(number(shards.get(name)), found["corpus_tokens"])
+        one_pass = _ratio(number(targets.get(name)), _tokens(targets)) if targets else _ratio(row, shards.get("passes"))
+        needs = [row] * regime.startswith("parquet") + [one_pass] * regime.endswith("+kd")
+        found[f"online_{unit}"] = _sum(*needs) if needs else None
     return found
+
+
+def _tokens(directory: dict[str, Any]) -> float | None:
+    rows, length = number(directory.get("sequences")), number(directory.get("sequence_length"))
+    return None if rows is None or length is None else rows * length
 
 
 def break_even(once: float, extra: float) -> float | None:
@@ -74,19 +77,19 @@ def break_even(once: float, extra: float) -> float | None:
 def break_evens(costs: dict[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
     """For each regime that reads scores: when they are cheaper than a teacher in memory, or than self-masking.
 
-    The teacher in memory is asked once about each batch. Self-masking is any regime of the comparison that masks by the
+    The teacher in memory makes at each batch what the regime would read. Self-masking is any regime that masks by the
     student's own scores, with distillation or without, as the other. In FLOPs and in seconds: ``tokens`` (see
     ``break_even``), ``epochs`` of the corpus and ``students`` of as many tokens as this one.
     """
     rows = []
     for name, own in costs.items():
-        if not own or not own["scoring_flops"] or not str(own["regime"]).startswith("parquet"):
+        if not own or not own["scoring_flops"]:
             continue
-        distils = str(own["regime"]).endswith("+kd")
+        source, _, distils = str(own["regime"]).partition("+")
         others = {
             other: row
             for other, row in costs.items()
-            if row and str(row["regime"]).startswith("self") and str(row["regime"]).endswith("+kd") == distils
+            if row and source == "parquet" and str(row["regime"]).partition("+")[::2] == ("self", distils)
         }
         for against in (ONLINE, *others):
             row: dict[str, Any] = {"regime": name, "against": against}

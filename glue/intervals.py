@@ -20,7 +20,11 @@ Scores = Mapping[int, Mapping[int, float]]  # by pretraining seed, by fine-tunin
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of n values, their sample standard deviation, and the interval of the mean; of one value only the mean."""
+    """Mean of n values, their sample standard deviation, and the interval of the mean.
+
+    Of one value there is only the mean. Values that are all alike, as where every run collapsed, have no interval: one
+    of no width would claim to know.
+    """
 
     mean: float
     sd: float | None
@@ -41,6 +45,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n == 1:
         return Estimate(mean, None, None, None, 1)
     sd = statistics.stdev(values)
+    if sd <= 1e-9 * max(1.0, abs(mean)):  # rounding
+        return Estimate(mean, 0.0, None, None, n)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
     return Estimate(mean, sd, mean - half, mean + half, n)
 

@@ -105,7 +105,7 @@ def bars(rows: Sequence[Row], constant: float | None) -> str:
         parts.append(_group(row.style, _title(f"{row.name}: {row.text}") + bar + _whisker(x, row, top + 21.5)))
         parts.append(_row_text(row, top))
         if constant is not None:
-            parts.append(_line(x(constant), top + 13, x(constant), top + 30, "constant"))
+            parts.append(_line(x(constant), top + 15, x(constant), top + 30, "constant"))
     parts += [_x_ticks(x, bottom, f"{{:.{_digits(x)}f}}".format)]
     return _svg(parts, bottom + 22, "bars: " + "; ".join(f"{row.name} {row.text}" for row in rows))
 
@@ -115,10 +115,11 @@ def forest(rows: Sequence[Row]) -> str:
     ends = [each for row in rows for each in (row.mean, row.low, row.high) if each is not None]
     x = axis([0.0, *ends], 8, WIDTH - 12)
     bottom = 8 + ROW * len(rows)
-    parts = [_line(x(0), 4, x(0), bottom, "zero")]
+    parts: list[str] = []
     for number, row in enumerate(rows):
         top = 8 + ROW * number
         dot = f'<circle cx="{x(row.mean)}" cy="{top + 22}" r="5" class="{"" if row.low is not None else "hollow"}"/>'
+        parts.append(_line(x(0), top + 14, x(0), top + ROW - 4, "zero"))
         parts.append(_group(row.style, _title(f"{row.name}: {row.text}") + _whisker(x, row, top + 22) + dot))
         parts.append(_row_text(row, top))
     parts.append(_x_ticks(x, bottom, lambda value: f"{value:+.{_digits(x)}f}" if value else "0"))

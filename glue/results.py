@@ -120,10 +120,40 @@ def check_regime(name: str, runs: list[Run]) -> None:
 
 
 def pretraining(run: Run) -> dict[str, Any]:
-    """What decides a regime: all flags of its summary but seeds, and what is made anew for each seed."""
-    flags = (run.training or {}).get("flags")
+    """What decides a regime: all flags of its summary but seeds; of the model, which may be made anew for each seed,
+    what a step of it costs, and of the targets how their masks were drawn.
+    """
+    training = run.training or {}
+    flags, targets = training.get("flags"), training.get("targets")
     kept = flags if isinstance(flags, dict) else {}
-    return {name: value for name, value in kept.items() if "seed" not in name and name not in ("targets", "model")}
+    found = {name: value for name, value in kept.items() if "seed" not in name and name not in ("targets", "model")}
+    if isinstance(targets, dict):
+        policy = targets.get("policy") or {}
+        found["targets"] = {name: targets.get(name) for name in ("source", "variants")}
+        found["targets"] |= {name: value for name, value in policy.items() if name != "seed"}
+    return found | {"training_flops": training.get("training_flops")}
+
+
+def set_apart(run: Run, baseline: Run) -> list[str] | None:
+    """How a regime was pretrained otherwise than the baseline; None if one of them does not say."""
+    own, other = run.training, baseline.training
+    if not (own and other):
+        return None
+    new, old = pretraining(run), pretraining(baseline)
+    targets = new.pop("targets", None)
+    differing = [name for name in new if new[name] != old.get(name) and name not in ("shards", "training_flops")]
+    found = [f"--{name.replace('_', '-')} {new[name]}" for name in differing]
+    if targets:
+        found.append(f"targets of {targets['variants']} variants of {targets['source']} masks")
+    shards, others = (each.get("shards") or {} for each in (own, other))
+    if new.get("shards") != old.get("shards"):
+        found.append(f"shards of context {shards.get('context')}")
+    if shards.get("sequences_hash") != others.get("sequences_hash"):
+        found.append("other texts")
+    models = [(each.get("flags") or {}).get("model") for each in (own, other)]
+    if run.seed == baseline.seed and models[0] != models[1]:
+        found.append(f"--model {own.get('model')}")
+    return found
 
 
 def evaluated_on(training: dict[str, Any]) -> tuple[Any, Any]:

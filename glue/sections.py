@@ -14,7 +14,7 @@ from glue.tables import Table, amount
 
 STUDENTS = 64  # for so many, at least, the cost of a student is drawn
 MOST_STUDENTS = 10_000
-EARLY = 0.2  # of a training curve that is not drawn
+EARLY = 0.2  # of the shortest run: of no curve drawn
 PANELS = ("at equal steps", "at equal seconds", "scoring included")
 
 
@@ -31,7 +31,14 @@ class Section:
 
 def sections(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) -> list[Section]:
     """Those that there are numbers for; arguments as of ``glue.page.page``."""
-    found = [gains(table), scores(table), quality_and_cost(table), amortised(table), training(table, summaries)]
+    found = [
+        gains(table),
+        apart(table),
+        scores(table),
+        quality_and_cost(table),
+        amortised(table),
+        training(table, summaries),
+    ]
     return [each for each in found if each]
 
 
@@ -50,17 +57,11 @@ def verdict(table: dict[str, Any]) -> dict[str, list[str]]:
         found = row[name]["difference"]
         if found is None:
             kind, text = f"Without a pretraining seed of {baseline}, so not compared", name
-        elif found["low"] is None:
+        elif found["n"] == 1:
             kind, text = "Anecdotes, of one pretraining seed each", f"{name} {tables.difference(found, 1)}"
         else:
-            known = found["sd"] > 0  # pairs that are all alike say nothing of how much they vary
-            side = (
-                "above"
-                if known and found["low"] > 0
-                else "below"
-                if known and found["high"] < 0
-                else "not told apart from"
-            )
+            low, high = (found[end] or 0.0 for end in ("low", "high"))  # of pairs all alike nobody knows
+            side = "above" if low > 0 else "below" if high < 0 else "not told apart from"
             kind, text = f"{label} {side} {baseline}", f"{name} {tables.difference(found, 1)}, n = {found['n']}"
         groups.setdefault(kind, []).append(text)
     return groups
@@ -77,10 +78,17 @@ def gains(table: dict[str, Any]) -> Section | None:
         return None
     text = (
         f"A dot is a regime's {label} minus that of {table['baseline']}: the mean over pairs of the same pretraining "
-        "seed, which share initial weights and the order of the data. The line is its 95 % interval. One that crosses "
-        "zero is no evidence for either side; a hollow dot is one pair, without an interval, and an anecdote."
+        "seed, which share initial weights and the order of the data unless the next table says otherwise. The line is "
+        "its 95 % interval. One that crosses zero is no evidence for either side; a hollow dot has none: it is one "
+        "pair, an anecdote, or pairs that are all alike."
     )
     return Section("What is gained", text, {label: plots.forest(found)}, tables.difference_table(table))
+
+
+def apart(table: dict[str, Any]) -> Section | None:
+    if not any(table["set_apart"].values()):
+        return None
+    return Section("What sets them apart", "", {}, tables.apart_table(table))
 
 
 def scores(table: dict[str, Any]) -> Section:
@@ -91,9 +99,8 @@ def scores(table: dict[str, Any]) -> Section:
         rows = []
         for style, name in enumerate(table["regimes"]):
             cell = row[name]
-            interval = "" if cell["low"] is None else f" [{cell['low']:.1f}, {cell['high']:.1f}]"
             collapsed = f", {cell['collapsed']} collapsed" if cell.get("collapsed") else ""
-            text = f"{cell['mean']:.1f}{interval}, n = {cell['n']}{collapsed}"
+            text = f"{cell['mean']:z.1f}{tables.interval(cell)}, n = {cell['n']}{collapsed}"
             rows.append(plots.Row(style, name, cell["mean"], cell["low"], cell["high"], text))
         drawn[label] = plots.bars(rows, constant)
     text = (
@@ -112,8 +119,8 @@ def quality_and_cost(table: dict[str, Any]) -> Section | None:
     for style, name in enumerate(table["regimes"]):
         bill, cell = table["training"][name], row[name]
         if bill and bill["total_flops"] and bill["training_flops"]:
-            interval = "" if cell["low"] is None else f" [{cell['low']:.1f}, {cell['high']:.1f}]"
-            text = f"{label} {cell['mean']:.1f}{interval}, n = {cell['n']}; {amount(bill['total_flops'])}FLOPs"
+            text = f"{label} {cell['mean']:z.1f}{tables.interval(cell)}, n = {cell['n']}"
+            text += f"; {amount(bill['total_flops'])}FLOPs"
             spread = plots.Row(style, name, cell["mean"], cell["low"], cell["high"], text)
             points.append(plots.Point(spread, bill["total_flops"], bill["training_flops"]))
     drawn = {f"{label} by cost": plots.scatter(points, "FLOPs of one student, log", label, amount)} if points else {}
@@ -153,7 +160,7 @@ def amortised(table: dict[str, Any]) -> Section | None:
     drawn = {heading: plots.lines(list(found.values()), "students, log", "FLOPs", "{:g}".format, amount, log=True)}
     text = (
         "A student's training and its share of the scoring, by how many students share that. What reads no scores is "
-        "level; what does falls. Dashed: the same regime with its teacher in memory, asked once about each batch. From "
+        "level; what does falls. Dashed: the same regime with its teacher in memory, asked at every batch. From "
         "a dot on, the offline scores are cheaper than that, or than self-masking. Curves that are equal are one. The "
         "table says it in epochs too: a student of many epochs shares with itself."
     )
@@ -176,11 +183,14 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
     held_out = bool(every) and all(sum("eval_loss" in point for point in curve) > 1 for curve in every)
     held_out &= len({evaluated_on(each) for found in summaries.values() for each in found}) == 1
     loss, label = ("eval_loss", "held-out loss, nats") if held_out else ("loss", "training loss, nats")
+    lasts = [curve[-1]["step"] for curve in every if curve]
+    first, log = EARLY * min(lasts, default=0), max(lasts, default=0) > 3 * min(lasts, default=0)
     panels: dict[str, list[plots.Line]] = {panel: [] for panel in PANELS}
     for style, name in enumerate(table["regimes"]):
         curves = [[point for point in curve if loss in point] for curve in histories.get(name, [])]
         # the fall of the first steps is the same for all, and would leave no height to what differs
-        curves = [curve[int(EARLY * len(curve)) :] for curve in curves if len(curve) > 1]
+        curves = [[point for point in curve if point["step"] >= first] for curve in curves]
+        curves = [curve for curve in curves if len(curve) > 1]
         if not curves:
             continue
         scoring = table["training"][name]["scoring_seconds"] or 0.0
@@ -192,16 +202,22 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
         del panels["scoring included"]
     drawn = {
         f"{label.partition(',')[0]} {panel}": plots.lines(
-            found, "steps" if panel == "at equal steps" else "seconds", label, amount, "{:.3g}".format
+            found, "steps" if panel == "at equal steps" else "seconds", label, amount, "{:.3g}".format, log=log
         )
         for panel, found in panels.items()
         if found
     }
     if not drawn:
         return None
-    text = "Means over pretraining seeds, with each seed drawn faintly; the first fifth of the steps is left out. "
+    text = (
+        "Means over pretraining seeds, with each seed drawn faintly; the first fifth of the shortest run is left out. "
+    )
     if held_out:
-        text += "The loss is on held-out sequences under one random mask, the same for all: it may be compared."
+        text += (
+            "The loss is on held-out sequences under one random mask, the same for all, and the kind of mask that "
+            "random masking trains on: a regime that hides other tokens is away from home here. Seconds are also of "
+            "what else the machine did."
+        )
     else:
         text += (
             "A regime's loss is on the tokens that it hides itself, some of them harder, and with distillation it is "

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 from glue.costs import ONLINE
+from glue.metrics import AVERAGES
 
 COSTS = {  # heading: name in a regime's bill
-    **{"steps": "steps", "tokens": "tokens", "training s": "seconds", "tokens/s": "tokens_per_second"},
+    **{"n": "n", "steps": "steps", "tokens": "tokens", "training s": "seconds", "tokens/s": "tokens_per_second"},
     **{"training FLOPs": "training_flops", "scoring s": "scoring_seconds", "scoring FLOPs": "scoring_flops"},
     **{"total FLOPs": "total_flops", "with the teacher's": "with_teacher_flops", "bytes on disk": "bytes"},
 }
@@ -29,10 +31,12 @@ class Table:
 
 
 def all_tables(table: dict[str, Any]) -> list[Table]:
-    """Those that have something to say: scores, differences, costs, break-even."""
+    """Those that have something to say: scores, differences, what sets regimes apart, costs, break-even."""
     found = [score_table(table)]
     if len(table["regimes"]) > 1:
         found.append(difference_table(table))
+    if any(table["set_apart"].values()):
+        found.append(apart_table(table))
     if any(table["training"].values()):
         found.append(cost_table(table))
     if table["break_even"]:
@@ -60,23 +64,45 @@ def score_table(table: dict[str, Any]) -> Table:
         runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         rows.append([name, *cells, f"{own[0]['n']}{anecdote}", runs])
     constants = [f"{row['constant_score']:.1f}" for row in table["tasks"].values()]
-    rows.append(["constant", *[""] * len(averages), *constants, *[""] * ("eval loss" in compared), "", ""])
+    rows.append(
+        [
+            "constant",
+            *(constant(name, table) for name in averages),
+            *constants,
+            *[""] * ("eval loss" in compared),
+            "",
+            "",
+        ]
+    )
     notes = [
         "Scores in percent: mean ± sample standard deviation over n pretraining seeds, the fine-tuning seeds of each "
         "averaged first. One pretraining seed is an anecdote. runs: fine-tunings of a task.",
         "constant: the score of the best model that says the same of every row.",
     ]
     if "eval loss" in compared:
-        notes.append("eval loss: cross-entropy on held-out sequences after pretraining, nats; less is better.")
+        notes.append(
+            "eval loss: cross-entropy on held-out sequences after pretraining, nats; less is better. Its masks are "
+            "random, as random masking trains on, and not the other regimes."
+        )
     if any(row["scores"][name]["collapsed"] for row in table["tasks"].values() for name in table["regimes"]):
-        notes.append("† In so many runs the model says the same of every row.")
+        notes.append(
+            "† In so many runs the model says the same of every row; of an average: in so many of its tasks' runs."
+        )
     if table["not_computed"]:
         notes.append(f"Not computed: {'; '.join(table['not_computed'].values())}.")
     return Table("Scores", columns, rows, notes)
 
 
+def constant(name: str, table: dict[str, Any]) -> str:
+    """An average of the tasks' constant scores; none where it is of single metrics."""
+    parts = AVERAGES[name]
+    return (
+        "" if ":" in "".join(parts) else f"{statistics.fmean(table['tasks'][t]['constant_score'] for t in parts):.1f}"
+    )
+
+
 def score(cell: dict[str, Any], digits: int) -> str:
-    text = f"{cell['mean']:.{digits}f}" + (f" ± {cell['sd']:.{digits}f}" if cell["sd"] is not None else "")
+    text = f"{cell['mean']:z.{digits}f}" + (f" ± {cell['sd']:.{digits}f}" if cell["sd"] is not None else "")
     return text + (f" †{cell['collapsed']}" if cell.get("collapsed") else "")
 
 
@@ -101,10 +127,25 @@ def difference_table(table: dict[str, Any]) -> Table:
 def difference(found: dict[str, Any] | None, digits: int) -> str:
     if found is None:
         return "-"
-    mean = f"{found['mean']:+.{digits}f}"
-    if found["sd"] == 0:  # as where every run collapsed: an interval of no width would claim to know
-        return f"{mean} (all alike)"
-    return mean if found["low"] is None else f"{mean} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
+    return f"{found['mean']:+z.{digits}f}{interval(found, f'+z.{digits}f')}"
+
+
+def interval(found: dict[str, Any], form: str = "z.1f") -> str:
+    """What stands behind a mean; nothing behind that of one seed."""
+    if found["low"] is None:
+        return "" if found["n"] == 1 else " (all alike)"
+    return f" [{found['low']:{form}}, {found['high']:{form}}]"
+
+
+def apart_table(table: dict[str, Any]) -> Table:
+    """How each regime was pretrained otherwise than the baseline."""
+    unknown = ["not known: not both were pretrained by train/run.py"]
+    rows = [
+        [name, "; ".join(unknown if found is None else found or ["nothing"])]
+        for name, found in table["set_apart"].items()
+    ]
+    notes = ["As the summaries of the models say; seeds apart. What is not named is the same on both sides."]
+    return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, notes)
 
 
 def cost_table(table: dict[str, Any]) -> Table:
@@ -112,13 +153,14 @@ def cost_table(table: dict[str, Any]) -> Table:
     shown = {heading: key for heading, key in COSTS.items() if any(key in bill for bill in bills)}
     for name, bill in table["training"].items():
         if bill:
-            values = [amount(bill.get(key), exact=key in ("steps", "tokens")) for key in shown.values()]
+            values = [amount(bill.get(key), exact=key in ("n", "steps", "tokens")) for key in shown.values()]
             rows.append([name, str(bill["regime"] or ""), *values])
     notes = [
-        "Of one student, a mean over the pretraining seeds. Scoring: all of the shards and targets whose scores it "
+        "Of one student, a mean over n pretraining seeds. Scoring: all of the shards and targets whose scores it "
         "reads, as if no other student did. total: training and scoring; beside it, where it is known, with the "
         "teacher's own training. Training FLOPs: forward, backward, and the scores of self-masking. Bytes: of the "
-        "directories that it was given, whether it reads all of their columns or not.",
+        "directories that it was given, whether it reads all of their columns or not. Seconds are also of what else "
+        "the machine did; FLOPs are not.",
     ]
     return Table("Cost", ["cost", "regime", *shown], rows, notes)
 
@@ -136,7 +178,7 @@ def break_even_table(table: dict[str, Any]) -> Table:
     ]
     notes = [
         "From how many epochs of the corpus, or how many students of as many tokens, scoring once costs less than the "
-        f"other way. {ONLINE}: a teacher in memory that is asked once about each batch.",
+        f"other way. {ONLINE}: a teacher in memory that makes for each batch what this regime reads.",
     ]
     return Table("Break-even", [*columns, "students, by seconds"], rows, notes)
 

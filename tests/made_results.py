@@ -28,6 +28,7 @@ def summary(regime: str, seed: int, loss: float = 4.0, **changes: Any) -> dict[s
     if regime == "parquet+kd":
         targets = {"sequences": 4 * SEQUENCES, "sequence_length": LENGTH, "bytes": 1 << 19, "passes": None}
         targets |= {"flops": 4_000_000_000, "worker_seconds": 40.0, "variants": 4}
+        targets |= {"source": "parquet", "policy": {"ratio": 0.15, "temperature": 0.0, "seed": seed}}
     steps, seconds = 1000, 100.0 + seed
     history = [
         {"step": step, "seconds": seconds * step / steps, "loss": loss + 4 * np.exp(-step / 200)}

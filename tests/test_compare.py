@@ -110,14 +110,16 @@ def test_tables_say_how_many_and_what_is_an_anecdote(compared: Path) -> None:
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     by_name = {name: [row for row in rows if row[0] == name] for name in SEEDS}
     assert by_name["random"][0][-2:] == ["5", "10"]
-    scores, difference, cost, *_ = by_name["parquet"]
+    scores, difference, apart, cost, *_ = by_name["parquet"]
     assert re.fullmatch(r"\d+\.\d ± \d+\.\d", scores[1]) and scores[-2:] == ["3", "6"]
     assert re.fullmatch(r"[+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\]", difference[1]) and difference[-1] == "3"
-    assert cost[2:4] == ["1,000", f"{TOKENS:,}"] and cost[-2] == "37.0 G"
+    assert apart == ["parquet", "--entropy-source parquet"], "and nothing else"
+    assert "targets of 4 variants of parquet masks" in by_name["parquet+kd"][2][1]
+    assert cost[2:5] == ["3", "1,000", f"{TOKENS:,}"] and cost[-2] == "37.0 G"
     assert by_name["self"][0][-2:] == ["1 (anecdote)", "2"] and by_name["self"][1][-1] == "1 (anecdote)"
     assert "±" not in " ".join(by_name["self"][0]) and "[" not in " ".join(by_name["self"][1])
     assert "Not computed: the average glue8 needs qqp, mnli" in text
-    assert ["parquet", "online teacher", "7.0", "2", "7.0", "2"] in rows
+    assert ["parquet", "online teacher", "1.0", "1", "1.0", "1"] in rows
     assert ["parquet", "self", "2.8", "1"] in [row[:4] for row in rows]
 
 
@@ -256,6 +258,24 @@ def test_curves_that_may_be_compared_are_drawn_where_they_are(tmp_path: Path) ->
     assert len(svgs(text)[-1].findall(".//polyline[@class='faint']")) == 4
 
 
+def test_curves_of_a_longer_run_begin_where_the_others_do(tmp_path: Path) -> None:
+    """They share an axis by decades, and what is left out is a fifth of the shortest."""
+    for name, last in (("random", 100), ("longer", 2000)):
+        history = [
+            {"step": step, "seconds": step * 1.5, "loss": 5.0, "eval_loss": 5.0}
+            for step in range(last // 100, last + 1, last // 100)
+        ]
+        write_results(tmp_path / name, {"rte": {1: 0.6}}, summary("random", 1, steps=last, history=history))
+    compare_here(tmp_path / "out", *(f"{name}={tmp_path / name}" for name in ("random", "longer")))
+    curves = svgs((tmp_path / "out" / "page.html").read_text())[-2]
+    points = [line.attrib["points"].split() for line in curves.findall(".//polyline[@class='line']")]
+    assert [len(each) for each in points] == [81, 100]
+    starts = [float(each[0].partition(",")[0]) for each in points]
+    assert starts[0] == pytest.approx(starts[1], abs=1), "both from step 20"
+    widths = [float(each[-1].partition(",")[0]) - start for each, start in zip(points, starts, strict=True)]
+    assert widths[0] / widths[1] == pytest.approx(np.log(100 / 20) / np.log(2000 / 20), rel=0.05)
+
+
 def test_losses_on_other_text_are_not_compared(tmp_path: Path) -> None:
     """Held-out shards are the same if the tokens are, scored or not; or text of its own is."""
     shards, other = {"sequences_hash": "a", "fingerprint_hash": "1"}, {"sequences_hash": "b"}
@@ -274,6 +294,7 @@ def test_losses_on_other_text_are_not_compared(tmp_path: Path) -> None:
         write_results(tmp_path / name, {"rte": {1: 0.6}}, training)
         table = compare_here(tmp_path / "out" / name, f"random={tmp_path / 'random'}", f"parquet={tmp_path / name}")
         assert (table["eval_loss"] is not None) == same, number
+        assert ("eval loss" in table["not_computed"]) == (not same), "said, not dropped"
 
 
 def test_an_average_takes_the_seeds_of_its_own_tasks(tmp_path: Path) -> None:
@@ -311,6 +332,12 @@ def test_half_a_result(tmp_path: Path, change: dict[str, Any]) -> None:
         compare_here(tmp_path / "out", f"a={tmp_path / 'a'}")
 
 
+def test_a_name_has_one_line(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", {"rte": {1: 0.5}}, None)
+    with pytest.raises(UsageError, match=r"is no NAME=DIR"):
+        compare_here(tmp_path / "out", f"a\nb={tmp_path / 'a'}")
+
+
 def test_what_cannot_be_compared(results: Path, tmp_path: Path) -> None:
     """Each is one sentence with the thing and the mend, exit code 2."""
     two = {"cola": {1: 0.5, 2: 0.5}, "rte": {1: 0.5, 2: 0.5}}
@@ -327,6 +354,8 @@ def test_what_cannot_be_compared(results: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(result | {"key": {**result["key"], "model_hash": "x"}}))
     epochs = {"settings": {"1": {"learning_rate": 4e-5, "epochs": 6}}}
     seeded = case("seeded/1", training=summary("parquet", 1))
+    taught = case("taught/1", training=summary("parquet+kd", 1))
+    fewer = summary("parquet+kd", 2)["targets"] | {"variants": 1}
     cases: list[tuple[list[str], str]] = [
         ([one, "--average", "local6"], "the average local6 needs sst2, mrpc, stsb, qnli; run what is missing"),
         ([one, case("tasks", {"cola": two["cola"]})], "one has the task rte, tasks has not"),
@@ -344,6 +373,14 @@ def test_what_cannot_be_compared(results: Path, tmp_path: Path) -> None:
         ([one, case("one/again")], "does not say how its model was pretrained"),
         ([seeded, case("seeded/2", training=summary("parquet", 1))], "are both of pretraining seed 1"),
         ([seeded, case("seeded/3", training=other)], r"pretrained differently \(learning_rate: 0.001 → 0.002\)"),
+        (
+            [seeded, case("seeded/5", training=summary("parquet", 2, training_flops=10**15))],
+            r"pretrained differently \(training_flops: 30000000000 → 1000000000000000\)",
+        ),
+        (
+            [taught, case("taught/2", training=summary("parquet+kd", 2) | {"targets": fewer})],
+            r"pretrained differently \(targets.variants: 4 → 1\)",
+        ),
         (
             [seeded, case("seeded/4", {"cola": two["cola"], "rte": {1: 0.5}}, summary("parquet", 3))],
             "rte has seeds 1, 2 in .*seeded/1 but 1 in .*seeded/4; run the same",

@@ -49,6 +49,15 @@ def test_what_shares_no_seed_has_no_difference() -> None:
     assert paired_difference({1: {1: 70.0}}, {1: {2: 71.0}}) is None
 
 
+def test_what_is_all_alike_has_no_interval() -> None:
+    """Also where only rounding tells: one row of 277 more, in each of three pairs."""
+    counts = {1: 150, 2: 147, 3: 161}
+    one, two = ({seed: {1: 100 * (count + more) / 277} for seed, count in counts.items()} for more in (3, 0))
+    found = paired_difference(one, two)
+    assert found and found.mean == pytest.approx(300 / 277) and found.n == 3
+    assert (found.sd, found.low, found.high) == (0.0, None, None)
+
+
 def test_an_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     found = [estimate(values) for values in rng.normal(1.0, 2.0, (4000, 3)).tolist()]
@@ -69,9 +78,11 @@ def test_the_bill_of_a_student() -> None:
     bill = costs.cost([summary("parquet", 1), summary("parquet", 3)])
     assert bill and bill["total_flops"] == 3e10 + 7e9 and bill["seconds"] == 102 and bill["total_seconds"] == 172
     assert bill["corpus_tokens"] == SEQUENCES * LENGTH and bill["bytes"] == 1 << 20
-    assert bill["online_flops"] == 1e9 / (SEQUENCES * LENGTH), "one of seven passes"
+    assert bill["online_flops"] == 7e9 / (SEQUENCES * LENGTH), "seven passes, to rank a row"
     exact = costs.cost([summary("parquet+kd", 1)])
-    assert exact and exact["online_flops"] == 1e9 / (SEQUENCES * LENGTH), "one of four variants"
+    assert exact and exact["online_flops"] == 8e9 / (SEQUENCES * LENGTH), "and one of four variants"
+    scan = costs.cost([summary("self", 1) | {"regime": "self+kd", "scoring_flops": 7_000_000_000}])
+    assert scan and scan["online_flops"] == 1e9 / (SEQUENCES * LENGTH), "one pass, to distil"
     assert exact["bytes"] == (1 << 20) + (1 << 19)
     alone = costs.cost([summary("random", 1)])
     assert alone and alone["online_flops"] is None and alone["total_flops"] == alone["training_flops"]
@@ -85,9 +96,10 @@ def test_when_offline_scores_pay() -> None:
     rows = {(row["regime"], row["against"]): row for row in costs.break_evens(bills)}
     assert set(rows) == {("parquet", costs.ONLINE), ("parquet", "self"), ("parquet+kd", costs.ONLINE)}
     online = rows["parquet", costs.ONLINE]["flops"]
-    assert online["epochs"] == pytest.approx(7), "as many as it took passes"
-    assert online["students"] == pytest.approx(7 / 4), "each of four epochs"
-    assert rows["parquet+kd", costs.ONLINE]["flops"]["epochs"] == pytest.approx(11), "seven passes and four variants"
+    assert online["epochs"] == pytest.approx(1), "each epoch would cost as much"
+    assert online["students"] == pytest.approx(1 / 4), "each of four epochs"
+    exact = rows["parquet+kd", costs.ONLINE]["flops"]
+    assert exact["epochs"] == pytest.approx(11 / 8), "seven passes and four variants; seven and one at each epoch"
     assert rows["parquet", "self"]["flops"]["students"] == pytest.approx(0.7)
     assert rows["parquet", "self"]["flops"]["tokens"] == pytest.approx(0.7 * TOKENS)
     assert rows["parquet", "self"]["seconds"]["tokens"] is None, "self-masking took no longer"

@@ -101,7 +101,7 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 class ProgressReport(TrainerCallback):
-    """A bar on a terminal, lines in a log, and the losses; counts the seconds of all sessions of a run."""
+    """A bar on a terminal, lines in a log, and the losses; counts a run's seconds of training, of all its sessions."""
 
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
@@ -121,6 +121,11 @@ class ProgressReport(TrainerCallback):
         if state.is_world_process_zero:
             total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
             self.progress = cli.Progress(total, "tok", "training", done=done).__enter__()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **others: Any
+    ) -> None:
+        self.started += metrics["eval_seconds"]  # an evaluation is no training
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         if self.progress:
