@@ -81,6 +81,7 @@ DISTIL = "--distill-weight 0.5"
 REGIMES = (
     Regime("random", "--entropy-source random", main=True),
     Regime("random-equal-cost", "--entropy-source random", main=True, equal_cost=True),
+    Regime("random-equal-cost-new-text", "--entropy-source random", shards="tokens", equal_cost=True),
     Regime("random+kd", f"--entropy-source random {DISTIL}", targets="random"),
     Regime("parquet", "--entropy-source parquet", main=True),
     Regime("parquet-warm", "--entropy-source parquet --mask-temperature 1"),

@@ -19,9 +19,12 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
@@ -32,8 +35,10 @@ import polars as pl
 from bench.regimes import REGIMES, SCALES, Regime, Scale, architecture
 from bench.table import MALLOC
 from glue.intervals import estimate
-from pipeline import cli
+from glue.tasks import choose, load
+from pipeline import cli, storage
 from pipeline.cli import RunError, UsageError
+from pipeline.commit import differences
 from pipeline.manifests import load_tokenizer, read_manifest
 from train.flops import forward_flops, training_flops
 from train.masking import MaskPolicy
@@ -55,7 +60,8 @@ def main() -> None:
             study.run(*line)
             if line[0] == "tokenizer" and not args.dry_run:
                 study.write_models()
-        list(pool.map(study.train_and_tune, study.students()))
+        if failed := [message for message in pool.map(study.try_student, study.students()) if message]:
+            raise RunError(f"{len(failed)} students failed: {'; '.join(failed)}; the same command tries them again")
         study.run("comparison", "glue/compare.py", *study.comparison())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -86,22 +92,45 @@ class Study:
         self.output, self.glue = Path(args.output).absolute(), Path(args.glue).absolute()
         self.articles, self.held_out = Path(args.articles), Path(args.held_out)
         self.running: set[subprocess.Popen[bytes]] = set()
-        self.stopped = False
+        self.stopped, self.lock = False, threading.Lock()
 
     def split_articles(self) -> None:
-        """Write the texts to train on, and those held out."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "commands.sh").write_text("")
+        """Write the texts to train on, and those held out, after all that the study reads has been looked at.
+
+        Raises:
+            UsageError: names what cannot be read, or is not what this study began with.
+        """
+        for task in choose(",".join(GLUE)):
+            load(task, str(self.glue))
         try:
             articles = pl.read_parquet(self.articles, columns=["id", "text"])
             held_out = self.held_out.read_text().split()
         except (OSError, pl.exceptions.PolarsError) as error:
             raise UsageError(f"--articles or --held-out cannot be read: {cli.one_line(error)}") from None
-        is_held_out = pl.col("id").cast(pl.String).is_in(held_out)
+        articles = articles.with_columns(pl.col("id").cast(pl.String))
+        if missing := sorted(set(held_out) - set(articles["id"])):
+            raise UsageError(f"--held-out names {missing[0]!r}, which is no id in --articles")
+        if not 0 < len(held_out) < len(articles):
+            raise UsageError("--held-out has to name some of the articles, and not all")
+        hashes = {"articles": storage.sha256(str(self.articles)), "held_out": storage.sha256_json(sorted(held_out))}
+        self.claim(hashes | {"scale": asdict(self.scale)})
+        is_held_out = pl.col("id").is_in(held_out)
         for name, part in (("heldout", articles.filter(is_held_out)), ("articles", articles.filter(~is_held_out))):
             if not (path := self.output / f"{name}.jsonl").exists():
                 part.write_ndjson(path.with_suffix(".part"))
                 path.with_suffix(".part").rename(path)  # whole, or not there
+
+    def claim(self, inputs: dict[str, Any]) -> None:
+        """Bind the output directory to what the study is made from.
+
+        Raises:
+            UsageError: it was made from something else.
+        """
+        inputs = json.loads(json.dumps(inputs))
+        path = self.output / "inputs.json"
+        if path.exists() and (differing := differences(json.loads(path.read_text()), inputs)):
+            raise UsageError(f"{self.output} was begun with others ({'; '.join(differing)}); choose a new --output")
+        storage.write_json(str(path), inputs)
 
     def preparation(self) -> list[tuple[object, ...]]:
         """All that the students read: tokenizer, reference, its scores, and the targets of the planned masks."""
@@ -144,6 +173,16 @@ class Study:
         """(regime, pretraining seed), those with most steps last."""
         every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.main else self.scale.others)]
         return sorted(every, key=lambda each: each[0].equal_cost)
+
+    def try_student(self, student: tuple[Regime, int]) -> str | None:
+        """Train and fine-tune a student; what went wrong is said at once, and the others go on."""
+        try:
+            self.train_and_tune(student)
+        except RunError as error:
+            if not self.stopped:
+                print(f"failed: {error}", file=sys.stderr, flush=True)
+            return str(error)
+        return None
 
     def train_and_tune(self, student: tuple[Regime, int]) -> None:
         regime, seed = student
@@ -192,22 +231,23 @@ class Study:
         Raises:
             RunError: it failed, or the study was stopped.
         """
-        if self.stopped:
-            raise RunError("the study was stopped")
         line = [script, *map(str, flags)]
         shown = f"python {shlex.join(line)}"
         if self.dry_run:
             print(shown)
             return
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
-        with open(self.output / "commands.sh", "a") as commands:
-            commands.write(f"{shown}\n")
         log = self.output / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
-        with open(log, "a") as file:
+        with self.lock, open(log, "a") as file, open(self.output / "commands.sh", "a+") as commands:
+            if self.stopped:
+                raise RunError("the study was stopped")
+            commands.seek(0)
+            if shown not in commands.read().splitlines():
+                commands.write(f"{shown}\n")
             command = [sys.executable, *line]
             process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file)
-        self.running.add(process)
+            self.running.add(process)
         code = process.wait()
         self.running.discard(process)
         if code:
@@ -215,14 +255,16 @@ class Study:
 
     def stop(self) -> None:
         """End what is under way; it has saved what it had, or saves it now."""
-        self.stopped = True
-        for process in list(self.running):
+        with self.lock:
+            self.stopped = True
+            left = list(self.running)
+        for process in left:
             process.terminate()
             process.wait()
 
     def report(self) -> str:
         """Held-out loss by decile of the reference's entropy, for every regime, the mean over its seeds."""
-        head = ["regime", "seeds", "loss ± sd", *(str(decile) for decile in range(1, 11)), "steps"]
+        head = ["regime", "n", "loss", "95 % interval", *(str(decile) for decile in range(1, 11)), "steps"]
         lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
         for regime in REGIMES:
             found = [
@@ -234,8 +276,15 @@ class Study:
                 continue
             loss = estimate([summary["eval_loss"] for summary in found])
             deciles = np.mean([summary["eval_loss_by_entropy_decile"] for summary in found], axis=0)
-            shown = f"{loss.mean:.3f}" + (f" ± {loss.sd:.3f}" if loss.sd is not None else " (anecdote)")
-            cells = [regime.name, str(loss.n), shown, *(f"{each:.2f}" for each in deciles), f"{found[0]['steps']:,}"]
+            interval = "anecdote" if loss.low is None else f"[{loss.low:.2f}, {loss.high:.2f}]"
+            cells = [
+                regime.name,
+                str(loss.n),
+                f"{loss.mean:.3f}",
+                interval,
+                *(f"{each:.2f}" for each in deciles),
+                f"{found[0]['steps']:,}",
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 

@@ -16,8 +16,8 @@ INK, BASELINE, CONSTANT = "#0072B2", "#999999", "#D55E00"
 def draw(table: dict[str, Any]) -> bytes:
     """PNG of the scores: a panel for each average and task, a row for each regime, with 95 % intervals.
 
-    A hollow dot is one pretraining seed. Marked in each panel are the baseline's mean and, where it is in sight, the
-    score of a model that says the same of every row.
+    A hollow dot has no interval: it is of one pretraining seed, or all seeds are alike. Marked in each panel are the
+    baseline's mean and, where it is in sight, the score of a model that says the same of every row.
 
     Args:
         table: of ``glue.compare.compare``.
@@ -58,8 +58,8 @@ def draw(table: dict[str, Any]) -> bytes:
     every[0, 0].set_yticks(rows, names, fontsize=8)
     every[0, 0].set_ylim(len(regimes) - 0.4, -0.7)
     figure.supxlabel(
-        f"score (%), {table['protocol']} protocol; bar: 95 % interval over n pretraining seeds, hollow: one seed; "
-        f"grey: {table['baseline']}, dashed: the same answer to every row",
+        f"score (%), {table['protocol']} protocol; bar: 95 % interval over n pretraining seeds, hollow: one seed, or "
+        f"all alike; grey: {table['baseline']}, dashed: the same answer to every row",
         fontsize=7,
     )
     figure.tight_layout()

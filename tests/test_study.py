@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from harness import ROOT, run
+from harness import ROOT, refused, run
 
 import glue.compare
 import glue.options
@@ -61,6 +62,20 @@ def test_its_commands_are_such_as_the_scripts_take(files: list[object], tmp_path
     }
 
 
+def test_what_it_is_made_from_is_looked_at_first(files: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    (tmp_path / "other.txt").write_text("7\n300\n")
+    other = [*files[:3], tmp_path / "other.txt", *files[4:]]
+    assert "'300', which is no id in --articles" in refused(*STUDY, *other, "--output", output)
+    nothing = [*files[:5], tmp_path / "nothing"]
+    assert "nothing" in refused(*STUDY, *nothing, "--output", output)
+    assert not output.exists()
+    output.mkdir()
+    (output / "inputs.json").write_text(json.dumps({"articles": "another", "held_out": "1", "scale": {}}))
+    assert "was begun with others (articles: another → " in refused(*STUDY, *files, "--output", output)
+    assert [path.name for path in output.iterdir()] == ["inputs.json"]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) -> None:
@@ -72,6 +87,17 @@ def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) 
         time.sleep(0.2)
     study.send_signal(signal.SIGTERM)
     study.wait(120)
+    # one that fails is named, and the others go on
+    obstacle = output / "students" / "self-step-1"
+    assert not obstacle.exists()
+    obstacle.mkdir()
+    (obstacle / "note.txt").write_text("mine")
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and "1 students failed: self-step-1 failed with exit code 2" in failed.stderr
+    assert {path.parent.name for path in output.glob("students/*/summary.json")} == {
+        f"{regime.name}-1" for regime in REGIMES if regime.main and regime.name != "self-step"
+    }
+    shutil.rmtree(obstacle)
     made = {path: path.stat().st_mtime_ns for path in output.glob("students/*/summary.json")}
     for _ in range(2):  # to its end, and then once more
         subprocess.run(command, check=True)
