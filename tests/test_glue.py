@@ -255,7 +255,12 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     BertForMaskedLM(BertConfig(**{**masked.config.to_dict(), "vocab_size": 200})).save_pretrained(swapped)
     tokenizer.save_pretrained(swapped)
     cola = ["--tasks", "cola", "--data", data]
+    diverged = tmp_path / "diverged"
+    masked.bert.embeddings.LayerNorm.bias.data[0] = torch.nan
+    masked.save_pretrained(diverged)
+    tokenizer.save_pretrained(diverged)
     cases += [
+        (["--model", diverged, *cola], "diverged has weights that are not finite .bert.embeddings.LayerNorm.bias."),
         (["--model", generator, *cola], "is a gpt2 model, which has no masked-LM head"),
         (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., the model 200"),
         ([*model, *cola, "--limit-train", "rte"], "is no number of rows"),
