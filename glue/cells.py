@@ -62,7 +62,7 @@ def work_on(cell: Cell, tokens: TaskTokens, advance: Callable[[int], None] = lam
     try:
         found = [(settings, finetune(cell.directory, tokens, settings, cell.seed, advance)) for settings in cell.grid]
     except Exception as error:
-        kind = "" if isinstance(error, cli.UsageError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, cli.UsageError | cli.RunError) else f"{type(error).__name__}: "
         return Outcome(failure=kind + cli.one_line(error))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return Outcome(found, time.monotonic() - started, device)

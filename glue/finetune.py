@@ -21,7 +21,7 @@ from glue.batches import TaskTokens, Tokens, batches_by_length, shuffled_batches
 from glue.protocols import RECIPE, Settings
 from glue.tasks import GLUE, Task
 from pipeline.checkpoints import load_config, max_length, safetensors_files
-from pipeline.cli import UsageError
+from pipeline.cli import RunError, UsageError
 
 # what encoders call it; pretraining sets it to 0
 DROPOUTS = (
@@ -81,6 +81,9 @@ def finetune(
         tokens: of its own tokenizer.
         seed: of the new head, the order of rows and the dropout: the same for every model of one architecture.
         advance: told the number of rows as they are trained on.
+
+    Raises:
+        RunError: it diverged; a score of NaN would look like any other.
     """
     task, device = tokens.task, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     set_seed(seed)
@@ -90,6 +93,11 @@ def finetune(
     constant = False
     for suffix, rows in tokens.evaluations.items():
         logits_NC = predict(model, as_seen_by(model, rows), settings.dtype)
+        if not np.isfinite(logits_NC).all():
+            raise RunError(
+                "the logits are not finite after fine-tuning at a learning rate of "
+                f"{settings.learning_rate:g}; lower --learning-rate"
+            )
         predictions = logits_NC.argmax(1) if task.labels else logits_NC[:, 0]
         values = metrics.evaluate(task.metrics, rows.labels, predictions)
         found |= {name + suffix: value for name, value in values.items()}
@@ -152,7 +160,7 @@ def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     """The encoder with a new head, float32; dropout is put back.
 
     Raises:
-        UsageError: it has no form for classification, or weights of the encoder are missing.
+        UsageError: it has no form for classification, or weights of the encoder are missing or not finite.
     """
     config = load_config(directory)
     for name in DROPOUTS:
@@ -173,4 +181,6 @@ def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     lost = [name for name in loading["missing_keys"] if name.startswith(encoder) and "pooler" not in name]
     if lost:
         raise UsageError(f"{directory} lacks weights of its encoder ({lost[0]}); use a complete checkpoint")
+    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UsageError(f"{directory} has weights that are not finite ({broken[0]}); use another checkpoint")
     return model

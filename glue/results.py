@@ -10,11 +10,11 @@ from pipeline import storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
 
-# what a result must have to be compared, besides the metrics of its task
+# what a result must have, besides the metrics of its task
 FIELDS = {
     **{"task": str, "seed": int, "protocol": str, "metrics": dict, "score": float | int, "collapsed": bool},
     **{"constant_score": float | int, "train_split": str, "train_rows": int, "eval_rows": int, "key": dict},
-    **{"training": dict | None},
+    **{"seconds": float | int, "training": dict | None},
 }
 
 

@@ -30,6 +30,7 @@ from glue.cells import Cell, Outcome, work_here, work_on_ray
 from glue.finetune import check_model
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
+from glue.results import check_result
 from glue.tasks import TaskData, load
 from pipeline import cli, storage
 from pipeline.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
@@ -158,15 +159,16 @@ def is_done(cell: Cell) -> bool:
     """Whether the result is there.
 
     Raises:
-        UsageError: a result of another model or of other settings is in its place.
+        UsageError: in its place is a result of another model or of other settings, or what is no whole result.
     """
     try:
-        previous = storage.read_json(cell.file)["key"]
+        previous = storage.read_json(cell.file)
+        check_result(previous)
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{cell.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
-    if differing := differences(previous, cell.key):
+    if differing := differences(previous["key"], cell.key):
         raise UsageError(
             f"{cell.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
         )

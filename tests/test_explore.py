@@ -13,9 +13,10 @@ import numpy as np
 import polars as pl
 import pytest
 from browser import Browser, needs_browser
-from harness import SCORE, TOP_K, command
+from harness import SCORE, TOP_K, command, save_bert
 from scipy.stats import spearmanr
-from transformers import AutoModelForMaskedLM
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import pipeline.score
 import train.explore
@@ -46,7 +47,7 @@ def made(seed: int) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
         arrays[name][:, 0] = np.nan
         arrays[name][3, 50:] = np.nan
     scores = {name: arrays[name] for name in uncertainty.MEASURES}
-    return uncertainty.tokens(ids, scores, arrays["masked"], np.arange(V) >= 12), arrays
+    return uncertainty.tokens(ids, scores, arrays["masked"], np.arange(V) >= 12, np.arange(V) % 9 == 4), arrays
 
 
 def by(found: pl.DataFrame, column: str = "label") -> dict[Any, dict[str, float]]:
@@ -81,7 +82,8 @@ def test_a_frames_statistics_are_those_of_its_arrays() -> None:
         low, high = map(int, label.split("–"))
         check(row, np.isin(ids, [t for t, place in rank.items() if low <= place <= high]))
 
-    continues = ids >= 12
+    apart = ids % 9 == 4
+    continues = (ids >= 12) & ~apart & ~np.pad(apart[:, :-1], ((0, 0), (1, 0)))
     followed = np.pad(continues[:, 1:], ((0, 0), (0, 1)))
     found = by(uncertainty.by_piece(frame))
     check(found["continuation"], continues)
@@ -162,6 +164,34 @@ def scored(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def explore(*arguments: object) -> None:
     train.explore.main([str(argument) for argument in arguments])
+
+
+def test_words_of_a_byte_level_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Punctuation is no piece of a word; the first of a text, in a bracket or on a line begins without a mark."""
+    text = 'Hello cats, believers (mats)\n"naïve cats": $300!'
+    backend = ByteLevelBPETokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    backend.train_from_iterator([text], vocab_size=275, special_tokens=special, min_frequency=1, show_progress=False)
+    roles = {f"{token[1:-1].lower()}_token": token for token in special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **roles)
+    save_bert(tmp_path / "teacher", tokenizer)
+    (tmp_path / "corpus.jsonl").write_text(f"{json.dumps({'text': text})}\n" * 2)
+    flags = ["--corpus", tmp_path / "corpus.jsonl", "--teacher", tmp_path / "teacher", "--output", tmp_path / "scored"]
+    pipeline.score.main([str(flag) for flag in (*flags, "--sequence-length", 64, "--backend", "local")])
+    seen: list[sample.Source] = []
+    monkeypatch.setattr(train.explore, "print_summary", lambda sources, *_: seen.extend(sources))
+    explore(tmp_path / "scored")
+
+    groups: list[list[tuple[int, str]]] = []
+    for token, piece in seen[0].frame.select("token", "piece").iter_rows():
+        if piece != "continuation":
+            groups.append([])
+        groups[-1].append((token, piece))
+    for (_, piece), *others in groups:
+        assert piece == ("first piece" if others else "whole word")
+    words = [tokenizer.decode([token for token, _ in group], skip_special_tokens=True).strip() for group in groups]
+    assert [word for word in words if re.search(r"\w", word)] == re.findall(r"\w+", text) * 2
+    assert max(map(len, groups)) > 3
 
 
 @pytest.fixture(scope="module")

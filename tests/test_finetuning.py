@@ -180,6 +180,20 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     assert len(glue_here(tmp_path, *flags)) == 4
 
 
+def test_a_run_that_diverges_is_a_cell_that_fails(work: Path, data: Path, tmp_path: Path) -> None:
+    """The first step of a warm-up is of rate 0, so STS-B's, its only one, does no harm."""
+    flags = ["--model", work / "teacher", "--tasks", "cola,stsb", "--data", data, "--limit-train", "stsb=8", *QUICK]
+    flags += ["--learning-rate", "1e30"]
+    output = run(*GLUE_RUN, *flags, "--output", tmp_path, code=1)
+    said = (
+        "cola seed 1 (the logits are not finite after fine-tuning at a learning rate of 1e+30; lower --learning-rate)"
+    )
+    assert f"failed: 1 of 2 failed: {said}; the same command" in output and "Traceback" not in output
+    assert set(read(tmp_path)) == {"stsb-seed1.json"}
+    with pytest.raises(RunError, match="1 of 1 failed: cola seed 1"):
+        glue_here(tmp_path, *flags)
+
+
 SMALL = {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}
 BERT_LIKE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 

@@ -104,9 +104,11 @@ def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
     again = [str(flag) for flag in (*flags, *QUICK)]
     with pytest.raises(UsageError, match=r"made otherwise .settings.1.epochs: 1 → 2.*; choose another.*--overwrite"):
         glue.run.main([*again, "--epochs", "2"])
-    (copy / "cola-seed1.json").write_text("{")
-    with pytest.raises(UsageError, match=r"cola-seed1.json is no result of glue/run.py"):
-        glue.run.main(again)
+    result = json.loads((copy / "cola-seed1.json").read_text())
+    for damaged in ("{", "[]", json.dumps({"key": result["key"]}), json.dumps({**result, "seconds": None})):
+        (copy / "cola-seed1.json").write_text(damaged)
+        with pytest.raises(UsageError, match=r"cola-seed1.json is no result of glue/run.py; .* or --overwrite"):
+            glue.run.main(again)
     glue_here(work / "teacher", copy, "--tasks", "cola", "--data", data, *QUICK, "--epochs", 2, "--overwrite")
     assert read(copy)["cola-seed1"]["settings"]["epochs"] == 2
 
@@ -253,7 +255,12 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     BertForMaskedLM(BertConfig(**{**masked.config.to_dict(), "vocab_size": 200})).save_pretrained(swapped)
     tokenizer.save_pretrained(swapped)
     cola = ["--tasks", "cola", "--data", data]
+    diverged = tmp_path / "diverged"
+    masked.bert.embeddings.LayerNorm.bias.data[0] = torch.nan
+    masked.save_pretrained(diverged)
+    tokenizer.save_pretrained(diverged)
     cases += [
+        (["--model", diverged, *cola], "diverged has weights that are not finite .bert.embeddings.LayerNorm.bias."),
         (["--model", generator, *cola], "is a gpt2 model, which has no masked-LM head"),
         (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., the model 200"),
         ([*model, *cola, "--limit-train", "rte"], "is no number of rows"),

@@ -31,7 +31,7 @@ from train.data import masker_of
 from train.options import MaskOptions, mask_policy
 from train.sample import Policy, Source
 from train.summary import print_summary
-from train.words import continuing_tokens
+from train.words import apart_tokens, continuing_tokens
 
 
 @dataclass(kw_only=True)
@@ -55,14 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(manifests[0].uri)
     try:
         continues_V = continuing_tokens(tokenizer, manifests[0].vocab_size).numpy()
+        apart_V = apart_tokens(tokenizer, manifests[0].vocab_size).numpy()
     except ValueError:  # this tokenizer's tokens do not say
-        continues_V = None
+        continues_V, apart_V = None, None
     label = sample.labels(tokenizer, continues_V)
     picks = sample.pick(manifests, options.limit)
     if not picks:
         raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
     sources = [
-        Source(name, manifest, sample.frame_of(manifest, picks, policy, continues_V))
+        Source(name, manifest, sample.frame_of(manifest, picks, policy, continues_V, apart_V))
         for name, manifest in zip(names(directories), manifests, strict=True)
     ]
     check_scored(sources)

@@ -82,14 +82,21 @@ def pick(manifests: list[Manifest], limit: int) -> list[Pick]:
     return picks
 
 
-def frame_of(manifest: Manifest, picks: list[Pick], policy: Policy, continues_V: np.ndarray | None) -> pl.DataFrame:
+def frame_of(
+    manifest: Manifest,
+    picks: list[Pick],
+    policy: Policy,
+    continues_V: np.ndarray | None,
+    apart_V: np.ndarray | None,
+) -> pl.DataFrame:
     """The frame of tokens of the picked sequences. Raises RunError: a file cannot be read."""
     frames, first = [], 0
     for index, block, rows_N in picks:
         read = read_rows(manifest, _entry(manifest, index), Columns(entropy=True, surprisal=True), [block])
         read = {name: array[rows_N] for name, array in read.items()}
         masked_NL = _masks(read, policy)[0]
-        frames.append(tokens(read["input_ids"], {n: read[n] for n in MEASURES}, masked_NL, continues_V, first))
+        scores = {name: read[name] for name in MEASURES}
+        frames.append(tokens(read["input_ids"], scores, masked_NL, continues_V, apart_V, first))
         first += len(rows_N)
     return pl.concat(frames)
 

@@ -24,6 +24,7 @@ def tokens(
     scores: dict[str, np.ndarray],
     masked_NL: np.ndarray,
     continues_V: np.ndarray | None,
+    apart_V: np.ndarray | None,
     first: int = 0,
 ) -> pl.DataFrame:
     """A frame of tokens.
@@ -32,12 +33,15 @@ def tokens(
         scores: by measure [N, L], any float; NaN where not scored.
         masked_NL: bool.
         continues_V: bool, the tokens that go on with a word (``train.words``); None where that is not known.
+        apart_V: bool, the tokens that are no part of a word, so none goes on with them or after them; None likewise.
         first: number of the first sequence.
     """
     N, L = ids_NL.shape
     pieces = np.full(ids_NL.shape, -1)
-    if continues_V is not None:
-        continues_NL = continues_V[ids_NL]
+    if continues_V is not None and apart_V is not None:
+        apart_NL = apart_V[ids_NL]
+        behind_NL = np.pad(apart_NL[:, :-1], ((0, 0), (1, 0)))
+        continues_NL = continues_V[ids_NL] & ~apart_NL & ~behind_NL
         followed_NL = np.pad(continues_NL[:, 1:], ((0, 0), (0, 1)))
         pieces = np.where(continues_NL, 2, np.where(followed_NL, 1, 0))
     names = np.array([*PIECES, None], dtype=object)

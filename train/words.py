@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import string
+import unicodedata
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +54,27 @@ def continuing_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Te
         if index < vocab_size and index not in added:
             continues_V[index] = token.startswith(tuple(marks)) != begins
     return continues_V
+
+
+def apart_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+    """Which tokens are no part of a word, bool [V]: special ones, whitespace, punctuation.
+
+    Where a mark begins a word, what lacks it need not go on with one: the comma in ``mat,``, a word after a bracket or
+    a line break. A mark that continues a word, WordPiece's, leaves nothing open, so there no token is apart.
+    """
+    apart_V = torch.zeros(vocab_size, dtype=torch.bool)
+    if getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
+        return apart_V
+    special = set(tokenizer.all_special_ids)
+    for token, index in tokenizer.get_vocab().items():
+        if index < vocab_size:
+            text = tokenizer.convert_tokens_to_string([token])
+            apart_V[index] = index in special or all(map(_is_space_or_punctuation, text))
+    return apart_V
+
+
+def _is_space_or_punctuation(character: str) -> bool:
+    return character.isspace() or character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
