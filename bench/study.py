@@ -29,12 +29,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import numpy as np
 import polars as pl
 
 from bench.regimes import REGIMES, SCALES, Regime, Scale, architecture
+from bench.report import deciles, findings
 from bench.table import MALLOC
-from glue.intervals import estimate
+from glue.metrics import tasks_of
 from glue.tasks import choose, load
 from pipeline import cli, storage
 from pipeline.cli import RunError, UsageError
@@ -44,7 +44,7 @@ from train.flops import forward_flops, training_flops
 from train.masking import MaskPolicy
 from train.student import build_student
 
-GLUE = ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")  # of the average local6
+AVERAGE = "local6"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
 
@@ -100,7 +100,7 @@ class Study:
         Raises:
             UsageError: names what cannot be read, or is not what this study began with.
         """
-        for task in choose(",".join(GLUE)):
+        for task in choose(",".join(tasks_of(AVERAGE))):
             load(task, str(self.glue))
         try:
             articles = pl.read_parquet(self.articles, columns=["id", "text"])
@@ -194,7 +194,7 @@ class Study:
         train += ["--eval-shards", of("heldout"), "--eval-strategy", "steps", "--eval-steps", 0.15]
         self.run(name, "train/run.py", *train, "--output-dir", of("students", name))
         if regime.glue:
-            tasks = ["--tasks", ",".join(GLUE), "--data", self.glue, "--protocol", "cramming"]
+            tasks = ["--tasks", ",".join(tasks_of(AVERAGE)), "--data", self.glue, "--protocol", "cramming"]
             tasks += ["--limit-train", "sst2=10000", "--seeds", "1,2" if regime.main else "1"]
             self.run(
                 f"glue-{name}", "glue/run.py", "--model", of("students", name), *tasks, "--output", of("glue", name)
@@ -222,7 +222,7 @@ class Study:
         ]
         order = [regime.name for regime in REGIMES]
         tuned.sort(key=lambda text: order.index(text.partition("=")[0]))
-        flags = ["--baseline", "random", "--average", "local6", "--teacher", self.output / "reference"]
+        flags = ["--baseline", "random", "--average", AVERAGE, "--teacher", self.output / "reference"]
         return [*tuned, *flags, "--output", self.output / "comparison"]
 
     def run(self, name: str, script: str, *flags: object) -> None:
@@ -263,30 +263,14 @@ class Study:
             process.wait()
 
     def report(self) -> str:
-        """Held-out loss by decile of the reference's entropy, for every regime, the mean over its seeds."""
-        head = ["regime", "n", "loss", "95 % interval", *(str(decile) for decile in range(1, 11)), "steps"]
-        lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-        for regime in REGIMES:
-            found = [
-                json.loads((self.output / "students" / f"{each.name}-{seed}" / "summary.json").read_text())
-                for each, seed in self.students()
-                if each is regime
-            ]
-            if not found:  # of a trial
-                continue
-            loss = estimate([summary["eval_loss"] for summary in found])
-            deciles = np.mean([summary["eval_loss_by_entropy_decile"] for summary in found], axis=0)
-            interval = "anecdote" if loss.low is None else f"[{loss.low:.2f}, {loss.high:.2f}]"
-            cells = [
-                regime.name,
-                str(loss.n),
-                f"{loss.mean:.3f}",
-                interval,
-                *(f"{each:.2f}" for each in deciles),
-                f"{found[0]['steps']:,}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
+        """The tables of bench/report.py."""
+        table = json.loads((self.output / "comparison" / "table.json").read_text())
+        summaries: dict[str, list[dict[str, Any]]] = {regime.name: [] for regime in REGIMES}
+        for regime, seed in self.students():
+            file = self.output / "students" / f"{regime.name}-{seed}" / "summary.json"
+            summaries[regime.name].append(json.loads(file.read_text()))
+        made = {name: found for name, found in summaries.items() if found}  # a trial has the main ones alone
+        return f"{findings(table, AVERAGE)}\n{deciles(made)}"
 
 
 if __name__ == "__main__":

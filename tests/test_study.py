@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 from harness import ROOT, refused, run
+from made_results import summary, write_results
 
 import glue.compare
 import glue.options
@@ -22,6 +24,8 @@ import pipeline.score
 import train.options
 import train.plan
 from bench.regimes import REGIMES, SCALES
+from bench.report import deciles, findings
+from glue.metrics import AVERAGES
 
 STUDY = [sys.executable, str(ROOT / "bench" / "study.py")]
 
@@ -76,6 +80,29 @@ def test_what_it_is_made_from_is_looked_at_first(files: list[object], tmp_path: 
     assert [path.name for path in output.iterdir()] == ["inputs.json"]
 
 
+def test_its_tables(tmp_path: Path) -> None:
+    """Numbers of the comparison, costs as multiples of the baseline's training, intervals where there are several."""
+    summaries: dict[str, list[dict[str, Any]]] = {}
+    for name, seeds in (("random", (1, 2, 3)), ("parquet", (1, 2, 3)), ("self", (2,))):
+        for seed in seeds:
+            training = summary(name, seed, 4 + seed / 10, eval_loss_by_entropy_decile=[seed + d for d in range(10)])
+            scores = {task: {1: 0.5 + seed * len(name) / 100} for task in AVERAGES["local6"]}
+            write_results(tmp_path / f"{name}-{seed}", scores, training)
+            summaries.setdefault(name, []).append(training)
+    names = [f"{name}={tmp_path / name}-{each['seed']}" for name, found in summaries.items() for each in found]
+    glue.compare.main([*names, "--output", str(tmp_path / "out")])
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    rows = [line.strip("| ").split(" | ") for line in findings(table, "local6").splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["random", "3"], ["parquet", "3"], ["self", "1 (anecdote)"]]
+    found = table["averages"]["local6"]["parquet"]["difference"]
+    assert rows[1][3] == f"+{found['mean']:.1f} [{found['low']:+.1f}, {found['high']:+.1f}]" and rows[0][3] == ""
+    assert rows[2][2:4] == ["58.0", "-4.0"], "of one seed, nothing but the mean"
+    assert [row[5:] for row in rows] == [["1.0"] * 3, ["1.0", "1.2", "1.2"], ["1.3"] * 3]
+    of_deciles = [line.strip("| ").split(" | ") for line in deciles(summaries).splitlines()[2:]]
+    assert [row[4:14] for row in of_deciles] == [[f"{2 + decile:.2f}" for decile in range(10)]] * 3
+    assert of_deciles[0][2:4] == ["4.20", "[3.95, 4.45]"] and of_deciles[2][2:4] == ["4.20", "anecdote"]
+
+
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) -> None:
@@ -110,5 +137,7 @@ def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) 
     assert costs["random-equal-cost"] == pytest.approx(costs["parquet+kd"], rel=0.02)
     held_out = json.loads((output / "heldout" / "manifest.json").read_text())
     assert held_out["totals"]["documents"] == 2
-    lines = (output / "results.md").read_text().splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [regime.name for regime in main]
+    tables = (output / "results.md").read_text().split("\n\n")
+    for text in tables:
+        assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:]] == [regime.name for regime in main]
+    assert "| anecdote |" in tables[1] and "[" not in tables[0].partition("\n")[2]
