@@ -33,14 +33,15 @@ def draw(table: dict[str, Any]) -> bytes:
             if score["high"] is not None:
                 axes.plot([score["low"], score["high"]], [row, row], color=INK, linewidth=1.5, solid_capstyle="butt")
             face = INK if score["high"] is not None else "white"
-            axes.plot(score["mean"], row, "o", color=INK, markerfacecolor=face, markersize=4)
+            axes.plot(score["mean"], row, "o", color=INK, markerfacecolor=face, markersize=4, zorder=4)
             axes.annotate(
                 f"{score['mean']:.1f}",
                 (score["mean"], row),
-                xytext=(0, 3.5),
+                xytext=(0, 4.5),
                 textcoords="offset points",
                 ha="center",
                 fontsize=6,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )
         axes.axvline(scores[table["baseline"]]["mean"], color=BASELINE, linewidth=0.8, zorder=0)
         # an interval of two seeds is wider than all scores: the dots decide what is seen
@@ -58,8 +59,9 @@ def draw(table: dict[str, Any]) -> bytes:
     every[0, 0].set_yticks(rows, names, fontsize=8)
     every[0, 0].set_ylim(len(regimes) - 0.4, -0.7)
     figure.supxlabel(
-        f"score (%), {table['protocol']} protocol; bar: 95 % interval over n pretraining seeds, hollow: one seed, or "
-        f"all alike; grey: {table['baseline']}, dashed: the same answer to every row",
+        f"score (%), {table['protocol']} protocol\n"
+        "bar: 95 % interval over n pretraining seeds; hollow: one seed, or all alike; "
+        f"grey: {table['baseline']}; dashed: the same answer to every row",
         fontsize=7,
     )
     figure.tight_layout()
