@@ -53,6 +53,7 @@ svg text.number{font-weight:700;fill:currentColor}
 table{border-collapse:separate;border-spacing:0;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
 th{font-weight:500}
+.words th,.words td{text-align:left}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 """
 
@@ -121,4 +122,5 @@ def table_html(table: Table) -> str:
     )
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     notes = "".join(f'<p class="notes">{escape(note)}</p>' for note in table.notes)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{notes}'
+    kind = ' class="words"' if table.words else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{notes}'

@@ -18,6 +18,7 @@ NAME = 24  # characters of a name that fit beside its numbers
 LINE = 11  # of labels below each other
 ROW = 34  # of a plot with a row a regime
 COLOURS = 8
+WIDER = 4  # than the narrowest interval: one that is leaves the plot
 
 Number = Callable[[float], str]
 
@@ -35,6 +36,10 @@ class Axis:
     def __call__(self, value: float) -> float:
         low, high, at = (math.log10(each) if self.log else each for each in (self.low, self.high, value))
         return round(self.start + (at - low) / (high - low) * (self.end - self.start), 1)
+
+    def within(self, value: float) -> float:
+        """The place of a value; of one beyond the axis, its end."""
+        return self(min(max(value, self.low), self.high))
 
     def ticks(self) -> list[float]:
         """Round values within, from two to about six."""
@@ -94,7 +99,7 @@ class Point:
 
 def bars(rows: Sequence[Row], constant: float | None) -> str:
     """A bar a regime from zero, the interval as a whisker; ``constant`` as a mark on each."""
-    ends = [each for row in rows for each in (row.mean, row.low, row.high, constant) if each is not None]
+    ends = [*_in_sight(rows), *([] if constant is None else [constant])]
     x = Axis(min(0.0, *ends), max(max(ends), min(ends) + 1, 1.0) * 1.02, 8, WIDTH - 12)
     parts: list[str] = []
     bottom = 8 + ROW * len(rows)
@@ -112,8 +117,7 @@ def bars(rows: Sequence[Row], constant: float | None) -> str:
 
 def forest(rows: Sequence[Row]) -> str:
     """A dot a regime with its interval, about a line at zero."""
-    ends = [each for row in rows for each in (row.mean, row.low, row.high) if each is not None]
-    x = axis([0.0, *ends], 8, WIDTH - 12)
+    x = axis([0.0, *_in_sight(rows)], 8, WIDTH - 12)
     bottom = 8 + ROW * len(rows)
     parts: list[str] = []
     for number, row in enumerate(rows):
@@ -149,15 +153,14 @@ def scatter(found: Sequence[Point], x_label: str, y_label: str, x_text: Number) 
     Of points of equal cost each is a little to the right of the last, so that all intervals are seen.
     """
     x = axis((cost for point in found for cost in (point.cost, point.without)), LEFT, RIGHT - 14, log=True)
-    ends = [each for point in found for each in (point.row.mean, point.row.low, point.row.high) if each is not None]
-    y = axis(ends, BOTTOM, TOP)
+    y = axis(_in_sight([point.row for point in found]), BOTTOM, TOP)
     parts, places = [_frame(x, y, x_label, y_label, x_text, f"{{:.{_digits(y)}f}}".format)], []
     for point in found:
         row, up = point.row, y(point.row.mean)
         across = _beside([x(other.cost) for other in found[: found.index(point)]], x(point.cost))
         inner = _title(f"{row.name}: {row.text}")
         if row.low is not None and row.high is not None:
-            inner += _line(across, y(row.low), across, y(row.high), "whisker")
+            inner += _line(across, y.within(row.low), across, y.within(row.high), "whisker")
         if point.without < point.cost:
             inner += _line(x(point.without), up, across, up, "dotted")
             inner += f'<circle cx="{x(point.without)}" cy="{up}" r="4" class="hollow"/>'
@@ -198,9 +201,17 @@ def _row_text(row: Row, top: float) -> str:
 def _whisker(x: Axis, row: Row, at: float) -> str:
     if row.low is None or row.high is None:
         return ""
-    low, high = x(row.low), x(row.high)
-    ends = "".join(_line(end, at - 4, end, at + 4, "whisker") for end in (low, high))
-    return _line(low, at, high, at, "whisker") + ends
+    ends = "".join(
+        _line(x(end), at - 4, x(end), at + 4, "whisker") for end in (row.low, row.high) if x.low <= end <= x.high
+    )
+    return _line(x.within(row.low), at, x.within(row.high), at, "whisker") + ends
+
+
+def _in_sight(rows: Sequence[Row]) -> list[float]:
+    """What an axis has to hold: all means, and the intervals but for those so wide that nothing else could be seen."""
+    known = [(row.low, row.high) for row in rows if row.low is not None and row.high is not None]
+    widest = WIDER * min((high - low for low, high in known), default=0.0)
+    return [row.mean for row in rows] + [end for low, high in known if high - low <= widest for end in (low, high)]
 
 
 def _path(x: Axis, y: Axis, points: Sequence[tuple[float, float]], kind: str) -> str:

@@ -80,7 +80,8 @@ def gains(table: dict[str, Any]) -> Section | None:
         f"A dot is a regime's {label} minus that of {table['baseline']}: the mean over pairs of the same pretraining "
         "seed, which share initial weights and the order of the data unless the next table says otherwise. The line is "
         "its 95 % interval. One that crosses zero is no evidence for either side; a hollow dot has none: it is one "
-        "pair, an anecdote, or pairs that are all alike."
+        "pair, an anecdote, or pairs that are all alike. A line without an end goes on beyond the plot, as far as its "
+        "numbers say."
     )
     return Section("What is gained", text, {label: plots.forest(found)}, tables.difference_table(table))
 

@@ -28,6 +28,7 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
+    words: bool = False  # rather than numbers
 
 
 def all_tables(table: dict[str, Any]) -> list[Table]:
@@ -145,7 +146,7 @@ def apart_table(table: dict[str, Any]) -> Table:
         for name, found in table["set_apart"].items()
     ]
     notes = ["As the summaries of the models say; seeds apart. What is not named is the same on both sides."]
-    return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, notes)
+    return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, notes, words=True)
 
 
 def cost_table(table: dict[str, Any]) -> Table:
@@ -205,7 +206,8 @@ def amount(value: float | None, exact: bool = False) -> str:
 def to_markdown(table: dict[str, Any]) -> str:
     parts = []
     for each in all_tables(table):
-        lines = [f"| {' | '.join(each.columns)} |", f"|---|{'---:|' * (len(each.columns) - 1)}"]
+        rule = "---|" if each.words else "---:|"
+        lines = [f"| {' | '.join(each.columns)} |", f"|---|{rule * (len(each.columns) - 1)}"]
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in each.rows]
         parts += [f"### {each.title}", "\n".join(lines), *each.notes]
     return "\n\n".join(parts) + "\n"

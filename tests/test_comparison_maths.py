@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -115,6 +116,15 @@ def test_ticks_are_within_and_few(low: float, high: float, log: bool) -> None:
     ticks = axis.ticks()
     assert 1 <= len(ticks) <= 7 and all(-0.1 <= axis(tick) <= 100.1 for tick in ticks)
     assert axis(high) > axis(max(low, 1e-3 if log and low <= 0 else low)) - 1e-9
+
+
+def test_an_interval_that_is_too_wide_leaves_the_plot() -> None:
+    """It has no end there, and the others are seen."""
+    rows = [plots.Row(0, "a", 1.0, 0.0, 2.0, ""), plots.Row(1, "b", 2.0, -60.0, 64.0, "")]
+    svg = ElementTree.fromstring(plots.forest(rows))
+    narrow, wide = ([line.attrib for line in group.findall("line")] for group in svg.findall("g"))
+    assert len(narrow) == 3 and float(narrow[0]["x2"]) - float(narrow[0]["x1"]) > plots.WIDTH / 3
+    assert len(wide) == 1 and (float(wide[0]["x1"]), float(wide[0]["x2"])) == (8, plots.WIDTH - 12)
 
 
 def test_numbers_for_people() -> None:
