@@ -80,8 +80,9 @@ class Regime:
 DISTIL = "--distill-weight 0.5"
 REGIMES = (
     Regime("random", "--entropy-source random", main=True),
+    # the learning rate of its only step is 0
+    Regime("untrained", "--entropy-source random --max-steps 1 --warmup-steps 1", main=True),
     Regime("random-equal-cost", "--entropy-source random", main=True, equal_cost=True),
-    Regime("random-equal-cost-new-text", "--entropy-source random", shards="tokens", equal_cost=True),
     Regime("random+kd", f"--entropy-source random {DISTIL}", targets="random"),
     Regime("parquet", "--entropy-source parquet", main=True),
     Regime("parquet-warm", "--entropy-source parquet --mask-temperature 1"),

@@ -189,8 +189,10 @@ class Study:
         name, of = f"{regime.name}-{seed}", self.output.joinpath
         train = ["--shards", of(regime.shards), *regime.flags.split(), *self.model("student"), "--seed", seed]
         train += ["--targets", of(f"targets-{regime.targets}")] if regime.targets else []
-        train += ["--max-steps", self.equal_cost_steps()] if regime.equal_cost else []
-        train += ["--num-train-epochs", self.scale.epochs] if not regime.equal_cost else []
+        if regime.equal_cost:
+            train += ["--max-steps", self.equal_cost_steps()]
+        elif "--max-steps" not in regime.flags:
+            train += ["--num-train-epochs", self.scale.epochs]
         train += ["--eval-shards", of("heldout"), "--eval-strategy", "steps", "--eval-steps", 0.15]
         self.run(name, "train/run.py", *train, "--output-dir", of("students", name))
         if regime.glue:

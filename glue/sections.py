@@ -179,7 +179,7 @@ def merge(found: dict[tuple[str, ...], plots.Line], key: tuple[str, ...], line: 
 
 def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) -> Section | None:
     """Curves of the held-out loss where it was logged, else of the training loss."""
-    histories = {name: [history(each) for each in found] for name, found in summaries.items() if found}
+    histories = {name: [curve for each in found if (curve := history(each))] for name, found in summaries.items()}
     every = [curve for found in histories.values() for curve in found]
     held_out = bool(every) and all(sum("eval_loss" in point for point in curve) > 1 for curve in every)
     held_out &= len({evaluated_on(each) for found in summaries.values() for each in found}) == 1
@@ -233,14 +233,15 @@ def training(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) 
 
 
 def history(summary: dict[str, Any]) -> list[dict[str, float]]:
-    """The curve of a summary, as far as it is one."""
+    """The curve of a summary, as far as it is one: nothing of a run that has one step."""
     found = summary.get("history")
     names = ("step", "seconds")
-    return [
+    points = [
         point
         for point in (found if isinstance(found, list) else [])
         if isinstance(point, dict) and all(number(point.get(name)) is not None for name in names)
     ]
+    return points if len({point["step"] for point in points}) > 1 else []
 
 
 def mean_curve(curves: Sequence[Sequence[dict[str, float]]], by: str, loss: str) -> list[tuple[float, float]]:
