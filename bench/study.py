@@ -6,8 +6,8 @@
     python bench/study.py … --scale gpu --output runs/study-gpu
 
 Every step is a command of this project, written to OUTPUT/commands.sh; what it prints goes to OUTPUT/logs. What is done
-is skipped by the command itself, so the same line goes on after a break. It ends with OUTPUT/comparison, made by
-glue/compare.py, and OUTPUT/results.md, the tables that are not in there.
+is skipped by the command itself, so the same line goes on after a break. It ends with OUTPUT/comparison and
+OUTPUT/comparison-faster, made by glue/compare.py, and OUTPUT/results.md, the tables that are not in there.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from train.masking import MaskPolicy
 from train.student import build_student
 
 AVERAGE = "local6"
+FASTER = 3e-4  # learning rate of the second fine-tuning: models of a few million weights want more than the protocol's
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
 
@@ -60,15 +63,19 @@ def main() -> None:
             study.run(*line)
             if line[0] == "tokenizer" and not args.dry_run:
                 study.write_models()
-        if failed := [message for message in pool.map(study.try_student, study.students()) if message]:
-            raise RunError(f"{len(failed)} students failed: {'; '.join(failed)}; the same command tries them again")
-        study.run("comparison", "glue/compare.py", *study.comparison())
+        failed: list[str] = []
+        for step in (study.train_and_tune, study.tune_faster):
+            failed += filter(None, pool.map(partial(study.attempt, step), study.students()))
+        if failed:
+            raise RunError(f"{len(failed)} steps failed: {'; '.join(failed)}; the same command tries them again")
+        for tuned in ("", "-faster"):
+            study.run(f"comparison{tuned}", "glue/compare.py", *study.comparison(tuned))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         study.stop()
     if not args.dry_run:
         (study.output / "results.md").write_text(study.report())
-        print(f"written to {study.output}: results.md, comparison/, commands.sh")
+        print(f"written to {study.output}: results.md, comparison/, comparison-faster/, commands.sh")
 
 
 def parse() -> argparse.Namespace:
@@ -174,18 +181,18 @@ class Study:
         every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.main else self.scale.others)]
         return sorted(every, key=lambda each: each[0].equal_cost)
 
-    def try_student(self, student: tuple[Regime, int]) -> str | None:
-        """Train and fine-tune a student; what went wrong is said at once, and the others go on."""
+    def attempt(self, step: Callable[[Regime, int], None], student: tuple[Regime, int]) -> str | None:
+        """A step of a student; what went wrong is said at once, and the others go on."""
         try:
-            self.train_and_tune(student)
+            step(*student)
         except RunError as error:
             if not self.stopped:
                 print(f"failed: {error}", file=sys.stderr, flush=True)
             return str(error)
         return None
 
-    def train_and_tune(self, student: tuple[Regime, int]) -> None:
-        regime, seed = student
+    def train_and_tune(self, regime: Regime, seed: int) -> None:
+        """Pretrain a student, and fine-tune it by the protocol."""
         name, of = f"{regime.name}-{seed}", self.output.joinpath
         train = ["--shards", of(regime.shards), *regime.flags.split(), *self.model("student"), "--seed", seed]
         train += ["--targets", of(f"targets-{regime.targets}")] if regime.targets else []
@@ -196,11 +203,25 @@ class Study:
         train += ["--eval-shards", of("heldout"), "--eval-strategy", "steps", "--eval-steps", 0.15]
         self.run(name, "train/run.py", *train, "--output-dir", of("students", name))
         if regime.glue:
-            tasks = ["--tasks", ",".join(tasks_of(AVERAGE)), "--data", self.glue, "--protocol", "cramming"]
-            tasks += ["--limit-train", "sst2=10000", "--seeds", "1,2" if regime.main else "1"]
-            self.run(
-                f"glue-{name}", "glue/run.py", "--model", of("students", name), *tasks, "--output", of("glue", name)
-            )
+            self.tune(name, "", "--seeds", "1,2" if regime.main else "1")
+
+    def tune_faster(self, regime: Regime, seed: int) -> None:
+        """Fine-tune a student once more, at a learning rate for models as small."""
+        if regime.glue:
+            self.tune(f"{regime.name}-{seed}", "-faster", "--seeds", "1", "--learning-rate", FASTER)
+
+    def tune(self, name: str, tuned: str, *flags: object) -> None:
+        tasks = (
+            "--tasks",
+            ",".join(tasks_of(AVERAGE)),
+            "--data",
+            self.glue,
+            "--drop-overlap",
+            "--protocol",
+            "cramming",
+        )
+        where = ("--model", self.output / "students" / name, "--output", self.output / f"glue{tuned}" / name)
+        self.run(f"glue{tuned}-{name}", "glue/run.py", *where, *tasks, "--limit-train", "sst2=10000", *flags)
 
     def equal_cost_steps(self) -> int | str:
         """Steps with random masks that take the FLOPs of a student of parquet+kd, with all that it reads."""
@@ -216,16 +237,16 @@ class Study:
         step = training_flops(*forward, sequences=batch, masked=masked)
         return steps + round((scored.totals["flops"] + targets.totals["flops"]) / step)
 
-    def comparison(self) -> list[object]:
-        tuned = [
-            f"{regime.name}={self.output / 'glue' / f'{regime.name}-{seed}'}"
+    def comparison(self, tuned: str) -> list[object]:
+        found = [
+            f"{regime.name}={self.output / f'glue{tuned}' / f'{regime.name}-{seed}'}"
             for regime, seed in self.students()
             if regime.glue
         ]
         order = [regime.name for regime in REGIMES]
-        tuned.sort(key=lambda text: order.index(text.partition("=")[0]))
+        found.sort(key=lambda text: order.index(text.partition("=")[0]))
         flags = ["--baseline", "random", "--average", AVERAGE, "--teacher", self.output / "reference"]
-        return [*tuned, *flags, "--output", self.output / "comparison"]
+        return [*found, *flags, "--output", self.output / f"comparison{tuned}"]
 
     def run(self, name: str, script: str, *flags: object) -> None:
         """Run a command of this project; it skips what is done.
@@ -266,13 +287,15 @@ class Study:
 
     def report(self) -> str:
         """The tables of bench/report.py."""
-        table = json.loads((self.output / "comparison" / "table.json").read_text())
+        tables = [
+            json.loads((self.output / f"comparison{each}" / "table.json").read_text()) for each in ("", "-faster")
+        ]
         summaries: dict[str, list[dict[str, Any]]] = {regime.name: [] for regime in REGIMES}
         for regime, seed in self.students():
             file = self.output / "students" / f"{regime.name}-{seed}" / "summary.json"
             summaries[regime.name].append(json.loads(file.read_text()))
         made = {name: found for name, found in summaries.items() if found}  # a trial has the main ones alone
-        return f"{findings(table, AVERAGE)}\n{deciles(made)}"
+        return "\n".join([*(findings(table, AVERAGE) for table in tables), deciles(made)])
 
 
 if __name__ == "__main__":

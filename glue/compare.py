@@ -130,7 +130,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     for task, result in of_task.items():
         row = cells(regimes, baseline, partial(scores, task))
         count_collapsed(row, regimes, [task])
-        kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "constant_score")}
+        kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "overlap", "constant_score")}
         table["tasks"][task] = kept | {"scores": row}
     if table["eval_loss"] is None and all(run.training for runs in regimes.values() for run in runs):
         table["not_computed"]["eval loss"] = "the held-out loss needs runs that all have one, on the same text"

@@ -49,6 +49,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--batch-size", type=cli.positive, help="instead of the protocol's")
     add("--max-length", type=cli.positive, help="tokens of a text or pair (default: 128)")
     add("--limit-train", help="at most so many training rows, the same for every seed; or by task, as in sst2=10000")
+    add("--drop-overlap", action="store_true", help="do not train on rows that are evaluated on too")
     add(
         "--dtype",
         choices=["auto", "bfloat16", "float32"],

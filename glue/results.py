@@ -14,7 +14,7 @@ from pipeline.commit import differences
 FIELDS = {
     **{"task": str, "seed": int, "protocol": str, "metrics": dict, "score": float | int, "collapsed": bool},
     **{"constant_score": float | int, "train_split": str, "train_rows": int, "eval_rows": int, "key": dict},
-    **{"seconds": float | int, "training": dict | None},
+    **{"overlap": int, "seconds": float | int, "training": dict | None},
 }
 
 

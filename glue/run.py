@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()  # "some weights are newly initialized": that is the point
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
     data = {task.name: load(task, args.data) for task in args.tasks}
+    if args.drop_overlap:
+        data = {name: each.without_overlap() for name, each in data.items()}
     cells = [
         plan(args, model, data[task.name], seed)
         for task in args.tasks
@@ -79,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     failed: dict[str, str] = {}
     with cli.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning") as progress:
         progress.note(f"{args.protocol}: {describe_grid(cells)}")
+        for each in filter(lambda each: each.overlap, data.values()):
+            progress.note(describe_overlap(each))
         if len(todo) < len(cells):
             progress.note(f"{len(cells) - len(todo)} of {len(cells)} results are there already")
         if args.num_workers > 1 and todo:
@@ -194,6 +198,7 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
         "train_split": data.train_split,
         "train_rows": best.train_rows,
         "eval_rows": best.eval_rows,
+        "overlap": data.overlap,
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
         "grid": grid,
@@ -202,6 +207,11 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
         "key": cell.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
     }
+
+
+def describe_overlap(data: TaskData) -> str:
+    rows = sum(len(split.labels) for split in data.evaluations.values())
+    return f"{data.task.name}: {data.overlap:,} of {rows:,} evaluation rows are trained on too; see --drop-overlap"
 
 
 def describe_grid(cells: list[Cell]) -> str:

@@ -89,6 +89,11 @@ def score_table(table: dict[str, Any]) -> Table:
         notes.append(
             "† In so many runs the model says the same of every row; of an average: in so many of its tasks' runs."
         )
+    if seen := {name: row for name, row in table["tasks"].items() if row["overlap"]}:
+        counts = [f"{name} {row['overlap']:,} of {row['eval_rows']:,}" for name, row in seen.items()]
+        notes.append(
+            f"Evaluation rows that were trained on too: {', '.join(counts)}. Where they are many, a score is of memory."
+        )
     if table["not_computed"]:
         notes.append(f"Not computed: {'; '.join(table['not_computed'].values())}.")
     return Table("Scores", columns, rows, notes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ class Split:
     texts: list[list[str]]
     labels: np.ndarray
 
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        return zip(*self.texts, strict=True)
+
 
 @dataclass(frozen=True)
 class TaskData:
@@ -85,6 +89,25 @@ class TaskData:
         """Hash of all texts and labels."""
         splits = {"train": self.train, **{f"dev{suffix}": split for suffix, split in self.evaluations.items()}}
         return storage.sha256_json({name: [split.texts, split.labels.tolist()] for name, split in splits.items()})
+
+    @cached_property
+    def overlap(self) -> int:
+        """How many rows of the evaluations have texts that are trained on: their scores measure memory."""
+        trained = set(self.train.rows())
+        return sum(row in trained for split in self.evaluations.values() for row in split.rows())
+
+    def without_overlap(self) -> TaskData:
+        """The same evaluations, and the training rows whose texts are in none of them.
+
+        Raises:
+            UsageError: no row would be left.
+        """
+        evaluated = {row for split in self.evaluations.values() for row in split.rows()}
+        kept = [number for number, row in enumerate(self.train.rows()) if row not in evaluated]
+        if not kept:
+            raise UsageError(f"all training rows of {self.task.name} are evaluated on too; check its files")
+        texts = [[column[number] for number in kept] for column in self.train.texts]
+        return replace(self, train=Split(texts, self.train.labels[kept]))
 
 
 def choose(names: str) -> list[Task]:

@@ -152,6 +152,26 @@ def test_limits_of_a_protocol_and_of_the_user(work: Path, words: list[str], tmp_
     assert {result["task"]: result["train_rows"] for result in found.values()} == {"qqp": 8, "rte": 24}
 
 
+def test_rows_that_are_trained_and_evaluated_on(
+    work: Path, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are counted and said, by their texts, whatever their labels; and not trained on if so asked."""
+    train, dev = make_rows(GLUE["stsb"], words, 64, 1), make_rows(GLUE["stsb"], words, 24, 2)
+    leaked = pl.concat([train[:6].with_columns(label=pl.lit(0.5)), dev[6:]])
+    flags = ["--tasks", "stsb", "--data", tmp_path / "data", *QUICK]
+    write_rows(train, tmp_path / "data" / "stsb" / "train.parquet")
+    write_rows(leaked, tmp_path / "data" / "stsb" / "dev.parquet")
+    found = glue_here(work / "teacher", tmp_path / "as-it-is", *flags)["stsb-seed1"]
+    assert (found["train_rows"], found["eval_rows"], found["overlap"]) == (64, 24, 6)
+    assert "stsb: 6 of 24 evaluation rows are trained on too; see --drop-overlap" in capfd.readouterr().err
+    found = glue_here(work / "teacher", tmp_path / "dropped", *flags, "--drop-overlap")["stsb-seed1"]
+    assert (found["train_rows"], found["eval_rows"], found["overlap"]) == (58, 24, 0)
+    assert "trained on too" not in capfd.readouterr().err
+    write_rows(train, tmp_path / "data" / "stsb" / "dev.parquet")
+    with pytest.raises(UsageError, match="all training rows of stsb are evaluated on too"):
+        glue_here(work / "teacher", tmp_path / "none", *flags, "--drop-overlap")
+
+
 def test_from_the_hub(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
