@@ -87,7 +87,7 @@ def gains(table: dict[str, Any]) -> Section | None:
 
 
 def apart(table: dict[str, Any]) -> Section | None:
-    if not any(table["set_apart"].values()):
+    if all(found == [] for found in table["set_apart"].values()):
         return None
     return Section("What sets them apart", "", {}, tables.apart_table(table))
 

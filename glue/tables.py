@@ -36,7 +36,7 @@ def all_tables(table: dict[str, Any]) -> list[Table]:
     found = [score_table(table)]
     if len(table["regimes"]) > 1:
         found.append(difference_table(table))
-    if any(table["set_apart"].values()):
+    if any(found != [] for found in table["set_apart"].values()):
         found.append(apart_table(table))
     if any(table["training"].values()):
         found.append(cost_table(table))
