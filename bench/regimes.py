@@ -63,34 +63,34 @@ def architecture(layers: int, width: int, vocab_size: int, tokenizer: Any) -> Mo
 class Regime:
     """A row of the study: the flags of train/run.py that set it apart.
 
-    ``targets`` names the plan whose exact targets it distils from. ``main`` regimes have more pretraining seeds, and
-    their models are fine-tuned with two seeds each. ``glue``: fine-tuned at all. ``equal_cost``: trained for as many
-    steps more as the scores and targets of parquet+kd cost.
+    ``targets`` names the plan whose exact targets it distils from. ``replicated`` regimes have more pretraining seeds,
+    and their models are fine-tuned with two seeds each. ``glue``: fine-tuned at all. ``equal_cost``: trained for as
+    many steps more as the scores and targets of parquet+kd cost.
     """
 
     name: str
     flags: str
     shards: str = "scored"
     targets: str | None = None
-    main: bool = False
+    replicated: bool = False
     glue: bool = True
     equal_cost: bool = False
 
 
 DISTIL = "--distill-weight 0.5"
 REGIMES = (
-    Regime("random", "--entropy-source random", main=True),
+    Regime("random", "--entropy-source random", replicated=True),
     # the learning rate of its only step is 0
-    Regime("untrained", "--entropy-source random --max-steps 1 --warmup-steps 1", main=True),
-    Regime("random-equal-cost", "--entropy-source random", main=True, equal_cost=True),
+    Regime("untrained", "--entropy-source random --max-steps 1 --warmup-steps 1", replicated=True),
+    Regime("random-equal-cost", "--entropy-source random", replicated=True, equal_cost=True),
     Regime("random+kd", f"--entropy-source random {DISTIL}", targets="random"),
-    Regime("parquet", "--entropy-source parquet", main=True),
+    Regime("parquet", "--entropy-source parquet", replicated=True),
     Regime("parquet-warm", "--entropy-source parquet --mask-temperature 1"),
     Regime("parquet-floor", "--entropy-source parquet --mask-floor 0.25"),
-    Regime("parquet+kd", f"--entropy-source parquet {DISTIL}", targets="parquet", main=True),
+    Regime("parquet+kd", f"--entropy-source parquet {DISTIL}", targets="parquet", replicated=True),
     Regime("parquet+kd-scan", f"--entropy-source parquet {DISTIL}"),
     Regime("parquet-full", "--entropy-source parquet", shards="scored-full"),
-    Regime("self-step", "--entropy-source self --self-refresh step", main=True),
+    Regime("self-step", "--entropy-source self --self-refresh step", replicated=True),
     Regime("self-step-warm", "--entropy-source self --self-refresh step --mask-temperature 1"),
     Regime("self-lagged", "--entropy-source self --self-refresh lagged"),
     Regime("self-lagged-warm", "--entropy-source self --self-refresh lagged --mask-temperature 1"),

@@ -15,12 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import shlex
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -28,14 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import polars as pl
 
+from bench.commands import Commands
 from bench.regimes import REGIMES, SCALES, Regime, Scale, architecture
 from bench.report import deciles, findings
-from bench.table import MALLOC
 from glue.metrics import tasks_of
 from glue.tasks import choose, load
 from pipeline import cli, storage
@@ -48,7 +42,6 @@ from train.student import build_student
 
 AVERAGE = "local6"
 FASTER = 3e-4  # learning rate of the second fine-tuning: models of a few million weights want more than the protocol's
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
 
 def main() -> None:
@@ -60,7 +53,7 @@ def main() -> None:
     pool = ThreadPoolExecutor(args.jobs)
     try:
         for line in study.preparation():
-            study.run(*line)
+            study.commands.run(*line)
             if line[0] == "tokenizer" and not args.dry_run:
                 study.write_models()
         failed: list[str] = []
@@ -69,10 +62,10 @@ def main() -> None:
         if failed:
             raise RunError(f"{len(failed)} steps failed: {'; '.join(failed)}; the same command tries them again")
         for tuned in ("", "-faster"):
-            study.run(f"comparison{tuned}", "glue/compare.py", *study.comparison(tuned))
+            study.commands.run(f"comparison{tuned}", "glue/compare.py", *study.comparison(tuned))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        study.stop()
+        study.commands.stop()
     if not args.dry_run:
         (study.output / "results.md").write_text(study.report())
         print(f"written to {study.output}: results.md, comparison/, comparison-faster/, commands.sh")
@@ -92,14 +85,13 @@ def parse() -> argparse.Namespace:
 
 
 class Study:
-    """The commands of a study, in the order in which they can be run."""
+    """What a study runs, in the order in which it can be run."""
 
     def __init__(self, args: argparse.Namespace, scale: Scale) -> None:
         self.scale, self.dry_run = scale, args.dry_run
         self.output, self.glue = Path(args.output).absolute(), Path(args.glue).absolute()
         self.articles, self.held_out = Path(args.articles), Path(args.held_out)
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.stopped, self.lock = False, threading.Lock()
+        self.commands = Commands(self.output, args.dry_run)
 
     def split_articles(self) -> None:
         """Write the texts to train on, and those held out, after all that the study reads has been looked at.
@@ -178,7 +170,7 @@ class Study:
 
     def students(self) -> list[tuple[Regime, int]]:
         """(regime, pretraining seed), those with most steps last."""
-        every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.main else self.scale.others)]
+        every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.replicated else self.scale.others)]
         return sorted(every, key=lambda each: each[0].equal_cost)
 
     def attempt(self, step: Callable[[Regime, int], None], student: tuple[Regime, int]) -> str | None:
@@ -186,7 +178,7 @@ class Study:
         try:
             step(*student)
         except RunError as error:
-            if not self.stopped:
+            if not self.commands.stopped:
                 print(f"failed: {error}", file=sys.stderr, flush=True)
             return str(error)
         return None
@@ -201,9 +193,9 @@ class Study:
         elif "--max-steps" not in regime.flags:
             train += ["--num-train-epochs", self.scale.epochs]
         train += ["--eval-shards", of("heldout"), "--eval-strategy", "steps", "--eval-steps", 0.15]
-        self.run(name, "train/run.py", *train, "--output-dir", of("students", name))
+        self.commands.run(name, "train/run.py", *train, "--output-dir", of("students", name))
         if regime.glue:
-            self.tune(name, "", "--seeds", "1,2" if regime.main else "1")
+            self.tune(name, "", "--seeds", "1,2" if regime.replicated else "1")
 
     def tune_faster(self, regime: Regime, seed: int) -> None:
         """Fine-tune a student once more, at a learning rate for models as small."""
@@ -221,7 +213,7 @@ class Study:
             "cramming",
         )
         where = ("--model", self.output / "students" / name, "--output", self.output / f"glue{tuned}" / name)
-        self.run(f"glue{tuned}-{name}", "glue/run.py", *where, *tasks, "--limit-train", "sst2=10000", *flags)
+        self.commands.run(f"glue{tuned}-{name}", "glue/run.py", *where, *tasks, "--limit-train", "sst2=10000", *flags)
 
     def equal_cost_steps(self) -> int | str:
         """Steps with random masks that take the FLOPs of a student of parquet+kd, with all that it reads."""
@@ -247,43 +239,6 @@ class Study:
         found.sort(key=lambda text: order.index(text.partition("=")[0]))
         flags = ["--baseline", "random", "--average", AVERAGE, "--teacher", self.output / "reference"]
         return [*found, *flags, "--output", self.output / f"comparison{tuned}"]
-
-    def run(self, name: str, script: str, *flags: object) -> None:
-        """Run a command of this project; it skips what is done.
-
-        Raises:
-            RunError: it failed, or the study was stopped.
-        """
-        line = [script, *map(str, flags)]
-        shown = f"python {shlex.join(line)}"
-        if self.dry_run:
-            print(shown)
-            return
-        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
-        log = self.output / "logs" / f"{name}.log"
-        log.parent.mkdir(exist_ok=True)
-        with self.lock, open(log, "a") as file, open(self.output / "commands.sh", "a+") as commands:
-            if self.stopped:
-                raise RunError("the study was stopped")
-            commands.seek(0)
-            if shown not in commands.read().splitlines():
-                commands.write(f"{shown}\n")
-            command = [sys.executable, *line]
-            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file)
-            self.running.add(process)
-        code = process.wait()
-        self.running.discard(process)
-        if code:
-            raise RunError(f"{name} failed with exit code {code}; see {log}")
-
-    def stop(self) -> None:
-        """End what is under way; it has saved what it had, or saves it now."""
-        with self.lock:
-            self.stopped = True
-            left = list(self.running)
-        for process in left:
-            process.terminate()
-            process.wait()
 
     def report(self) -> str:
         """The tables of bench/report.py."""

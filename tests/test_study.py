@@ -59,7 +59,7 @@ def test_its_commands_are_such_as_the_scripts_take(files: list[object], tmp_path
             assert set(glue.options.parse(flags, None).limit_train) == {"sst2"}
         elif script == "glue/compare.py":
             compared = glue.compare.parse(flags).regimes
-    seeds = {regime.name: SCALES[scale].seeds if regime.main else SCALES[scale].others for regime in REGIMES}
+    seeds = {regime.name: SCALES[scale].seeds if regime.replicated else SCALES[scale].others for regime in REGIMES}
     assert trained - {("reference", 1)} == {(f"{name}-{seed}", seed) for name, of in seeds.items() for seed in of}
     assert {name: len(directories) for name, directories in compared.items()} == {
         regime.name: len(seeds[regime.name]) for regime in REGIMES if regime.glue and seeds[regime.name]
@@ -122,7 +122,7 @@ def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) 
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 1 and "2 steps failed: self-step-1 failed with exit code 2" in failed.stderr
     assert {path.parent.name for path in output.glob("students/*/summary.json")} == {
-        f"{regime.name}-1" for regime in REGIMES if regime.main and regime.name != "self-step"
+        f"{regime.name}-1" for regime in REGIMES if regime.replicated and regime.name != "self-step"
     }
     shutil.rmtree(obstacle)
     made = {path: path.stat().st_mtime_ns for path in output.glob("students/*/summary.json")}
@@ -131,7 +131,7 @@ def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) 
         assert all(path.stat().st_mtime_ns == written for path, written in made.items())
         made = {path: path.stat().st_mtime_ns for path in output.glob("students/*/summary.json")}
     table = json.loads((output / "comparison" / "table.json").read_text())
-    main = [regime for regime in REGIMES if regime.main]
+    main = [regime for regime in REGIMES if regime.replicated]
     assert table["regimes"] == [regime.name for regime in main] and set(table["averages"]) >= {"local6"}
     costs = {name: row["total_flops"] for name, row in table["training"].items()}
     assert costs["random-equal-cost"] == pytest.approx(costs["parquet+kd"], rel=0.02)
