@@ -203,17 +203,10 @@ class Study:
             self.tune(f"{regime.name}-{seed}", "-faster", "--seeds", "1", "--learning-rate", FASTER)
 
     def tune(self, name: str, tuned: str, *flags: object) -> None:
-        tasks = (
-            "--tasks",
-            ",".join(tasks_of(AVERAGE)),
-            "--data",
-            self.glue,
-            "--drop-overlap",
-            "--protocol",
-            "cramming",
-        )
+        tasks = ("--tasks", ",".join(tasks_of(AVERAGE)), "--data", self.glue, "--drop-overlap")
+        protocol = ("--protocol", "cramming", "--limit-train", "sst2=10000")
         where = ("--model", self.output / "students" / name, "--output", self.output / f"glue{tuned}" / name)
-        self.commands.run(f"glue{tuned}-{name}", "glue/run.py", *where, *tasks, "--limit-train", "sst2=10000", *flags)
+        self.commands.run(f"glue{tuned}-{name}", "glue/run.py", *where, *tasks, *protocol, *flags)
 
     def equal_cost_steps(self) -> int | str:
         """Steps with random masks that take the FLOPs of a student of parquet+kd, with all that it reads."""
