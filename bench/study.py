@@ -56,11 +56,13 @@ def main() -> None:
             study.commands.run(*line)
             if line[0] == "tokenizer" and not args.dry_run:
                 study.write_models()
-        failed: list[str] = []
+        students, failed = study.students(), []
         for step in (study.train_and_tune, study.tune_faster):
-            failed += filter(None, pool.map(partial(study.attempt, step), study.students()))
+            errors = list(pool.map(partial(study.attempt, step), students))
+            failed += [error for error in errors if error]
+            students = [student for student, error in zip(students, errors, strict=True) if not error]
         if failed:
-            raise RunError(f"{len(failed)} steps failed: {'; '.join(failed)}; the same command tries them again")
+            raise RunError(f"not every student is finished: {'; '.join(failed)}; the same command tries again")
         for tuned in ("", "-faster"):
             study.commands.run(f"comparison{tuned}", "glue/compare.py", *study.comparison(tuned))
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glue.tasks import GLUE, PROBES
-from pipeline import storage
+from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
 
@@ -67,8 +67,11 @@ def read_run(name: str, directory: str) -> Run:
             models.add(result["key"]["model_hash"])
             training = result["training"]
             seed = int((training or {}).get("seed") or 0)
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{storage.join(directory, file)} is no result of glue/run.py; remove it") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{storage.join(directory, file)} is no result of this glue/run.py (missing or wrong: "
+                f"{cli.one_line(error)}); remove it, and make it again"
+            ) from None
     if not results:
         raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")
     if len(models) > 1:

@@ -329,7 +329,7 @@ def test_half_a_result(tmp_path: Path, change: dict[str, Any]) -> None:
     path = write_results(tmp_path / "a", {"mrpc": {1: 0.5}}, None) / "mrpc-seed1.json"
     result = json.loads(path.read_text()) | change
     path.write_text(json.dumps({name: value for name, value in result.items() if value is not ...}))
-    with pytest.raises(UsageError, match=r"mrpc-seed1.json is no result of glue/run.py"):
+    with pytest.raises(UsageError, match=r"mrpc-seed1.json is no result of this glue/run.py"):
         compare_here(tmp_path / "out", f"a={tmp_path / 'a'}")
 
 

@@ -7,11 +7,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForMaskedLM, ModernBertConfig, ModernBertForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from train import watch
 from train.flops import forward_flops, training_flops
 from train.student import student_scores, with_masked_positions
-from train.watch import MOST_POINTS, curve
+from train.watch import MOST_POINTS, ProgressReport, curve
 
 B, L, K, R, V = 3, 64, 10, 8, 3000
 SIZES = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -68,3 +77,15 @@ def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:
     steps = [point["step"] for point in points if "loss" in point]
     assert steps == list(range(50, 10_001, 50)) and len(steps) == MOST_POINTS
     assert curve([]) == []
+
+
+def test_an_evaluation_is_no_second_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock)
+    report, events = ProgressReport(L), (TrainingArguments(), TrainerState(), TrainerControl())
+    events[1].log_history.append({"step": 7, "train_seconds": 40.0})  # of the session before
+    events[1].is_world_process_zero = False
+    report.on_train_begin(*events)
+    clock += 10
+    report.on_evaluate(*events, metrics={"eval_seconds": 8.0})
+    assert report.seconds() == 42.0
