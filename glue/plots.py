@@ -19,6 +19,7 @@ LINE = 11  # of labels below each other
 ROW = 34  # of a plot with a row a regime
 COLOURS = 8
 WIDER = 4  # than the narrowest interval: one that is leaves the plot
+CHEAPER = 300  # than the dearest: one that is stands at the edge
 
 Number = Callable[[float], str]
 
@@ -43,9 +44,15 @@ class Axis:
 
     def ticks(self) -> list[float]:
         """Round values within, from two to about six."""
-        if self.log and self.high / self.low >= 50:
-            decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            return [10.0**decade for decade in decades][:: math.ceil(len(decades) / 6)]
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for factors in ((1, 2, 5), (1,)):
+                every = [10.0**decade * factor for decade in decades for factor in factors]
+                within = [value for value in every if self.low * 0.999 <= value <= self.high * 1.001]
+                if 2 <= len(within) <= 6:
+                    return within
+            if len(within) > 6:
+                return within[:: math.ceil(len(within) / 6)]
         step = 10 ** math.floor(math.log10((self.high - self.low) / 2))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 5)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -143,30 +150,32 @@ def lines(found: Sequence[Line], x_label: str, y_label: str, x_text: Number, y_t
         for at, value in line.dots:
             inner += f'<circle cx="{x(at)}" cy="{y(value)}" r="5"/>'
         parts.append(_group(line.style, inner))
-    ends = [(line.style, line.label, x(line.points[-1][0]) + 5, y(line.points[-1][1])) for line in found]
+    ends = [(line.style, line.label, x(line.points[-1][0]), y(line.points[-1][1])) for line in found]
     return _svg([*parts, _numbers(ends)], HEIGHT, f"{y_label} over {x_label}")
 
 
 def scatter(found: Sequence[Point], x_label: str, y_label: str, x_text: Number) -> str:
     """Cost against quality: filled with all of the scoring, hollow without, the interval upright.
 
-    Of points of equal cost each is a little to the right of the last, so that all intervals are seen.
+    Of points of equal cost each is a little to the right of the last, so that all intervals are seen. What costs next
+    to nothing stands at the left edge, or there would be no width to tell the others apart.
     """
-    x = axis((cost for point in found for cost in (point.cost, point.without)), LEFT, RIGHT - 14, log=True)
+    costs = [cost for point in found for cost in (point.cost, point.without)]
+    x = axis((cost for cost in costs if cost * CHEAPER > max(costs)), LEFT + 8, RIGHT - 44, log=True)
     y = axis(_in_sight([point.row for point in found]), BOTTOM, TOP)
     parts, places = [_frame(x, y, x_label, y_label, x_text, f"{{:.{_digits(y)}f}}".format)], []
     for point in found:
         row, up = point.row, y(point.row.mean)
-        across = _beside([x(other.cost) for other in found[: found.index(point)]], x(point.cost))
+        across = _beside([x.within(other.cost) for other in found[: found.index(point)]], x.within(point.cost))
         inner = _title(f"{row.name}: {row.text}")
         if row.low is not None and row.high is not None:
             inner += _line(across, y.within(row.low), across, y.within(row.high), "whisker")
         if point.without < point.cost:
-            inner += _line(x(point.without), up, across, up, "dotted")
-            inner += f'<circle cx="{x(point.without)}" cy="{up}" r="4" class="hollow"/>'
+            inner += _line(x.within(point.without), up, across, up, "dotted")
+            inner += f'<circle cx="{x.within(point.without)}" cy="{up}" r="4" class="hollow"/>'
         parts.append(_group(row.style, inner + f'<circle cx="{across}" cy="{up}" r="5"/>'))
-        places.append((row.style, str(row.style + 1), across + 8, up))
-    return _svg([*parts, _numbers(places)], HEIGHT, f"{y_label} over {x_label}")
+        places.append((row.style, str(row.style + 1), across, up))
+    return _svg([*parts, _numbers(places, RIGHT - 12)], HEIGHT, f"{y_label} over {x_label}")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -242,28 +251,35 @@ def _beside(before: Sequence[float], at: float) -> float:
     return round(at + 5 * sum(abs(other - at) < 3 for other in before), 1)
 
 
-def _numbers(ends: Sequence[tuple[int, str, float, float]]) -> str:
-    """Labels beside their points, in the points' order, pushed apart where they would overlap."""
+def _numbers(ends: Sequence[tuple[int, str, float, float]], at: float | None = None) -> str:
+    """Labels in the order of their points, pushed apart where they would overlap: beside the points, or all of them at
+    ``at``, each with a line to its point.
+    """
     found, left = "", sorted(ends, key=lambda end: end[2])
     while left:
-        column = sorted((end for end in left if end[2] - left[0][2] < 14), key=lambda end: end[3])
+        column = sorted((end for end in left if at or end[2] - left[0][2] < 14), key=lambda end: end[3])
         left = [end for end in left if end not in column]
-        for (style, label, x, _), y in zip(column, _apart([end[3] for end in column]), strict=True):
-            found += f'<text x="{x:.1f}" y="{y + 4:.1f}" class="number c{style % COLOURS}">{escape(label)}</text>'
+        for (style, label, x, height), y in zip(column, _apart([end[3] for end in column]), strict=True):
+            if at:
+                found += _group(style, _line(x + 6, height, at - 3, round(y, 1), "faint"))
+            found += (
+                f'<text x="{at or x + 5:.1f}" y="{y + 4:.1f}" class="number c{style % COLOURS}">{escape(label)}</text>'
+            )
     return found
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights, lowest first, a line apart at least and above the axis: those in each other's way are centred."""
+    """Heights, in ascending order, a line apart at least and within the plot: those in each other's way are centred."""
     blocks: list[list[float]] = []
     for height in heights:
         block = [height]
         while blocks and _edge(blocks[-1], 1) > _edge(block, -1):
             block = blocks.pop() + block
         blocks.append(block)
-    found = [_edge(block, -1) + LINE * (number + 0.5) for block in blocks for number in range(len(block))]
-    return [height + min(0.0, BOTTOM - LINE / 2 - found[-1]) for height in found]
+    return [_edge(block, -1) + LINE * (number + 0.5) for block in blocks for number in range(len(block))]
 
 
 def _edge(block: Sequence[float], side: int) -> float:
-    return sum(block) / len(block) + side * LINE * len(block) / 2
+    """Where the labels of a block begin (-1) or end (1); above the axis in any case."""
+    half = LINE * len(block) / 2
+    return min(sum(block) / len(block), BOTTOM - half) + side * half

@@ -128,7 +128,8 @@ def quality_and_cost(table: dict[str, Any]) -> Section | None:
     text = (
         "Up is better, left is cheaper. A filled dot pays for its training and for all of the scoring that it reads, "
         "as if it were the only student; its hollow twin pays for training alone, as if there were ever so many. "
-        "What has nothing above and to the left of it is worth having. The training of the teacher is in neither."
+        "What has nothing above and to the left of it is worth having. The training of the teacher is in neither. "
+        "A dot at the left edge costs less than the plot can show."
     )
     return Section("Quality against cost", text, drawn, tables.cost_table(table), table["regimes"])
 

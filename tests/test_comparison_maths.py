@@ -139,3 +139,22 @@ def test_labels_keep_their_order_and_a_distance() -> None:
     assert (np.diff(found) >= plots.LINE - 1e-9).all()
     assert found[-1] < plots.BOTTOM and plots._apart([50.0, 100.0]) == [50.0, 100.0]
     assert plots._apart([100.0, 101.0]) == [95.0, 106.0]
+    assert plots._apart([50.0, *[plots.BOTTOM - 1] * 3])[0] == 50.0, "the axis pushes up those above it, and no other"
+
+
+def test_ticks_of_an_axis_by_decades_have_room() -> None:
+    for low, high in ((400, 9900), (6e9, 6e13), (1, 64), (9e12, 6e13), (1, 3)):
+        axis = plots.axis([low, high], plots.LEFT, plots.RIGHT, log=True, margin=0)
+        assert min(np.diff([axis(tick) for tick in axis.ticks()])) > 35, (low, high)
+
+
+def test_what_costs_next_to_nothing_leaves_room_for_the_rest() -> None:
+    costs = {"a": 1e9, "b": 1e13, "c": 5e13}
+    points = [
+        plots.Point(plots.Row(style, name, style, None, None, ""), cost, cost)
+        for style, (name, cost) in enumerate(costs.items())
+    ]
+    svg = ElementTree.fromstring(plots.scatter(points, "FLOPs", "local6", str))
+    places = [float(circle.attrib["cx"]) for circle in svg.iter("circle")]
+    assert places[0] < places[1] and places[2] - places[1] > plots.WIDTH / 3
+    assert [text.text for text in svg.iter("text") if "number" in text.attrib["class"]] == ["3", "2", "1"]
