@@ -63,9 +63,9 @@ def architecture(layers: int, width: int, vocab_size: int, tokenizer: Any) -> Mo
 class Regime:
     """A row of the study: the flags of train/run.py that set it apart.
 
-    ``targets`` names the plan whose exact targets it distils from. ``replicated`` regimes have more pretraining seeds,
-    and their models are fine-tuned with two seeds each. ``glue``: fine-tuned at all. ``equal_cost``: trained for as
-    many steps more as the scores and targets of parquet+kd cost.
+    ``targets`` names the plan whose exact targets it distils from. ``replicated`` regimes have more pretraining seeds.
+    ``glue``: fine-tuned at all, with two seeds a model if there are several models. ``equal_cost``: trained for as many
+    steps more as the scores and targets of parquet+kd cost.
     """
 
     name: str

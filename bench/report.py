@@ -28,7 +28,7 @@ def findings(table: dict[str, Any], average: str) -> str:
             [
                 name,
                 f"{n} (anecdote)" if n == 1 else str(n),
-                score(scores[name] | {"collapsed": 0}, digits=1),
+                score(scores[name], digits=1),
                 "" if name == baseline else difference(scores[name]["difference"], digits=1),
                 score(losses[name], digits=2),
                 *(f"{cost / base['training_flops']:.1f}" for cost in costs),

@@ -5,8 +5,9 @@
     python bench/study.py --articles articles.parquet --held-out ids.txt --glue GLUE --output runs/study --dry-run
     python bench/study.py … --scale gpu --output runs/study-gpu
 
-Every step is a command of this project, written to OUTPUT/commands.sh; what it prints goes to OUTPUT/logs. What is done
-is skipped by the command itself, so the same line goes on after a break. It ends with OUTPUT/comparison and
+It splits the articles and writes the models' config.json; every other step is a command of this project, written to
+OUTPUT/commands.sh; what it prints goes to OUTPUT/logs. What is done is skipped by the command itself, so the same line
+goes on after a break. It ends with OUTPUT/comparison and
 OUTPUT/comparison-faster, made by glue/compare.py, and OUTPUT/results.md, the tables that are not in there.
 """
 
@@ -106,7 +107,7 @@ class Study:
         try:
             articles = pl.read_parquet(self.articles, columns=["id", "text"])
             held_out = self.held_out.read_text().split()
-        except (OSError, pl.exceptions.PolarsError) as error:
+        except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
             raise UsageError(f"--articles or --held-out cannot be read: {cli.one_line(error)}") from None
         articles = articles.with_columns(pl.col("id").cast(pl.String))
         if missing := sorted(set(held_out) - set(articles["id"])):
@@ -172,8 +173,13 @@ class Study:
 
     def students(self) -> list[tuple[Regime, int]]:
         """(regime, pretraining seed), those with most steps last."""
-        every = [(r, seed) for r in REGIMES for seed in (self.scale.seeds if r.replicated else self.scale.others)]
+        every = [(regime, seed) for regime in REGIMES for seed in self.seeds(regime)]
         return sorted(every, key=lambda each: each[0].equal_cost)
+
+    def seeds(self, regime: Regime) -> tuple[int, ...]:
+        """Of pretraining; what is not fine-tuned has one."""
+        of = self.scale.seeds if regime.replicated else self.scale.others
+        return of if regime.glue else of[:1]
 
     def attempt(self, step: Callable[[Regime, int], None], student: tuple[Regime, int]) -> str | None:
         """A step of a student; what went wrong is said at once, and the others go on."""
@@ -197,7 +203,7 @@ class Study:
         train += ["--eval-shards", of("heldout"), "--eval-strategy", "steps", "--eval-steps", 0.15]
         self.commands.run(name, "train/run.py", *train, "--output-dir", of("students", name))
         if regime.glue:
-            self.tune(name, "", "--seeds", "1,2" if regime.replicated else "1")
+            self.tune(name, "", "--seeds", "1,2" if len(self.seeds(regime)) > 1 else "1")
 
     def tune_faster(self, regime: Regime, seed: int) -> None:
         """Fine-tune a student once more, at a learning rate for models as small."""

@@ -21,8 +21,9 @@ def cost(summaries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     - ``bytes``: of the shards and targets that the run was given;
     - ``corpus_tokens``: of the shards, padding and held-out ones included;
     - ``online_flops``, ``online_seconds``: of a teacher in memory, a token of a student's batch. To mask by its scores
-      it makes all the passes over a row that the shards took, to distil one more over the student's input: what exact
-      targets cost a token and variant, or a pass of the shards, which hides about as many positions as a student does.
+      it makes all the passes over a row that the shards took, and has their top-k from the same passes. To distil from
+      exact targets it makes one more over the student's input, at what they cost a token and variant; a student that
+      masks otherwise and distils from the shards has one of their passes made, which hides about as many positions.
 
     Scores are made once for all seeds; the scoring of targets that each seed has of its own is averaged.
     """
@@ -45,11 +46,14 @@ def _of_directories(summary: dict[str, Any]) -> dict[str, float | None]:
         "bytes": None if size is None else size + (number(targets.get("bytes")) or 0),
         "corpus_tokens": _tokens(shards),
     }
-    regime = str(summary.get("regime"))
+    source, _, distils = str(summary.get("regime")).partition("+")
     for unit, name in (("flops", "flops"), ("seconds", "worker_seconds")):
         row = _ratio(number(shards.get(name)), found["corpus_tokens"])
-        one_pass = _ratio(number(targets.get(name)), _tokens(targets)) if targets else _ratio(row, shards.get("passes"))
-        needs = [row] * regime.startswith("parquet") + [one_pass] * regime.endswith("+kd")
+        needs = [row] if source == "parquet" else []
+        if distils and targets:
+            needs.append(_ratio(number(targets.get(name)), _tokens(targets)))
+        elif distils and not needs:
+            needs.append(_ratio(row, shards.get("passes")))
         found[f"online_{unit}"] = _sum(*needs) if needs else None
     return found
 

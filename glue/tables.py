@@ -123,9 +123,10 @@ def difference_table(table: dict[str, Any]) -> Table:
             n = found[0]["n"] if found[0] else 0
             rows.append([name, *cells, f"{n} (anecdote)" if n == 1 else str(n)])
     notes = [
-        f"Regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds that both have. "
-        "With one there is no interval: an anecdote. Intervals are not corrected for how many there are: of twenty "
-        "differences that are none, one appears to be."
+        f"Regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds that both have, "
+        "and of the fine-tuning seeds that both have: where one has more, this is not the difference of their scores "
+        "above. With one pretraining seed there is no interval: an anecdote. Intervals are not corrected for how many "
+        "there are: of twenty differences that are none, one appears to be."
     ]
     return Table(f"Difference to {baseline}", [f"minus {baseline}", *compared, "n"], rows, notes)
 
@@ -203,6 +204,7 @@ def amount(value: float | None, exact: bool = False) -> str:
         return "-"
     if exact or value == 0:
         return f"{value:,.0f}"
+    value = float(f"{value:.2e}")  # rounded first: 999.9 is 1.00 k
     size = min(max(0, math.floor(math.log10(abs(value)) / 3)), len(PREFIXES) - 1)
     digits = f"{value / 1000**size:#.3g}".rstrip(".")
     return f"{digits} {PREFIXES[size]}".strip()

@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.cli import UsageError
 
 HUB_NAME = "nyu-mll/glue"
+MOST_ALIKE = 5  # the highest label of the regression, STS-B
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,10 @@ def _split(task: Task, frame: pl.DataFrame, where: str) -> Split:
         raise UsageError(f"{where} has no rows")
     texts = []
     for name in task.columns:
-        column = frame[name].cast(pl.String)
+        column = frame[name]
+        if column.dtype not in (pl.String, pl.Categorical, pl.Enum):
+            raise UsageError(f"{where} has no texts in {name}, but {column.dtype}; mend the column")
+        column = column.cast(pl.String)
         if column.null_count():
             raise UsageError(f"{where} has no {name} in row {column.is_null().arg_max()}; mend or drop the row")
         texts.append(column.to_list())
@@ -210,8 +214,8 @@ def _labels(task: Task, values: list[Any], where: str) -> np.ndarray:
             label = ids[str(value)] if task.labels else float(value)
         except (KeyError, TypeError, ValueError):
             label = np.nan
-        if np.isnan(label):
-            known = ", ".join(task.labels) if task.labels else "a number"
+        if np.isnan(label) or (not task.labels and not 0 <= label <= MOST_ALIKE):
+            known = ", ".join(task.labels) if task.labels else f"numbers from 0 to {MOST_ALIKE}"
             raise UsageError(f"{where} has the label {value!r} in row {row}; known are {known}")
         labels.append(label)
     return np.array(labels, np.int64 if task.labels else np.float64)

@@ -84,6 +84,8 @@ def test_the_bill_of_a_student() -> None:
     assert exact and exact["online_flops"] == 8e9 / (SEQUENCES * LENGTH), "and one of four variants"
     scan = costs.cost([summary("self", 1) | {"regime": "self+kd", "scoring_flops": 7_000_000_000}])
     assert scan and scan["online_flops"] == 1e9 / (SEQUENCES * LENGTH), "one pass, to distil"
+    kept = costs.cost([summary("parquet+kd", 1) | {"targets": None}])
+    assert kept and kept["online_flops"] == 7e9 / (SEQUENCES * LENGTH), "the passes that rank a row have its top-k too"
     assert exact["bytes"] == (1 << 20) + (1 << 19)
     alone = costs.cost([summary("random", 1)])
     assert alone and alone["online_flops"] is None and alone["total_flops"] == alone["training_flops"]
@@ -128,8 +130,8 @@ def test_an_interval_that_is_too_wide_leaves_the_plot() -> None:
 
 
 def test_numbers_for_people() -> None:
-    amounts = [amount(value) for value in (None, 0, 5, 999.4, 1234, 4.1e10, 7.5e26)]
-    assert amounts == ["-", "0", "5.00", "999", "1.23 k", "41.0 G", "750 Y"]
+    amounts = [amount(value) for value in (None, 0, 5, 999.4, 999.6, 1234, 4.1e10, 7.5e26)]
+    assert amounts == ["-", "0", "5.00", "999", "1.00 k", "1.23 k", "41.0 G", "750 Y"]
     assert amount(512_000, exact=True) == "512,000"
 
 

@@ -120,9 +120,13 @@ def test_two_frames_are_compared_where_both_are_scored() -> None:
 
     rises = {t: b["entropy"][both & (a["ids"] == t)] - a["entropy"][both & (a["ids"] == t)] for t in range(V)}
     expected = {t: rise.astype(np.float64).mean() for t, rise in rises.items() if len(rise) >= 20}
-    moved = uncertainty.movements(first, second, 20)
+    rose, fell = uncertainty.movements(first, second, 20)
+    moved = pl.concat([rose, fell])
     assert dict(zip(moved["token"], moved["rise"], strict=True)) == pytest.approx(expected, abs=1e-6)
-    assert moved["rise"].is_sorted(descending=True)
+    assert rose["rise"].is_sorted(descending=True) and rose["rise"].min() > 0  # type: ignore[operator]
+    assert fell["rise"].is_sorted() and fell["rise"].max() < 0  # type: ignore[operator]
+    higher = first.with_columns(pl.col("entropy") + 1)
+    assert uncertainty.movements(first, higher, 20)[1].is_empty(), "where all rise, none falls"
 
     cells = np.histogram2d(*(x["entropy"][both].clip(0, 5.9) for x in (a, b)), bins=6, range=[(0, 6)] * 2)[0]
     for x, y, share in uncertainty.joint(first, second, 1.0, 6).rows():
@@ -375,6 +379,13 @@ def test_two_sources_and_their_difference(
     browser.tap(".t.ma")
     card = browser.js("document.getElementById('card').innerText")
     assert "scored" in card and "later" in card and "surprisal –" in card
+
+
+def test_a_source_keeps_its_colour(scored: Path, later: Path, tmp_path: Path) -> None:
+    """Where the first has no surprisals, those of the second are drawn as the second's."""
+    explore(later, scored, "--output", tmp_path / "page.html")
+    drawn = re.findall(r"<h3>surprisal</h3>(<svg.*?</svg>)", (tmp_path / "page.html").read_text())
+    assert len(drawn) == 4 and all('s1"' in chart and 's0"' not in chart for chart in drawn)
 
 
 @needs_browser

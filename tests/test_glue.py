@@ -172,6 +172,15 @@ def test_rows_that_are_trained_and_evaluated_on(
         glue_here(work / "teacher", tmp_path / "none", *flags, "--drop-overlap")
 
 
+@pytest.mark.parametrize("label", [77.0, -0.5, float("inf")])
+def test_a_likeness_out_of_range(words: list[str], tmp_path: Path, label: float) -> None:
+    rows = make_rows(GLUE["stsb"], words, 4, 1)
+    for split in ("train", "dev"):
+        write_rows(rows.with_columns(label=pl.lit(label)), tmp_path / "stsb" / f"{split}.parquet")
+    with pytest.raises(UsageError, match=rf"has the label {label} in row 0; known are numbers from 0 to 5"):
+        glue.tasks.load(GLUE["stsb"], str(tmp_path))
+
+
 def test_from_the_hub(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
@@ -252,6 +261,10 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, *table("hidden", good.with_columns(label=pl.Series([-1, -1])))], "label -1 in row 0"),
         ([*model, *table("label", good.with_columns(label=pl.Series([0, 2])))], "has the label 2 in row 1"),
         ([*model, *table("null", good.with_columns(sentence=pl.Series(["a", None])))], "no sentence in row 1"),
+        (
+            [*model, *table("list", good.with_columns(sentence=pl.Series([["a"], ["b"]])))],
+            "no texts in sentence, but List",
+        ),
         ([*model, *table("empty", good.clear())], "cannot read|has no"),
         (["--model", tmp_path / "nothing", "--tasks", "cola", "--data", data], "nothing"),
     ]

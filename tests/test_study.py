@@ -45,6 +45,8 @@ def test_its_commands_are_such_as_the_scripts_take(files: list[object], tmp_path
     lines = run(*STUDY, *files, "--output", tmp_path / "study", "--scale", scale, "--dry-run").splitlines()
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("python ")]
     assert not (tmp_path / "study").exists()
+    of = SCALES[scale]
+    seeds = {each.name: of.seeds if each.replicated else of.others if each.glue else of.others[:1] for each in REGIMES}
     trained = set()
     for script, *flags in commands:
         if script == "train/run.py":
@@ -56,10 +58,13 @@ def test_its_commands_are_such_as_the_scripts_take(files: list[object], tmp_path
         elif script == "train/plan.py":
             train.plan.parse(flags)
         elif script == "glue/run.py":
-            assert set(glue.options.parse(flags, None).limit_train) == {"sst2"}
+            args = glue.options.parse(flags, None)
+            assert set(args.limit_train) == {"sst2"} and args.drop_overlap
+            if args.learning_rate is None:
+                name = Path(args.model[0]).name.rpartition("-")[0]
+                assert args.seeds == ([1, 2] if len(seeds[name]) > 1 else [1]), "of an anecdote, one"
         elif script == "glue/compare.py":
             compared = glue.compare.parse(flags).regimes
-    seeds = {regime.name: SCALES[scale].seeds if regime.replicated else SCALES[scale].others for regime in REGIMES}
     assert trained - {("reference", 1)} == {(f"{name}-{seed}", seed) for name, of in seeds.items() for seed in of}
     assert {name: len(directories) for name, directories in compared.items()} == {
         regime.name: len(seeds[regime.name]) for regime in REGIMES if regime.glue and seeds[regime.name]
@@ -71,6 +76,8 @@ def test_what_it_is_made_from_is_looked_at_first(files: list[object], tmp_path: 
     (tmp_path / "other.txt").write_text("7\n300\n")
     other = [*files[:3], tmp_path / "other.txt", *files[4:]]
     assert "'300', which is no id in --articles" in refused(*STUDY, *other, "--output", output)
+    binary = [*files[:3], tmp_path / "articles.parquet", *files[4:]]
+    assert "--held-out cannot be read" in refused(*STUDY, *binary, "--output", output)
     nothing = [*files[:5], tmp_path / "nothing"]
     assert "nothing" in refused(*STUDY, *nothing, "--output", output)
     assert not output.exists()

@@ -13,7 +13,7 @@ from html import escape
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 36, 10, 14, 40
 
-Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing
+Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing, but keeps the others' colours
 
 
 def bars(
@@ -55,6 +55,8 @@ def curve(x_N: Sequence[float], series: Series, x_title: str, unit: str) -> str:
     marks = []
     for number, (name, values) in enumerate(series.items()):
         pairs = [(x, value) for x, value in zip(x_N, values, strict=True) if value is not None]
+        if not pairs:
+            continue
         points = " ".join(f"{_x(x, right):.1f},{_y(value, top):.1f}" for x, value in pairs)
         marks.append(f'<polyline class="line s{number}" points="{points}"/>')
         marks += [
@@ -66,12 +68,14 @@ def curve(x_N: Sequence[float], series: Series, x_title: str, unit: str) -> str:
 
 
 def histogram(width: float, series: Series, x_title: str, start: float = 0.0, y_title: str = "% of tokens") -> str:
-    """Shares by bins of ``width`` from ``start``: an area, and of a second series a line over it."""
+    """Shares by bins of ``width`` from ``start``: an area, and of a second series a line over it; none of no bins."""
     top = _nice_top([100 * (value or 0) for values in series.values() for value in values])
-    bins = len(next(iter(series.values())))
+    bins = max(map(len, series.values()))
     right = bins * width
     marks, floor = [], _y(0, top)
     for number, (name, values) in enumerate(series.items()):
+        if not values:
+            continue
         outline = []
         for place, value in enumerate(values):
             left, end, y = _x(place * width, right), _x((place + 1) * width, right), _y(100 * (value or 0), top)

@@ -153,8 +153,8 @@ def distribution_section(sources: list[Source]) -> str:
 
     def chart(measure: str) -> str:
         shares = {
-            s.name: uncertainty.histogram(s.frame, measure, BIN, bins)["share"].to_list()
-            for s in known(sources, measure)
+            s.name: uncertainty.histogram(s.frame, measure, BIN, bins)["share"].to_list() if known(s, measure) else []
+            for s in sources
         }
         return charts.histogram(BIN, shares, f"{measure}, nats")
 
@@ -192,10 +192,11 @@ def piece_section(sources: list[Source]) -> str:
 
 def position_section(sources: list[Source]) -> str:
     def chart(measure: str) -> str:
-        shown = known(sources, measure)
-        found = [uncertainty.by_position(source.frame).select("position", measure) for source in shown]
+        found = [uncertainty.by_position(source.frame).select("position", measure) for source in sources]
         places = sorted(set().union(*(each["position"] for each in found)))
-        series = {s.name: [dict(each.iter_rows()).get(p) for p in places] for s, each in zip(shown, found, strict=True)}
+        series = {
+            s.name: [dict(each.iter_rows()).get(p) for p in places] for s, each in zip(sources, found, strict=True)
+        }
         return charts.curve(places, series, "position in the sequence", "nats")
 
     read = (
@@ -209,9 +210,8 @@ def token_section(sources: list[Source], label: Label) -> str:
     for source in sources:
         found = uncertainty.by_token(source.frame, uncertainty.often_enough(source.frame))
         columns, whose = ["entropy", "surprisal"], f"{source.name}: " if len(sources) > 1 else ""
-        parts.append(
-            token_tables(found, columns, columns, [f"{whose}most uncertain", f"{whose}least uncertain"], label)
-        )
+        sides = {f"{whose}most uncertain": found, f"{whose}least uncertain": found.reverse()}
+        parts.append(token_tables(sides, columns, columns, label))
     read = (
         "Means over all places where a token stands, of tokens that stand here at least "
         f"{uncertainty.often_enough(sources[0].frame)} times. ## marks a piece that goes on with a word."
@@ -230,9 +230,9 @@ def difference_section(sources: list[Source], label: Label) -> str:
         charts.density(CELL, bins, cells, f"entropy of {first.name}, nats", f"entropy of {second.name}, nats"),
         charts.histogram(0.1, {"sequences": shares}, "rank correlation within a sequence", -1.0, "% of sequences"),
     ]
-    moved = uncertainty.movements(*frames, uncertainty.often_enough(first.frame))
+    rose, fell = uncertainty.movements(*frames, uncertainty.often_enough(first.frame))
     head = [first.name, second.name, "rise"]
-    tables = token_tables(moved, ["first", "second", "rise"], head, ["rose most", "fell most"], label)
+    tables = token_tables({"rose most": rose, "fell most": fell}, ["first", "second", "rise"], head, label)
     read = (
         "First, each token by both entropies: on the diagonal they agree. Then, whether both rank the tokens of a "
         "sequence alike (Spearman), which is what masks depend on: 1 is the same order, 0 none in common. "
@@ -245,23 +245,22 @@ def difference_section(sources: list[Source], label: Label) -> str:
 # --- elements --------------------------------------------------------------------------------------------------------
 
 
-def known(sources: list[Source], measure: str) -> list[Source]:
-    """The sources that have a measure at all: kept self-scores have no surprisals."""
-    return [source for source in sources if uncertainty.spread(source.frame, measure)]
+def known(source: Source, measure: str) -> bool:
+    """Whether a source has a measure at all: kept self-scores have no surprisals."""
+    return bool(uncertainty.spread(source.frame, measure))
 
 
 def section(title: str, read: str, sources: list[Source], chart: Callable[[str], str]) -> str:
     """Words and a chart a measure, side by side where there is room."""
-    drawn = [f"<div><h3>{m}</h3>{chart(m)}</div>" for m in uncertainty.MEASURES if known(sources, m)]
+    drawn = [f"<div><h3>{m}</h3>{chart(m)}</div>" for m in uncertainty.MEASURES if any(known(s, m) for s in sources)]
     return f'<h2>{title}</h2>{reading(read)}{key(sources)}<div class="pair">{"".join(drawn)}</div>'
 
 
 def bars(sources: list[Source], measure: str, by: Callable[[pl.DataFrame], pl.DataFrame], x_title: str) -> str:
-    shown = known(sources, measure)
-    found = [by(source.frame).with_columns(pl.col("label").cast(pl.String)) for source in shown]
+    found = [by(source.frame).with_columns(pl.col("label").cast(pl.String)) for source in sources]
     labels, shares = max(found, key=len).select("label", "share")
     values = [dict(each.select("label", measure).iter_rows()) for each in found]
-    series = {source.name: [each.get(name) for name in labels] for source, each in zip(shown, values, strict=True)}
+    series = {source.name: [each.get(name) for name in labels] for source, each in zip(sources, values, strict=True)}
     notes = [f"{share:.1%} of the tokens" for share in shares]
     ticks = [name.rpartition("–")[2].replace(",000", "k") for name in labels]  # of ranks, where a group ends
     return charts.bars(labels.to_list(), series, x_title, "nats", ticks, notes)
@@ -278,14 +277,14 @@ def reading(text: str) -> str:
     return f'<p class="read">{escape(text)}</p>'
 
 
-def token_tables(
-    found: pl.DataFrame, columns: Sequence[str], head: Sequence[str], titles: Sequence[str], label: Label
-) -> str:
-    """The first and the last rows of a table of tokens, side by side."""
+def token_tables(sides: dict[str, pl.DataFrame], columns: Sequence[str], head: Sequence[str], label: Label) -> str:
+    """The first rows of tables of tokens, side by side, by title; none of an empty one."""
     parts = []
-    for title, side in zip(titles, (found.head(ROWS), found.reverse().head(ROWS)), strict=True):
+    for title, found in sides.items():
+        if found.is_empty():
+            continue
         rows = []
-        for row in side.iter_rows(named=True):
+        for row in found.head(ROWS).iter_rows(named=True):
             numbers = ["–" if row[name] is None else f"{row[name]:.2f}" for name in columns]
             rows.append([label(row["token"])[1], f"{row['count']:,}", *numbers])
         parts.append(f"<div><h3>{escape(title)}</h3>{table(['token', 'times', *head], rows)}</div>")

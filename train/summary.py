@@ -38,9 +38,9 @@ def print_summary(sources: list[Source], mask: MaskPolicy, label: Label) -> None
         first, second = (source.frame for source in sources)
         print(f"{sources[0].name} → {sources[1].name}")
         print(f"  {agreement_words(first, second)}")
-        moved = uncertainty.movements(first, second, uncertainty.often_enough(first))
-        print_tokens("rose most", moved.head(8), "rise", label)
-        print_tokens("fell most", moved.reverse().head(8), "rise", label)
+        rose, fell = uncertainty.movements(first, second, uncertainty.often_enough(first))
+        print_tokens("rose most", rose.head(8), "rise", label)
+        print_tokens("fell most", fell.head(8), "rise", label)
 
 
 def print_means(title: str, found: pl.DataFrame, note: str = "") -> None:

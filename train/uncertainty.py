@@ -151,12 +151,15 @@ def agreement(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
     return masks.agg(overlap=overlap.fill_nan(None)).join(ranks, on="sequence", how="left").sort("sequence")
 
 
-def movements(first: pl.DataFrame, second: pl.DataFrame, least: int) -> pl.DataFrame:
-    """Tokens that stand there at least so often, by how much their mean entropy rises from first to second."""
+def movements(first: pl.DataFrame, second: pl.DataFrame, least: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Tokens that stand there at least so often whose mean entropy rises from first to second, those that rise most
+    first; and those whose entropy falls likewise.
+    """
     both = side_by_side(first, second).group_by("token")
     found = both.agg(pl.len().alias("count"), pl.col("first", "second").cast(pl.Float64).mean())
     found = found.filter(pl.col("count") >= least).with_columns(rise=pl.col("second") - pl.col("first"))
-    return found.sort("rise", "token", descending=[True, False])
+    found = found.sort("rise", "token", descending=[True, False])
+    return found.filter(pl.col("rise") > 0), found.filter(pl.col("rise") < 0).reverse()
 
 
 def joint(first: pl.DataFrame, second: pl.DataFrame, width: float, bins: int) -> pl.DataFrame:
