@@ -1,12 +1,13 @@
-"""The tables of the study that its comparison has not: what was found in one, and the held-out loss by decile."""
+"""The tables of the study that its comparison has not: what was found in one, and the held-out loss by decile. Pure."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from glue.intervals import estimate
+from glue.intervals import estimate, paired_difference
 from glue.tables import difference, score
 
 DECILES = 10
@@ -53,6 +54,22 @@ def deciles(summaries: dict[str, list[dict[str, Any]]]) -> str:
         rows.append([name, *cells, f"{found[0]['steps']:,}"])
     columns = ["regime", "n", "loss", "95 % interval", *map(str, range(1, DECILES + 1)), "steps"]
     return _markdown(columns, rows)
+
+
+def decile_differences(summaries: dict[str, list[dict[str, Any]]], baseline: str) -> str:
+    """The held-out loss by decile minus the baseline's, with the interval of a paired t over seeds. As Markdown."""
+
+    def by_seed(name: str, decile: int) -> dict[int, dict[int, float]]:
+        return {each["seed"]: {0: each["eval_loss_by_entropy_decile"][decile]} for each in summaries[name]}
+
+    rows = []
+    for name in summaries:
+        found = [paired_difference(by_seed(name, decile), by_seed(baseline, decile)) for decile in range(DECILES)]
+        if name != baseline and found[0]:
+            n = found[0].n
+            cells = [difference(asdict(each) if each else None, digits=2) for each in found]
+            rows.append([name, f"{n} (anecdote)" if n == 1 else str(n), *cells])
+    return _markdown([f"minus {baseline}", "n", *map(str, range(1, DECILES + 1))], rows)
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:

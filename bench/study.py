@@ -30,7 +30,7 @@ import polars as pl
 
 from bench.commands import Commands
 from bench.regimes import REGIMES, SCALES, Regime, Scale, architecture
-from bench.report import deciles, findings
+from bench.report import decile_differences, deciles, findings
 from glue.metrics import tasks_of
 from glue.tasks import choose, load
 from pipeline import cli, storage
@@ -251,7 +251,8 @@ class Study:
             file = self.output / "students" / f"{regime.name}-{seed}" / "summary.json"
             summaries[regime.name].append(json.loads(file.read_text()))
         made = {name: found for name, found in summaries.items() if found}  # a trial has the main ones alone
-        return "\n".join([*(findings(table, AVERAGE) for table in tables), deciles(made)])
+        by_decile = (deciles(made), decile_differences(made, "random"))
+        return "\n".join([*(findings(table, AVERAGE) for table in tables), *by_decile])
 
 
 if __name__ == "__main__":

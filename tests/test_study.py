@@ -24,7 +24,7 @@ import pipeline.score
 import train.options
 import train.plan
 from bench.regimes import REGIMES, SCALES
-from bench.report import deciles, findings
+from bench.report import decile_differences, deciles, findings
 from glue.metrics import AVERAGES
 
 STUDY = [sys.executable, str(ROOT / "bench" / "study.py")]
@@ -71,6 +71,15 @@ def test_its_commands_are_such_as_the_scripts_take(files: list[object], tmp_path
     }
 
 
+def test_its_rows_are_written_down_with_their_flags() -> None:
+    text = (ROOT / "docs" / "RESULTS.md").read_text()
+    for regime in REGIMES:
+        flags = regime.flags + " --max-steps EQUAL" * regime.equal_cost
+        flags += f" --targets targets-{regime.targets}" * bool(regime.targets)
+        flags += f" --shards {regime.shards}" * (regime.shards != "scored")
+        assert any(row.startswith(f"| {regime.name} |") and f"| `{flags}` |" in row for row in text.splitlines())
+
+
 def test_what_it_is_made_from_is_looked_at_first(files: list[object], tmp_path: Path) -> None:
     output = tmp_path / "study"
     (tmp_path / "other.txt").write_text("7\n300\n")
@@ -92,7 +101,9 @@ def test_its_tables(tmp_path: Path) -> None:
     summaries: dict[str, list[dict[str, Any]]] = {}
     for name, seeds in (("random", (1, 2, 3)), ("parquet", (1, 2, 3)), ("self", (2,))):
         for seed in seeds:
-            training = summary(name, seed, 4 + seed / 10, eval_loss_by_entropy_decile=[seed + d for d in range(10)])
+            worse = (seed + 1) / 15 * (name == "parquet")  # 2, 3 and 4 fifteenths: 0.2 on average
+            by_decile = [seed + decile + worse for decile in range(10)]
+            training = summary(name, seed, 4 + seed / 10, eval_loss_by_entropy_decile=by_decile)
             scores = {task: {1: 0.5 + seed * len(name) / 100} for task in AVERAGES["local6"]}
             write_results(tmp_path / f"{name}-{seed}", scores, training)
             summaries.setdefault(name, []).append(training)
@@ -106,7 +117,11 @@ def test_its_tables(tmp_path: Path) -> None:
     assert rows[2][2:4] == ["58.0", "-4.0"], "of one seed, nothing but the mean"
     assert [row[5:] for row in rows] == [["1.0"] * 3, ["1.0", "1.2", "1.2"], ["1.3"] * 3]
     of_deciles = [line.strip("| ").split(" | ") for line in deciles(summaries).splitlines()[2:]]
-    assert [row[4:14] for row in of_deciles] == [[f"{2 + decile:.2f}" for decile in range(10)]] * 3
+    for row, more in zip(of_deciles, (2, 2.2, 2), strict=True):
+        assert row[4:14] == [f"{more + decile:.2f}" for decile in range(10)]
+    differences = [line.strip("| ").split(" | ") for line in decile_differences(summaries, "random").splitlines()[2:]]
+    assert [row[:2] for row in differences] == [["parquet", "3"], ["self", "1 (anecdote)"]]
+    assert differences[0][2] == "+0.20 [+0.03, +0.37]" and differences[1][2:] == ["+0.00"] * 10
     assert of_deciles[0][2:4] == ["4.20", "[3.95, 4.45]"] and of_deciles[2][2:4] == ["4.20", "anecdote"]
 
 
@@ -147,7 +162,7 @@ def test_a_killed_trial_goes_on_to_its_end(files: list[object], tmp_path: Path) 
     held_out = json.loads((output / "heldout" / "manifest.json").read_text())
     assert held_out["totals"]["documents"] == 2
     tables = (output / "results.md").read_text().split("\n\n")
-    assert len(tables) == 3
-    for text in tables:
+    assert len(tables) == 4
+    for text in tables[:3]:
         assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:]] == [regime.name for regime in main]
     assert "| anecdote |" in tables[2] and "[" not in tables[0].partition("\n")[2]
