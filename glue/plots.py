@@ -280,6 +280,6 @@ def _apart(heights: Sequence[float]) -> list[float]:
 
 
 def _edge(block: Sequence[float], side: int) -> float:
-    """Where the labels of a block begin (-1) or end (1); above the axis in any case."""
+    """Where the labels of a block begin (-1) or end (1); between the top and the axis in any case."""
     half = LINE * len(block) / 2
-    return min(sum(block) / len(block), BOTTOM - half) + side * half
+    return min(max(sum(block) / len(block), half + 2), BOTTOM - half) + side * half

@@ -141,6 +141,7 @@ def test_labels_keep_their_order_and_a_distance() -> None:
     assert (np.diff(found) >= plots.LINE - 1e-9).all()
     assert found[-1] < plots.BOTTOM and plots._apart([50.0, 100.0]) == [50.0, 100.0]
     assert plots._apart([100.0, 101.0]) == [95.0, 106.0]
+    assert plots._apart([6.0] * 3)[0] > plots.LINE / 2, "below the top"
     assert plots._apart([50.0, *[plots.BOTTOM - 1] * 3])[0] == 50.0, "the axis pushes up those above it, and no other"
 
 
