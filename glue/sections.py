@@ -100,14 +100,14 @@ def scores(table: dict[str, Any]) -> Section:
         rows = []
         for style, name in enumerate(table["regimes"]):
             cell = row[name]
-            collapsed = f", {cell['collapsed']} collapsed" if cell.get("collapsed") else ""
+            collapsed = f" †{cell['collapsed']}" if cell.get("collapsed") else ""
             text = f"{cell['mean']:z.1f}{tables.interval(cell)}, n = {cell['n']}{collapsed}"
             rows.append(plots.Row(style, name, cell["mean"], cell["low"], cell["high"], text))
         drawn[label] = plots.bars(rows, constant)
     text = (
         "Means over pretraining seeds, each with its own 95 % interval. Regimes share initial weights and data, so "
         "these intervals may overlap where the paired difference above is clear. The dashed mark is the best score of "
-        "a model that says the same of every row; a run that does so is counted as collapsed."
+        "a model that says the same of every row; runs that do so are counted behind †."
     )
     return Section("Scores, task by task", text, drawn, tables.score_table(table))
 

@@ -227,7 +227,7 @@ def test_models_that_nobody_here_pretrained(tmp_path: Path) -> None:
         table["tasks"]["rte"]["scores"]["a"]["collapsed"] == 2 and "†2" in (tmp_path / "out" / "table.md").read_text()
     )
     text = (tmp_path / "out" / "page.html").read_text()
-    assert "2 collapsed" in text and "Cost" not in Page(text).text and len(svgs(text)) == 1 + 4 + 9
+    assert "n = 1 †2" in text and "Cost" not in Page(text).text and len(svgs(text)) == 1 + 4 + 9
     assert (tmp_path / "out" / "chart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     one = compare_here(tmp_path / "one", f"a={tmp_path / 'a'}")
     assert one["regimes"] == ["a"] and "Difference" not in (tmp_path / "one" / "table.md").read_text()
