@@ -16,10 +16,10 @@ demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/demo.sh
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not exhaustive'
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not exhaustive'
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .
