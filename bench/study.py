@@ -7,8 +7,8 @@
 
 It splits the articles and writes the models' config.json; every other step is a command of this project, written to
 OUTPUT/commands.sh; what it prints goes to OUTPUT/logs. What is done is skipped by the command itself, so the same line
-goes on after a break. It ends with OUTPUT/comparison and
-OUTPUT/comparison-faster, made by glue/compare.py, and OUTPUT/results.md, the tables that are not in there.
+goes on after a break. It ends with OUTPUT/comparison and OUTPUT/comparison-faster, made by glue/compare.py, and
+OUTPUT/results.md, the tables that are not in there.
 """
 
 from __future__ import annotations

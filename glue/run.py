@@ -211,7 +211,7 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
 
 def describe_overlap(data: TaskData) -> str:
     rows = sum(len(split.labels) for split in data.evaluations.values())
-    return f"{data.task.name}: {data.overlap:,} of {rows:,} evaluation rows are trained on too; see --drop-overlap"
+    return f"{data.task.name}: {data.overlap:,} of {rows:,} evaluation rows are training rows too; see --drop-overlap"
 
 
 def describe_grid(cells: list[Cell]) -> str:

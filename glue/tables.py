@@ -92,7 +92,7 @@ def score_table(table: dict[str, Any]) -> Table:
     if seen := {name: row for name, row in table["tasks"].items() if row["overlap"]}:
         counts = [f"{name} {row['overlap']:,} of {row['eval_rows']:,}" for name, row in seen.items()]
         notes.append(
-            f"Evaluation rows that were trained on too: {', '.join(counts)}. Where they are many, a score is of memory."
+            f"Evaluation rows that are training rows too: {', '.join(counts)}. Where many, a score is of memory."
         )
     if table["not_computed"]:
         notes.append(f"Not computed: {'; '.join(table['not_computed'].values())}.")

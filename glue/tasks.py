@@ -93,7 +93,7 @@ class TaskData:
 
     @cached_property
     def overlap(self) -> int:
-        """How many rows of the evaluations have texts that are trained on: their scores measure memory."""
+        """How many rows of the evaluations have texts of training rows: their scores measure memory."""
         trained = set(self.train.rows())
         return sum(row in trained for split in self.evaluations.values() for row in split.rows())
 

@@ -163,10 +163,10 @@ def test_rows_that_are_trained_and_evaluated_on(
     write_rows(leaked, tmp_path / "data" / "stsb" / "dev.parquet")
     found = glue_here(work / "teacher", tmp_path / "as-it-is", *flags)["stsb-seed1"]
     assert (found["train_rows"], found["eval_rows"], found["overlap"]) == (64, 24, 6)
-    assert "stsb: 6 of 24 evaluation rows are trained on too; see --drop-overlap" in capfd.readouterr().err
+    assert "stsb: 6 of 24 evaluation rows are training rows too; see --drop-overlap" in capfd.readouterr().err
     found = glue_here(work / "teacher", tmp_path / "dropped", *flags, "--drop-overlap")["stsb-seed1"]
     assert (found["train_rows"], found["eval_rows"], found["overlap"]) == (58, 24, 0)
-    assert "trained on too" not in capfd.readouterr().err
+    assert "training rows too" not in capfd.readouterr().err
     write_rows(train, tmp_path / "data" / "stsb" / "dev.parquet")
     with pytest.raises(UsageError, match="all training rows of stsb are evaluated on too"):
         glue_here(work / "teacher", tmp_path / "none", *flags, "--drop-overlap")
