@@ -56,6 +56,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "data_seed": (0, MOST_SEED),
     "learning_rate": (0, sys.float_info.max),
     "weight_decay": (0, sys.float_info.max),
+    "muon_learning_rate": (0, sys.float_info.max),
+    "muon_weight_decay": (0, sys.float_info.max),
     "adam_beta1": (0, math.nextafter(1, 0)),
     "adam_beta2": (0, math.nextafter(1, 0)),
     "adam_epsilon": (0, sys.float_info.max),
@@ -74,8 +76,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "dataloader_prefetch_factor": (1, 1024),
     "ddp_timeout": (1, 10**9),
     "num_workers": (1, MOST_BATCH),
-    "self_warmup_steps": (0, MOST_STEPS),
-    "self_refresh_every": (1, MOST_STEPS),
     "distill_weight": (0, 1),
     "distill_temperature": (sys.float_info.min, sys.float_info.max),
 }
@@ -105,7 +105,7 @@ def check(flags: dict[str, Any]) -> None:
 
         if mode not in (modes := list_mode_options()):
             raise UsageError(f"--torch-compile-mode {mode} is none of {', '.join(modes)}; use one")
-    for name in ("targets", "eval_shards", "export_entropies"):
+    for name in ("targets", "eval_shards"):
         if flags[name] == "":
             raise UsageError(f"{flag(name)} is empty; name a directory, or leave it out")
     epochs = {"max_steps": TrainingArguments.max_steps}  # the value that says: by epochs

@@ -113,8 +113,6 @@ def _absolute(options: Options, output: Path) -> list[str]:
         flags += ["--targets", storage.absolute(options.targets)]
     if options.eval_shards:
         flags += ["--eval-shards", storage.absolute(options.eval_shards)]
-    if options.export_entropies:
-        flags += ["--export-entropies", storage.absolute(options.export_entropies)]
     if Path(options.model).exists():
         flags += ["--model", str(Path(options.model).absolute())]
     return flags

@@ -84,7 +84,7 @@ class EntropyMaskingCollator(TrainerCallback):
         masked = self.masker(batch, self.policy)
         labels_BL = torch.full_like(ids_BL, IGNORED_LABEL)
         # an ignored position is the last one, and so is its label
-        labels_BL.scatter_(1, masked["positions_BK"] % (length + 2), masked["labels_BK"])
+        labels_BL.scatter_(1, masked["positions_BP"] % (length + 2), masked["labels_BP"])
         found = {"input_ids": masked["input_ids"], "attention_mask": attended_BL.long(), "labels": labels_BL}
         return {name: tensor_BL[:, :length].contiguous() for name, tensor_BL in found.items()}
 

@@ -18,7 +18,7 @@ from pipeline import masks, storage
 from pipeline.cli import RunError, UsageError
 from pipeline.manifests import Manifest, ShardEntry, load_tokenizer, read_table
 from pipeline.shards import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
-from train.masking import Masker
+from train.masking import Masker, MaskPolicy
 from train.noise import hash_order, hashes
 from train.words import continuing_tokens
 
@@ -90,6 +90,15 @@ class Columns:
 
 
 Rows = dict[str, np.ndarray]
+
+
+def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> Columns:
+    """What of the shards a run reads."""
+    predict_by = "random" if policy.predicts_all else policy.predict_by
+    read = {"surprisal"} if "excess" in (predict_by, None if policy.uniform else policy.by) else set()
+    if source == "parquet":
+        read |= {predict_by} | (set() if policy.uniform else {policy.by})
+    return Columns(entropy="entropy" in read, surprisal="surprisal" in read, top_k=top_k, temperature=temperature)
 
 
 def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_groups: list[int] | None = None) -> Rows:
@@ -198,8 +207,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         size: sequences of the whole run.
         seed: of the order.
         prepare: from raw batch to what the model takes, called in the loader's worker. A raw batch has ``input_ids``
-            [B, L], ``sequence_id`` and ``epoch`` [B], and by ``columns`` ``entropy``, ``surprisal`` and
-            ``temperature_lse`` [B, L] and ``topk_*`` [B, L, k].
+            [B, L], ``sequence_id``, ``epoch`` and ``progress`` (place in the run, from 0 to 1) [B], and by ``columns``
+            ``entropy``, ``surprisal`` and ``temperature_lse`` [B, L] and ``topk_*`` [B, L, k].
         targets: a target directory, whose rows are added to the raw batch (see ``read_targets``). ``epoch``, which
             decides the mask, is then the variant: epoch e has variant e mod R.
     """
@@ -244,7 +253,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             rows = self._shuffled[offsets]
             part = {name: array[rows] for name, array in self._rows.items()}  # copied: the next window comes here
             parts.append(part | {"epoch": np.full(len(offsets), self._mask_of(epoch), np.int64)})
-        return self.prepare(to_tensors({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}))
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return self.prepare(to_tensors(joined | {"progress": np.asarray(indices, np.float64) / self.size}))
 
     def _mask_of(self, epoch: int) -> int:
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch

@@ -17,7 +17,7 @@ def masked_lm_loss(
     labels_N: Tensor,
     teacher_ids_NK: Tensor | None = None,
     teacher_logprobs_NK: Tensor | None = None,
-    distill_weight: float = 0.0,
+    distill_weight: float | Tensor = 0.0,
     temperature: float = 1.0,
     temperature_lse_N: Tensor | None = None,
 ) -> Tensor:
@@ -27,15 +27,17 @@ def masked_lm_loss(
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
         labels_N: the hidden tokens, int64; a row with ``IGNORED_LABEL`` gives 0.
         teacher_ids_NK, teacher_logprobs_NK, temperature, temperature_lse_N: see ``distillation``.
-        distill_weight: α; without a teacher the loss is the cross-entropy.
+        distill_weight: α, of all positions or one for each [N]; without a teacher the loss is the cross-entropy.
 
     Returns:
         loss_N ≥ 0, in nats.
     """
-    if not distill_weight or teacher_ids_NK is None or teacher_logprobs_NK is None:
+    weighted = isinstance(distill_weight, Tensor) or distill_weight > 0
+    if not weighted or teacher_ids_NK is None or teacher_logprobs_NK is None:
         return F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     if temperature == 1:
-        return _OneSoftmax.apply(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, distill_weight)
+        α_N1 = distill_weight[:, None] if isinstance(distill_weight, Tensor) else distill_weight
+        return _OneSoftmax.apply(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, α_N1)
     logits_NV = _wide(logits_NV)
     ce_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     kl_N = distillation(logits_NV, teacher_ids_NK, teacher_logprobs_NK, temperature, temperature_lse_N)
@@ -126,7 +128,7 @@ class _OneSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, labels_N: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tensor, α: float
+        ctx: Any, logits_NV: Tensor, labels_N: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tensor, α: Any
     ) -> Tensor:
         outside_NV = logits_NV.to(_wide(logits_NV[:0]).dtype, copy=True)
         lowest = torch.finfo(outside_NV.dtype).min  # finite, so that nothing is NaN where the head is all there is

@@ -17,7 +17,7 @@ from train.data import Columns, read_block, to_tensors
 from train.masking import IGNORED_LABEL, Masker, MaskPolicy
 
 # at random, whatever the regime, seed and mask ratio
-EVALUATION = MaskPolicy(ratio=0.15, temperature=float("inf"), corruption="mask-only", seed=0)
+EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
 
 
@@ -33,26 +33,26 @@ def batches(
 
 
 def masked(masker: Masker, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A raw batch as the model is to see it, with ``labels_BK``."""
+    """A raw batch as the model is to see it, with ``labels_BP``."""
     sequences = {name: tensor for name, tensor in raw.items() if name != "entropy"}
     return masker(sequences | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
 
 
 def outcomes(
-    logits_BKV: Tensor, labels_BK: Tensor, positions_BK: Tensor, raw: dict[str, Tensor]
+    logits_BPV: Tensor, labels_BP: Tensor, positions_BP: Tensor, raw: dict[str, Tensor]
 ) -> tuple[np.ndarray, ...]:
     """(sequence id, position, loss, correct, entropy) [N] of the masked positions; loss and entropy in nats.
 
     The entropy is that of the shards, 0 where they have none.
     """
-    logits_NV, labels_N = logits_BKV.flatten(0, 1), labels_BK.flatten()
+    logits_NV, labels_N = logits_BPV.flatten(0, 1), labels_BP.flatten()
     kept_N = labels_N != IGNORED_LABEL
     loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     entropy_BL = raw.get("entropy", torch.zeros(raw["input_ids"].shape))
-    entropy_N = entropy_BL.gather(1, positions_BK.clamp_min(0)).flatten()
+    entropy_N = entropy_BL.gather(1, positions_BP.clamp_min(0)).flatten()
     hit_N = logits_NV.argmax(1) == labels_N
-    sequence_N = raw["sequence_id"].repeat_interleave(positions_BK.shape[1])
-    found = (sequence_N, positions_BK.flatten(), loss_N, hit_N, entropy_N)
+    sequence_N = raw["sequence_id"].repeat_interleave(positions_BP.shape[1])
+    found = (sequence_N, positions_BP.flatten(), loss_N, hit_N, entropy_N)
     return tuple(values_N[kept_N].numpy() for values_N in found)
 
 

@@ -49,7 +49,7 @@ class Options(MaskOptions):
 
 def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
-    mask = mask_policy(options, options.entropy_source, options.seed)
+    mask = mask_policy(options, options.entropy_source, options.seed, planned=True)
     manifests = open_directories(directories)
     policy = Policy(masker_of(manifests[0], mask.unit), mask)
     tokenizer = load_tokenizer(manifests[0].uri)

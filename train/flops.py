@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def training_flops(
-    encoder: int, head: int, sequences: int, masked: int, scored: int = 0, fresh: int = 0, length: int = 0
+    encoder: int, head: int, sequences: int, predicted: int, scored: int = 0, fresh: int = 0, length: int = 0
 ) -> int:
-    """FLOPs of a run: ``sequences · (3·(encoder + masked·head) + scored·head) + fresh · (encoder + length·head)``.
+    """FLOPs of a run: ``sequences · (3·(encoder + predicted·head) + scored·head) + fresh · (encoder + length·head)``.
 
     A backward is two forwards: with respect to the weights, and to what went in. For a head of one product this is the
     6·N a token of arXiv 2001.08361, with attention, and with the head where it runs only.
@@ -27,12 +27,12 @@ def training_flops(
     Args:
         encoder, head: of ``forward_flops``.
         sequences: that the run trains on, each as often as it is seen.
-        masked: K, positions of each that the head learns from.
-        scored: R, positions of each that the head scores without gradient (``--self-refresh lagged``).
+        predicted: P, positions of each that the head learns from.
+        scored: K, positions of each that the head scores without gradient, to choose those (``--predict-by``).
         fresh: sequences that are scored in a forward of their own, at all positions (``--self-refresh step``).
         length: L, of those.
     """
-    return sequences * (3 * (encoder + masked * head) + scored * head) + fresh * (encoder + length * head)
+    return sequences * (3 * (encoder + predicted * head) + scored * head) + fresh * (encoder + length * head)
 
 
 @torch.no_grad()
@@ -46,6 +46,6 @@ def forward_flops(model: Any, length: int) -> tuple[int, int]:
     for positions in (1, 2):
         # attention as plain products: torch counts those on any device
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(ids_1L, torch.ones_like(ids_1L), positions_BK=torch.arange(positions, device=model.device)[None])
+            model(ids_1L, torch.ones_like(ids_1L), positions_BP=torch.arange(positions, device=model.device)[None])
         counts.append(counter.get_total_flops())
     return 2 * counts[0] - counts[1], counts[1] - counts[0]

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from pipeline import storage
 from pipeline.checkpoints import resolve_dtype
 from pipeline.cli import UsageError
 from pipeline.manifests import Manifest, check_shards
@@ -19,39 +18,74 @@ from train.arguments import flag
 from train.data import masker_of
 from train.masking import MaskPolicy
 
-# learning rate and sequences a step, by preset; other models take those of base
-LEARNING_RATES = {"tiny": 1e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4}
+# AdamW's learning rate and sequences a step, by size of preset; other models take those of base
+LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4}
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
+MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY = "muon", 0.02, 0.01
+DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay schedule
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
-REFRESH_EVERY = 8
 EVAL_FRACTION = 0.01
+
+# what the mask flags are where they are not given (docs/RECIPES.md says why)
+BASE: dict[str, Any] = {"ratio": 0.15, "corruption": "bert", "unit": "token", "by": "entropy", "temperature": 0.0}
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"hard_share": 0.3, "warmup": 0.1, "ramp": 0.2},
+    # the selection of arXiv 2605.28526: the highest entropies, all of the mask, from the first step
+    "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
+}
 
 
 @dataclass(kw_only=True)
 class MaskOptions:
-    """Which tokens to hide; None where the flag was not given."""
+    """Which tokens to mask and to predict; None where the flag was not given."""
 
+    recipe: Literal["default", "paper"] | None = field(
+        default=None, metadata={"help": "paper: mask the highest entropies alone, from the first step (2605.28526)"}
+    )
     mask_ratio: float | None = field(
-        default=None, metadata={"help": "share of the tokens of a sequence that is hidden (default: 0.15)"}
+        default=None, metadata={"help": f"share of the tokens of a sequence that is masked (default: {BASE['ratio']})"}
+    )
+    predict_ratio: float | None = field(
+        default=None, metadata={"help": "share of the tokens that is predicted, of those masked (default: all of them)"}
+    )
+    hard_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of a mask that is chosen by score, the rest at random (default: "
+            f"{RECIPES['default']['hard_share']})"
+        },
+    )
+    mask_warmup: float | None = field(
+        default=None,
+        metadata={"help": f"share of the run with random masks first (default: {RECIPES['default']['warmup']})"},
+    )
+    mask_ramp: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the run after the warm-up over which the hard share rises from 0 (default: "
+            f"{RECIPES['default']['ramp']})"
+        },
     )
     mask_temperature: float | None = field(
-        default=None, metadata={"help": "0 (default) hides the highest entropies, inf any, between it is sampled"}
+        default=None,
+        metadata={"help": "0 (default) takes the highest scores; above it samples by rank, from softmax(rank/τ)"},
     )
-    mask_band: list[float] | None = field(
-        default=None, metadata={"metavar": "Q", "help": "hide only within this quantile range of entropy: LO HI"}
+    mask_by: Literal["entropy", "surprisal", "excess"] | None = field(
+        default=None,
+        metadata={
+            "help": "score: entropy of the prediction (default), surprisal of the token, or the student's loss minus "
+            "the shards' surprisal (self only)"
+        },
     )
-    mask_floor: float | None = field(
-        default=None, metadata={"help": "share of the hidden tokens that is drawn uniformly (default: 0)"}
+    predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = field(
+        default=None, metadata={"help": "what chooses the predicted tokens among the masked ones (default: random)"}
     )
     corruption: Literal["bert", "mask-only"] | None = field(
         default=None, metadata={"help": "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"}
     )
     mask_unit: Literal["token", "word"] | None = field(
-        default=None, metadata={"help": "hide token by token (default), or the pieces of a word together"}
-    )
-    mask_by: Literal["entropy", "surprisal"] | None = field(
-        default=None, metadata={"help": "rank by the entropy of the prediction (default), or the token's surprisal"}
+        default=None, metadata={"help": "mask token by token (default), or the pieces of a word together"}
     )
 
 
@@ -75,20 +109,25 @@ class Options(MaskOptions):
     distill_temperature: float | None = field(
         default=None, metadata={"help": "T of both distributions, one that was scored (default: 1)"}
     )
-    self_warmup_steps: int | None = field(
-        default=None, metadata={"help": "self: steps masked at random first (default: a tenth of all)"}
-    )
-    self_refresh: Literal["step", "lagged"] | None = field(
+    distill_positions: str | None = field(
         default=None,
         metadata={
-            "help": "self: a forward of its own each step (default), or scores kept since a sequence's last visit"
+            "help": "all (default), or the share of the predicted tokens, those of the student's highest entropies"
         },
     )
-    self_refresh_every: int | None = field(
-        default=None, metadata={"help": f"lagged: a visit scores one in so many positions (default: {REFRESH_EVERY})"}
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"muon: of the hidden matrices; --learning-rate is AdamW's (default: {MUON_LEARNING_RATE})"},
     )
-    export_entropies: str | None = field(
-        default=None, metadata={"help": "self: at the end write the student's entropies as a shard directory, here"}
+    muon_weight_decay: float | None = field(
+        default=None, metadata={"help": f"muon: of the hidden matrices (default: {MUON_WEIGHT_DECAY})"}
+    )
+    self_refresh: Literal["means", "step"] | None = field(
+        default=None,
+        metadata={
+            "help": "self: running means of the scores at masked tokens, by type (default), or a forward of its own on "
+            "each batch"
+        },
     )
     eval_fraction: float | None = field(
         default=None, metadata={"help": "share of the shards held out (default: 0.01); 0 for no evaluation"}
@@ -101,6 +140,7 @@ class Options(MaskOptions):
         default=1, metadata={"help": "train in so many processes on a Ray cluster, one a GPU (default: in this one)"}
     )
     overwrite: bool = field(default=False, metadata={"help": "drop the run that the output directory holds"})
+    muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
 
 
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
@@ -137,11 +177,17 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
     )
+    for action in parser._actions:
+        if action.dest == "optim" and action.choices is not None:
+            action.choices = [*action.choices, MUON]
     flags = vars(parser.parse_args(argv))
+    muon = flags["optim"] == MUON
+    if muon:
+        flags["optim"] = "adamw_torch_fused"  # of the other parameters
     by_preset: dict[str, dict[str, Any]] = {"learning_rate": LEARNING_RATES, "per_device_train_batch_size": BATCH_SIZES}
     for name, defaults in by_preset.items():
         if flags[name] is None:
-            flags[name] = defaults.get(flags["model"], defaults["base"])
+            flags[name] = defaults.get(flags["model"].removeprefix("bert-"), defaults["base"])
     if flags["dataloader_num_workers"] is None:
         flags["dataloader_num_workers"] = 0 if flags["use_cpu"] else 2
     if flags["accelerator_config"] is None:  # copies to a device, from pinned memory, do not hold up the host
@@ -155,6 +201,12 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     arguments.check(flags)
     with arguments.taken():  # TrainingArguments checks itself
         options, args = parser.parse_dict(flags)
+    options.muon = muon
+    if muon:
+        if options.muon_learning_rate is None:
+            options.muon_learning_rate = MUON_LEARNING_RATE
+        if options.muon_weight_decay is None:
+            options.muon_weight_decay = MUON_WEIGHT_DECAY
     arguments.check_device(args)
     return options, args
 
@@ -175,23 +227,13 @@ def check(
         raise UsageError(f"--eval-fraction {fraction:g} is not at least 0 and below 1")
     if evaluated and fraction:
         raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
-    for name in ("self_warmup_steps", "self_refresh", "self_refresh_every", "export_entropies"):
-        if source != "self" and getattr(options, name) is not None:
-            raise UsageError(f"{flag(name)} only applies to --entropy-source self; leave it out")
-    if options.self_refresh_every is not None and options.self_refresh != "lagged":
-        raise UsageError("--self-refresh-every only applies to --self-refresh lagged; leave it out")
-    if options.self_refresh == "lagged" and options.mask_band:
-        raise UsageError("--mask-band needs scores of every position, which --self-refresh step has; use that")
-    if options.export_entropies and options.self_refresh == "lagged" and options.mask_by == "surprisal":
-        raise UsageError("--export-entropies has none of a run that keeps surprisals; use --self-refresh step")
+    if source != "self" and options.self_refresh is not None:
+        raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
     if options.num_workers > 1 and args.world_size > 1:
         raise UsageError(
             f"--num-workers {options.num_workers} starts processes, and there are {args.world_size} already; use it "
             "without torchrun, or leave it out"
         )
-    exported = options.export_entropies
-    if exported and storage.absolute(exported) == storage.absolute(str(args.output_dir)):
-        raise UsageError("--export-entropies is the --output-dir; choose another directory for the entropies")
     if args.n_gpu > 1 and options.num_workers < 2:
         raise UsageError(
             f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
@@ -213,7 +255,10 @@ def check(
         raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
     if args.do_eval and args.eval_strategy == "no":
         raise UsageError("--do-eval has no use here; --eval-fraction holds shards out, --eval-strategy says when")
-    for name in ("targets", "distill_temperature"):
+    for name in ("muon_learning_rate", "muon_weight_decay"):
+        if not options.muon and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
+    for name in ("targets", "distill_temperature", "distill_positions"):
         if getattr(options, name) is not None and not options.distill_weight:
             raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
     if options.distill_weight and not targets and not manifest.top_k:
@@ -227,49 +272,110 @@ def check(
         )
 
 
+def distill_share(options: Options) -> float:
+    """The share of the predicted positions that is distilled.
+
+    Raises:
+        UsageError: --distill-positions is neither ``all`` nor such a share.
+    """
+    if options.distill_positions in (None, "all"):
+        return 1.0
+    try:
+        share = float(str(options.distill_positions))
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"--distill-positions {options.distill_positions} is neither all nor a share above 0 and at most 1"
+        )
+    return share
+
+
 def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
-    """Refuse to mask by scores that the shards lack."""
-    if source == "parquet" and not manifest.scored:
-        lacking = "surprisals" if options.mask_by == "surprisal" else "entropies"
-        raise UsageError(f"{manifest.uri} has no {lacking} (made with --teacher none); {SCORE} for parquet")
-    run = manifest.fingerprint.get("run") or {}  # that exported them
-    if source == "parquet" and options.mask_by == "surprisal" and run.get("self_refresh") == "lagged":
-        raise UsageError(f"{manifest.uri} has no surprisals (kept by --self-refresh lagged); use --mask-by entropy")
+    """Refuse to mask, or to choose what is predicted, by scores that the shards lack."""
+    if manifest.scored:
+        return
+    if source == "parquet":
+        raise UsageError(f"{manifest.uri} has no scores (made with --teacher none); {SCORE} for parquet")
+    for name in ("mask_by", "predict_by"):
+        if getattr(options, name) == "excess":
+            raise UsageError(
+                f"{flag(name)} excess subtracts the surprisal of a reference, which {manifest.uri} lacks (made with "
+                f"--teacher none); {SCORE}"
+            )
 
 
-def mask_policy(options: MaskOptions, source: str, seed: int) -> MaskPolicy:
-    """The policy that the flags of a run, or of a plan, name.
+def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = False) -> MaskPolicy:
+    """The policy that the flags of a run name, or those of a plan, which has neither warm-up nor ramp.
+
+    Args:
+        planned: the masks are made without a run, so its progress is not known.
 
     Raises:
         UsageError: flags out of range, or that have no use with the others.
     """
-    for name in ("mask_temperature", "mask_band", "mask_floor", "mask_by"):
-        if source == "random" and getattr(options, name) is not None:
-            by = options.mask_by or "entropy"
-            raise UsageError(f"{flag(name)} ranks by {by}, which --entropy-source random has none of; leave it out")
-    for name in ("mask_band", "mask_floor", "mask_by"):
-        if options.mask_temperature == math.inf and getattr(options, name) is not None:
-            raise UsageError(f"{flag(name)} has no use with --mask-temperature inf, which hides any; leave it out")
-    if source == "self" and options.mask_temperature == math.inf:
-        raise UsageError("--mask-temperature inf hides any tokens, whatever the scores; use --entropy-source random")
-    if options.mask_band and len(options.mask_band) != 2:
-        raise UsageError("--mask-band takes two quantiles, as in --mask-band 0.5 1")
-    random = {"temperature": math.inf} if source == "random" else {}
+    given = given_masks(options)
+    if source == "random":
+        for name in ("hard_share", "warmup", "ramp", "temperature", "by"):
+            if name in given:
+                raise UsageError(
+                    f"{mask_flag(name)} needs scores, which --entropy-source random has none of; leave it out"
+                )
+        if options.recipe:
+            raise UsageError("--recipe chooses by score, which --entropy-source random has none of; leave it out")
+        if given.get("predict_by", "random") != "random":
+            raise UsageError(
+                "--predict-by needs scores, which --entropy-source random has none of; use --entropy-source parquet "
+                "--hard-share 0"
+            )
+        recipe: dict[str, Any] = {"hard_share": 0.0}
+    else:
+        recipe = RECIPES[options.recipe or "default"]
+    if options.recipe == "paper":
+        for name, value in recipe.items():
+            if given.get(name, value) != value:
+                raise UsageError(
+                    f"{mask_flag(name)} {given[name]} contradicts --recipe paper, which is {value}; use one"
+                )
+    if planned:
+        for name in ("warmup", "ramp"):
+            if given.get(name):
+                raise UsageError(
+                    f"{mask_flag(name)} depends on the length of a run, which is not known here; leave it out"
+                )
+        if "predict_ratio" in given:
+            raise UsageError("--predict-ratio has no use in a plan, which predicts all that it masks; leave it out")
+        recipe = recipe | {"warmup": 0.0, "ramp": 0.0}
+    if given.get("by") == "excess" and source != "self":
+        raise UsageError("--mask-by excess needs the student's own loss; use --entropy-source self")
+    if "predict_by" in given and "predict_ratio" not in given:
+        raise UsageError(
+            "--predict-by chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
+        )
+    if given.get("hard_share") == 0:
+        for name in ("warmup", "ramp", "temperature", "by"):
+            if name in given:
+                raise UsageError(
+                    f"{mask_flag(name)} has no use with --hard-share 0, which masks at random; leave it out"
+                )
+        recipe = recipe | {"warmup": 0.0, "ramp": 0.0}
     try:
-        return MaskPolicy(seed=seed, **(given_masks(options) | random))
+        return MaskPolicy(seed=seed, **(BASE | recipe | given))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
 def given_masks(options: MaskOptions) -> dict[str, Any]:
     """The mask flags that were given, by the name that a policy has for them."""
-    given = {
-        "ratio": options.mask_ratio,
-        "temperature": options.mask_temperature,
-        "band": options.mask_band and tuple(options.mask_band),
-        "floor": options.mask_floor,
-        "corruption": options.corruption,
-        "unit": options.mask_unit,
-        "by": options.mask_by,
-    }
+    given = {name: getattr(options, field) for name, field in FIELDS.items()}
     return {name: value for name, value in given.items() if value is not None}
+
+
+# of MaskOptions, by the name that a policy has for them
+FIELDS = {name: name for name in ("hard_share", "predict_ratio", "predict_by", "corruption")}
+FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "temperature", "by", "unit")}
+
+
+def mask_flag(name: str) -> str:
+    """The flag of a field of MaskPolicy."""
+    return flag(FIELDS[name])

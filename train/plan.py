@@ -32,7 +32,7 @@ from pipeline.documents import Rejects
 from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from pipeline.masks import MaskedRows
 from train.arguments import MOST_SEED
-from train.data import Columns, Rows, masker_of, read_rows, to_tensors
+from train.data import Rows, columns_of, masker_of, read_rows, to_tensors
 from train.masking import IGNORED, Masker, MaskPolicy
 from train.options import MaskOptions, check_scored, mask_policy
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     sequences = read_manifest(options.shards)
     check(options, sequences)
-    policy = mask_policy(options, options.entropy_source, options.seed)
+    policy = mask_policy(options, options.entropy_source, options.seed, planned=True)
     masker = masker_of(sequences, policy.unit)
     plan = describe(options, sequences, policy)
     commit.claim_directory(plan.uri, plan.fingerprint, plan.planned_shards)
@@ -142,7 +142,7 @@ def plan_shard(
     """Plan and commit one shard; returns its record."""
     started = time.monotonic()
     assert plan.masks
-    columns = Columns(**{policy.by: plan.fingerprint["source"] == "parquet"})
+    columns = columns_of(policy, plan.fingerprint["source"])
     rows = read_rows(sequences, entry, columns)
     blocks = masks.blocks(entry.rows, plan.masks["variants"])
     planned = [masked_rows(masker, policy, {n: a[where] for n, a in rows.items()}, v) for where, v in blocks]
@@ -169,7 +169,7 @@ def masked_rows(masker: Masker, policy: MaskPolicy, rows: Rows, variant: int) ->
     """One variant of some sequences: the mask that train/run.py gives them in that epoch."""
     epoch_N = torch.full((len(rows["sequence_id"]),), variant)
     masked = masker(to_tensors(rows) | {"epoch": epoch_N}, policy)
-    positions_NK, inputs_NL = masked["positions_BK"], masked["input_ids"]
+    positions_NK, inputs_NL = masked["positions_BP"], masked["input_ids"]
     corrupted_NK = inputs_NL.gather(1, positions_NK.clamp_min(0)).masked_fill(positions_NK == IGNORED, 0)
     return MaskedRows(
         rows["sequence_id"],

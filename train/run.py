@@ -16,7 +16,6 @@ command resumes a run that was cut short.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -31,23 +30,18 @@ from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from pipeline import cli, storage
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, ShardEntry, copy_tokenizer, read_manifest
-from train import arguments, cluster, export, resume
-from train.data import split_shards
+from pipeline.manifests import Manifest, copy_tokenizer, read_manifest
+from train import arguments, cluster, resume
+from train.data import columns_of, split_shards
 from train.evaluation import DECILES
 from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.inputs import check_all_scored, open_evaluated, open_targets, planned_policy
 from train.masking import MaskPolicy
-from train.options import REFRESH_EVERY, Options, check, mask_policy, parse
-from train.selfmask import ScoreMemory, Visited
+from train.options import DECAY_SHARE, FIELDS, Options, check, distill_share, mask_policy, parse
 from train.student import build_student, model_identity
 from train.trainer import MaskedLMTrainer
 from train.watch import curve
-
-# of the control group that a container runs in, by version 2 and version 1
-CGROUP_LIMITS = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,11 +66,6 @@ def main(argv: list[str] | None = None) -> None:
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, policy, manifest.sequence_length)
         flags = deciding_flags(options, args, policy, manifest, targets, evaluated)
-        uri = options.export_entropies
-        entropies = export.describe(uri, manifest, json.loads(json.dumps(flags, default=str))) if uri else None
-        if entropies:
-            export.claim(entropies, write=False)
-        visited = visited_of(options, policy, manifest, train_shards)
     set_seed(args.seed)
     with together(rank), arguments.taken():  # before anything is written, or dropped
         trainer = MaskedLMTrainer(
@@ -91,15 +80,16 @@ def main(argv: list[str] | None = None) -> None:
             distill_weight=options.distill_weight,
             distill_temperature=options.distill_temperature or 1.0,
             targets=targets,
-            self_warmup_steps=options.self_warmup_steps or 0,
-            visited=visited,
+            distill_share=distill_share(options),
+            fresh_scores=options.self_refresh == "step",
+            muon=(options.muon_learning_rate or 0.0, options.muon_weight_decay or 0.0) if options.muon else None,
         )
         try_out(trainer)
     with together(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # where torchrun starts its processes anew, what they had trained is not to be overwritten
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if not on_first(rank, lambda: claim(output, flags, overwrite, entropies)):
+    if not on_first(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train it again")
         return
@@ -115,14 +105,25 @@ def main(argv: list[str] | None = None) -> None:
     seconds = trainer.train_seconds()
     metrics = trainer.evaluate() if held_out else {}
     check_finite(student, trainer.state.global_step, output)
-    if entropies:
-        trainer.export_entropies(entropies, train_shards)
     if rank == 0:
         with writing(f"the model to {output}", output):
             trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
             copy_tokenizer(manifest.uri, output)
             log = trainer.state.log_history
-            summary = summarise(options, args, manifest, targets, evaluated, flags, log, seconds, flops, metrics)
+            summary = summarise(
+                options,
+                args,
+                policy,
+                manifest,
+                targets,
+                evaluated,
+                flags,
+                log,
+                seconds,
+                flops,
+                metrics,
+                trainer.collapse.warnings,
+            )
             storage.write_json(str(output / resume.SUMMARY), summary)  # last: it marks the run as finished
         print_summary(output, summary)
 
@@ -143,64 +144,13 @@ def stop(trainer: MaskedLMTrainer) -> None:
     raise cli.Terminated
 
 
-def claim(output: Path, flags: dict[str, Any], overwrite: bool, entropies: Manifest | None) -> bool:
-    """Bind the directories of a run to it; False if it is finished. Errors as ``resume.claim``, ``export.claim``."""
-    if not resume.claim(output, flags, overwrite):
-        if entropies:
-            export.check_finished(entropies)
-        return False
-    if entropies:
-        export.claim(entropies, afresh=overwrite)
-    return True
-
-
-def visited_of(options: Options, policy: MaskPolicy, manifest: Manifest, entries: list[ShardEntry]) -> Visited | None:
-    """What a run with self-masking keeps of its sequences.
-
-    Raises:
-        UsageError: the scores of so many do not fit this machine's memory.
-    """
-    if options.entropy_source != "self":
-        return None
-    length, rows, memory = manifest.sequence_length, sum(entry.rows for entry in entries), None
-    masked = min(policy.positions(length), length)
-    if options.self_refresh == "lagged":
-        processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_limit()
-        needed = 2 * rows * (length + masked) * processes
-        if needed > there:
-            raise UsageError(
-                f"--self-refresh lagged keeps 2 bytes a token and the masks in each process, {needed / 2**30:.1f} GiB "
-                f"of these shards in {processes}, and there are {there / 2**30:.1f} GiB of memory; "
-                "use --self-refresh step"
-            )
-        memory = ScoreMemory(rows, length, manifest.vocab_size, options.self_refresh_every or REFRESH_EVERY)
-    return Visited(entries, masked, memory)
-
-
-def memory_limit() -> int:
-    """Bytes of memory that the processes of this machine, or of this container, may have."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in CGROUP_LIMITS:
-        if file.exists() and (text := file.read_text().strip()).isdigit():  # not "max"
-            limits.append(int(text))
-    return min(limits)
-
-
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
     """Turn epochs into steps, where no number of steps is given, and fill in what self-masking takes then."""
     if args.max_steps <= 0:
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
-    if options.entropy_source == "self":
-        options.self_refresh = options.self_refresh or "step"
-        if options.self_warmup_steps is None:
-            options.self_warmup_steps = args.max_steps // 10
-        if options.self_warmup_steps >= args.max_steps:
-            raise UsageError(
-                f"--self-warmup-steps {options.self_warmup_steps} masks at random to the end of {args.max_steps} "
-                "steps; use less, or --entropy-source random"
-            )
-        if options.self_refresh == "lagged":
-            options.self_refresh_every = options.self_refresh_every or REFRESH_EVERY
+    if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+        decay = {"num_decay_steps": round(DECAY_SHARE * args.max_steps), "decay_type": "linear"}
+        args.lr_scheduler_kwargs = decay | (args.lr_scheduler_kwargs or {})  # type: ignore[operator]
 
 
 def global_batch(args: TrainingArguments) -> int:
@@ -217,9 +167,9 @@ def deciding_flags(
     evaluated: Manifest | None,
 ) -> dict[str, Any]:
     """Everything that decides what is learned; two runs with the same may share a directory."""
-    free = ("overwrite", "trust_remote_code", "export_entropies", "num_workers", "eval_shards")
+    free = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")
     own = {name: value for name, value in asdict(options).items() if name not in free}
-    masks = {name if name == "corruption" else f"mask_{name}": value for name, value in policy.to_json().items()}
+    masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in policy.to_json().items()}
     run = {
         "shards": manifest.fingerprint_hash,
         "targets": targets and targets.fingerprint_hash,
@@ -235,14 +185,18 @@ def deciding_flags(
 
 def flops_of(student: Any, options: Options, args: TrainingArguments, policy: MaskPolicy, length: int) -> int:
     """FLOPs of the whole run, on all devices."""
-    batch, self_masked = global_batch(args), options.entropy_source == "self"
-    lagged = self_masked and options.self_refresh == "lagged"
-    fresh = max(0, args.max_steps - (options.self_warmup_steps or 0)) if self_masked and not lagged else 0
+    batch = global_batch(args)
+    chosen_by_student = not policy.predicts_all and (
+        policy.predict_by == "excess" or (options.entropy_source == "self" and policy.predict_by != "random")
+    )
+    fresh = 0
+    if options.entropy_source == "self" and options.self_refresh == "step" and not policy.uniform:
+        fresh = args.max_steps - math.ceil(policy.warmup * args.max_steps)
     return training_flops(
         *forward_flops(student, length),
         sequences=args.max_steps * batch,
-        masked=min(policy.positions(length), length),
-        scored=math.ceil(length / (options.self_refresh_every or REFRESH_EVERY)) if lagged else 0,
+        predicted=min(policy.predictions(length), length),
+        scored=min(policy.positions(length), length) if chosen_by_student else 0,
         fresh=fresh * batch,
         length=length,
     )
@@ -266,6 +220,7 @@ def bill(manifest: Manifest) -> dict[str, Any]:
 def summarise(
     options: Options,
     args: TrainingArguments,
+    policy: MaskPolicy,
     manifest: Manifest,
     targets: Manifest | None,
     evaluated: Manifest | None,
@@ -274,9 +229,11 @@ def summarise(
     seconds: float,
     flops: int,
     metrics: dict[str, float],
+    warnings: list[str],
 ) -> dict[str, Any]:
     tokens = args.max_steps * global_batch(args) * manifest.sequence_length
-    uses_scan = options.entropy_source == "parquet" or (options.distill_weight > 0 and not targets)
+    read = columns_of(policy, options.entropy_source, top_k=options.distill_weight > 0 and not targets)
+    uses_scan = read.entropy or read.surprisal or read.top_k
     scores = [manifest] * uses_scan + ([targets] if targets else [])
     deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
     return {
@@ -298,6 +255,7 @@ def summarise(
         "targets": targets and bill(targets) | (targets.masks or {}),
         "eval_shards": evaluated and bill(evaluated),
         "seed": args.seed,
+        "warnings": warnings,
         "history": curve(log),
         "flags": flags,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},

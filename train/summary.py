@@ -77,13 +77,8 @@ def mask_words(mask: MaskPolicy) -> str:
     share = f"{mask.ratio:.0%} of a sequence's {'tokens, whole words' if mask.unit == 'word' else 'tokens'}"
     if mask.uniform:
         return f"{share}, any"
-    if mask.temperature:
-        words = f"{share}, sampled by {mask.by} at τ = {mask.temperature:g}"
-    else:
-        words = f"{share}, those of highest {mask.by}"
-    if mask.band != (0.0, 1.0):
-        words += f" between the quantiles {mask.band[0]:g} and {mask.band[1]:g}"
-    return words + (f", {mask.floor:.0%} of them at random" if mask.floor else "")
+    chosen = f"sampled by {mask.by} at τ = {mask.temperature:g}" if mask.temperature else f"those of highest {mask.by}"
+    return f"{share}, {chosen}" + (f", {1 - mask.hard_share:.0%} of them at random" if mask.hard_share < 1 else "")
 
 
 def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:

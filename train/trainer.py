@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from pipeline.cli import RunError
 from pipeline.manifests import Manifest, ShardEntry
 from pipeline.masks import input_crc32
-from train import evaluation, export, resume
-from train.data import Columns, TrainingSequences, masker_of
+from train import evaluation, resume
+from train.data import Columns, TrainingSequences, columns_of, masker_of
 from train.guard import Guard, check_finite, heed_parent_only, together, writing
-from train.masking import IGNORED, Masker, MaskPolicy
-from train.selfmask import Visited, turns
+from train.masking import Masker, MaskPolicy
+from train.optimizer import MuonAdamW, hidden_matrices
+from train.selfmask import TypeMeans
 from train.student import student_scores
-from train.watch import ProgressReport, Watch, mask_overlap, rank_correlation, score_sums
+from train.watch import CollapseWatch, ProgressReport, Watch, score_sums, type_concentration
 
-LAST = -1e4  # nats: a score that is ranked behind all others
-SELF_SCORES = "self_scores.pt"  # of a checkpoint: what a run with self-masking keeps of its sequences
+SELF_SCORES = "self_scores.pt"  # of a checkpoint: the running means of a run with self-masking
 
 
 class MaskedLMTrainer(Trainer):
@@ -45,14 +44,14 @@ class MaskedLMTrainer(Trainer):
 
     Args:
         evaluated, held_out: the directory that is evaluated on, and its shards.
-        source: ``random``, ``parquet`` (the shards' entropies) or ``self`` (the student's, on the unmasked batch).
-        policy: which positions to mask; ``random`` needs τ = ∞.
+        source: ``random``, ``parquet`` (the shards' scores) or ``self`` (the student's).
+        policy: which positions to mask and to predict; ``random`` needs a hard share of 0.
         distill_weight: α of the distillation loss; above 0 reads the targets or, without, the shards' top-k.
         distill_temperature: T of the distillation loss.
+        distill_share: share of the predicted positions that is distilled.
         targets: a target directory for the very masks of ``policy``.
-        self_warmup_steps: with ``self``, mask at random for so many steps, while the student knows nothing.
-        visited: with ``self``, what is kept of the sequences; with a memory of scores, those rank the tokens, without
-            one a forward of its own does.
+        fresh_scores: with ``self``, score each batch in a forward of its own instead of by running means.
+        muon: learning rate and weight decay of Muon, which then trains the hidden matrices.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -71,15 +70,22 @@ class MaskedLMTrainer(Trainer):
         policy: MaskPolicy,
         distill_weight: float = 0.0,
         distill_temperature: float = 1.0,
+        distill_share: float = 1.0,
         targets: Manifest | None = None,
-        self_warmup_steps: int = 0,
-        visited: Visited | None = None,
+        fresh_scores: bool = False,
+        muon: tuple[float, float] | None = None,
     ) -> None:
+        self.muon = muon
         self.manifest, self.evaluated, self.held_out = manifest, evaluated, held_out
         self.source, self.policy = source, policy
-        self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
-        self.self_warmup_steps, self.visited, self.watch = self_warmup_steps, visited, Watch()
-        self.masker = masker_of(manifest, policy.unit)
+        self.loss_flags = {
+            "distill_weight": distill_weight,
+            "distill_temperature": distill_temperature,
+            "distill_share": distill_share,
+            "predict_by": policy.predict_by,
+            "predictions": policy.predictions(manifest.sequence_length),
+        }
+        self.watch, self.masker = Watch(), masker_of(manifest, policy.unit)
         guard = Guard(Path(str(args.output_dir)))  # before the report, which has to know what it decides
         # compiled models are to see one shape: an attention mask always, or never
         some_padded = any(entry.tokens < entry.rows * manifest.sequence_length for entry in shards)
@@ -87,14 +93,10 @@ class MaskedLMTrainer(Trainer):
         sequences = TrainingSequences(
             manifest,
             shards,
-            Columns(
-                **{policy.by: source == "parquet" or bool(visited and manifest.scored)},
-                top_k=distill_weight > 0 and targets is None,
-                temperature=distill_temperature,
-            ),
+            columns_of(policy, source, top_k=distill_weight > 0 and targets is None, temperature=distill_temperature),
             size=args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            prepare=_Prepare(self.masker, None if source == "self" else policy, padded),
+            prepare=_Prepare(self.masker, policy, source == "self", padded),
             targets=targets,
         )
         super().__init__(
@@ -105,85 +107,92 @@ class MaskedLMTrainer(Trainer):
             data_collator=_as_it_is,  # type: ignore[arg-type]
             callbacks=[guard, ProgressReport(manifest.sequence_length)],
         )
+        self.collapse = CollapseWatch(policy)
+        self.add_callback(self.collapse)
         self.device_masker = self.masker.to(self.args.device)
+        self.means: TypeMeans | None = None
+        if source == "self" and not fresh_scores:
+            self.means = TypeMeans(manifest.vocab_size, self.args.device, self._sum_over_ranks)
+        self.masked_V = torch.zeros(manifest.vocab_size, dtype=torch.int64, device=self.args.device)
         self.guard = guard
         self.saving_to: Path | None = None
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, or Muon with Trainer's AdamW for what is no hidden matrix."""
+        if not self.muon or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        hidden = hidden_matrices(model)
+        rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and all(p is not h for h in hidden)]
+        decaying, (_, adamw) = self.get_decay_parameter_names(model), self.get_optimizer_cls_and_kwargs(self.args)
+        others = [
+            {
+                "params": [p for n, p in rest if (n in decaying) == decays],
+                "weight_decay": decays * self.args.weight_decay,
+            }
+            for decays in (True, False)
+        ]
+        self.optimizer = MuonAdamW(
+            hidden,
+            others,
+            learning_rate=adamw.pop("lr"),
+            muon_learning_rate=self.muon[0],
+            muon_weight_decay=self.muon[1],
+            adamw=adamw,
+        )
+        return self.optimizer
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw one, masked on the device."""
-        masked = self.mask_by_student(inputs) if self.visited else dict(inputs)
+        masked = self.mask_by_student(inputs) if self.source == "self" else dict(inputs)
         for name, sum_and_count in masked.pop("watched", {}).items():
             self.watch.add_sums(name, sum_and_count)
-        output = model(**masked, distill_weight=self.distill_weight, distill_temperature=self.distill_temperature)
-        if self.visited:
-            self._note_visit(inputs, masked, output)
+        labels_N = masked["labels_BP"].flatten()
+        self.masked_V.scatter_add_(0, labels_N.clamp_min(0), (labels_N >= 0).long())
+        output = model(**masked, **self.loss_flags, measure=self.means is not None)
+        if self.means:
+            name = "entropy" if self.policy.by == "entropy" else "surprisal"
+            self.means.add(self.state.global_step, output["tokens"], output[name])
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Mask by the student's scores, kept or fresh, at random during the warm-up; and watch what becomes of it."""
-        assert self.visited
-        ids_BL, memory, by = batch["input_ids"], self.visited.memory, self.policy.by
-        warming = self.state.global_step < self.self_warmup_steps
-        self.visited.absorb(before=self.state.global_step)
-        sequence_id_B, ids_on_host_BL = batch["on_host"]
-        row_B = self.visited.rows_of(sequence_id_B)
-        score_BL = None
-        if memory:
-            score_BL = _sent(memory.estimate(row_B, torch.from_numpy(ids_on_host_BL)), ids_BL.device)
-        elif not warming:
+        """Mask by the student's scores: running means, or of a forward of its own once the warm-up is over."""
+        ids_BL, by = batch["input_ids"], self.policy.by
+        random = batch.pop("random")
+        score_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
+        if self.means:
+            self.means.absorb(before=self.state.global_step)
+            score_BL = self.means.of(ids_BL)
+        elif not random:
             student = self.accelerator.unwrap_model(self.model)
-            score_BL = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))[by]
-        policy = replace(self.policy, temperature=float("inf"), band=(0.0, 1.0)) if warming else self.policy
-        candidates_BL, ranked_BL = self.device_masker.candidates(ids_BL), score_BL
-        if memory and score_BL is not None:
-            turn_BR = turns(batch["sequence_id"], batch["epoch"], ids_BL.shape[1], memory.every)
-            turn_BL = torch.zeros_like(candidates_BL).scatter(1, turn_BR.clamp_min(0), True)
-            ranked_BL = score_BL.masked_fill(turn_BL, LAST)
-        masked: dict[str, Any] = self.device_masker(batch if ranked_BL is None else batch | {by: ranked_BL}, policy)
-
-        positions_BK = masked["positions_BK"]
-        if memory:
-            visible_BL = candidates_BL.scatter(1, positions_BK.clamp_min(0), False)
-            masked["scored_BR"] = turn_BR.where(visible_BL.gather(1, turn_BR.clamp_min(0)), IGNORED)
-        before_BK = _sent(self.visited.last_NK[row_B].long(), ids_BL.device)
-        self.watch.add("mask_overlap", *mask_overlap(positions_BK, before_BK))
-        if score_BL is not None and not (memory and memory.level.isnan()):
-            masked["watched"] = score_sums(by, score_BL, candidates_BL, positions_BK)
-            if by in batch:
-                rho_B, known_B = rank_correlation(score_BL, batch[by], candidates_BL)
-                self.watch.add("teacher_rank_correlation", rho_B, known_B)
+            scores = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))
+            score_BL = scores["entropy" if by == "entropy" else "surprisal"].double()
+        watched = {} if random else {"entropy" if by == "entropy" else "surprisal": score_BL}
+        if by == "excess":
+            score_BL = score_BL - batch["reference"]
+        masked: dict[str, Any] = self.device_masker(batch | {by: score_BL}, self.policy)
+        candidates_BL = self.device_masker.candidates(ids_BL)
+        for name, values_BL in watched.items():
+            masked["watched"] = score_sums(name, values_BL, candidates_BL, masked["positions_BP"])
         return masked
 
-    def _note_visit(self, batch: dict[str, Any], masked: dict[str, Tensor], output: dict[str, Tensor]) -> None:
-        """All ranks keep what each has seen: a sequence's next visit may be to another."""
-        assert self.visited
-        visit = {"sequence_id": batch["sequence_id"], "epoch": batch["epoch"], "positions_BK": masked["positions_BK"]}
-        if self.visited.memory:
-            visit |= {"input_ids": batch["input_ids"], "scored_BR": masked["scored_BR"]}
-            visit["score_BR"] = output[self.policy.by]
-        self.visited.note(self.state.global_step, self.accelerator.gather(visit))
-
-    def export_entropies(self, empty: Manifest, entries: list[ShardEntry]) -> None:
-        """Write the student's entropies as a shard directory: those kept of the shards trained on, or fresh ones."""
-        assert self.visited
-        self.visited.absorb()
-        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        kept = export.kept_scores(self.visited, entries) if self.visited.memory else None
-        score = kept or export.fresh_scores(student, self.masker.pad_id, self.args.eval_batch_size)
-        export.write(empty, self.manifest, score, self.args.process_index, self.args.world_size)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            export.finish(empty)
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A logged loss comes with the seconds so far, and the means of what was watched since the last one."""
         if "loss" in logs:
             self._note_seconds()
             logs |= self.watch.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+            if not self.policy.uniform:
+                logs["mask_concentration"] = type_concentration(self._sum_over_ranks(self.masked_V.clone()))
+            self.masked_V.zero_()
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -215,14 +224,14 @@ class MaskedLMTrainer(Trainer):
 
     def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, ...]:
         batch = evaluation.masked(self.masker, raw)
-        labels_BK = batch.pop("labels_BK")
+        labels_BP = batch.pop("labels_BP")
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         with self.compute_loss_context_manager():
-            logits_BKV = model(**self._prepare_inputs(batch))["logits"].float().cpu()
+            logits_BPV = model(**self._prepare_inputs(batch))["logits"].float().cpu()
         model.train(was_training)
-        return evaluation.outcomes(logits_BKV, labels_BK, batch["positions_BK"], raw)
+        return evaluation.outcomes(logits_BPV, labels_BP, batch["positions_BP"], raw)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's loader; its workers draw nothing at random, so they need no seeds."""
@@ -273,17 +282,17 @@ class MaskedLMTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Also keeps what self-masking knows of the sequences."""
+        """Also keeps the running means of self-masking."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.visited:
-            state = self.visited.state()
+        if self.means:
+            state = self.means.state()
             if self.args.should_save:
                 torch.save(state, Path(output_dir) / SELF_SCORES)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.visited:
-            self.visited.load(torch.load(Path(resume_from_checkpoint) / SELF_SCORES, weights_only=True))
+        if self.means:
+            self.means.load(torch.load(Path(resume_from_checkpoint) / SELF_SCORES, weights_only=True))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Checkpoints leave out weights that are another's, as the decoder's are the embedding's: no news."""
@@ -301,28 +310,29 @@ class MaskedLMTrainer(Trainer):
 
 
 class _Prepare:
-    """What a loader worker does with a raw batch; a class, because workers may have to be sent it."""
+    """What a loader worker does with a raw batch; a class, because workers may have to be sent it.
 
-    def __init__(self, masker: Masker, policy: MaskPolicy | None, padded: bool | None) -> None:
-        self.masker, self.policy, self.padded = masker, policy, padded
+    Args:
+        by_student: the batch is masked later, on the device, by the student's scores.
+    """
+
+    def __init__(self, masker: Masker, policy: MaskPolicy, by_student: bool, padded: bool | None) -> None:
+        self.masker, self.policy, self.by_student, self.padded = masker, policy, by_student, padded
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         batch["padded"] = self.masker.attention_mask(batch) is not None if self.padded is None else self.padded
-        if self.policy is None:  # masked by the student later: a GPU may not know every type of integer
-            raw: dict[str, Any] = batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
-            # nor need it be asked for what is known here: arrays stay on the host; copies, as tensors move when sent
-            raw["on_host"] = tuple(batch[name].numpy().copy() for name in ("sequence_id", "input_ids"))
-            return raw
+        if "excess" in (self.policy.by, self.policy.predict_by) and "surprisal" in batch:
+            batch["reference"] = batch["surprisal"]
+        if self.by_student:
+            batch.pop("surprisal", None)
+            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # known here, without a wait
+            # a GPU may not know every type of integer
+            return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
         masked: dict[str, Any] = self.masker(batch, self.policy)
-        if (by := self.policy.by) in batch:
+        if (by := self.policy.by) in batch and not self.policy.uniform:
             candidates_BL = self.masker.candidates(batch["input_ids"])
-            masked["watched"] = score_sums(by, batch[by], candidates_BL, masked["positions_BK"])
+            masked["watched"] = score_sums(by, batch[by], candidates_BL, masked["positions_BP"])
         return masked | _targets(batch, masked) if "input_crc32" in batch else masked
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on its way to the device; from pinned memory, or the host would wait for the device."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -332,15 +342,15 @@ def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, T
         RunError: an input or its masked positions are not those of the targets.
     """
     crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
-    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BK"] == batch["planned_positions"]).all(1)
+    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["planned_positions"]).all(1)
     if not same_B.all():
         sequence = int(batch["sequence_id"][~same_B][0])
         raise RunError(
             f"the masked input of sequence {sequence} is not the one that its targets were made for; plan the masks of "
             "these shards with train/plan.py and score them anew"
         )
-    names = {"teacher_ids": "teacher_ids_BKT", "teacher_logprobs": "teacher_logprobs_BKT"}
-    names |= {"temperature_lse": "temperature_lse_BK"}
+    names = {"teacher_ids": "teacher_ids_BPT", "teacher_logprobs": "teacher_logprobs_BPT"}
+    names |= {"temperature_lse": "temperature_lse_BP"}
     return {name: batch[raw] for raw, name in names.items() if raw in batch}
 
 

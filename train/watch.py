@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pipeline import cli
-from train.masking import IGNORED
+from train.masking import IGNORED, MaskPolicy
 
 MOST_POINTS = 200  # of a curve in a run's summary
+RISES, LEAST_RISE = 3, 0.01  # evaluations in a row at which the held-out loss rises, by so many nats each
+MOST_CONCENTRATED = 0.1  # in text, two tokens are of one type with a probability of about 0.01
 
 
 class Watch:
@@ -54,31 +58,10 @@ def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK:
     return watch.sums
 
 
-def mask_overlap(positions_BK: Tensor, before_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of a row's masked positions that were masked ``before``; and bool, whether there was a before."""
-    real_BK = positions_BK != IGNORED
-    again_BK = (positions_BK[:, :, None] == before_BK[:, None, :]).any(2) & real_BK
-    return again_BK.sum(1) / real_BK.sum(1).clamp_min(1), (before_BK != IGNORED).any(1) & real_BK.any(1)
-
-
-def rank_correlation(first_BL: Tensor, second_BL: Tensor, where_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Spearman's rank correlation of each row over the positions ``where``, ties at their mean rank, float64.
-
-    Returns:
-        rho_B, and bool, whether there is one: not for less than two positions, or where all are equal.
-    """
-    where_BL = where_BL & ~first_BL.isnan() & ~second_BL.isnan()
-    count_B1 = where_BL.sum(1, keepdim=True).clamp_min(1)
-    centred = []
-    for values_BL in (first_BL, second_BL):
-        values_BL = values_BL.masked_fill(~where_BL, torch.inf).contiguous()
-        sorted_BL = values_BL.sort(dim=1).values
-        rank_BL = (torch.searchsorted(sorted_BL, values_BL) + torch.searchsorted(sorted_BL, values_BL, right=True)) / 2
-        rank_BL = rank_BL.double().where(where_BL, 0.0)
-        centred.append((rank_BL - rank_BL.sum(1, keepdim=True) / count_B1).where(where_BL, 0.0))
-    first_BL, second_BL = centred
-    norm_B = (first_BL.square().sum(1) * second_BL.square().sum(1)).sqrt()
-    return (first_BL * second_BL).sum(1) / norm_B.clamp_min(1e-9), norm_B > 1e-9
+def type_concentration(count_V: Tensor) -> float:
+    """Σ (n_t / n)² over the types of n masked tokens: the chance that two of them are of one type; 0 for none."""
+    share_V = count_V.double() / count_V.sum().clamp_min(1)
+    return float(share_V.square().sum())
 
 
 def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -98,6 +81,54 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
         for entry in found[::-stride]:
             points.append({"step": entry["step"], "seconds": seconds[entry["step"]], name: entry[name]})
     return sorted(points, key=lambda point: point["step"])
+
+
+class CollapseWatch(TrainerCallback):
+    """Says in one line when masking makes a run worse: once for each sign of it.
+
+    Two signs: the held-out loss rises from evaluation to evaluation after the warm-up of the masks; or the masks
+    concentrate on a few token types.
+
+    Attributes:
+        warnings: what was said.
+    """
+
+    def __init__(self, policy: MaskPolicy) -> None:
+        self.policy = policy
+        self.warnings: list[str] = []
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **others: Any
+    ) -> None:
+        """Looks at the history, which a resumed run has too."""
+        if self.policy.uniform:
+            return
+        said, self.warnings = self.warnings, []
+        losses = [
+            (entry["step"], entry["eval_loss"])
+            for entry in state.log_history
+            if "eval_loss" in entry and entry["step"] >= self.policy.warmup * state.max_steps
+        ]
+        rises = 0
+        for (_, before), (step, after) in pairwise(losses):
+            rises = rises + 1 if after > before + LEAST_RISE else 0
+            if rises == RISES:
+                self.warnings.append(
+                    f"the held-out loss rose at {RISES} evaluations in a row, to {after:.2f} nats at step {step}: the "
+                    "masks are too hard for this model; use a smaller --hard-share or a longer --mask-warmup"
+                )
+                break
+        for entry in state.log_history:
+            if entry.get("mask_concentration", 0.0) > MOST_CONCENTRATED:
+                self.warnings.append(
+                    f"at step {entry['step']} two masked tokens were of one type with a probability of "
+                    f"{entry['mask_concentration']:.0%}: the masks have collapsed to a few types; use a smaller "
+                    "--hard-share or a longer --mask-warmup"
+                )
+                break
+        for warning in self.warnings[len(said) :]:
+            if state.is_world_process_zero:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 class ProgressReport(TrainerCallback):
