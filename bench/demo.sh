@@ -32,8 +32,7 @@ student() { python train/run.py --shards "$out/scored" --output-dir "$out/$1" "$
 student random --entropy-source random
 student parquet --entropy-source parquet
 student parquet-kd --entropy-source parquet --distill-weight 0.5
-# so early in training the student's own highest entropies teach it little: it samples by entropy instead
-student self --entropy-source self --mask-temperature 1
+student self --entropy-source self
 
 step "6/6 fine-tuning on two probe tasks made from held-out docstrings"
 python glue/run.py --model "$out"/{random,parquet,parquet-kd,self} --tasks probes --seeds "$seeds" --epochs 3 \

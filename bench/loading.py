@@ -162,7 +162,7 @@ class Mask:
 
     def __init__(self, manifest: Manifest, columns: Columns) -> None:
         self.masker = masker_of(manifest)
-        self.policy = MaskPolicy(temperature=0.0 if columns.entropy else math.inf)
+        self.policy = MaskPolicy() if columns.entropy else MaskPolicy.random()
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.masker(batch, self.policy)

@@ -9,23 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from glue import blimp
 from glue.batches import TaskTokens
 from glue.finetune import Result, finetune
 from glue.protocols import Settings
 from glue.tasks import Task
 from pipeline import backends, cli
 
+THREADS = torch.get_num_threads()  # one in a worker of Ray
+
 
 @dataclass(frozen=True)
 class Cell:
-    """A model, a task and a seed, tried with each setting of a grid.
+    """A model, a task and a seed, tried with each setting of a grid; of BLiMP a model, without a grid.
 
     Attributes:
         key: all that decides the result.
         file: of the result.
-        rows: training rows over the whole grid, to the last batch's rounding.
+        rows: training rows over the whole grid, to the last batch's rounding; of BLiMP sentences.
     """
 
     model: str
@@ -38,34 +42,43 @@ class Cell:
     key: dict[str, Any]
 
     def __str__(self) -> str:
-        return f"{self.model} {self.task.name} seed {self.seed}".strip()
+        return f"{self.model} {self.task.name}{f' seed {self.seed}' if self.grid else ''}".strip()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: the results of its grid, or why it failed."""
+    """What became of a cell: the results of its grid, or BLiMP's scores of the sentences, or why it failed."""
 
     found: list[tuple[Settings, Result]] = field(default_factory=list)
     seconds: float = 0.0
     device: str = ""
     failure: str = ""
+    scores: np.ndarray | None = None
 
 
 Work = Iterator[tuple[Cell, Outcome]]
-TokensOf = Callable[[Cell], TaskTokens]
+CellTokens = TaskTokens | blimp.Sentences
+TokensOf = Callable[[Cell], CellTokens]
 
 
-def work_on(cell: Cell, tokens: TaskTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
-    """Fine-tune with each setting of the cell. What goes wrong is an outcome: the other cells go on."""
-    torch.set_num_threads(1)  # several slow such small steps down; and sums come out the same beside any others
+def work_on(cell: Cell, tokens: CellTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
+    """Fine-tune with each setting, or score sentences. What goes wrong is an outcome: the other cells go on."""
+    found, scores = [], None
     started = time.monotonic()
     try:
-        found = [(settings, finetune(cell.directory, tokens, settings, cell.seed, advance)) for settings in cell.grid]
+        if isinstance(tokens, blimp.Sentences):
+            torch.set_num_threads(THREADS)
+            scores = blimp.score(cell.directory, tokens, advance)
+        else:
+            torch.set_num_threads(1)  # several slow such small steps down; and sums come out the same beside any others
+            found = [
+                (settings, finetune(cell.directory, tokens, settings, cell.seed, advance)) for settings in cell.grid
+            ]
     except Exception as error:
         kind = "" if isinstance(error, cli.UsageError | cli.RunError) else f"{type(error).__name__}: "
         return Outcome(failure=kind + cli.one_line(error))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return Outcome(found, time.monotonic() - started, device)
+    return Outcome(found, time.monotonic() - started, device, scores=scores)
 
 
 def work_here(cells: list[Cell], tokens_of: TokensOf, advance: Callable[[int], None]) -> Work:
@@ -132,5 +145,5 @@ class _Worker:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
 
-    def work_on(self, cell: Cell, tokens: TaskTokens) -> Outcome:
+    def work_on(self, cell: Cell, tokens: CellTokens) -> Outcome:
         return work_on(cell, tokens)

@@ -30,7 +30,7 @@ from glue.intervals import Estimate, Scores, estimate, paired_difference, seed_m
 from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
 from glue.page import page
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
-from glue.tasks import GLUE, PROBES
+from glue.tasks import GLUE, PROBES, ZERO_SHOT
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 
@@ -105,7 +105,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         UsageError: a required average lacks tasks.
     """
     reference = regimes[baseline][0]
-    tasks = [task for task in (*GLUE, *PROBES) if task in reference.results]
+    tasks = [task for task in (*GLUE, *PROBES, *ZERO_SHOT) if task in reference.results]
     of_task = {task: next(iter(reference.results[task].values())) for task in tasks}
     table: dict[str, Any] = {
         "protocol": of_task[tasks[0]]["protocol"],
@@ -131,7 +131,8 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         row = cells(regimes, baseline, partial(scores, task))
         count_collapsed(row, regimes, [task])
         kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "overlap", "constant_score")}
-        table["tasks"][task] = kept | {"scores": row}
+        how = {"zero_shot": result["settings"]} if task in ZERO_SHOT else {}
+        table["tasks"][task] = kept | how | {"scores": row}
     if table["eval_loss"] is None and all(run.training for runs in regimes.values() for run in runs):
         table["not_computed"]["eval loss"] = "the held-out loss needs runs that all have one, on the same text"
     table["training"] = {name: cost([run.training for run in runs if run.training]) for name, runs in regimes.items()}

@@ -6,8 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
+from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
-from glue.tasks import GLUE, PROBES, Task, choose
+from glue.tasks import GLUE, PROBES, ZERO_SHOT, Task, choose
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 
@@ -33,7 +34,11 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         metavar="[NAME=]MODEL",
         help="pretrained masked LM with its tokenizer, by path or Hub id; several are told apart by name",
     )
-    add("--tasks", required=True, help="comma-separated; glue and probes stand for all of theirs")
+    add(
+        "--tasks",
+        required=True,
+        help="comma-separated; glue and probes stand for all of theirs; blimp needs no fine-tuning",
+    )
     add("--data", help="directory with TASK/train.parquet|tsv|jsonl and dev.…, or hub")
     add("--seeds", default="1", help="comma-separated (default: 1)")
     add("--protocol", choices=PROTOCOLS, default="cramming", help="(default: cramming)")
@@ -49,6 +54,12 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--batch-size", type=cli.positive, help="instead of the protocol's")
     add("--max-length", type=cli.positive, help="tokens of a text or pair (default: 128)")
     add("--limit-train", help="at most so many training rows, the same for every seed; or by task, as in sst2=10000")
+    add(
+        "--pll",
+        choices=FORMS,
+        help="blimp: mask the later pieces of a word too when a piece is scored, or it alone (default: within-word)",
+    )
+    add("--limit-pairs", type=cli.positive, help="the first so many pairs of each phenomenon of blimp (default: all)")
     add("--drop-overlap", action="store_true", help="do not train on rows that are evaluated on too")
     add(
         "--dtype",
@@ -64,6 +75,10 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     args.limit_train = parse_limits(args.limit_train, args.tasks)
     if args.data and all(task.name in PROBES for task in args.tasks):
         raise UsageError("the probes are made from installed packages; leave out --data")
+    zero_shot = any(task.name in ZERO_SHOT for task in args.tasks)
+    if flag := next((flag for flag in ("pll", "limit_pairs") if getattr(args, flag) and not zero_shot), None):
+        raise UsageError(f"--{flag.replace('_', '-')} is of the task blimp alone; add it to --tasks, or leave it out")
+    args.pll = args.pll or FORMS[0]
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.absolute(args.output) != args.output:
         raise UsageError(f"--output {args.output} would be lost with the job's directory; name an absolute path")
     return args
@@ -110,6 +125,6 @@ def parse_limits(text: str | None, tasks: list[Task]) -> dict[str, int]:
         if not number.isdecimal() or int(number) < 1 or (not equals and part != text):
             raise UsageError(f"--limit-train {text} is no number of rows, nor one a task as in sst2=10000,qnli=5000")
         if equals and name not in GLUE | PROBES:
-            raise UsageError(f"--limit-train {text}: there is no task {name!r}")
+            raise UsageError(f"--limit-train {text}: there is no task {name!r} to train on")
         limits |= dict.fromkeys([name] if equals else [task.name for task in tasks], int(number))
     return limits

@@ -73,7 +73,8 @@ def page(table: dict[str, Any], summaries: dict[str, list[dict[str, Any]]]) -> s
         table: of ``glue.compare.compare``.
         summaries: what the runs' own summaries say, by regime, for their curves.
     """
-    title = escape(f"{len(table['regimes'])} regimes, fine-tuned by the {table['protocol']} protocol")
+    how = "scored" if all("zero_shot" in row for row in table["tasks"].values()) else "fine-tuned"
+    title = escape(f"{len(table['regimes'])} regimes, {how} by the {table['protocol']} protocol")
     found = "".join(
         f"<p><b>{escape(kind)}</b>: {escape('; '.join(names))}.</p>" for kind, names in verdict(table).items()
     )

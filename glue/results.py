@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from glue.tasks import GLUE, PROBES
+from glue.tasks import GLUE, PROBES, ZERO_SHOT
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
@@ -83,7 +83,7 @@ def check_result(result: Any) -> None:
     """Raises KeyError, TypeError or ValueError if a result is not whole: see ``FIELDS``."""
     if wrong := [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]:
         raise ValueError(f"{wrong[0]} is {result[wrong[0]]!r}")
-    task = (GLUE | PROBES)[result["task"]]
+    task = (GLUE | PROBES | ZERO_SHOT)[result["task"]]
     for name in (metric + suffix for metric in task.metrics for suffix in task.evaluations):
         float(result["metrics"][name])
 
@@ -189,6 +189,7 @@ def check_comparable(regimes: Regimes) -> None:
             expected = next(iter(reference.results[task].values()))
             old, new = ({**each["key"], "model_hash": "", "seed": ""} for each in (expected, result))
             if differing := differences(old, new):
+                how = "scored" if task in ZERO_SHOT else "fine-tuned"
                 raise UsageError(
-                    f"{task} was fine-tuned differently in {first} and {name} ({'; '.join(differing)}); run both alike"
+                    f"{task} was {how} differently in {first} and {name} ({'; '.join(differing)}); run both alike"
                 )

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """Fine-tune models on GLUE, or on two probe tasks that need no data: tasks × seeds × models, one result file each.
 
+BLiMP is scored without fine-tuning: one result file a model, whatever the seeds.
+
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
+python glue/run.py --model runs/student --tasks blimp --data GLUE --output runs/glue/student
 python glue/run.py --model a=runs/random b=runs/parquet --tasks probes --num-workers 4 --output runs/probes
 
 What is done is skipped, so a run that was cut short goes on with the same command; so does one in which some failed.
@@ -24,14 +27,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from glue import metrics
+from glue import blimp, metrics
 from glue.batches import TaskTokens, encode_task
-from glue.cells import Cell, Outcome, work_here, work_on_ray
+from glue.cells import Cell, CellTokens, Outcome, work_here, work_on_ray
 from glue.finetune import check_model
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import check_result
-from glue.tasks import TaskData, load
+from glue.tasks import ZERO_SHOT, Task, TaskData, load
 from pipeline import cli, storage
 from pipeline.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
 from pipeline.cli import RunError, UsageError
@@ -67,20 +70,24 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # "some weights are newly initialized": that is the point
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
-    data = {task.name: load(task, args.data) for task in args.tasks}
+    data = {task.name: load(task, args.data) for task in args.tasks if task.name not in ZERO_SHOT}
+    pairs = {name: blimp.load(args.data, args.limit_pairs) for name in ZERO_SHOT if ZERO_SHOT[name] in args.tasks}
     if args.drop_overlap:
         data = {name: each.without_overlap() for name, each in data.items()}
     cells = [
-        plan(args, model, data[task.name], seed)
+        plan_scoring(args, model, task, pairs[task.name])
+        if task.name in pairs
+        else plan(args, model, data[task.name], seed)
         for task in args.tasks
-        for seed in args.seeds
+        for seed in ([blimp.SEED] if task.name in pairs else args.seeds)
         for model in models.values()
     ]
     todo = [cell for cell in cells if args.overwrite or not is_done(cell)]
-    tokens_of = shared_tokens(models, data)
+    tokens_of = shared_tokens(models, data, pairs, args.pll)
     failed: dict[str, str] = {}
-    with cli.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning") as progress:
-        progress.note(f"{args.protocol}: {describe_grid(cells)}")
+    with cli.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning" if data else "scoring") as progress:
+        if data:
+            progress.note(f"{args.protocol}: {describe_grid(cells)}")
         for each in filter(lambda each: each.overlap, data.values()):
             progress.note(describe_overlap(each))
         if len(todo) < len(cells):
@@ -94,7 +101,10 @@ def main(argv: list[str] | None = None) -> None:
                 failed[str(cell)] = outcome.failure
                 progress.note(f"{cell} failed: {outcome.failure}")
                 continue
-            result = report(cell, outcome, models[cell.model], data[cell.task.name])
+            if outcome.scores is None:
+                result = report(cell, outcome, models[cell.model], data[cell.task.name])
+            else:
+                result = report_scores(cell, outcome, models[cell.model], pairs[cell.task.name])
             storage.write_json(cell.file, result)
             progress.note(f"{cell}: {describe(result)}")
     for model in models.values():
@@ -107,10 +117,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
-    """Load what is needed to know a model. Raises UsageError if it cannot be fine-tuned."""
+    """Load what is needed to know a model. Raises UsageError if it cannot be fine-tuned, or not scored, as asked."""
     directory = local_checkpoint(path)
     tokenizer = load_tokenizer(str(directory))
-    check_model(directory, tokenizer, args.max_length or Settings.max_length)
+    if any(task.name not in ZERO_SHOT for task in args.tasks):
+        check_model(directory, tokenizer, args.max_length or Settings.max_length)
+    if any(task.name in ZERO_SHOT for task in args.tasks):
+        blimp.check_model(directory, tokenizer, args.pll)
     words = tokenizer_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
     both = storage.sha256_json([weights_hash(directory), words])
@@ -144,7 +157,24 @@ def plan(args: argparse.Namespace, model: Model, data: TaskData, seed: int) -> C
     return Cell(model.name, model.directory, task, seed, grid, rows, file, key)
 
 
-def shared_tokens(models: dict[str, Model], data: dict[str, TaskData]) -> Callable[[Cell], TaskTokens]:
+def plan_scoring(args: argparse.Namespace, model: Model, task: Task, pairs: blimp.Pairs) -> Cell:
+    """The one cell of a model and BLiMP, whatever the seeds."""
+    key = {
+        "task": task.name,
+        "seed": blimp.SEED,
+        "protocol": blimp.PROTOCOL,
+        "pll": args.pll,
+        "limit_pairs": pairs.limit,
+        "data_hash": pairs.hash,
+        "model_hash": model.hash,
+    }
+    file = storage.join(model.output, f"{task.name}.json")
+    return Cell(model.name, model.directory, task, blimp.SEED, (), 2 * len(pairs.frame), file, key)
+
+
+def shared_tokens(
+    models: dict[str, Model], data: dict[str, TaskData], pairs: dict[str, blimp.Pairs], form: str
+) -> Callable[[Cell], CellTokens]:
     """The tokens of a cell, made once for all seeds, settings and models of the same tokenizer."""
     tokenizers = {model.tokenizer_hash: model.tokenizer for model in models.values()}
 
@@ -152,7 +182,13 @@ def shared_tokens(models: dict[str, Model], data: dict[str, TaskData]) -> Callab
     def encoded(tokenizer: str, task: str, max_length: int, limit_train: int | None) -> TaskTokens:
         return encode_task(data[task], tokenizers[tokenizer], max_length, limit_train)
 
-    def tokens_of(cell: Cell) -> TaskTokens:
+    @cache
+    def sentences(tokenizer: str, task: str) -> blimp.Sentences:
+        return blimp.encode(pairs[task], tokenizers[tokenizer], form)
+
+    def tokens_of(cell: Cell) -> CellTokens:
+        if cell.task.name in pairs:
+            return sentences(models[cell.model].tokenizer_hash, cell.task.name)
         settings = cell.grid[0]  # a grid is over learning rates and epochs
         return encoded(models[cell.model].tokenizer_hash, cell.task.name, settings.max_length, settings.limit_train)
 
@@ -187,9 +223,7 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
         for tried, result in outcome.found
     ]
     return {
-        "task": cell.task.name,
-        "seed": cell.seed,
-        "protocol": cell.key["protocol"],
+        **common(cell, outcome, model),
         "settings": asdict(settings),
         "metrics": best.metrics,
         "score": best.score,
@@ -199,9 +233,25 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
         "train_rows": best.train_rows,
         "eval_rows": best.eval_rows,
         "overlap": data.overlap,
+        "grid": grid,
+    }
+
+
+def report_scores(cell: Cell, outcome: Outcome, model: Model, pairs: blimp.Pairs) -> dict[str, Any]:
+    """BLiMP's result file."""
+    assert outcome.scores is not None
+    settings = {name: cell.key[name] for name in ("pll", "limit_pairs")}
+    return {**common(cell, outcome, model), "settings": settings, **blimp.result(pairs, outcome.scores)}
+
+
+def common(cell: Cell, outcome: Outcome, model: Model) -> dict[str, Any]:
+    """What the result files of all tasks say: which cell, where and how long, and of which model."""
+    return {
+        "task": cell.task.name,
+        "seed": cell.seed,
+        "protocol": cell.key["protocol"],
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
-        "grid": grid,
         "model": {"path": str(model.path), "hash": model.hash},
         "training": model.training,
         "key": cell.key,
@@ -215,7 +265,7 @@ def describe_overlap(data: TaskData) -> str:
 
 
 def describe_grid(cells: list[Cell]) -> str:
-    size = len(cells[0].grid)
+    size = max(len(cell.grid) for cell in cells)
     if size == 1:
         return "one setting"
     return f"a grid of {size} settings; in each run of each model the best by its dev score counts"
@@ -240,13 +290,16 @@ def print_results(output: str, results: list[dict[str, Any]]) -> None:
         collapsed = sum(run["collapsed"] for run in runs)
         note = f"   {collapsed} of {len(runs)} say the same of every row" if collapsed else ""
         print(f"  {task:<12} {mean([run['score'] for run in runs]):5.1f}   {scores}   ({raw}){note}")
+        for field, value in runs[0].get("fields", {}).items():  # one run a model
+            print(f"    {field:<18} {100 * value:5.1f}")
     raw_metrics = {task: {seed: run["metrics"] for seed, run in by_seed.items()} for task, by_seed in by_task.items()}
     for name in metrics.AVERAGES:
         if averages := metrics.averages_by_seed(name, raw_metrics):
             print(
                 f"  {name:<12} {mean(list(averages.values())):5.1f}   {' '.join(f'{a:.1f}' for a in averages.values())}"
             )
-    print(f"  {sum(result['seconds'] for result in results):,.0f} s of fine-tuning")
+    work = "fine-tuning" if set(by_task) - set(ZERO_SHOT) else "scoring"
+    print(f"  {sum(result['seconds'] for result in results):,.0f} s of {work}")
 
 
 def mean(values: list[float]) -> float:

@@ -49,7 +49,7 @@ def rows_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What is compared, by label: averages first, tasks, and the held-out loss."""
     found = dict(table["averages"])
     for task, row in table["tasks"].items():
-        found[task if row["train_split"] == "train" else f"{task} ({row['train_split']})"] = row["scores"]
+        found[task if row["train_split"] in ("train", "") else f"{task} ({row['train_split']})"] = row["scores"]
     return found | ({"eval loss": table["eval_loss"]} if table["eval_loss"] else {})
 
 
@@ -59,7 +59,8 @@ def score_table(table: dict[str, Any]) -> Table:
     rows = []
     for name in table["regimes"]:
         cells = [score(row[name], digits=3 if label == "eval loss" else 1) for label, row in compared.items()]
-        own = [row["scores"][name] for row in table["tasks"].values()]
+        tuned = [row for row in table["tasks"].values() if "zero_shot" not in row]
+        own = [row["scores"][name] for row in tuned or table["tasks"].values()]
         counts = sorted({each["n"] * each["fine_tuning_seeds"] for each in own})
         anecdote = " (anecdote)" if own[0]["n"] == 1 else ""
         runs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -80,6 +81,13 @@ def score_table(table: dict[str, Any]) -> Table:
         "averaged first. One pretraining seed is an anecdote. runs: fine-tunings of a task.",
         "constant: the score of the best model that says the same of every row.",
     ]
+    for task, row in table["tasks"].items():
+        if how := row.get("zero_shot"):
+            first = f"the first {how['limit_pairs']:,} pairs of each phenomenon" if how["limit_pairs"] else "all pairs"
+            notes.append(
+                f"{task}: of {row['eval_rows']:,} pairs ({first}), those whose good sentence has the higher "
+                f"pseudo-log-likelihood ({how['pll']}), without fine-tuning: one run a model. Its constant is chance."
+            )
     if "eval loss" in compared:
         notes.append(
             "eval loss: cross-entropy on held-out sequences after pretraining, nats; less is better. Its masks are "

@@ -1,4 +1,4 @@
-"""The tasks as data, and reading them: nine of GLUE from files or the Hub, two probes of our own."""
+"""The tasks as data, and reading them: nine of GLUE from files or the Hub, two probes of our own, and BLiMP."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ PROBES = {
     "package": Task("package", ("text",), probes.PACKAGES),
     "adjacent": Task("adjacent", PAIR, ("apart", "adjacent")),
 }
+# scored without fine-tuning (glue.blimp), so neither labels nor seeds play a part
+ZERO_SHOT = {"blimp": Task("blimp", ("sentence_good", "sentence_bad"), ())}
 GROUPS = {"glue": tuple(GLUE), "probes": tuple(PROBES)}
 
 
@@ -117,7 +119,7 @@ def choose(names: str) -> list[Task]:
     Raises:
         UsageError: an unknown name.
     """
-    known = GLUE | PROBES
+    known = GLUE | PROBES | ZERO_SHOT
     chosen = [task for name in names.split(",") for task in GROUPS.get(name.strip(), (name.strip(),))]
     if unknown := [name for name in chosen if name not in known]:
         raise UsageError(f"there is no task {unknown[0]!r}; the tasks are {', '.join([*GROUPS, *known])}")
@@ -148,15 +150,16 @@ def load(task: Task, data: str | None) -> TaskData:
     directory = Path(data) / task.name
     if not directory.is_dir():
         raise UsageError(f"there is no directory {directory}; --data needs one a task, named {task.name} …")
-    path = _file(directory, "train", "train_subset")
+    path = find_file(directory, "train", "train_subset")
     evaluations = {}
     for suffix in task.evaluations:
-        found = _file(directory, f"dev{suffix}", f"validation{suffix}")
-        evaluations[suffix] = _split(task, _read(found), str(found))
-    return TaskData(task, _split(task, _read(path), str(path)), evaluations, path.name.split(".")[0])
+        found = find_file(directory, f"dev{suffix}", f"validation{suffix}")
+        evaluations[suffix] = _split(task, read_file(found), str(found))
+    return TaskData(task, _split(task, read_file(path), str(path)), evaluations, path.name.split(".")[0])
 
 
-def _file(directory: Path, *stems: str) -> Path:
+def find_file(directory: Path, *stems: str) -> Path:
+    """The first file of these names, in any form. Raises UsageError if there is none."""
     candidates = [directory / f"{stem}.{ending}" for stem in stems for ending in ("parquet", "tsv", "jsonl")]
     for path in candidates:
         if path.exists():
@@ -164,7 +167,8 @@ def _file(directory: Path, *stems: str) -> Path:
     raise UsageError(f"{directory} has no {' or '.join(stems)} as .parquet, .tsv or .jsonl")
 
 
-def _read(path: Path) -> pl.DataFrame:
+def read_file(path: Path) -> pl.DataFrame:
+    """Its table. Raises UsageError if it cannot be read."""
     try:
         if path.suffix == ".parquet":
             return pl.read_parquet(path)

@@ -171,8 +171,6 @@ def sequence_faults(manifest: Manifest, table: pa.Table) -> Checked:
     scored_NL = ~np.isin(ids_NL, manifest.special_token_ids)
     for name in shards.SCORE_COLUMNS:
         missing_NL = np.isnan(columns[name])
-        if manifest.context == "self":  # the student has not scored every position
-            missing_NL &= ~scored_NL
         faults += _where(missing_NL == scored_NL, sequence_id_N, f"has {name} at a special token, or none elsewhere")
     entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
     most = np.log(manifest.vocab_size)

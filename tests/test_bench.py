@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
-from harness import LENGTH, ROOT
+from harness import LENGTH, ROOT, refused
+
+import train.options
+from bench.recipes import RECIPES
 
 
 def test_scoring(work: Path) -> None:
@@ -49,6 +54,45 @@ def test_training(scored: Path) -> None:
     bench = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert bench.returncode == 0, bench.stderr
     rows = {name: row["value"] for name, row in json.loads(bench.stdout.splitlines()[-1])["rows"].items()}
-    for name in ("random_to_stock", "parquet_kd_step_to_random", "self_lagged_step_to_random", "random_backward"):
+    for name in (
+        "random_to_stock",
+        "parquet_kd_step_to_random",
+        "self_step_to_random",
+        "muon_step_to_random",
+        "random_backward",
+    ):
         assert rows[name] > 0, name
     assert rows["loss_difference"] < 1e-4
+
+
+def test_screen(tmp_path: Path) -> None:
+    """A screen of the smallest size runs to its table; again, it trains nothing anew and prints the same."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 6))) for _ in range(60)]
+    texts = [" ".join(rng.choice(words, 500)) for _ in range(60)]
+    pl.DataFrame({"id": range(60), "text": texts}).write_parquet(tmp_path / "articles.parquet")
+    (tmp_path / "ids.txt").write_text("7\n11\n")
+    files = ["--articles", tmp_path / "articles.parquet", "--held-out", tmp_path / "ids.txt"]
+    rows = ["--rows", "parquet-rising-50-shuffled", "--trunks", "1", "--size", "trial"]
+    command = [sys.executable, ROOT / "bench" / "screen.py", *files, *rows, "--output", tmp_path / "screen"]
+    *lines, last = subprocess.check_output(command, text=True).splitlines()
+    found = json.loads(last)["rows"]
+    assert list(found) == ["random", "parquet-rising-50-shuffled"]
+    assert all(len(row["loss"]) == 1 and row["loss"]["1"] > 0 for row in found.values())
+    assert any(line.startswith("| parquet-rising-50-shuffled | 1 | ") for line in lines)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("screen/branches-1/*/summary.json")}
+    assert len(made) == 2 and subprocess.check_output(command, text=True).splitlines()[-1] == last
+    assert all(path.stat().st_mtime_ns == written for path, written in made.items())
+    for name in ("branches", "shuffled"):
+        scores = pl.read_parquet(tmp_path / "screen" / name / "part-00000.parquet")["entropy"].to_list()
+        if name == "branches":
+            original = scores
+    assert scores != original and [sorted(map(str, row)) for row in scores] == [sorted(map(str, r)) for r in original]
+    assert "--rows names 'no-such'" in refused(*command, "--rows", "no-such")
+
+
+def test_rows_of_the_screen_are_flags_of_the_trainer() -> None:
+    for name, recipe in RECIPES.items():
+        options, _ = train.options.parse([*recipe.flags.split(), "--shards", "x", "--output-dir", name], None)
+        train.options.mask_policy(options, options.entropy_source, 1)
+        train.options.distill_share(options)

@@ -17,11 +17,15 @@ from train import arguments, resume
 from train.arguments import flag
 from train.data import masker_of
 from train.masking import MaskPolicy
+from train.student import SIZES
 
-# AdamW's learning rate and sequences a step, by size of preset; other models take those of base
-LEARNING_RATES = {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4}
-BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
+# AdamW's learning rate with Muon beside it and alone, by size of preset; other models take those of base
 MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY = "muon", 0.02, 0.01
+LEARNING_RATES = {
+    MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
+    "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
+}
+BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # sequences a step
 DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay schedule
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
@@ -153,6 +157,7 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     )
     parser.set_defaults(
         output_dir="",
+        optim=None,
         learning_rate=None,
         per_device_train_batch_size=None,
         dataloader_num_workers=None,
@@ -181,13 +186,16 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         if action.dest == "optim" and action.choices is not None:
             action.choices = [*action.choices, MUON]
     flags = vars(parser.parse_args(argv))
-    muon = flags["optim"] == MUON
-    if muon:
-        flags["optim"] = "adamw_torch_fused"  # of the other parameters
-    by_preset: dict[str, dict[str, Any]] = {"learning_rate": LEARNING_RATES, "per_device_train_batch_size": BATCH_SIZES}
-    for name, defaults in by_preset.items():
+    size = flags["model"].removeprefix("bert-")
+    if flags["optim"] is None:  # a model whose training goes on keeps the milder one
+        flags["optim"] = MUON if size in SIZES else TrainingArguments.optim
+    if muon := flags["optim"] == MUON:
+        flags["optim"] = TrainingArguments.optim  # of the parameters that are no hidden matrices
+    rates = LEARNING_RATES[MUON if muon else "adamw"]
+    by_size: dict[str, dict[str, Any]] = {"learning_rate": rates, "per_device_train_batch_size": BATCH_SIZES}
+    for name, defaults in by_size.items():
         if flags[name] is None:
-            flags[name] = defaults.get(flags["model"].removeprefix("bert-"), defaults["base"])
+            flags[name] = defaults.get(size, defaults["base"])
     if flags["dataloader_num_workers"] is None:
         flags["dataloader_num_workers"] = 0 if flags["use_cpu"] else 2
     if flags["accelerator_config"] is None:  # copies to a device, from pinned memory, do not hold up the host

@@ -12,7 +12,6 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 CONTEXTS = {
     "masked": "each position was hidden when the model was asked about it",
     "full": "nothing was hidden, so the model saw the tokens that it was asked about and is surer than it would be",
-    "self": "the student's own, at positions that it could see",
 }
 
 
