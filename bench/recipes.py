@@ -54,6 +54,7 @@ class Recipe:
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up
 RISING = "--mask-warmup 0 --mask-ramp 1"
+TOP = "--mask-temperature 0"
 HALF = "--mask-ratio 0.3 --predict-ratio 0.15"
 KD = "--distill-weight 0.5"
 RANDOM, PARQUET, SELF = (f"--entropy-source {source}" for source in ("random", "parquet", "self"))
@@ -71,25 +72,27 @@ RECIPES = {
     "random-30+kd": Recipe(f"{RANDOM} --mask-ratio 0.3 {KD}"),
     "parquet": Recipe(PARQUET),  # the defaults
     "parquet-paper": Recipe(f"{PARQUET} --recipe paper"),
-    "parquet-15": Recipe(f"{PARQUET} --hard-share 0.15 {AT_ONCE}"),
-    "parquet-30": Recipe(f"{PARQUET} --hard-share 0.3 {AT_ONCE}"),
-    "parquet-rising-50": Recipe(f"{PARQUET} --hard-share 0.5 {RISING}"),
-    "parquet-rising-50-shuffled": Recipe(f"{PARQUET} --hard-share 0.5 {RISING}", shuffled=True),
+    "parquet-15": Recipe(f"{PARQUET} --hard-share 0.15 {TOP} {AT_ONCE}"),
+    "parquet-30": Recipe(f"{PARQUET} --hard-share 0.3 {TOP} {AT_ONCE}"),
+    "parquet-rising-50": Recipe(f"{PARQUET} --hard-share 0.5 {TOP} {RISING}"),
+    "parquet-rising-50-shuffled": Recipe(f"{PARQUET} --hard-share 0.5 {TOP} {RISING}", shuffled=True),
     "parquet-sampled": Recipe(f"{PARQUET} --hard-share 1 --mask-temperature 0.5 {AT_ONCE}"),
-    "parquet-30-surprisal": Recipe(f"{PARQUET} --hard-share 0.3 --mask-by surprisal {AT_ONCE}"),
-    "parquet-30-of-30": Recipe(f"{PARQUET} --mask-ratio 0.3 --hard-share 0.3 {AT_ONCE}"),
-    "parquet-30+kd": Recipe(f"{PARQUET} --hard-share 0.3 {AT_ONCE} {KD}"),
-    "parquet-30-of-30+kd": Recipe(f"{PARQUET} --mask-ratio 0.3 --hard-share 0.3 {AT_ONCE} {KD}"),
+    "parquet-sampled-30": Recipe(f"{PARQUET} --hard-share 0.3 {AT_ONCE}"),
+    "parquet-30-surprisal": Recipe(f"{PARQUET} --hard-share 0.3 {TOP} --mask-by surprisal {AT_ONCE}"),
+    "parquet-30-of-30": Recipe(f"{PARQUET} --mask-ratio 0.3 --hard-share 0.3 {TOP} {AT_ONCE}"),
+    "parquet-30+kd": Recipe(f"{PARQUET} --hard-share 0.3 {TOP} {AT_ONCE} {KD}"),
+    "parquet-30-of-30+kd": Recipe(f"{PARQUET} --mask-ratio 0.3 --hard-share 0.3 {TOP} {AT_ONCE} {KD}"),
     "predict-random-half": Recipe(f"{RANDOM} {HALF}"),
     "predict-excess-half": Recipe(f"{PARQUET} --hard-share 0 {HALF} --predict-by excess"),
     "predict-entropy-half": Recipe(f"{PARQUET} --hard-share 0 {HALF} --predict-by entropy"),
     "predict-excess-half+kd": Recipe(f"{PARQUET} --hard-share 0 {HALF} --predict-by excess {KD}"),
     "self": Recipe(SELF),  # the defaults
-    "self-rising-50": Recipe(f"{SELF} --hard-share 0.5 {RISING}"),
-    "self-all": Recipe(f"{SELF} --hard-share 1 {AT_ONCE}"),
-    "self-paper": Recipe(f"{SELF} --recipe paper --self-refresh step"),
+    "self-rising-50": Recipe(f"{SELF} --hard-share 0.5 {TOP} {RISING}"),
+    "self-all": Recipe(f"{SELF} --hard-share 1 {TOP} {AT_ONCE}"),
+    "self-paper": Recipe(f"{SELF} --recipe paper"),
+    "self-30": Recipe(f"{SELF} --hard-share 0.3 {TOP} {AT_ONCE}"),
     "self-surprisal": Recipe(f"{SELF} --mask-by surprisal"),
-    "self-excess-rising-50": Recipe(f"{SELF} --mask-by excess --hard-share 0.5 {RISING}"),
+    "self-excess-rising-50": Recipe(f"{SELF} --mask-by excess --hard-share 0.5 {TOP} {RISING}"),
     "self+kd": Recipe(f"{SELF} {KD}"),
     "scratch-random": Recipe(RANDOM, scratch=True),
     "scratch-parquet": Recipe(PARQUET, scratch=True),

@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     ranks: int
 
 
-VALUES = Cell(("random", "parquet", "targets", "step", "lagged"), (0, 2, 8), (1, 4), (False, True), (1, 2))
+VALUES = Cell(("random", "parquet", "targets", "step", "means", "muon"), (0, 2, 8), (1, 4), (False, True), (1, 2))
 MATRIX = [cell for cell in map(Cell._make, itertools.product(*VALUES)) if cell.distil or cell.source != "targets"]
 CELLS = [
     Cell("random", 0, 1, False, 1),
@@ -40,9 +40,12 @@ CELLS = [
     Cell("step", 0, 4, False, 1),
     Cell("step", 2, 1, True, 1),
     Cell("step", 8, 1, False, 2),
-    Cell("lagged", 0, 1, True, 1),
-    Cell("lagged", 2, 4, False, 2),
-    Cell("lagged", 8, 4, True, 1),
+    Cell("means", 0, 1, True, 1),
+    Cell("means", 2, 4, False, 2),
+    Cell("means", 8, 4, True, 1),
+    Cell("muon", 0, 1, True, 2),
+    Cell("muon", 2, 4, False, 1),
+    Cell("muon", 8, 4, False, 1),
 ]
 
 
@@ -79,12 +82,14 @@ def flags(student: Path, scored: Path, targets: Path) -> dict[str, list[object]]
     """By source; the step is the same 8 sequences, however it is split."""
     common = ["--shards", scored, "--model", student, "--max-steps", STEPS, "--save-steps", SAVE, "--logging-steps", 1]
     common += ["--eval-fraction", 0, "--bf16", "false", "--learning-rate", 1e-3, "--save-total-limit", 9]
-    own = ["--entropy-source", "self", "--self-warmup-steps", 2, "--self-refresh"]
+    rising = ["--mask-warmup", 0.3, "--mask-ramp", 0.6, "--hard-share", 0.8]
+    own = ["--entropy-source", "self", *rising, "--self-refresh"]
     return {
         "random": [*common, "--entropy-source", "random"],
-        "parquet": [*common, "--entropy-source", "parquet"],
+        "parquet": [*common, "--entropy-source", "parquet", *rising],
         "targets": [*common, "--entropy-source", "parquet", "--targets", targets],
-        **{form: [*common, *own, form] for form in ("step", "lagged")},
+        **{form: [*common, *own, form] for form in ("step", "means")},
+        "muon": [*common, "--entropy-source", "random", "--optim", "muon"],
     }
 
 

@@ -259,8 +259,8 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
         ([scored, "--limit", 0], "--limit 0 is not positive"),
         ([scored, "--sequences", 0], "--sequences 0 is not positive"),
         ([scored, "--seed", -1], "--seed -1 is not between"),
-        ([scored, "--mask-band", 0.5, 0.6, "--mask-ratio", 0.3], "narrower than the mask ratio"),
-        ([scored, "--entropy-source", "random", "--mask-floor", 0.1], "--mask-floor ranks by entropy"),
+        ([scored, "--mask-warmup", 0.5], "--mask-warmup depends on the length of a run"),
+        ([scored, "--entropy-source", "random", "--hard-share", 0.1], "--hard-share needs scores"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:
             explore(*arguments, "--output", tmp_path / "page.html")

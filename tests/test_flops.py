@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -22,7 +21,7 @@ from train.flops import forward_flops, training_flops
 from train.student import student_scores, with_masked_positions
 from train.watch import MOST_POINTS, ProgressReport, curve
 
-B, L, K, R, V = 3, 64, 10, 8, 3000
+B, L, K, P, V = 3, 64, 10, 4, 3000
 SIZES = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = BertConfig(**SIZES, intermediate_size=256, max_position_embeddings=L)
 MODERN = ModernBertConfig(
@@ -35,29 +34,29 @@ def student() -> BertForMaskedLM:
     return with_masked_positions(BertForMaskedLM(BERT))
 
 
-def count(model: BertForMaskedLM, refresh: str | None) -> int:
+def count(model: BertForMaskedLM, extra: str | None) -> int:
     """Of one step, its backward included."""
     ids_BL = torch.randint(3, V, (B, L))
     positions_BK = torch.arange(K).expand(B, K)
-    scored: dict[str, Tensor] = {"scored_BR": torch.arange(K, K + R).expand(B, R)} if refresh == "lagged" else {}
+    chosen = {"predicted_B1": torch.full((B, 1), P), "predictions": P} if extra == "chosen" else {}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        if refresh == "step":
+        if extra == "fresh":
             student_scores(model, ids_BL, None)
-        loss = model(ids_BL, positions_BK=positions_BK, labels_BK=ids_BL[:, :K], **scored)["loss"]
+        loss = model(ids_BL, positions_BP=positions_BK, labels_BP=ids_BL[:, :K], **chosen)["loss"]
         loss.backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("refresh", [None, "step", "lagged"])
-def test_a_step_costs_what_torch_counts(student: BertForMaskedLM, refresh: str | None) -> None:
-    extra = {"step": {"fresh": B, "length": L}, "lagged": {"scored": R}}.get(refresh or "", {})
-    expected = training_flops(*forward_flops(student, L), sequences=B, masked=K, **extra)
-    assert expected == pytest.approx(count(student, refresh), rel=0.02)
+@pytest.mark.parametrize("extra", [None, "fresh", "chosen"])
+def test_a_step_costs_what_torch_counts(student: BertForMaskedLM, extra: str | None) -> None:
+    predicted = {"fresh": {"predicted": K, "fresh": B, "length": L}, "chosen": {"predicted": P, "scored": K}}
+    expected = training_flops(*forward_flops(student, L), B, **predicted.get(extra or "", {"predicted": K}))
+    assert expected == pytest.approx(count(student, extra), rel=0.02)
 
 
 def test_of_another_architecture() -> None:
     model = with_masked_positions(ModernBertForMaskedLM(MODERN))
-    expected = training_flops(*forward_flops(model, L), sequences=B, masked=K)
+    expected = training_flops(*forward_flops(model, L), sequences=B, predicted=K)
     assert expected == pytest.approx(count(model, None), rel=0.02)
 
 

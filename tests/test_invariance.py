@@ -51,7 +51,7 @@ def train_here(flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
         def spy(masker: Masker, batch: dict[str, torch.Tensor], policy: Any) -> dict[str, torch.Tensor]:
             masked = original(masker, batch, policy)
-            masks.update(zip(batch["sequence_id"].tolist(), masked["positions_BK"].tolist(), strict=True))
+            masks.update(zip(batch["sequence_id"].tolist(), masked["positions_BP"].tolist(), strict=True))
             return masked
 
         monkeypatch.setattr(Masker, "__call__", spy)
@@ -68,14 +68,21 @@ def close(ours: dict[int, tuple[float, float]], theirs: dict[int, tuple[float, f
     return [*ours.values()] == [pytest.approx(each, rel=1e-4) for each in theirs.values()]
 
 
-def test_how_a_batch_is_split_and_loaded(train_here: Any, flags: list[object], tmp_path: Path) -> None:
-    whole, masks = train_here(*PARQUET, *EIGHT)
-    accumulated, same = train_here(*PARQUET, *FOUR, "--gradient-accumulation-steps", 2)
+# at the end of its warm-up the first of two ranks masks at random, the second does not
+SELF = ["--entropy-source", "self", "--mask-warmup", 11.5 / (8 * STEPS), "--mask-ramp", 0.2, "--hard-share", 1]
+
+
+@pytest.mark.parametrize("source", [PARQUET, SELF, [*RANDOM, "--optim", "muon"]], ids=["parquet", "self", "muon"])
+def test_how_a_batch_is_split_and_loaded(
+    train_here: Any, flags: list[object], tmp_path: Path, source: list[object]
+) -> None:
+    whole, masks = train_here(*source, *EIGHT)
+    accumulated, same = train_here(*source, *FOUR, "--gradient-accumulation-steps", 2)
     assert same == masks and len(masks) == 8 * STEPS
     assert close(accumulated, whole)
-    loaded, _ = train_here(*PARQUET, *EIGHT, "--dataloader-num-workers", 2)
+    loaded, _ = train_here(*source, *EIGHT, "--dataloader-num-workers", 2)
     assert loaded == whole
-    ranks = Run(tmp_path / "log", *flags, *PARQUET, *FOUR, "--output-dir", tmp_path / "ranks", ranks=2)
+    ranks = Run(tmp_path / "log", *flags, *source, *FOUR, "--output-dir", tmp_path / "ranks", ranks=2)
     assert ranks.end() == [0, 0], ranks.output()
     assert close(history(tmp_path / "ranks", STEPS), whole)
 
@@ -101,9 +108,10 @@ def test_torchrun(train_here: Any, flags: list[object], tmp_path: Path) -> None:
     assert resume.last_checkpoint(tmp_path / "stopped") == tmp_path / "stopped" / f"checkpoint-{step}"
 
 
-def test_parquet_at_an_infinite_temperature_is_random(train_here: Any) -> None:
+def test_hard_share_zero_is_random(train_here: Any) -> None:
     random, masks = train_here(*RANDOM, *EIGHT)
-    assert train_here(*PARQUET, *EIGHT, "--mask-temperature", "inf") == (random, masks)
+    for source in ("parquet", "self"):
+        assert train_here("--entropy-source", source, *EIGHT, "--hard-share", 0) == (random, masks)
 
 
 def test_the_head_at_masked_positions_is_the_head_at_all(train_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +119,7 @@ def test_the_head_at_masked_positions_is_the_head_at_all(train_here: Any, monkey
 
     def full(trainer: MaskedLMTrainer, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
         logits_BLV = model(inputs["input_ids"], attention_mask=inputs.get("attention_mask")).logits
-        positions_BK, labels_BK = inputs["positions_BK"], inputs["labels_BK"]
+        positions_BK, labels_BK = inputs["positions_BP"], inputs["labels_BP"]
         where_BKV = positions_BK.clamp_min(0)[..., None].expand(-1, -1, logits_BLV.shape[2])
         logits_NV, labels_N = logits_BLV.gather(1, where_BKV).flatten(0, 1), labels_BK.flatten()
         return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="sum") / len(labels_N)

@@ -1,4 +1,4 @@
-"""Masking against slow references and statistics: selection, temperature, band, floor, corruption."""
+"""Masking against slow references and statistics: hard share, temperature, warm-up, the predicted part, corruption."""
 
 from __future__ import annotations
 
@@ -10,16 +10,27 @@ import pytest
 import torch
 from rows import CLS, MASK, PAD, SEP, VOCAB, K, L, as_sets, candidates, entropies, keys
 from scipy import stats
+from torch import Tensor
 
-from train.masking import IGNORED, IGNORED_LABEL, Masker, MaskPolicy, corrupt, select_positions
+from train.masking import IGNORED, IGNORED_LABEL, SELECTION, Masker, MaskPolicy, corrupt, select_positions
+from train.noise import noise
+
+RANDOM = MaskPolicy.random()
+SETTINGS = [
+    {},
+    {"hard_share": 0.0},
+    {"hard_share": 0.3},
+    {"hard_share": 0.5, "temperature": 0.7},
+    {"temperature": 0.1},
+]
 
 
 @pytest.mark.parametrize(
     "length, ratio, k", [(128, 0.15, 19), (512, 0.15, 76), (128, 0.3, 38), (8, 0.01, 1), (12, 1, 10)]
 )
 def test_k_is_the_rounded_share_of_what_is_not_special(length: int, ratio: float, k: int) -> None:
-    for temperature in (0.0, 0.7, math.inf):
-        policy = MaskPolicy(ratio=ratio, temperature=temperature)
+    for settings in SETTINGS:
+        policy = MaskPolicy(ratio=ratio, **settings)
         positions_BK = select_positions(entropies(50, length), candidates(50, length), *keys(50), policy)
         assert positions_BK.shape == (50, k)
         assert all(len(row) == k and not row & {0, length - 1} for row in as_sets(positions_BK))
@@ -30,23 +41,44 @@ def test_rows_with_fewer_candidates_mask_their_share() -> None:
     candidates_BL = candidates(6)
     for row, left in enumerate((30, 20, 10, 3, 1, 0)):
         candidates_BL[row, left + 1 :] = False
-    for temperature in (0.0, 1.0, math.inf):
-        policy = MaskPolicy(temperature=temperature)
-        positions_BK = select_positions(entropies(6), candidates_BL, *keys(6), policy)
+    for settings in SETTINGS:
+        positions_BK = select_positions(entropies(6), candidates_BL, *keys(6), MaskPolicy(**settings))
         assert [len(row) for row in as_sets(positions_BK)] == [4, 3, 2, 1, 1, 0]
         assert all(candidates_BL[row, list(chosen)].all() for row, chosen in enumerate(as_sets(positions_BK)))
 
 
-def test_temperature_zero_takes_the_highest_entropies() -> None:
-    entropy_BL, candidates_BL = entropies(200), candidates(200)
+def slow_paper(
+    score_BL: Tensor, candidates_BL: Tensor, sequence_B: Tensor, epoch_B: Tensor, policy: MaskPolicy
+) -> list[set[int]]:
+    """The selection of arXiv 2605.28526: the highest scores, ties by noise, then by position."""
+    noise_BL = noise(policy.seed, SELECTION, epoch_B, sequence_B, torch.arange(score_BL.shape[1]))
+    chosen = []
+    for score, candidate, draw in zip(score_BL.tolist(), candidates_BL.tolist(), noise_BL.tolist(), strict=True):
+        places = [p for p, is_candidate in enumerate(candidate) if is_candidate and not math.isnan(score[p])]
+        places.sort(key=lambda p, score=score, draw=draw: (-score[p], -draw[p], p))
+        count = sum(candidate)
+        chosen.append(set(places[: min(max(1, round(policy.ratio * count)), count)]))
+    return chosen
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.15, 0.4])
+def test_hard_share_one_is_the_papers_selection(ratio: float) -> None:
+    rows = 300
+    score_BL, candidates_BL = (entropies(rows) * 2).round() / 2, candidates(rows)  # ties
     candidates_BL[:, 5:9] = False
-    entropy_BL[:, 20] = torch.nan  # not scored: no candidate
-    entropy_BL[:, 5:9] = 100
-    positions_BK = select_positions(entropy_BL, candidates_BL, *keys(200), MaskPolicy())
-    for row, chosen in enumerate(as_sets(positions_BK)):
-        allowed = [p for p in range(1, L - 1) if p != 20 and not 5 <= p < 9]
-        best = sorted(allowed, key=lambda p: -float(entropy_BL[row, p]))[: round(0.15 * len(allowed))]
-        assert chosen == set(best)
+    for row in range(0, rows, 7):
+        candidates_BL[row, 4 + row % 20 :] = False
+    score_BL[:, 5:9], score_BL[:, 20] = 100, torch.nan  # what is not scored comes last
+    policy = MaskPolicy(ratio=ratio, seed=5)
+    positions_BK = select_positions(score_BL, candidates_BL, *keys(rows), policy)
+    assert as_sets(positions_BK) == slow_paper(score_BL, candidates_BL, *keys(rows), policy)
+
+
+def test_positions_without_scores_fill_a_row_that_has_no_others() -> None:
+    score_BL = torch.full((9, L), torch.nan)
+    score_BL[:, [4, 7]] = 1.0
+    for row in as_sets(select_positions(score_BL, candidates(9), *keys(9), MaskPolicy())):
+        assert len(row) == K and {4, 7} < row
 
 
 def test_ties_are_broken_by_noise_not_by_position() -> None:
@@ -59,69 +91,160 @@ def test_ties_are_broken_by_noise_not_by_position() -> None:
     assert all(10 in row for row in as_sets(select_positions(flat_BL, candidates(4000), *keys(4000), MaskPolicy())))
 
 
-def test_infinite_temperature_is_uniform_and_blind_to_entropy() -> None:
-    policy = MaskPolicy(temperature=math.inf)
-    positions_BK = select_positions(entropies(20_000), candidates(20_000), *keys(20_000), policy)
+def test_hard_share_zero_is_uniform_and_blind_to_scores() -> None:
+    positions_BK = select_positions(entropies(20_000), candidates(20_000), *keys(20_000), RANDOM)
     counts = np.bincount(positions_BK.flatten().numpy(), minlength=L)[1:-1]
     # k of a row are drawn without replacement, which makes the statistic a little smaller than chi-square
     assert stats.chisquare(counts).pvalue > 1e-4
-    unknown_BL = torch.full((20_000, L), torch.nan)
-    assert torch.equal(positions_BK, select_positions(unknown_BL, candidates(20_000), *keys(20_000), policy))
+    unknown_BL, keyed = torch.full((20_000, L), torch.nan), (candidates(20_000), *keys(20_000))
+    progress_B = torch.zeros(20_000, dtype=torch.float64)
+    for policy in (RANDOM, MaskPolicy(hard_share=0.0, temperature=1.0), MaskPolicy(hard_share=0.01)):
+        assert torch.equal(positions_BK, select_positions(unknown_BL, *keyed, policy)), "0.01 · 4 rounds to none"
+    warm = MaskPolicy(temperature=0.5, warmup=0.1)
+    assert torch.equal(positions_BK, select_positions(entropies(20_000), *keyed, warm, progress_B=progress_B))
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_the_first_mask_follows_softmax_of_entropy_over_temperature(temperature: float) -> None:
+@pytest.mark.parametrize("hard_share", [0.3, 0.5, 0.75])
+def test_the_uniform_part_comes_first_and_reaches_every_candidate(hard_share: float) -> None:
+    """It is the mask that a ratio of its size draws, and the hard part the highest of what it leaves."""
+    rows, length, ratio = 20_000, 42, 0.25  # k = 10
+    entropy_BL = torch.arange(length).flip(0).expand(rows, -1).double()  # always the same order
+    policy = MaskPolicy(ratio=ratio, hard_share=hard_share)
+    chosen = as_sets(select_positions(entropy_BL, candidates(rows, length), *keys(rows), policy))
+    hard = round(hard_share * 10)
+    alone = MaskPolicy.random(ratio=(10 - hard) / 40)
+    uniform = as_sets(select_positions(entropy_BL, candidates(rows, length), *keys(rows), alone))
+    for ours, drawn in zip(chosen, uniform, strict=True):
+        assert drawn <= ours and ours - drawn == set([p for p in range(1, 41) if p not in drawn][:hard])
+    shares = np.bincount([p for row in chosen for p in row], minlength=length)[1:-1] / rows
+    least = (1 - hard_share) * ratio
+    assert shares.min() > (10 - hard) / 40 - 5 * math.sqrt(least / rows), "each by chance, whatever its score"
+    assert (10 - hard) / 40 >= least - 0.5 / 40  # as far as a number of positions can be a share
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 2.0])
+def test_the_first_hard_mask_follows_softmax_of_rank_over_temperature(temperature: float) -> None:
     rows, length = 20_000, 10
-    entropy_L = torch.tensor([9, 0.1, 1.0, 2.0, 0.5, 1.5, 2.5, 0.0, 3.0, 9])
+    entropy_L = torch.tensor([9, 0.1, 1.0, 2.0, 0.5, 1.5, 2.5, 0.0, 2.0, 9])
+    rank_L = torch.tensor([2, 4, 6.5, 3, 5, 8, 1, 6.5], dtype=torch.float64) / 8  # ties at their mean
     policy = MaskPolicy(ratio=1 / 8, temperature=temperature)
     positions_BK = select_positions(entropy_L.expand(rows, -1), candidates(rows, length), *keys(rows), policy)
     assert positions_BK.shape == (rows, 1)
-    expected = (entropy_L[1:-1].double() / temperature).softmax(0).numpy() * rows
+    expected = (rank_L / temperature).softmax(0).numpy() * rows
     counts = np.bincount(positions_BK.flatten().numpy(), minlength=length)[1:-1]
-    assert stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue > 1e-4
+    seen = expected > 5
+    counts, expected = (np.append(x[seen], x[~seen].sum()) if (~seen).any() else x for x in (counts, expected))
+    assert stats.chisquare(counts, expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_only_the_ranks_of_scores_count(unit: str) -> None:
+    entropy_BL, candidates_BL = entropies(200).double(), candidates(200)
+    entropy_BL[:, 12] = torch.nan
+    alone_BL = torch.zeros_like(candidates_BL)
+    for settings in ({}, {"temperature": 0.3}, {"temperature": 2.0, "hard_share": 0.5, "ratio": 0.3}):
+        policy = MaskPolicy(**settings, unit=unit)
+        masks = [
+            select_positions(score_BL, candidates_BL, *keys(200), policy, alone_BL)
+            for score_BL in (entropy_BL, entropy_BL.exp(), 3 * entropy_BL - 40, entropy_BL.float())
+        ]
+        assert all(torch.equal(mask, masks[0]) for mask in masks[1:])
 
 
 def test_a_higher_temperature_masks_lower_entropies() -> None:
     entropy_BL = entropies(3000)
     means = []
-    for temperature in (0.0, 0.5, 2.0, 8.0, math.inf):
-        policy = MaskPolicy(temperature=temperature)
+    for policy in (*(MaskPolicy(temperature=each) for each in (0.0, 0.1, 0.5, 3.0)), RANDOM):
         positions_BK = select_positions(entropy_BL, candidates(3000), *keys(3000), policy)
         means.append(float(entropy_BL.gather(1, positions_BK).mean()))
     assert means == sorted(means, reverse=True)
     assert means[0] > 7 and means[-1] == pytest.approx(4, abs=0.1)
 
 
-@pytest.mark.parametrize("band, low, high", [((0.0, 0.5), 0, 15), ((0.5, 1.0), 15, 30), ((0.4, 0.6), 12, 18)])
-def test_a_band_limits_the_candidates_to_its_quantiles(band: tuple[float, float], low: int, high: int) -> None:
-    entropy_BL = entropies(300)
-    ranks_BL = entropy_BL[:, 1:-1].argsort(1).argsort(1)
-    for temperature in (0.0, 1.0):
-        policy = MaskPolicy(temperature=temperature, band=band)
-        for row, chosen in enumerate(as_sets(select_positions(entropy_BL, candidates(300), *keys(300), policy))):
-            assert len(chosen) == K
-            assert all(low <= ranks_BL[row, p - 1] < high for p in chosen)
+# --- the progress of a run -------------------------------------------------------------------------------------------
 
 
-def test_a_band_as_narrow_as_the_ratio_still_fills_every_row() -> None:
-    candidates_BL = candidates(29)
-    for row in range(29):
-        candidates_BL[row, row + 2 :] = False
-    policy = MaskPolicy(ratio=0.15, band=(0.425, 0.575))
-    chosen = as_sets(select_positions(entropies(29), candidates_BL, *keys(29), policy))
-    assert [len(row) for row in chosen] == [max(1, round(0.15 * count)) for count in range(1, 30)]
+def test_the_hard_share_rises_over_the_ramp_after_the_warm_up() -> None:
+    progress = np.linspace(0, 1, 201)
+    for warmup, ramp in ((0.0, 0.0), (0.1, 0.2), (0.25, 0.0), (0.0, 1.0), (0.5, 1.0)):
+        policy = MaskPolicy(hard_share=0.6, warmup=warmup, ramp=ramp)
+        found = policy.share_at(torch.from_numpy(progress)).tolist()
+        for p, share in zip(progress.tolist(), found, strict=True):
+            past = p - warmup
+            expected = 0.6 * min(max(past / ramp, 0), 1) if ramp else 0.6 * (past >= 0)
+            assert share == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_floor_draws_its_share_uniformly_from_the_rest() -> None:
-    rows, length = 4000, 42
-    entropy_BL = torch.arange(length).flip(0).expand(rows, -1).double()  # always the same order
-    policy = MaskPolicy(ratio=0.25, floor=0.4)  # k = 10, of which 4 by chance
-    positions_BK = select_positions(entropy_BL, candidates(rows, length), *keys(rows), policy)
-    assert (positions_BK != IGNORED).all()
-    counts = np.bincount(positions_BK.flatten().numpy(), minlength=length)[1:-1]
-    assert (counts[:6] == rows).all()
-    assert counts[6:].sum() == 4 * rows
-    assert stats.chisquare(counts[6:]).pvalue > 1e-4
+def test_each_row_is_masked_by_its_own_progress() -> None:
+    policy = MaskPolicy(ratio=0.4, hard_share=0.5, temperature=0.2, warmup=0.2, ramp=0.5)
+    progress_B = torch.linspace(0, 1, 50, dtype=torch.float64)
+    found = select_positions(entropies(50), candidates(50), *keys(50), policy, progress_B=progress_B)
+    for row, share in enumerate(policy.share_at(progress_B).tolist()):
+        still = MaskPolicy(ratio=0.4, hard_share=share, temperature=0.2)
+        assert torch.equal(select_positions(entropies(50), candidates(50), *keys(50), still)[row], found[row])
+
+
+# --- what is predicted -----------------------------------------------------------------------------------------------
+
+
+def masker() -> Masker:
+    return Masker(vocab_size=VOCAB, special_token_ids=[PAD, CLS, SEP, MASK], mask_id=MASK, pad_id=PAD)
+
+
+def raw_batch(rows: int) -> dict[str, Tensor]:
+    """Rows of 0 to L - 2 candidates."""
+    ids_BL = torch.randint(4, VOCAB, (rows, L), generator=torch.Generator().manual_seed(3))
+    ids_BL[:, 0], ids_BL[:, -1] = CLS, SEP
+    for row in range(rows):
+        ids_BL[row, max(1, L - 1 - row) :] = PAD
+    sequence_B, epoch_B = keys(rows)
+    scores = {"entropy": entropies(rows), "surprisal": entropies(rows).flip(1)}
+    return scores | {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B}
+
+
+@pytest.mark.parametrize("predict_by", ["random", "entropy", "surprisal", "excess"])
+@pytest.mark.parametrize("predict_ratio", [0.01, 0.12, 0.5])
+def test_the_predicted_part_is_of_its_size_and_the_highest_of_the_masked(predict_by: str, predict_ratio: float) -> None:
+    rows = L - 1
+    raw = raw_batch(rows) | {"reference": entropies(rows)}
+    settings = {"ratio": 0.5, "hard_share": 0.5}
+    policy = MaskPolicy(**settings, predict_ratio=predict_ratio, predict_by=predict_by)
+    whole, found = masker()(raw, MaskPolicy(**settings)), masker()(raw, policy)
+    assert torch.equal(whole["input_ids"], found["input_ids"]), "masked alike"
+    candidates_B = (raw["input_ids"] >= 4).sum(1).tolist()
+    counts = [min(max(1, round(predict_ratio * count)), count) for count in candidates_B]
+    if predict_by == "excess" and predict_ratio < 0.5:  # the student chooses
+        assert found["predicted_B1"].flatten().tolist() == counts
+        assert torch.equal(found["positions_BP"], whole["positions_BP"])
+        expected_BK = raw["reference"].gather(1, whole["positions_BP"].clamp_min(0))
+        real_BK = whole["positions_BP"] != IGNORED
+        assert torch.equal(found["reference_BP"][real_BK], expected_BK[real_BK])
+        return
+    assert found["positions_BP"].shape == (rows, policy.predictions(L)) and "predicted_B1" not in found
+    masked, predicted = as_sets(whole["positions_BP"]), as_sets(found["positions_BP"])
+    assert [len(row) for row in masked] == [min(max(1, round(0.5 * count)), count) for count in candidates_B]
+    assert [len(row) for row in predicted] == counts
+    for row in range(rows):
+        assert predicted[row] <= masked[row]
+        if predict_by in raw:
+            score = raw[predict_by][row].tolist()
+            assert predicted[row] == set(sorted(masked[row], key=lambda p: -score[p])[: counts[row]])
+        labels = [label for label in found["labels_BP"][row].tolist() if label != IGNORED_LABEL]
+        assert labels == raw["input_ids"][row, sorted(predicted[row])].tolist()
+
+
+def test_a_random_part_is_uniform_and_of_its_own_each_epoch() -> None:
+    rows = 8000
+    raw = {name: tensor[:1].repeat_interleave(rows, 0) for name, tensor in raw_batch(1).items()}
+    raw["sequence_id"] = keys(rows)[0]
+    policy = MaskPolicy(ratio=0.5, predict_ratio=0.1)  # 15 masked, the same in each row, and 3 predicted
+    first, second = (masker()(raw | {"epoch": keys(rows, epoch)[1]}, policy)["positions_BP"] for epoch in (0, 1))
+    counts = np.bincount(first.flatten().numpy(), minlength=L)
+    assert stats.chisquare(counts[counts > 0]).pvalue > 1e-4 and (counts > 0).sum() == 15
+    assert (first != second).any(1).float().mean() > 0.9
+
+
+# --- policies --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,42 +252,44 @@ def test_a_floor_draws_its_share_uniformly_from_the_rest() -> None:
     [
         {"ratio": 0},
         {"ratio": 1.2},
+        {"hard_share": -0.1},
+        {"hard_share": 1.1},
+        {"hard_share": math.nan},
         {"temperature": -1},
         {"temperature": math.nan},
-        {"band": (0.5, 0.6)},
-        {"band": (0.6, 0.5)},
-        {"band": (0, 1.5)},
-        {"floor": 1.5},
+        {"temperature": math.inf},
+        {"warmup": 1},
+        {"warmup": -0.1},
+        {"ramp": 1.5},
+        {"ramp": math.nan},
+        {"predict_ratio": 0},
+        {"predict_ratio": 0.2},
+        {"predict_by": "length"},
         {"corruption": "none"},
         {"unit": "sentence"},
         {"by": "length"},
     ],
 )
 def test_impossible_policies_are_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match=r"mask|corruption"):
+    with pytest.raises(ValueError, match=r"mask|corruption|hard share|predict"):
         MaskPolicy(**settings)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, math.inf])
-def test_a_policy_comes_back_from_json(temperature: float) -> None:
-    policy = MaskPolicy(0.3, temperature, (0.25, 1.0), 0.1, "mask-only", 7, "word", "surprisal")
-    text = json.dumps(policy.to_json(), allow_nan=False)
-    assert MaskPolicy.from_json(json.loads(text)) == policy
-    for broken in ({}, {"band": 1}, policy.to_json() | {"ratio": 2}, policy.to_json() | {"other": 1}):
-        with pytest.raises((KeyError, TypeError, ValueError)):
+def test_a_policy_comes_back_from_json() -> None:
+    policy = MaskPolicy(0.3, 0.5, 0.7, 0.1, 0.2, "surprisal", 0.1, "excess", "mask-only", 7, "word")
+    for each in (policy, MaskPolicy(), RANDOM):
+        text = json.dumps(each.to_json(), allow_nan=False)
+        assert MaskPolicy.from_json(json.loads(text)) == each
+    for broken in ({"band": 1}, policy.to_json() | {"ratio": 2}, policy.to_json() | {"other": 1}):
+        with pytest.raises((TypeError, ValueError)):
             MaskPolicy.from_json(broken)
 
 
-def test_a_policy_of_before_there_were_words_hides_tokens_by_entropy() -> None:
-    fields = MaskPolicy(0.3, 1.0, seed=7).to_json()
-    del fields["unit"], fields["by"]
-    assert MaskPolicy.from_json(fields) == MaskPolicy(0.3, 1.0, seed=7)
-
-
 def test_a_policy_repeats_where_two_epochs_hide_the_same() -> None:
-    for policy in (MaskPolicy(), MaskPolicy(band=(0.2, 0.8)), MaskPolicy(floor=0.3), MaskPolicy(temperature=0.1)):
+    for policy in (MaskPolicy(), RANDOM, MaskPolicy(hard_share=0.7), MaskPolicy(temperature=0.1)):
         first, second = (select_positions(entropies(99), candidates(99), *keys(99, e), policy) for e in (0, 1))
         assert policy.repeats() == torch.equal(first, second)
+    assert not MaskPolicy(warmup=0.1).repeats() and not MaskPolicy(predict_ratio=0.1).repeats()
 
 
 # --- rows, corruption, noise -----------------------------------------------------------------------------------------
@@ -172,14 +297,14 @@ def test_a_policy_repeats_where_two_epochs_hide_the_same() -> None:
 
 def test_a_row_is_masked_alike_in_any_batch_and_anew_each_epoch() -> None:
     entropy_BL, candidates_BL, (ids_B, epoch_B) = entropies(64), candidates(64), keys(64)
-    for temperature in (1.0, math.inf):
-        policy = MaskPolicy(temperature=temperature)
+    for settings in ({"temperature": 0.3}, {"hard_share": 0.5}, {"hard_share": 0.0}):
+        policy = MaskPolicy(ratio=0.3, **settings)
         whole = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, policy)
         order = torch.randperm(64)
         shuffled = select_positions(entropy_BL[order], candidates_BL[order], ids_B[order], epoch_B[order], policy)
         assert torch.equal(whole[order], shuffled)
         again = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B + 1, policy)
-        other = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, MaskPolicy(temperature=temperature, seed=1))
+        other = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, MaskPolicy(ratio=0.3, **settings, seed=1))
         for changed in (again, other):
             assert (whole != changed).any(1).float().mean() > 0.95
 
@@ -189,7 +314,7 @@ def test_corruption_shares_and_labels() -> None:
     ids_BL = torch.randint(4, VOCAB, (rows, L), generator=torch.Generator().manual_seed(3))
     ids_BL[:, 0], ids_BL[:, -1] = CLS, SEP
     replacements_R = torch.arange(4, VOCAB)
-    policy = MaskPolicy(temperature=math.inf)
+    policy = RANDOM
     positions_BK = select_positions(entropies(rows), candidates(rows), *keys(rows), policy)
     positions_BK[0, 2:] = IGNORED
     inputs_BL, labels_BK = corrupt(ids_BL, positions_BK, *keys(rows), policy, MASK, replacements_R)
@@ -207,7 +332,7 @@ def test_corruption_shares_and_labels() -> None:
     assert replaced.min() >= 4
     assert stats.chisquare(np.bincount(replaced.numpy(), minlength=VOCAB)[4:]).pvalue > 1e-4
 
-    only = MaskPolicy(temperature=math.inf, corruption="mask-only")
+    only = MaskPolicy.random(corruption="mask-only")
     inputs_BL, _ = corrupt(ids_BL, positions_BK, *keys(rows), only, MASK, replacements_R)
     assert (inputs_BL[chosen_BL] == MASK).all() and torch.equal(inputs_BL[~chosen_BL], ids_BL[~chosen_BL])
 
@@ -220,18 +345,17 @@ def test_masker_gathers_what_the_teacher_said_of_the_masked_positions() -> None:
     topk_BLT = torch.randint(0, VOCAB, (rows, L, top))
     raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "entropy": entropies(rows)}
     lse_BL = torch.rand(rows, L)
-    masker = Masker(vocab_size=VOCAB, special_token_ids=[PAD, CLS, SEP, MASK], mask_id=MASK, pad_id=PAD)
-    batch = masker(
+    batch = masker()(
         raw | {"topk_ids": topk_BLT, "topk_logprobs": -topk_BLT.float(), "temperature_lse": lse_BL}, MaskPolicy()
     )
     assert torch.equal(batch["attention_mask"], (ids_BL != PAD).long())
     for row, position in ((r, p) for r in range(rows) for p in range(K)):
-        where = int(batch["positions_BK"][row, position])
+        where = int(batch["positions_BP"][row, position])
         if where != IGNORED:
             assert 0 < where < L - 1 and ids_BL[row, where] >= 4
-            assert torch.equal(batch["teacher_ids_BKT"][row, position], topk_BLT[row, where])
-            assert torch.equal(batch["teacher_logprobs_BKT"][row, position], -topk_BLT[row, where].float())
-            assert batch["temperature_lse_BK"][row, position] == lse_BL[row, where]
-    without = masker({name: raw[name][:-1] for name in raw}, MaskPolicy())
-    assert without.keys() == {"input_ids", "positions_BK", "labels_BK"}
+            assert torch.equal(batch["teacher_ids_BPT"][row, position], topk_BLT[row, where])
+            assert torch.equal(batch["teacher_logprobs_BPT"][row, position], -topk_BLT[row, where].float())
+            assert batch["temperature_lse_BP"][row, position] == lse_BL[row, where]
+    without = masker()({name: raw[name][:-1] for name in raw}, MaskPolicy())
+    assert without.keys() == {"input_ids", "positions_BP", "labels_BP"}
     assert torch.equal(without["input_ids"], batch["input_ids"][:-1])

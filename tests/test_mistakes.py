@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from train import cluster, guard
 from train.options import parse
 
 BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
-SELF, RANDOM = ["--entropy-source", "self"], ["--entropy-source", "random"]
+RANDOM = ["--entropy-source", "random"]
 
 
 def refusal(shards: Path, output: object, *flags: object) -> str:
@@ -66,6 +65,13 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--push-to-hub", "true"], "--push-to-hub has no use here"),
         (["--optim-target-modules", "all"], "--optim-target-modules has no use here"),
         (["--torch-compile-backend", "foo"], "FOO"),
+        (
+            ["--distill-weight", 0.5, "--distill-positions", "most"],
+            "--distill-positions most is neither all nor a share",
+        ),
+        (["--distill-weight", 0.5, "--distill-positions", 0], "nor a share above 0 and at most 1"),
+        (["--muon-learning-rate", 0.1, "--optim", "adamw_torch"], "--muon-learning-rate only applies to --optim muon"),
+        (["--muon-learning-rate=-1"], "--muon-learning-rate -1 is out of range"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
         (["--optim-args", "foo"], "transformers takes no such flags"),
         (["--accelerator-config", '{"split_batches": true}'], "--accelerator-config may say non_blocking only"),
@@ -84,17 +90,6 @@ def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path,
     (tmp_path / "summary.json").write_text("{}")
     refusal(scored, tmp_path, *RANDOM, "--overwrite", "--optim-args", "foo")
     assert (tmp_path / "summary.json").exists()
-
-
-def test_self_masking_at_random_is_random(scored: Path, tmp_path: Path) -> None:
-    assert "masks at random to the end" in refusal(scored, tmp_path, *SELF, "--self-warmup-steps", 1)
-    assert "use --entropy-source random" in refusal(scored, tmp_path, *SELF, "--mask-temperature", "inf")
-
-
-def test_entropies_are_not_exported_over_the_run(scored: Path, tmp_path: Path) -> None:
-    message = refusal(scored, tmp_path / "out", *SELF, "--export-entropies", f"{tmp_path}/./out/")
-    assert "choose another directory for the entropies" in message
-    assert not (tmp_path / "out").exists()
 
 
 def test_ray_starts_no_processes_under_torchrun(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,28 +121,6 @@ def test_apple_gpus_make_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed().device.type == "cpu"
     with pytest.raises(UsageError, match="no float64"):
         parsed("--use-cpu", "false")
-
-
-def test_kept_scores_of_all_processes_fit_the_container(
-    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = train.run.read_manifest(str(scored))
-    tokens = sum(entry.rows for entry in manifest.shards) * manifest.sequence_length
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(train.run, "CGROUP_LIMITS", [tmp_path / "none", limit])
-    options = SimpleNamespace(entropy_source="self", self_refresh="lagged", self_refresh_every=None)
-    policy = train.run.MaskPolicy(seed=0)
-
-    def visited() -> object:
-        return train.run.visited_of(options, policy, manifest, manifest.shards)  # type: ignore[arg-type]
-
-    limit.write_text("max\n")
-    assert visited() and train.run.memory_limit() > 2**20
-    limit.write_text(f"{3 * tokens}\n")
-    assert visited()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="GiB of these shards in 2, and there are"):
-        visited()
 
 
 @pytest.mark.parametrize(

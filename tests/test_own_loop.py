@@ -48,10 +48,10 @@ def test_the_document_has_an_example_of_each() -> None:
 
 def test_masking_plain_tensors(run_block: Any, capsys: pytest.CaptureFixture) -> None:
     found = run_block(0)
-    positions_BK, ids_BL = found["masked"]["positions_BK"], found["ids_BL"]
+    positions_BK, ids_BL = found["masked"]["positions_BP"], found["ids_BL"]
     assert positions_BK.shape == (2, 2) and (positions_BK[1] == IGNORED).sum() == 1
     expected = ids_BL.gather(1, positions_BK.clamp_min(0)).masked_fill(positions_BK == IGNORED, IGNORED_LABEL)
-    assert torch.equal(found["masked"]["labels_BK"], expected)
+    assert torch.equal(found["masked"]["labels_BP"], expected)
     assert str(positions_BK) in capsys.readouterr().out
 
 
@@ -65,10 +65,10 @@ def test_distilling(run_block: Any, scored: Path) -> None:
         for name, tensor in to_tensors(read_rows(manifest, entry, Columns(entropy=True, top_k=True))).items():
             raw.setdefault(name, []).append(tensor)
     rows = {name: torch.cat(tensors) for name, tensors in raw.items()}
-    expected = masker_of(manifest)(rows | {"epoch": torch.zeros_like(rows["sequence_id"])}, MaskPolicy(temperature=1.0))
+    expected = masker_of(manifest)(rows | {"epoch": torch.zeros_like(rows["sequence_id"])}, MaskPolicy(hard_share=0.3))
     order = {sequence: row for row, sequence in enumerate(rows["sequence_id"].tolist())}
     where = torch.tensor([order[sequence] for sequence in found["batch"]["sequence_id"].tolist()])
-    for name in ("input_ids", "positions_BK", "labels_BK", "teacher_ids_BKT", "teacher_logprobs_BKT"):
+    for name in ("input_ids", "positions_BP", "labels_BP", "teacher_ids_BPT", "teacher_logprobs_BPT"):
         torch.testing.assert_close(found["masked"][name], expected[name][where], equal_nan=True)
 
 
@@ -109,10 +109,10 @@ def hidden(batch: dict[str, torch.Tensor]) -> list[dict[int, int]]:
 
 
 @pytest.mark.parametrize("unit", ["token", "word"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0, math.inf])
-def test_a_row_is_masked_alike_beside_any_other(tokenizer: Any, unit: str, temperature: float) -> None:
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"hard_share": 0.4}, {"hard_share": 0.0}])
+def test_a_row_is_masked_alike_beside_any_other(tokenizer: Any, unit: str, settings: dict[str, float]) -> None:
     rows = rows_of(tokenizer)
-    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(temperature=temperature, unit=unit), pad_to_multiple_of=8)
+    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(**settings, unit=unit), pad_to_multiple_of=8)
     batch = collator(rows)
     shape = (len(rows), -(-max(len(row["input_ids"]) for row in rows) // 8) * 8)
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
@@ -128,7 +128,7 @@ def test_a_row_is_masked_alike_beside_any_other(tokenizer: Any, unit: str, tempe
         alone = collator([row])
         assert hidden(alone) == [labels]
         assert alone["input_ids"][0, : len(inputs)].tolist() == inputs
-        if temperature == 0 and unit == "token":
+        if not settings and unit == "token":
             highest = sorted(candidates, key=lambda p: -row["entropy"][p])[: len(labels)]
             assert set(labels) == set(highest)
 
@@ -147,7 +147,7 @@ def test_rows_in_every_format_with_an_id_or_known_by_their_tokens(tokenizer: Any
 
 
 def test_it_follows_the_epochs_as_a_callback(tokenizer: Any) -> None:
-    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(temperature=math.inf))
+    collator = EntropyMaskingCollator(tokenizer, MaskPolicy.random())
     rows = rows_of(tokenizer)
     by_epoch = []
     for epoch in (0.0, 1.0, 1.4):
@@ -166,7 +166,7 @@ def test_by_surprisal(tokenizer: Any) -> None:
         collator(rows)
     with pytest.raises(ValueError, match=r"a row has \d+ tokens and 2 numbers of surprisal"):
         collator([renamed[0] | {"surprisal": [1.0, 2.0]}])
-    uniform = EntropyMaskingCollator(tokenizer, MaskPolicy(temperature=math.inf))
+    uniform = EntropyMaskingCollator(tokenizer, MaskPolicy.random())
     assert hidden(uniform([{"input_ids": row["input_ids"]} for row in rows]))
 
 

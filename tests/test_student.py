@@ -21,7 +21,7 @@ from pipeline.entropy import entropy
 from pipeline.manifests import read_manifest
 from train.distill import distillation
 from train.masking import IGNORED, Masker, MaskPolicy
-from train.student import student_scores, with_masked_positions
+from train.student import MEASURED_EVERY, student_scores, with_masked_positions
 
 ROWS, TOP = 6, 5
 OTHERS = {
@@ -80,7 +80,7 @@ def masked_batch(distil: bool = False) -> dict[str, torch.Tensor]:
         raw |= {"topk_ids": log_p.indices, "topk_logprobs": log_p.values, "temperature_lse": lse}
     masker = Masker(vocab_size=VOCAB, special_token_ids=[0, 1, 2, 3, 4], mask_id=4, pad_id=PAD)
     batch = masker(raw, MaskPolicy(ratio=0.3))
-    assert (batch["positions_BK"] == IGNORED).any(), "a short row is part of the test"
+    assert (batch["positions_BP"] == IGNORED).any(), "a short row is part of the test"
     return batch
 
 
@@ -108,19 +108,19 @@ def test_sparse_head_equals_full_head(name: str, alpha: float, T: float) -> None
     assert sparse.sparse_head == (name != "mixing")
     batch = masked_batch(distil=True)
     if T == 1:
-        del batch["temperature_lse_BK"]
+        del batch["temperature_lse_BP"]
     found = sparse(**batch, distill_weight=alpha, distill_temperature=T)
-    unlabelled = {name: batch[name] for name in ("input_ids", "attention_mask", "positions_BK")}
-    assert sparse(**unlabelled)["logits"].shape == (ROWS, batch["positions_BK"].shape[1], VOCAB)
+    unlabelled = {name: batch[name] for name in ("input_ids", "attention_mask", "positions_BP")}
+    assert sparse(**unlabelled)["logits"].shape == (ROWS, batch["positions_BP"].shape[1], VOCAB)
 
     logits_BLV = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    where_BK = batch["positions_BK"].clamp_min(0)
+    where_BK = batch["positions_BP"].clamp_min(0)
     logits_NV = logits_BLV[torch.arange(ROWS)[:, None], where_BK].flatten(0, 1)
-    labels_N = batch["labels_BK"].flatten()
+    labels_N = batch["labels_BP"].flatten()
     count = labels_N.numel()
     expected = F.cross_entropy(logits_NV, labels_N, reduction="sum") / count
-    said = batch["teacher_ids_BKT"].flatten(0, 1), batch["teacher_logprobs_BKT"].flatten(0, 1)
-    lse_N = batch["temperature_lse_BK"].flatten() if T != 1 else None
+    said = batch["teacher_ids_BPT"].flatten(0, 1), batch["teacher_logprobs_BPT"].flatten(0, 1)
+    lse_N = batch["temperature_lse_BP"].flatten() if T != 1 else None
     kl_N = distillation(logits_NV, *said, T, lse_N)
     expected = (1 - alpha) * expected + alpha * kl_N[labels_N >= 0].sum() / count
     torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=0)
@@ -172,22 +172,113 @@ def test_student_scores_are_those_of_the_plain_forward(
     assert student.training and not found["entropy"].requires_grad
 
 
+def choosing_batch() -> dict[str, torch.Tensor]:
+    """All masked positions, some of which the student is to predict, with what a teacher and a reference say there."""
+    batch = masked_batch(distil=True)
+    real_B1 = (batch["positions_BP"] != IGNORED).sum(1, keepdim=True)
+    generator = torch.Generator().manual_seed(6)
+    reference_BP = 8 * torch.rand(batch["positions_BP"].shape, generator=generator)
+    return batch | {"predicted_B1": (real_B1 / 2).round().clamp_min(1), "reference_BP": reference_BP}
+
+
+def said_by(plain: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, entropy and surprisal at the masked positions, from the full head."""
+    logits_BLV = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits_BKV = logits_BLV[torch.arange(ROWS)[:, None], batch["positions_BP"].clamp_min(0)]
+    log_q_BKV = logits_BKV.detach().double().log_softmax(-1)
+    surprisal_BK = -log_q_BKV.gather(-1, batch["labels_BP"].clamp_min(0)[..., None]).squeeze(-1)
+    return logits_BKV, -(log_q_BKV.exp() * log_q_BKV).sum(-1), surprisal_BK
+
+
+def highest(score_K: Tensor, real_K: Tensor, count: int) -> list[int]:
+    places = sorted(real_K.nonzero().flatten().tolist(), key=lambda place: -float(score_K[place]))
+    return sorted(places[:count])
+
+
+@pytest.mark.parametrize("by", ["excess", "entropy", "surprisal"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "esm", "mixing"])
+def test_the_student_predicts_what_it_chooses(name: str, by: str) -> None:
+    """Positions, loss and gradients are those of the full head at the highest scores alone."""
+    plain = model_of(name)
+    student, batch, alpha, T = with_masked_positions(copy.deepcopy(plain)), choosing_batch(), 0.4, 2.0
+    assert student.parted_head == (name not in ("esm", "mixing"))
+    P = int(batch["predicted_B1"].max())
+    losses = {"distill_weight": alpha, "distill_temperature": T}
+    found = student(**batch, **losses, predict_by=by, predictions=P, measure=True)
+    logits_BKV, entropy_BK, surprisal_BK = said_by(plain, batch)
+    real_BK = batch["labels_BP"] >= 0
+    for score, expected_BK in (("entropy", entropy_BK), ("surprisal", surprisal_BK)):
+        torch.testing.assert_close(found[score].double()[real_BK], expected_BK[real_BK], atol=1e-4, rtol=0)
+    assert torch.equal(found["tokens"], batch["labels_BP"]) and not found["entropy"].requires_grad
+    # as it says them itself: some differ by less than they are rounded
+    score_BK = found["entropy" if by == "entropy" else "surprisal"] - (by == "excess") * batch["reference_BP"]
+    expected = torch.zeros(())
+    for row in range(ROWS):
+        where = highest(score_BK[row], real_BK[row], int(batch["predicted_B1"][row]))
+        logits_NV, labels_N = logits_BKV[row, where], batch["labels_BP"][row, where]
+        said = (batch[n][row, where] for n in ("teacher_ids_BPT", "teacher_logprobs_BPT"))
+        kl_N = distillation(logits_NV, *said, T, batch["temperature_lse_BP"][row, where])
+        expected = expected + (1 - alpha) * F.cross_entropy(logits_NV, labels_N, reduction="sum") + alpha * kl_N.sum()
+    expected = expected / (ROWS * P)
+    torch.testing.assert_close(found["loss"], expected, atol=1e-5, rtol=0)
+    found["loss"].backward()
+    expected.backward()
+    for (label, ours), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=label)
+
+
+@pytest.mark.parametrize("T", [1.0, 2.0])
+@pytest.mark.parametrize("share", [0.01, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "mixing"])
+def test_a_share_of_the_predicted_positions_is_distilled(name: str, share: float, T: float) -> None:
+    """Those of the student's highest entropies, at least one a row; the others have the cross-entropy alone."""
+    plain = model_of(name)
+    student, batch, alpha = with_masked_positions(copy.deepcopy(plain)), masked_batch(distil=True), 0.4
+    if T == 1:
+        del batch["temperature_lse_BP"]
+    losses = {"distill_weight": alpha, "distill_temperature": T, "distill_share": share}
+    found = student(**batch, **losses)["loss"]
+    logits_BKV, entropy_BK, _ = said_by(plain, batch)
+    real_BK = batch["labels_BP"] >= 0
+    total, distilled = torch.zeros(()), 0
+    for row in range(ROWS):
+        taught = highest(entropy_BK[row], real_BK[row], max(1, round(share * int(real_BK[row].sum()))))
+        distilled += len(taught)
+        for place in real_BK[row].nonzero().flatten().tolist():
+            logits_1V = logits_BKV[row, place][None]
+            ce = F.cross_entropy(logits_1V, batch["labels_BP"][row, place][None])
+            if place in taught:
+                said = (batch[n][row, place][None] for n in ("teacher_ids_BPT", "teacher_logprobs_BPT"))
+                lse_1 = batch["temperature_lse_BP"][row, place][None] if T != 1 else None
+                ce = (1 - alpha) * ce + alpha * distillation(logits_1V, *said, T, lse_1)[0]
+            total = total + ce
+    assert distilled >= ROWS and (distilled < real_BK.sum()) == (share < 1)
+    expected = total / batch["labels_BP"].numel()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    found.backward()
+    expected.backward()
+    for (label, ours), theirs in zip(student.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4, msg=label)
+
+
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS, "mixing"])
-def test_scoring_beside_training_changes_neither_loss_nor_gradients(name: str) -> None:
-    alone = with_masked_positions(model_of(name))
-    beside = with_masked_positions(model_of(name))
+def test_measuring_beside_training_changes_neither_loss_nor_gradients(name: str) -> None:
+    alone, beside, plain = (with_masked_positions(model_of(name)) for _ in range(3))
     batch = masked_batch()
-    scored_BR = torch.tensor([3, 5, 9]).expand(ROWS, 3)
-    expected, found = alone(**batch), beside(**batch, scored_BR=scored_BR)
-    torch.testing.assert_close(found["loss"], expected["loss"], atol=1e-6, rtol=0)
-    full = student_scores(with_masked_positions(model_of(name)), batch["input_ids"], batch["attention_mask"])
-    for score in ("entropy", "surprisal"):
-        torch.testing.assert_close(found[score], full[score].gather(1, scored_BR), atol=1e-5, rtol=1e-5)
+    expected, found = alone(**batch), beside(**batch, measure=True)
+    assert torch.equal(found["loss"], expected["loss"])
+    _, entropy_BK, surprisal_BK = said_by(plain, batch)
+    assert torch.equal(found["tokens"], batch["labels_BP"][:, ::MEASURED_EVERY])
+    for score, scores_BK in (("entropy", entropy_BK), ("surprisal", surprisal_BK)):
+        real_BM = found["tokens"] >= 0
+        expected_BM = scores_BK[:, ::MEASURED_EVERY]
+        torch.testing.assert_close(found[score].double()[real_BM], expected_BM[real_BM], atol=1e-4, rtol=0)
     expected["loss"].backward()
     found["loss"].backward()
-    for (label, ours), theirs in zip(beside.named_parameters(), alone.parameters(), strict=True):
-        if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5, msg=label)
+    for ours, theirs in zip(beside.parameters(), alone.parameters(), strict=True):
+        assert theirs.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
 def test_a_head_that_needs_whole_sequences_is_told(capsys: pytest.CaptureFixture) -> None:
@@ -220,7 +311,8 @@ def test_other_architectures_train(scored: Path, tmp_path: Path, name: str) -> N
     config = (ARCHITECTURES | OTHERS)[name].to_dict() | {"vocab_size": manifest.vocab_size, "pad_token_id": 1}
     config["max_position_embeddings"] = manifest.sequence_length + 1  # RoBERTa's begin behind the padding token's
     (tmp_path / "config.json").write_text(json.dumps(config))
-    flags = ["--entropy-source", "self", "--self-warmup-steps", 1, "--model", tmp_path / "config.json", "--seed", 3]
+    flags = ["--entropy-source", "self", "--self-refresh", "step", "--model", tmp_path / "config.json", "--seed", 3]
+    flags += ["--predict-ratio", 0.1, "--predict-by", "excess", "--mask-ramp", 0]
     sizes = ["--max-steps", 2, "--per-device-train-batch-size", 8, "--eval-fraction", 0.2, "--bf16", "false"]
     train.run.main([str(flag) for flag in ("--shards", scored, "--output-dir", tmp_path / "out", *flags, *sizes)])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -17,7 +17,8 @@ import pytest
 import torch
 from harness import LENGTH, SCORE, TRAIN, command, refused, run
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
+from test_masking import slow_paper
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, ModernBertForMaskedLM, pipeline
 
 import train.run
 from pipeline.cli import UsageError
@@ -26,7 +27,7 @@ from train import resume
 from train.data import Columns, masker_of, read_rows, split_shards, to_tensors
 from train.evaluation import EVALUATION
 from train.masking import IGNORED, Masker, MaskPolicy
-from train.options import parse
+from train.options import LEARNING_RATES, MUON, parse
 from train.trainer import MaskedLMTrainer
 
 SMALL = ["--per-device-train-batch-size", 8, "--eval-fraction", 0.2, "--bf16", "false", "--seed", 3]
@@ -35,7 +36,7 @@ REGIMES = {
     "parquet": ["--entropy-source", "parquet"],
     "parquet+kd": ["--entropy-source", "parquet", "--distill-weight", 0.5],
     "self": ["--entropy-source", "self"],
-    "self+kd": ["--entropy-source", "self", "--distill-weight", 1, "--mask-temperature", 0.5, "--mask-floor", 0.2],
+    "self+kd": ["--entropy-source", "self", "--distill-weight", 1, "--mask-temperature", 0.5, "--hard-share", 0.8],
 }
 
 
@@ -58,9 +59,7 @@ def students(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def test_entropy_masks_and_targets_each_change_what_is_learned(students: dict[str, Path]) -> None:
-    learned = {
-        name: weights(directory)["bert.encoder.layer.0.output.dense.weight"] for name, directory in students.items()
-    }
+    learned = {name: weights(directory)["model.layers.0.mlp.Wo.weight"] for name, directory in students.items()}
     for first, second in itertools.combinations(learned, 2):
         assert not torch.allclose(learned[first], learned[second], atol=1e-5), f"{first} is {second}"
 
@@ -68,35 +67,35 @@ def test_entropy_masks_and_targets_each_change_what_is_learned(students: dict[st
 def test_what_is_trained_on_and_hidden_and_what_is_held_out(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training hides the highest entropies of the shards, evaluation anything, and on other documents."""
+    """The paper's recipe hides the highest entropies of the shards, evaluation anything, and on other documents."""
     seen: dict[MaskPolicy, list[Any]] = {}
 
     def spy(masker: Masker, batch: dict[str, torch.Tensor], policy: MaskPolicy) -> dict[str, torch.Tensor]:
         masked = original(masker, batch, policy)
         seen.setdefault(policy, []).extend(
-            zip(batch["sequence_id"].tolist(), masked["positions_BK"].tolist(), strict=True)
+            zip(*(t.tolist() for t in (batch["sequence_id"], batch["epoch"], masked["positions_BP"])), strict=True)
         )
         return masked
 
     original = Masker.__call__
     monkeypatch.setattr(Masker, "__call__", spy)
-    train_here(scored, tmp_path / "out", *REGIMES["parquet"], "--num-train-epochs", 1)
+    train_here(scored, tmp_path / "out", *REGIMES["parquet"], "--recipe", "paper", "--num-train-epochs", 1)
     manifest = train.run.read_manifest(str(scored))
-    held_out = [sequence for sequence, _ in seen.pop(EVALUATION)]
+    held_out = [sequence for sequence, *_ in seen.pop(EVALUATION)]
     ((policy, trained),) = seen.items()
     assert policy == MaskPolicy(seed=3)
     everything = {(entry.index << 32) + row for entry in manifest.shards for row in range(entry.rows)}
-    assert set(held_out) == everything - {sequence for sequence, _ in trained}
+    assert set(held_out) == everything - {sequence for sequence, *_ in trained}
     assert len({sequence >> 32 for sequence in held_out}) == math.ceil(0.2 * len(manifest.shards))
     entropy_of = {}
     for entry in manifest.shards:
         rows = read_rows(manifest, entry, Columns(entropy=True))
-        entropy_of |= dict(zip(rows["sequence_id"].tolist(), rows["entropy"].astype(float), strict=True))
-    for sequence, positions in trained:
-        entropy_L = entropy_of[sequence]
-        chosen = [position for position in positions if position != IGNORED]
-        others = np.delete(entropy_L, chosen)
-        assert entropy_L[chosen].min() >= np.nanmax(others, initial=-1)
+        columns = rows["entropy"].astype(float), ~np.isin(rows["input_ids"], manifest.special_token_ids)
+        entropy_of |= dict(zip(rows["sequence_id"].tolist(), zip(*columns, strict=True), strict=True))
+    for sequence, epoch, positions in trained:
+        row = (torch.from_numpy(column)[None] for column in entropy_of[sequence])
+        (expected,) = slow_paper(*row, torch.tensor([sequence]), torch.tensor([epoch]), policy)
+        assert {position for position in positions if position != IGNORED} == expected
 
 
 def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
 def test_deciles_are_of_the_shards_entropy(scored: Path, students: dict[str, Path]) -> None:
     """By hand: one sequence at a time, everything sorted in Python."""
     manifest = train.run.read_manifest(str(scored))
-    model = BertForMaskedLM.from_pretrained(students["random"]).eval()
+    model = AutoModelForMaskedLM.from_pretrained(students["random"]).eval()
     found = []
     for entry in split_shards(manifest, 0.2)[1]:
         rows = read_rows(manifest, entry, Columns(entropy=True))
@@ -153,7 +152,7 @@ def test_deciles_are_of_the_shards_entropy(scored: Path, students: dict[str, Pat
                     model(batch["input_ids"][row : row + 1], attention_mask=attended.long()).logits[0].log_softmax(-1)
                 )
             for position, label in zip(
-                batch["positions_BK"][row].tolist(), batch["labels_BK"][row].tolist(), strict=True
+                batch["positions_BP"][row].tolist(), batch["labels_BP"][row].tolist(), strict=True
             ):
                 if position != IGNORED:
                     entropy_here = float(rows["entropy"][row, position])
@@ -185,7 +184,7 @@ def test_every_regime_learns_and_sums_up(students: dict[str, Path], scored: Path
         assert (summary["scoring_seconds"] > 0) == (name not in ("random", "self")), "charged to who reads scores"
         assert summary["shards"]["context"] == "masked" and summary["shards"]["bytes"] > 0
         cheapest = json.loads((students["random"] / "summary.json").read_text())["training_flops"]
-        assert (summary["training_flops"] > cheapest > 0) == name.startswith("self")
+        assert summary["training_flops"] == cheapest > 0, "self-masking has its scores from the training forward"
         assert [point["step"] for point in summary["history"] if "eval_loss" in point] == [12]
         assert summary["history"][-1]["seconds"] == pytest.approx(summary["seconds"], abs=1)
         deciles = summary["eval_loss_by_entropy_decile"]
@@ -202,7 +201,7 @@ def test_every_regime_learns_and_sums_up(students: dict[str, Path], scored: Path
 def test_the_result_is_a_plain_masked_lm(students: dict[str, Path], scored: Path) -> None:
     directory = students["parquet+kd"]
     model, loading = AutoModelForMaskedLM.from_pretrained(directory, output_loading_info=True)
-    assert type(model) is BertForMaskedLM
+    assert type(model) is ModernBertForMaskedLM
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert (directory / "tokenizer.json").read_bytes() == (scored / "tokenizer" / "tokenizer.json").read_bytes()
@@ -242,7 +241,7 @@ def test_regimes_start_from_the_same_weights_and_are_judged_on_the_same_masks(sc
 def test_a_killed_run_resumes_to_the_same_weights(scored: Path, tmp_path: Path) -> None:
     """SIGKILL between two checkpoints; self-masking, which depends on all that has to be restored."""
     flags = ["--shards", scored, *SMALL, *REGIMES["self+kd"], "--max-steps", 40, "--save-steps", 5]
-    flags += ["--self-warmup-steps", 7, "--dataloader-num-workers", 2]
+    flags += ["--mask-warmup", 0.2, "--mask-ramp", 0.4, "--dataloader-num-workers", 2]
     train_here(scored, tmp_path / "whole", *flags[2:])
     killed = tmp_path / "killed"
     process = subprocess.Popen([*TRAIN, *map(str, flags), "--output-dir", str(killed)], stderr=subprocess.DEVNULL)
@@ -314,19 +313,22 @@ def test_self_masking_hides_what_the_student_is_least_sure_of(
     def spy(trainer: MaskedLMTrainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         masked = original(trainer, batch)
         attention = (batch["input_ids"] != trainer.masker.pad_id).long()
-        model = BertForMaskedLM(trainer.model.config).eval()
+        model = ModernBertForMaskedLM(trainer.model.config).eval()
         model.load_state_dict(trainer.model.state_dict())
         with torch.no_grad():
             entropy_BL = entropy(model(batch["input_ids"], attention_mask=attention).logits)
         candidates_BL = ~torch.isin(batch["input_ids"], torch.tensor(trainer.manifest.special_token_ids))
-        seen.append((trainer.state.global_step, entropy_BL, candidates_BL, masked["positions_BK"]))
+        seen.append((trainer.state.global_step, entropy_BL, candidates_BL, masked["positions_BP"]))
         return masked
 
     original = MaskedLMTrainer.mask_by_student
     monkeypatch.setattr(MaskedLMTrainer, "mask_by_student", spy)
-    train_here(scored, tmp_path / "self", *REGIMES["self"], "--max-steps", 6, "--self-warmup-steps", 3)
-    assert [step for step, *_ in seen] == list(range(6))
-    for step, entropy_BL, candidates_BL, positions_BK in seen:
+    flags = ["--self-refresh", "step", "--hard-share", 1, "--mask-warmup", 0.5, "--mask-ramp", 0, "--max-steps", 6]
+    summary = train_here(scored, tmp_path / "self", *REGIMES["self"], *flags)
+    means = train_here(scored, tmp_path / "means", *REGIMES["self"], "--max-steps", 6)
+    assert summary["training_flops"] > means["training_flops"], "a forward of its own"
+    assert [step for step, *_ in seen] == 2 * list(range(6))
+    for step, entropy_BL, candidates_BL, positions_BK in seen[:6]:
         agreement = []
         for row, positions in enumerate(positions_BK.tolist()):
             chosen = {p for p in positions if p != IGNORED}
@@ -351,14 +353,18 @@ def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:
 
 def test_presets_bring_defaults_the_last_model_counts() -> None:
     needed = ["--shards", "S", "--entropy-source", "random", "--output-dir", "O"]
-    for more, rate, batch in (
-        (["--model", "tiny", "--model=base"], 2e-4, 256),
-        (["--model=base", "--model", "tiny"], 1e-3, 32),
-        (["--model", "some/checkpoint"], 2e-4, 256),
-        (["--model", "mini", "--learning-rate", "0.5"], 0.5, 64),
+    adamw = LEARNING_RATES["adamw"]
+    for more, rate, batch, muon in (
+        (["--model", "tiny", "--model=base"], LEARNING_RATES[MUON]["base"], 256, 0.02),
+        (["--model=base", "--model", "bert-tiny"], LEARNING_RATES[MUON]["tiny"], 32, 0.02),
+        (["--model", "some/checkpoint"], adamw["base"], 256, None),
+        (["--model", "some/checkpoint", "--optim", "muon"], LEARNING_RATES[MUON]["base"], 256, 0.02),
+        (["--model", "mini", "--learning-rate", "0.5", "--muon-learning-rate", "0.1"], 0.5, 64, 0.1),
+        (["--model", "mini", "--optim", "adamw_torch"], adamw["mini"], 64, None),
     ):
-        _, args = parse([*needed, *more], None)
+        options, args = parse([*needed, *more], None)
         assert (args.learning_rate, args.per_device_train_batch_size) == (rate, batch)
+        assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
 
 
 def test_a_model_is_known_by_its_weights(scored: Path, students: dict[str, Path], tmp_path: Path) -> None:
@@ -437,21 +443,43 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--entropy-source", "parquet"], "has no entropies"),
+        (["--entropy-source", "parquet"], "has no scores"),
         (["--entropy-source", "random", "--distill-weight", 0.5], "no top-k"),
-        (["--entropy-source", "random", "--mask-temperature", 1], "--mask-temperature ranks by entropy"),
-        (["--entropy-source", "random", "--mask-band", 0.5, 1], "--mask-band ranks by entropy"),
-        (["--entropy-source", "random", "--self-warmup-steps", 5], "only applies to --entropy-source self"),
-        (["--entropy-source", "self", "--mask-band", 0.5, 0.6], "narrower than the mask ratio"),
-        (["--entropy-source", "self", "--mask-band", 0.5], "two quantiles"),
-        (["--entropy-source", "self", "--mask-ratio", 0], "mask ratio"),
+        (["--entropy-source", "random", "--mask-temperature", 1], "--mask-temperature needs scores, which"),
+        (["--entropy-source", "random", "--hard-share", 0], "--hard-share needs scores, which --entropy-source random"),
+        (["--entropy-source", "random", "--mask-warmup", 0.1], "--mask-warmup needs scores"),
+        (["--entropy-source", "random", "--mask-ramp", 0], "--mask-ramp needs scores"),
+        (["--entropy-source", "random", "--recipe", "default"], "--recipe chooses by score"),
         (
-            ["--entropy-source", "self", "--mask-temperature", "inf", "--mask-floor", 0.5],
-            "--mask-floor has no use with",
+            ["--entropy-source", "random", "--predict-ratio", 0.1, "--predict-by", "entropy"],
+            "--predict-by needs scores, .*use --entropy-source parquet --hard-share 0",
         ),
-        (["--entropy-source", "self", "--mask-temperature", "inf", "--mask-band", 0, 1], "--mask-band has no use with"),
+        (["--entropy-source", "random", "--predict-by", "random"], "set --predict-ratio below the mask ratio"),
+        (["--entropy-source", "self", "--mask-ratio", 0], "mask ratio"),
+        (["--entropy-source", "self", "--hard-share", 1.1], "hard share 1.1 is not between 0 and 1"),
+        (["--entropy-source", "self", "--hard-share=-0.1"], "hard share -0.1 is not between 0 and 1"),
+        (["--entropy-source", "self", "--mask-warmup", 1], "mask warm-up 1 is not at least 0 and below 1"),
+        (["--entropy-source", "self", "--mask-ramp", 5], "mask ramp 5 is not between 0 and 1"),
+        (["--entropy-source", "self", "--mask-temperature", "inf"], "hard share 0 is random"),
+        (["--entropy-source", "self", "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no use with"),
+        (["--entropy-source", "self", "--predict-ratio", 0.2], "predict ratio 0.2 is not above 0 and at most the mask"),
+        (["--entropy-source", "self", "--predict-by", "entropy"], "--predict-by chooses among the masked tokens"),
+        (
+            ["--entropy-source", "self", "--mask-by", "excess"],
+            "--mask-by excess subtracts the surprisal of a reference",
+        ),
+        (
+            ["--entropy-source", "self", "--predict-ratio", 0.1, "--predict-by", "excess"],
+            "--predict-by excess subtracts the surprisal of a reference",
+        ),
+        (
+            ["--entropy-source", "self", "--recipe", "paper", "--hard-share", 0.3],
+            "--hard-share 0.3 contradicts --recipe paper, which is 1",
+        ),
+        (["--entropy-source", "random", "--self-refresh", "step"], "--self-refresh only applies to --entropy-source"),
+        (["--entropy-source", "self", "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),
+        (["--entropy-source", "self", "--distill-positions", 0.5], "--distill-positions is for distillation"),
         (["--entropy-source", "self", "--distill-weight", 2], "--distill-weight 2 is out of range"),
-        (["--entropy-source", "self", "--self-warmup-steps=-5"], "--self-warmup-steps -5 is out of range"),
         (["--entropy-source", "self", "--seed=-1"], "--seed -1 is out of range; use at least 0 and at most 4294967295"),
         (["--entropy-source", "self", "--seed", 5_000_000_000], "--seed 5000000000"),
         (["--entropy-source", "self", "--learning-rate=-1"], "--learning-rate -1 is out of range; use at least 0"),

@@ -53,41 +53,44 @@ def slow_words(
     score: list[float],
     candidate: list[bool],
     continues: list[bool],
-    gumbel: list[float],
-    uniform: list[float],
+    draw: list[float],
+    hard_draw: list[float],
     policy: MaskPolicy,
 ) -> set[int]:
-    """The documented rule, word after word, in Python."""
-    infinite = math.isinf(policy.temperature)
-    score = [0.0] * len(score) if infinite else score
-    candidate = [is_candidate and not math.isnan(h) for is_candidate, h in zip(candidate, score, strict=True)]
+    """The documented rule, word after word, in Python: the uniform part, then the hard part of what is left."""
+    score = [-math.inf if math.isnan(h) else h for h in score]
     count = sum(candidate)
     left = min(count, max(1, round(policy.ratio * count)), policy.positions(len(score)))
-    words = words_of(candidate, continues)
-
-    def mean(word: list[int]) -> float:
-        return sum(score[p] for p in word) / len(word)
-
-    low, high = math.floor(policy.band[0] * count), math.ceil(policy.band[1] * count)
-    ascending = [p for word in sorted(words, key=mean) for p in word]
-    inside = set(ascending[low:high])
-    candidate = [any(p in inside for word in words if position in word for p in word) for position in range(len(score))]
-
     taken: set[int] = set()
-    chance = round(policy.floor * left)
-    for room, noise, scores, tau in (
-        (left - chance, gumbel, score, 1.0 if infinite else policy.temperature),
-        (chance, uniform, [0.0] * len(score), 1.0),
-    ):
+
+    def fill(room: int, key_of_words: Any, key_of_pieces: Any) -> None:
+        """Keys: from scores by place to what is sorted by, ascending."""
         words = words_of(candidate, continues, taken)
-        means = {word[0]: sum(scores[p] for p in word) / len(word) for word in words}
-        room += len(taken)
-        for word in sorted(words, key=lambda w: (-(means[w[0]] + tau * noise[w[0]]), -noise[w[0]], w[0])):
+        key = key_of_words({word[0]: sum(score[p] for p in word) / len(word) for word in words})
+        for word in sorted(words, key=lambda w: key(w[0])):
             if len(taken) + len(word) <= room:
-                taken |= set(word)
+                taken.update(word)
         pieces = [p for p, is_candidate in enumerate(candidate) if is_candidate and p not in taken]
-        pieces.sort(key=lambda p: (-(scores[p] + tau * noise[p]), -noise[p], p))
-        taken |= set(pieces[: room - len(taken)])
+        pieces.sort(key=key_of_pieces({p: score[p] for p in pieces}))
+        taken.update(pieces[: room - len(taken)])
+
+    def by_chance(scores: dict[int, float]) -> Any:
+        return lambda p: (-draw[p], p)
+
+    def by_score(scores: dict[int, float]) -> Any:
+        below = {p: sum(o < s for o in scores.values()) for p, s in scores.items()}
+        rank = {p: (below[p] + below[p] + list(scores.values()).count(s) + 1) / 2 for p, s in scores.items()}
+
+        def key(p: int) -> tuple[float, float, int]:
+            gumbel = -math.log(-math.log(hard_draw[p]))
+            hard = rank[p] / len(scores) + policy.temperature * gumbel if policy.temperature else scores[p]
+            return -hard, -draw[p], p
+
+        return key
+
+    fill(left - round(policy.hard_share * left), by_chance, by_chance)
+    if policy.hard_share:
+        fill(left, by_score, by_score)
     return taken
 
 
@@ -106,14 +109,13 @@ def word_batch(rows: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tenso
 
 WORDS = [
     {},
-    {"temperature": 0.7},
-    {"temperature": math.inf},
-    {"temperature": math.inf, "ratio": 1},
-    {"ratio": 0.4, "floor": 0.35},
-    {"ratio": 0.3, "temperature": 1.5, "band": (0.3, 0.8), "floor": 0.5},
-    {"ratio": 0.5, "band": (0.5, 1.0)},
-    {"ratio": 0.02, "band": (0.4, 0.42)},
-    {"ratio": 0.9, "floor": 1},
+    {"temperature": 0.2},
+    {"hard_share": 0.0},
+    {"hard_share": 0.0, "ratio": 1},
+    {"ratio": 0.4, "hard_share": 0.35},
+    {"ratio": 0.3, "temperature": 0.5, "hard_share": 0.5},
+    {"ratio": 0.02},
+    {"ratio": 0.9, "hard_share": 0.8},
 ]
 
 
@@ -125,11 +127,13 @@ def test_words_are_taken_by_the_documented_rule(settings: dict, length: int) -> 
     score_BL, candidates_BL, continues_BL = word_batch(rows, length, seed=length)
     sequence_B, epoch_B = keys(rows, epoch=2)
     positions_BK = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, policy, continues_BL)
-    gumbel_BL = -(-masking.noise(policy.seed, masking.SELECTION, epoch_B, sequence_B, torch.arange(length)).log()).log()
-    uniform_BL = masking.noise(policy.seed, masking.FLOOR, epoch_B, sequence_B, torch.arange(length))
+    draw_BL, hard_draw_BL = (
+        masking.noise(policy.seed, stream, epoch_B, sequence_B, torch.arange(length))
+        for stream in (masking.SELECTION, masking.HARD)
+    )
     as_tokens = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, replace(policy, unit="token"))
     assert torch.equal((positions_BK != IGNORED).sum(1), (as_tokens != IGNORED).sum(1)), "exactly k, as by tokens"
-    columns = (score_BL, candidates_BL, continues_BL, gumbel_BL, uniform_BL)
+    columns = (score_BL, candidates_BL, continues_BL, draw_BL, hard_draw_BL)
     for row, chosen in enumerate(as_sets(positions_BK)):
         assert chosen == slow_words(*(column_BL[row].tolist() for column_BL in columns), policy), row
 
@@ -157,12 +161,11 @@ def test_a_round_of_taking_words_that_never_fit_ends() -> None:
 
 def test_most_words_are_masked_whole_and_the_word_unit_needs_words() -> None:
     score_BL, candidates_BL, continues_BL = word_batch(500, 128, seed=8)
-    policy = MaskPolicy(unit="word", temperature=1.0)
+    policy = MaskPolicy(unit="word", temperature=0.3)
     chosen = as_sets(select_positions(score_BL, candidates_BL, *keys(500), policy, continues_BL))
     whole = broken = 0
     for row in range(500):
-        scored = candidates_BL[row] & ~score_BL[row].isnan()
-        for word in words_of(scored.tolist(), continues_BL[row].tolist()):
+        for word in words_of(candidates_BL[row].tolist(), continues_BL[row].tolist()):
             hidden = len(chosen[row] & set(word))
             whole, broken = whole + (hidden == len(word)), broken + (0 < hidden < len(word))
     assert broken < 0.1 * whole
@@ -228,7 +231,7 @@ def test_a_masker_hides_words_by_their_surprisal() -> None:
     raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "surprisal": entropies(rows)}
     policy = MaskPolicy(unit="word", by="surprisal")
     expected = select_positions(entropies(rows), candidates(rows), *keys(rows), policy, continues_V[ids_BL])
-    assert torch.equal(masker(raw, policy)["positions_BK"], expected)
+    assert torch.equal(masker(raw, policy)["positions_BP"], expected)
     with pytest.raises(KeyError, match="entropy"):
         masker(raw, MaskPolicy())
 
@@ -247,23 +250,33 @@ def test_on_an_accelerator_nothing_is_waited_for(unit: str) -> None:
     assert masker.special_V.device.type == "cpu" and moved.special_V.device.type == "meta"
     sequence_B, epoch_B = keys(6)
     raw = {"input_ids": torch.full((6, L), 9), "sequence_id": sequence_B, "epoch": epoch_B, "entropy": entropies(6)}
+    raw |= {"reference": entropies(6), "progress": torch.linspace(0, 1, 6, dtype=torch.float64)}
     raw |= {"topk_ids": torch.ones(6, L, 4, dtype=torch.long), "topk_logprobs": torch.zeros(6, L, 4)}
     batch = {name: tensor.to("meta") for name, tensor in raw.items()}
-    for settings in ({}, {"temperature": 1.0, "band": (0.2, 0.9), "floor": 0.3}, {"temperature": math.inf}):
+    for settings in (
+        {},
+        {"temperature": 0.5, "hard_share": 0.7, "warmup": 0.1, "ramp": 0.5},
+        {"hard_share": 0.0, "predict_ratio": 0.1},
+        {"predict_ratio": 0.1, "predict_by": "entropy"},
+        {"predict_ratio": 0.1, "predict_by": "excess"},
+    ):
         policy = MaskPolicy(**settings, unit=unit)
         masked = moved(batch, policy)
-        assert masked["positions_BK"].shape == (6, K) and masked["attention_mask"].shape == (6, L)
+        predicted = 3 if "predict_ratio" in settings and settings.get("predict_by") != "excess" else K
+        assert masked["positions_BP"].shape == (6, predicted) and masked["attention_mask"].shape == (6, L)
         assert "attention_mask" not in moved(batch | {"padded": False}, policy)
         on_cpu = masker(raw, policy)
-        assert torch.equal(on_cpu["positions_BK"], masker(raw | {"padded": True}, policy)["positions_BK"])
-        assert {name: tensor.dtype for name, tensor in masked.items() if name != "attention_mask"} == {
-            name: tensor.dtype for name, tensor in on_cpu.items()
+        assert torch.equal(on_cpu["positions_BP"], masker(raw | {"padded": True}, policy)["positions_BP"])
+        assert {n: (tensor.shape, tensor.dtype) for n, tensor in masked.items() if n != "attention_mask"} == {
+            n: (tensor.shape, tensor.dtype) for n, tensor in on_cpu.items()
         }
 
 
 # --- through the command line ----------------------------------------------------------------------------------------
 
+AT_ONCE = ["--mask-warmup", 0, "--mask-ramp", 0]
 WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3, "--seed", 3]
+WORDS_BY_SURPRISAL += ["--hard-share", 1, *AT_ONCE]
 
 
 def train_here(shards: Path, output: Path, *flags: object) -> dict[str, Any]:
@@ -303,16 +316,14 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
     hidden = {
         sequence: positions
         for batch, masked in trained
-        for sequence, positions in zip(batch["sequence_id"].tolist(), as_sets(masked["positions_BK"]), strict=True)
+        for sequence, positions in zip(batch["sequence_id"].tolist(), as_sets(masked["positions_BP"]), strict=True)
     }
     for sequence, positions in hidden.items():
         ids, score = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
         keyed = (torch.tensor([0]), torch.tensor([sequence]))
-        gumbel_L = -(-masking.noise(3, masking.SELECTION, *keyed, torch.arange(len(ids))).log()).log()
+        (draw,) = masking.noise(3, masking.SELECTION, *keyed, torch.arange(len(ids))).tolist()
         continues = [tokens[token].startswith("##") for token in ids]
-        assert positions == slow_words(
-            score, [token >= 5 for token in ids], continues, gumbel_L[0].tolist(), score, policy
-        )
+        assert positions == slow_words(score, [token >= 5 for token in ids], continues, draw, draw, policy)
 
     train.plan.main([str(flag) for flag in ("--shards", scored, "--output", tmp_path / "plan", *parquet)])
     manifest = read_manifest(str(tmp_path / "plan"), kind="plan")
@@ -323,16 +334,21 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
 
 
 def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, masked_batches: list) -> None:
-    train_here(scored, tmp_path / "out", "--entropy-source", "self", "--mask-by", "surprisal", "--self-warmup-steps", 1)
-    warm_up, *by_surprisal = (seen for seen in masked_batches if seen[2].by == "surprisal")
-    assert warm_up[2].temperature == math.inf and len(by_surprisal) == 2
-    for batch, masked, policy in by_surprisal:
-        assert policy == MaskPolicy(by="surprisal", seed=42) and "padded" in batch
-        special_BL = batch["input_ids"] < 5
-        for row, chosen in enumerate(as_sets(masked["positions_BK"])):
-            rest = {p for p in range(special_BL.shape[1]) if not special_BL[row, p]} - chosen
-            score_L = batch["surprisal"][row]
-            assert min(score_L[list(chosen)]) >= max(score_L[list(rest)])
+    """By a forward of its own; and by what it could still learn, which is less what the shards' teacher knows."""
+    for by in ("surprisal", "excess"):
+        flags = ["--entropy-source", "self", "--self-refresh", "step", "--mask-by", by, "--hard-share", 1]
+        train_here(scored, tmp_path / by, *flags, "--mask-warmup", 0.3, "--mask-ramp", 0)
+        warm_up, *later = (seen for seen in masked_batches if seen[2].by == by)
+        known_BL = warm_up[0].get("reference", torch.zeros(1))
+        assert not (warm_up[0]["score"] + known_BL).nan_to_num().any() and len(later) == 2
+        for batch, masked, policy in later:
+            assert policy == MaskPolicy(by=by, warmup=0.3, seed=42) and "padded" in batch
+            assert ("reference" in batch) == (by == "excess")
+            special_BL = batch["input_ids"] < 5
+            for row, chosen in enumerate(as_sets(masked["positions_BP"])):
+                rest = {p for p in range(special_BL.shape[1]) if not special_BL[row, p]} - chosen
+                score_L = batch["score"][row]
+                assert min(score_L[list(chosen)]) >= max(score_L[list(rest)])
 
 
 def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
@@ -352,10 +368,10 @@ def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
     for shards, flags, sentence in (
         (scored, [*parquet, "--mask-ratio", 0], "mask ratio 0 is not above 0"),
         (scored, [*parquet, "--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
-        (scored, [*parquet, "--mask-band", 0.5, 0.5], "no range within 0 and 1"),
-        (scored, [*random, "--mask-by", "surprisal"], "--mask-by ranks by surprisal, which --entropy-source random"),
-        (scored, [*parquet, "--mask-by", "entropy", "--mask-temperature", "inf"], "--mask-by has no use with"),
-        (unscored, [*parquet, "--mask-by", "surprisal"], "has no surprisals"),
+        (scored, [*random, "--mask-by", "surprisal"], "--mask-by needs scores, which --entropy-source random"),
+        (scored, [*parquet, "--mask-by", "entropy", "--hard-share", 0], "--mask-by has no use with --hard-share 0"),
+        (scored, [*parquet, "--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
+        (unscored, [*parquet, "--mask-by", "surprisal"], "has no scores"),
         (blind, [*random, "--mask-unit", "word"], "do not say which of them go on with a word"),
     ):
         for program, output in ((train.run, "--output-dir"), (train.plan, "--output")):

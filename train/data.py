@@ -254,7 +254,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             part = {name: array[rows] for name, array in self._rows.items()}  # copied: the next window comes here
             parts.append(part | {"epoch": np.full(len(offsets), self._mask_of(epoch), np.int64)})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return self.prepare(to_tensors(joined | {"progress": np.asarray(indices, np.float64) / self.size}))
+        progress_B = torch.tensor(indices, dtype=torch.float64) / self.size
+        return self.prepare(to_tensors(joined) | {"progress": progress_B})
 
     def _mask_of(self, epoch: int) -> int:
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch

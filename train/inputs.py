@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, ShardEntry, read_manifest
-from train.arguments import flag
+from pipeline.manifests import Manifest, read_manifest
 from train.masking import MaskPolicy
-from train.options import Options, given_masks
+from train.options import RECIPES, Options, given_masks, mask_flag
 
 
 def open_targets(options: Options, manifest: Manifest) -> Manifest:
@@ -49,10 +48,12 @@ def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
         UsageError: a mask flag was given that differs.
     """
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
-    for name, value in given_masks(options).items():
+    recipe = RECIPES["paper"] if options.recipe == "paper" else {}
+    for name, value in (recipe | given_masks(options)).items():
         if value != (planned := getattr(policy, name)):
-            label = flag(name if name == "corruption" else f"mask_{name}")
-            raise UsageError(f"{label} {value} is not {planned}, which {targets.uri} was planned with; leave it out")
+            raise UsageError(
+                f"{mask_flag(name)} {value} is not {planned}, which {targets.uri} was planned with; leave it out"
+            )
     return policy
 
 
@@ -81,13 +82,3 @@ def _files(manifest: Manifest) -> set[str]:
     """Content hashes of the text that the sequences were made of."""
     corpus = manifest.fingerprint["corpus"]
     return set(corpus.get("sequences", corpus).get("files", {}).values())
-
-
-def check_all_scored(source: str, manifest: Manifest, entries: list[ShardEntry]) -> None:
-    """Refuse to mask shards by scores that none of their positions has, as those that a run held out and exported."""
-    for entry in entries:
-        if source == "parquet" and entry.rows and not entry.scored_tokens:
-            raise UsageError(
-                f"{manifest.shard_uri(entry)} has no scores, since the run that exported them held it out; hold it out "
-                "too, with the --eval-fraction of that run"
-            )

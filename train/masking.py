@@ -299,10 +299,11 @@ class Masker:
 
         Args:
             batch: input_ids [B, L], sequence_id [B], epoch [B], and progress [B] where warm-up or ramp count; unless
-                h = 0 the score [B, L] under the name that ``policy.by`` says; if a stored score chooses the predicted
-                positions, that too, or ``reference`` [B, L], the reference's surprisal, if the excess over it does;
-                where a teacher's scan is to be followed topk_ids and topk_logprobs [B, L, T] and, at a temperature
-                other than 1, temperature_lse [B, L]; and ``padded`` (see ``attention_mask``).
+                h = 0 the score [B, L] under the name that ``policy.by`` says, or as ``score`` if it is to choose the
+                masked positions alone; if a stored score chooses the predicted positions, that too, or ``reference``
+                [B, L], the reference's surprisal, if the excess over it does; where a teacher's scan is to be followed
+                topk_ids and topk_logprobs [B, L, T] and, at a temperature other than 1, temperature_lse [B, L]; and
+                ``padded`` (see ``attention_mask``).
 
         Returns:
             input_ids [B, L], positions_BP and labels_BP of what is predicted, with padding attention_mask [B, L], and
@@ -312,7 +313,7 @@ class Masker:
         """
         ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
         candidates_BL = self.candidates(ids_BL)
-        score_BL = candidates_BL if policy.uniform else batch[policy.by]
+        score_BL = candidates_BL if policy.uniform else batch["score" if "score" in batch else policy.by]
         continues_BL = None if self.continues_V is None else self.continues_V[ids_BL]
         positions_BK = select_positions(score_BL, candidates_BL, *key, policy, continues_BL, batch.get("progress"))
         inputs_BL, labels_BK = corrupt(ids_BL, positions_BK, *key, policy, self.mask_id, self.replacement_ids_R)

@@ -32,9 +32,9 @@ SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shard
 EVAL_FRACTION = 0.01
 
 # what the mask flags are where they are not given (docs/RECIPES.md says why)
-BASE: dict[str, Any] = {"ratio": 0.15, "corruption": "bert", "unit": "token", "by": "entropy", "temperature": 0.0}
+BASE: dict[str, Any] = {"ratio": 0.15, "corruption": "bert", "unit": "token", "by": "entropy"}
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {"hard_share": 0.3, "warmup": 0.1, "ramp": 0.2},
+    "default": {"hard_share": 0.3, "temperature": 1.0, "warmup": 0.3, "ramp": 0.3},
     # the selection of arXiv 2605.28526: the highest entropies, all of the mask, from the first step
     "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
 }
@@ -73,7 +73,10 @@ class MaskOptions:
     )
     mask_temperature: float | None = field(
         default=None,
-        metadata={"help": "0 (default) takes the highest scores; above it samples by rank, from softmax(rank/τ)"},
+        metadata={
+            "help": "τ: samples by rank from softmax(rank/τ); 0 takes the highest scores (default: "
+            f"{RECIPES['default']['temperature']})"
+        },
     )
     mask_by: Literal["entropy", "surprisal", "excess"] | None = field(
         default=None,
@@ -130,7 +133,7 @@ class Options(MaskOptions):
         default=None,
         metadata={
             "help": "self: running means of the scores at masked tokens, by type (default), or a forward of its own on "
-            "each batch"
+            "each batch (default of --recipe paper)"
         },
     )
     eval_fraction: float | None = field(
@@ -209,6 +212,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     arguments.check(flags)
     with arguments.taken():  # TrainingArguments checks itself
         options, args = parser.parse_dict(flags)
+    if options.entropy_source == "self" and options.self_refresh is None:
+        options.self_refresh = "step" if options.recipe == "paper" else "means"  # step is the paper's
     options.muon = muon
     if muon:
         if options.muon_learning_rate is None:

@@ -36,7 +36,7 @@ from train.data import columns_of, split_shards
 from train.evaluation import DECILES
 from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
-from train.inputs import check_all_scored, open_evaluated, open_targets, planned_policy
+from train.inputs import open_evaluated, open_targets, planned_policy
 from train.masking import MaskPolicy
 from train.options import DECAY_SHARE, FIELDS, Options, check, distill_share, mask_policy, parse
 from train.student import build_student, model_identity
@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
         train_shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
         if evaluated:
             held_out = [entry for entry in evaluated.shards if entry.rows]
-        check_all_scored(source, manifest, train_shards)
         set_steps(options, args, sum(entry.rows for entry in train_shards))
         student = build_student(options.model, manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, policy, manifest.sequence_length)

@@ -107,7 +107,7 @@ class MaskedLMTrainer(Trainer):
             data_collator=_as_it_is,  # type: ignore[arg-type]
             callbacks=[guard, ProgressReport(manifest.sequence_length)],
         )
-        self.collapse = CollapseWatch(policy)
+        self.collapse = CollapseWatch(policy, manifest.vocab_size)
         self.add_callback(self.collapse)
         self.device_masker = self.masker.to(self.args.device)
         self.means: TypeMeans | None = None
@@ -171,13 +171,14 @@ class MaskedLMTrainer(Trainer):
             student = self.accelerator.unwrap_model(self.model)
             scores = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))
             score_BL = scores["entropy" if by == "entropy" else "surprisal"].double()
-        watched = {} if random else {"entropy" if by == "entropy" else "surprisal": score_BL}
+        name, watched_BL = "entropy" if by == "entropy" else "surprisal", score_BL
         if by == "excess":
             score_BL = score_BL - batch["reference"]
-        masked: dict[str, Any] = self.device_masker(batch | {by: score_BL}, self.policy)
+        masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
         candidates_BL = self.device_masker.candidates(ids_BL)
-        for name, values_BL in watched.items():
-            masked["watched"] = score_sums(name, values_BL, candidates_BL, masked["positions_BP"])
+        if random:  # nothing is counted, but under a name: at the end of the warm-up ranks may differ
+            candidates_BL = torch.zeros_like(candidates_BL)
+        masked["watched"] = score_sums(name, watched_BL, candidates_BL, masked["positions_BP"])
         return masked
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:

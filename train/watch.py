@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from pipeline import cli
 from train.masking import IGNORED, MaskPolicy
 
 MOST_POINTS = 200  # of a curve in a run's summary
-RISES, LEAST_RISE = 3, 0.01  # evaluations in a row at which the held-out loss rises, by so many nats each
+RISES, LEAST_RISE = 3, 0.1  # evaluations in a row at which the held-out loss is above its lowest, by so many nats
 MOST_CONCENTRATED = 0.1  # in text, two tokens are of one type with a probability of about 0.01
 
 
@@ -86,49 +86,57 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
 class CollapseWatch(TrainerCallback):
     """Says in one line when masking makes a run worse: once for each sign of it.
 
-    Two signs: the held-out loss rises from evaluation to evaluation after the warm-up of the masks; or the masks
-    concentrate on a few token types.
+    Three signs, after the warm-up of the masks: the held-out loss stays above its lowest value for several evaluations;
+    it is worse than that of guessing uniformly; or the masks concentrate on a few token types.
 
     Attributes:
         warnings: what was said.
     """
 
-    def __init__(self, policy: MaskPolicy) -> None:
-        self.policy = policy
+    def __init__(self, policy: MaskPolicy, vocab_size: int) -> None:
+        self.policy, self.guess = policy, math.log(vocab_size)
         self.warnings: list[str] = []
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **others: Any
     ) -> None:
-        """Looks at the history, which a resumed run has too."""
-        if self.policy.uniform:
-            return
-        said, self.warnings = self.warnings, []
-        losses = [
-            (entry["step"], entry["eval_loss"])
-            for entry in state.log_history
-            if "eval_loss" in entry and entry["step"] >= self.policy.warmup * state.max_steps
-        ]
-        rises = 0
-        for (_, before), (step, after) in pairwise(losses):
-            rises = rises + 1 if after > before + LEAST_RISE else 0
-            if rises == RISES:
-                self.warnings.append(
-                    f"the held-out loss rose at {RISES} evaluations in a row, to {after:.2f} nats at step {step}: the "
-                    "masks are too hard for this model; use a smaller --hard-share or a longer --mask-warmup"
-                )
-                break
-        for entry in state.log_history:
-            if entry.get("mask_concentration", 0.0) > MOST_CONCENTRATED:
-                self.warnings.append(
-                    f"at step {entry['step']} two masked tokens were of one type with a probability of "
-                    f"{entry['mask_concentration']:.0%}: the masks have collapsed to a few types; use a smaller "
-                    "--hard-share or a longer --mask-warmup"
-                )
-                break
-        for warning in self.warnings[len(said) :]:
-            if state.is_world_process_zero:
+        """Looks at the whole history, which a resumed run has too."""
+        said, self.warnings = self.warnings, self.found(state.log_history, state.max_steps)
+        for warning in self.warnings:
+            if warning not in said and state.is_world_process_zero:
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def found(self, history: list[dict[str, Any]], max_steps: int) -> list[str]:
+        """The warnings that a history of Trainer's gives rise to, the first of each sign."""
+        if self.policy.uniform:
+            return []
+        late = [entry for entry in history if entry["step"] >= self.policy.warmup * max_steps]
+        signs: dict[str, str] = {}
+        lowest, above = math.inf, 0
+        for entry in late:
+            step, loss = entry["step"], entry.get("eval_loss")
+            if loss is not None:
+                above = above + 1 if loss > lowest + LEAST_RISE else 0
+                lowest = min(lowest, loss)
+                if above == RISES:
+                    signs.setdefault(
+                        "rise",
+                        f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {RISES} evaluations in a "
+                        f"row up to step {step}",
+                    )
+                if loss > self.guess + LEAST_RISE:
+                    signs.setdefault(
+                        "guess",
+                        f"the held-out loss at step {step}, {loss:.2f} nats, is worse than that of guessing uniformly, "
+                        f"{self.guess:.2f}",
+                    )
+            if entry.get("mask_concentration", 0.0) > MOST_CONCENTRATED:
+                signs.setdefault(
+                    "concentration",
+                    f"at step {step} two masked tokens were of one type with a probability of "
+                    f"{entry['mask_concentration']:.0%}, so the masks concentrate on a few types",
+                )
+        return [f"{sign}; use a smaller --hard-share or a longer --mask-warmup" for sign in signs.values()]
 
 
 class ProgressReport(TrainerCallback):
