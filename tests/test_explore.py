@@ -21,11 +21,11 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 import pipeline.score
 import train.explore
 import train.plan
-from pipeline import manifests
+from pipeline import commit, manifests, shards, storage
 from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, read_manifest
+from pipeline.manifests import Manifest, load_tokenizer, read_manifest
 from pipeline.shards import ROW_GROUP
-from train import export, sample, uncertainty
+from train import sample, uncertainty
 from train.data import Columns, read_rows
 from train.words import continuing_tokens
 
@@ -200,21 +200,27 @@ def test_words_of_a_byte_level_tokenizer(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another source: what a student kept of itself. A third of the positions was never scored; no surprisals."""
-    manifest = read_manifest(str(scored))
-    entropies = {entry.index: read_rows(manifest, entry, Columns(entropy=True))["entropy"] for entry in manifest.shards}
-
-    def score(sequence_id_N: np.ndarray, ids_NL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        entropy_NL = entropies[int(sequence_id_N[0] >> np.uint64(32))].astype(np.float32)
+    """Another source: other entropies of the same tokens. A third of the positions was never scored; no surprisals."""
+    manifest, target = read_manifest(str(scored)), str(tmp_path_factory.mktemp("later") / "later")
+    fingerprint = manifest.fingerprint | {"teacher": "another"}
+    hashed = storage.sha256_json(fingerprint)
+    copy = replace(manifest, uri=target, teacher="another", top_k=0, fingerprint=fingerprint, fingerprint_hash=hashed)
+    commit.claim_directory(target, fingerprint, copy.planned_shards)
+    commit.save_tokenizer(load_tokenizer(manifest.uri), target)
+    records, originals = {}, commit.read_records(manifest.uri)
+    for entry in manifest.shards:
+        rows = read_rows(manifest, entry, Columns(entropy=True))
+        ids_NL, entropy_NL = rows["input_ids"], rows["entropy"].astype(np.float32)
         entropy_NL[:, ::3] = np.nan
-        return entropy_NL + (ids_NL % 7) / 2 - 1.5, np.full(ids_NL.shape, np.nan, np.float32)
-
-    directory = tmp_path_factory.mktemp("later") / "later"
-    described = export.describe(str(directory), manifest, {"seed": 1})
-    export.claim(described)
-    export.write(described, manifest, score)
-    export.finish(described)
-    return directory
+        none = np.empty((*ids_NL.shape, 0), np.int64)
+        entropy_NL = (entropy_NL + (ids_NL % 7) / 2 - 1.5).clip(0, np.log(manifest.vocab_size))
+        scores = shards.Scores(entropy_NL, np.full_like(entropy_NL, np.nan), none, none.astype(np.float32), {})
+        parts = shards.row_groups(shards.to_table(entry.index, ids_NL, scores, manifest.vocab_size, top_k=0))
+        record = {name: value for name, value in originals[entry.index].items() if name not in ("bytes", "sha256")}
+        record |= {"fingerprint_hash": hashed}
+        records[entry.index] = commit.commit_shard(target, entry.index, shards.to_parquet(parts), record, 0.0)
+    commit.write_manifest(copy, records, {})
+    return Path(target)
 
 
 def test_the_summary_is_that_of_the_shards(scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from train.trainer import MaskedLMTrainer
 from train.watch import LEAST_RISE, CollapseWatch, type_concentration
 
 V, SELF = 9, ["--entropy-source", "self"]
+HARDEST = ["--hard-share", 1, "--mask-temperature", 0]
 
 
 def means(reduce: Any = lambda sums: sums) -> TypeMeans:
@@ -101,7 +102,7 @@ def test_a_run_masks_the_types_that_it_knew_least(
 
     monkeypatch.setattr(MaskedLMTrainer, "mask_by_student", spy)
     monkeypatch.setattr(TypeMeans, "add", lambda self, step, tokens, score: added.append(tokens) or add(self, step, tokens, score))  # fmt: skip  # noqa: E501
-    flags = ["--max-steps", 12, "--logging-steps", 4, "--mask-warmup", 0.25, "--mask-ramp", 0, "--hard-share", 1]
+    flags = ["--max-steps", 12, "--logging-steps", 4, "--mask-warmup", 0.25, "--mask-ramp", 0, *HARDEST]
     summary = train_here(scored, tmp_path / "out", *SELF, *flags)
     assert summary["flags"]["self_refresh"] == "means" and summary["flags"]["hard_share"] == 1
     special, agreed = read_manifest(str(scored)).special_token_ids, []

@@ -323,7 +323,8 @@ def test_self_masking_hides_what_the_student_is_least_sure_of(
 
     original = MaskedLMTrainer.mask_by_student
     monkeypatch.setattr(MaskedLMTrainer, "mask_by_student", spy)
-    flags = ["--self-refresh", "step", "--hard-share", 1, "--mask-warmup", 0.5, "--mask-ramp", 0, "--max-steps", 6]
+    flags = ["--self-refresh", "step", "--hard-share", 1, "--mask-temperature", 0]
+    flags += ["--mask-warmup", 0.5, "--mask-ramp", 0, "--max-steps", 6]
     summary = train_here(scored, tmp_path / "self", *REGIMES["self"], *flags)
     means = train_here(scored, tmp_path / "means", *REGIMES["self"], "--max-steps", 6)
     assert summary["training_flops"] > means["training_flops"], "a forward of its own"

@@ -274,9 +274,9 @@ def test_on_an_accelerator_nothing_is_waited_for(unit: str) -> None:
 
 # --- through the command line ----------------------------------------------------------------------------------------
 
-AT_ONCE = ["--mask-warmup", 0, "--mask-ramp", 0]
+HARDEST = ["--hard-share", 1, "--mask-temperature", 0]
 WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3, "--seed", 3]
-WORDS_BY_SURPRISAL += ["--hard-share", 1, *AT_ONCE]
+WORDS_BY_SURPRISAL += [*HARDEST, "--mask-warmup", 0, "--mask-ramp", 0]
 
 
 def train_here(shards: Path, output: Path, *flags: object) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
 def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, masked_batches: list) -> None:
     """By a forward of its own; and by what it could still learn, which is less what the shards' teacher knows."""
     for by in ("surprisal", "excess"):
-        flags = ["--entropy-source", "self", "--self-refresh", "step", "--mask-by", by, "--hard-share", 1]
+        flags = ["--entropy-source", "self", "--self-refresh", "step", "--mask-by", by, *HARDEST]
         train_here(scored, tmp_path / by, *flags, "--mask-warmup", 0.3, "--mask-ramp", 0)
         warm_up, *later = (seen for seen in masked_batches if seen[2].by == by)
         known_BL = warm_up[0].get("reference", torch.zeros(1))

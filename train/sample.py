@@ -153,7 +153,7 @@ def _masks(rows: dict[str, np.ndarray], policy: Policy) -> tuple[np.ndarray, np.
     """What is masked in the first epoch, bool [N, L], and the student's inputs [N, L]: as train/run.py has them."""
     batch = to_tensors({name: array for name, array in rows.items() if not name.startswith("topk")})
     masked = policy.masker(batch | {"epoch": torch.zeros(len(batch["sequence_id"]), dtype=torch.long)}, policy.mask)
-    positions_NK = masked["positions_BK"]
+    positions_NK = masked["positions_BP"]
     at_NL = torch.zeros(batch["input_ids"].shape[0], batch["input_ids"].shape[1] + 1, dtype=torch.bool)
     at_NL.scatter_(1, positions_NK.where(positions_NK != IGNORED, at_NL.shape[1] - 1), True)
     return at_NL[:, :-1].numpy(), masked["input_ids"].numpy()
