@@ -172,7 +172,7 @@ def test_hard_masks_from_random_weights_collapse_and_the_defaults_do_not(
     BertConfig(vocab_size=read_manifest(str(scored)).vocab_size, **size).save_pretrained(tmp_path / "shape")
     flags = [*SELF, "--model", tmp_path / "shape", "--learning-rate", 5e-3, "--max-steps", 100, "--logging-steps", 10]
     flags += ["--eval-strategy", "steps", "--eval-steps", 10, "--save-strategy", "no"]
-    hard = ["--hard-share", 1, "--mask-warmup", 0, "--mask-ramp", 0, "--mask-temperature", 0]
+    hard = [*HARDEST, "--mask-warmup", 0, "--mask-ramp", 0]
     collapsed = train_here(scored, tmp_path / "hard", *flags, *hard)
     assert any("the held-out loss was above its lowest value" in warning for warning in collapsed["warnings"])
     printed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the held-out loss")]
