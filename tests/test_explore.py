@@ -314,7 +314,7 @@ def test_the_page_shows_the_numbers(
 @needs_browser
 @pytest.mark.parametrize("touch", [True, False])
 def test_a_token_says_what_the_teacher_predicted(browser: Browser, scored: Path, tmp_path: Path, touch: bool) -> None:
-    explore(scored, "--output", tmp_path / "page.html", "--sequences", 3)
+    explore(scored, "--output", tmp_path / "page.html", "--sequences", 3, "--recipe", "paper")
     browser.open(tmp_path / "page.html", 390 if touch else 1100, touch=touch)
     shown = browser.js("[...document.querySelectorAll('.text')].map(p => [...p.children].map(t => t.textContent))")
     masked = browser.js("[...document.querySelectorAll('.text')].map(p => p.querySelectorAll('.ma').length)")
