@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     ranks: int
 
 
-VALUES = Cell(("random", "parquet", "targets", "step", "means", "muon"), (0, 2, 8), (1, 4), (False, True), (1, 2))
+VALUES = Cell(("random", "parquet", "targets", "step", "means"), (0, 2, 8), (1, 4), (False, True), (1, 2))
 MATRIX = [cell for cell in map(Cell._make, itertools.product(*VALUES)) if cell.distil or cell.source != "targets"]
 CELLS = [
     Cell("random", 0, 1, False, 1),
@@ -43,9 +43,6 @@ CELLS = [
     Cell("means", 0, 1, True, 1),
     Cell("means", 2, 4, False, 2),
     Cell("means", 8, 4, True, 1),
-    Cell("muon", 0, 1, True, 2),
-    Cell("muon", 2, 4, False, 1),
-    Cell("muon", 8, 4, False, 1),
 ]
 
 
@@ -85,11 +82,10 @@ def flags(student: Path, scored: Path, targets: Path) -> dict[str, list[object]]
     rising = ["--mask-warmup", 0.3, "--mask-ramp", 0.6, "--hard-share", 0.8]
     own = ["--entropy-source", "self", *rising, "--self-refresh"]
     return {
-        "random": [*common, "--entropy-source", "random"],
+        "random": [*common, "--entropy-source", "random", "--optim", "muon"],  # the others have AdamW
         "parquet": [*common, "--entropy-source", "parquet", *rising],
         "targets": [*common, "--entropy-source", "parquet", "--targets", targets],
         **{form: [*common, *own, form] for form in ("step", "means")},
-        "muon": [*common, "--entropy-source", "random", "--optim", "muon"],
     }
 
 

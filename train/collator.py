@@ -29,7 +29,8 @@ class EntropyMaskingCollator(TrainerCallback):
         pad_to_multiple_of: of the batch's length.
 
     Raises:
-        ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not tell words apart.
+        ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not tell words apart;
+            or a policy that chooses what is predicted by another score than what is masked.
     """
 
     def __init__(
@@ -38,6 +39,11 @@ class EntropyMaskingCollator(TrainerCallback):
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError("this tokenizer has no mask or no padding token; use one of a masked language model")
         self.policy, self.pad_to_multiple_of = policy or MaskPolicy(), pad_to_multiple_of
+        if not self.policy.predicts_all and self.policy.predict_by not in ("random", self.policy.by):
+            raise ValueError(
+                f"rows bring {self.policy.by} only, so {self.policy.predict_by} cannot choose the predicted positions; "
+                "use random or the same score"
+            )
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers may outlive an epoch
         self.masker = Masker(
             vocab_size=len(tokenizer),

@@ -174,6 +174,7 @@ def deciding_flags(
         "targets": targets and targets.fingerprint_hash,
         "model": model_identity(options.model),
         "distill_temperature": options.distill_temperature or 1.0,
+        "distill_positions": distill_share(options),
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }
