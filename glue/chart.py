@@ -17,7 +17,7 @@ def draw(table: dict[str, Any]) -> bytes:
     """PNG of the scores: a panel for each average and task, a row for each regime, with 95 % intervals.
 
     A hollow dot has no interval: it is of one pretraining seed, or all seeds are alike. Marked in each panel are the
-    baseline's mean and, where it is in sight, the score of a model that says the same of every row.
+    baseline's mean and, where it is in sight, the score of a model that predicts the same for every row.
 
     Args:
         table: of ``glue.compare.compare``.

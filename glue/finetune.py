@@ -33,7 +33,7 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Result:
-    """``collapsed``: the model says the same of every row; ``constant_score``: what the best such model scores."""
+    """``collapsed``: the model predicts the same for every row; ``constant_score``: what the best such model scores."""
 
     metrics: dict[str, float]
     collapsed: bool

@@ -47,7 +47,7 @@ def evaluate(names: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray
 
 
 def collapsed(predictions: np.ndarray) -> bool:
-    """Whether a model says the same of every row, to six digits: it has learned nothing, whatever its accuracy."""
+    """Whether a model predicts the same for every row, to six digits: it has learned nothing, whatever its accuracy."""
     return len(np.unique(np.round(predictions.astype(np.float64), 6))) == 1
 
 

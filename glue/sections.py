@@ -107,7 +107,7 @@ def scores(table: dict[str, Any]) -> Section:
     text = (
         "Means over pretraining seeds, each with its own 95 % interval. Regimes share initial weights and data, so "
         "these intervals may overlap where the paired difference above is clear. The dashed mark is the best score of "
-        "a model that says the same of every row; runs that do so are counted behind †."
+        "a model that predicts the same for every row; runs that do so are counted behind †."
     )
     return Section("Scores, task by task", text, drawn, tables.score_table(table))
 

@@ -79,7 +79,7 @@ def score_table(table: dict[str, Any]) -> Table:
     notes = [
         "Scores in percent: mean ± sample standard deviation over n pretraining seeds, the fine-tuning seeds of each "
         "averaged first. One pretraining seed is an anecdote. runs: fine-tunings of a task.",
-        "constant: the score of the best model that says the same of every row.",
+        "constant: the score of the best model that predicts the same for every row.",
     ]
     for task, row in table["tasks"].items():
         if how := row.get("zero_shot"):
@@ -95,7 +95,7 @@ def score_table(table: dict[str, Any]) -> Table:
         )
     if any(row["scores"][name]["collapsed"] for row in table["tasks"].values() for name in table["regimes"]):
         notes.append(
-            "† In so many runs the model says the same of every row; of an average: in so many of its tasks' runs."
+            "† In so many runs the model predicts the same for every row; of an average: in so many of its tasks' runs."
         )
     if seen := {name: row for name, row in table["tasks"].items() if row["overlap"]}:
         counts = [f"{name} {row['overlap']:,} of {row['eval_rows']:,}" for name, row in seen.items()]
