@@ -30,8 +30,9 @@ import numpy as np
 import polars as pl
 
 from bench.commands import Commands
-from bench.recipes import LENGTH, RECIPES, SIZES, Size
+from bench.recipes import LENGTH, RECIPES, ROWS, SIZES, Size
 from glue.intervals import Estimate, paired_difference
+from glue.tasks import TASKS, find_file, read_file
 from pipeline import cli, commit, shards, storage
 from pipeline.cli import UsageError
 from pipeline.manifests import load_tokenizer, read_manifest
@@ -39,9 +40,9 @@ from pipeline.shards import Scores
 from train.data import Columns, read_rows
 from train.options import LEARNING_RATES, MUON
 
-BASELINE = "random"
+BASELINE, SCRATCH_BASELINE = "random", "scratch-random"
 DECILES = 10
-TASKS = "sst2,qqp,mnli,qnli"
+TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning, one of which the baseline's first trunk chooses
 
 
@@ -52,10 +53,12 @@ def main() -> None:
     try:
         screen.split_articles()
         screen.prepare()
-        list(pool.map(screen.train_trunk, range(1, args.trunks + 1)))
+        if not all(RECIPES[name].scratch for name in args.rows):
+            list(pool.map(screen.train_trunk, range(1, args.trunks + 1)))
         runs = [(name, trunk) for trunk in range(1, args.trunks + 1) for name in args.rows]
         list(pool.map(lambda run: screen.train_and_test(*run), runs))
         if args.glue:
+            screen.split_tasks()
             rate = screen.choose_rate()
             list(pool.map(lambda run: screen.tune(*run, rate), runs))
     finally:
@@ -71,19 +74,27 @@ def parse() -> argparse.Namespace:
     add("--held-out", required=True, help="file of the ids, one a line, that nothing is trained on")
     add("--output", required=True, help="directory of all that is made")
     add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
-    add("--rows", default=",".join(RECIPES), help="recipes, by comma (default: all of bench/recipes.py)")
+    add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
     add("--trunks", type=cli.positive, default=3, help="pretraining seeds (default: 3)")
     add("--jobs", type=cli.positive, default=2, help="runs at once, one core each (default: 2)")
     add("--reference", help="a model that scores the text (default: one is trained on the same articles)")
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
-    add("--glue", help=f"directory of GLUE tasks: fine-tune every run on {TASKS}")
+    add(
+        "--glue",
+        help=f"directory of GLUE tasks: fine-tune every run on {', '.join(TUNED)}, on a part of their training rows",
+    )
     args = parser.parse_args()
     args.rows = args.rows.split(",")
     if unknown := [name for name in args.rows if name not in RECIPES]:
         raise UsageError(f"--rows names {unknown[0]!r}, which is none of {', '.join(RECIPES)}")
-    if BASELINE not in args.rows:
-        args.rows.insert(0, BASELINE)
+    for name in list(args.rows):
+        if (baseline := baseline_of(name)) not in args.rows:
+            args.rows.insert(0, baseline)
     return args
+
+
+def baseline_of(name: str) -> str:
+    return SCRATCH_BASELINE if RECIPES[name].scratch else BASELINE
 
 
 class Screen:
@@ -162,7 +173,8 @@ class Screen:
         flags = ["--shards", directory, "--eval-shards", of("heldout"), *recipe.flags.split()]
         steps = self.size.branch_steps
         if recipe.scratch:
-            flags += ["--model", self.size.student]
+            flags += ["--model", f"bert-{self.size.student}" if recipe.bert else self.size.student]
+            steps = self.size.scratch_steps
         else:
             flags += ["--model", of("trunks", str(trunk)), *self.rates(), "--warmup-steps", 0.05]
         self.train(f"branches-{trunk}/{name}", trunk, steps, *flags, "--save-strategy", "no")
@@ -178,6 +190,19 @@ class Screen:
         model, output = self.output / f"branches-{trunk}" / name, self.output / f"{kind}-{trunk}" / name
         self.commands.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
 
+    def split_tasks(self) -> None:
+        """Training and dev rows, both of the training rows alone: the dev rows are for other comparisons to report."""
+        for name, ending in TUNED.items():
+            task, wanted = TASKS[name], self.size.train_rows + self.size.dev_rows
+            directory = self.output / "glue-data" / task.directory
+            if (directory / f"dev{ending}.parquet").exists():
+                continue
+            rows = read_file(find_file(Path(self.args.glue) / task.directory, "train", "train_subset"))
+            rows = rows.sample(min(wanted, len(rows)), shuffle=True, seed=0)
+            directory.mkdir(parents=True, exist_ok=True)
+            rows[self.size.dev_rows :].write_parquet(directory / "train.parquet")
+            rows[: self.size.dev_rows].write_parquet(directory / f"dev{ending}.parquet")
+
     def choose_rate(self) -> float:
         """The learning rate of fine-tuning that is best for the baseline's first trunk."""
         for rate in RATES:
@@ -185,9 +210,8 @@ class Screen:
         return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / BASELINE))
 
     def tune(self, name: str, trunk: int, rate: float, kind: str = "glue") -> None:
-        few = ("--limit-train", *(f"{task}=10000" for task in TASKS.split(",")))
-        flags = ("--tasks", TASKS, "--data", self.args.glue, "--seeds", 1, "--learning-rate", rate, *few)
-        self.glue(kind, name, trunk, *flags)
+        data = ("--data", self.output / "glue-data", "--drop-overlap")
+        self.glue(kind, name, trunk, "--tasks", ",".join(TUNED), *data, "--learning-rate", rate, "--epochs", 3)
 
     def report(self) -> None:
         """Print the table and write it."""
@@ -223,17 +247,16 @@ def mean_score(directory: Path) -> float:
     for file in sorted(directory.rglob("*.json")):
         result = json.loads(file.read_text())
         if isinstance(result, dict) and {"metrics", "score"} <= result.keys():
-            scores.append(100 * result["score"])
+            scores.append(result["score"])
     return float(np.mean(scores))
 
 
 def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
     """The rows as Markdown: loss and its difference to the baseline, easiest, hardest tenth, hardest three, BLiMP."""
-    base = rows[BASELINE]
     measures = {"loss": "held-out loss", "easiest": "surest tenth", "hardest": "least sure tenth"}
     measures |= {"hard_three": "least sure three tenths", "blimp": "BLiMP", "glue": "GLUE"}
     measured = {name: with_parts(row) for name, row in rows.items()}
-    shown = [measure for measure in measures if measure in measured[BASELINE]]
+    shown = [measure for measure in measures if measure in measured[next(iter(rows))]]
     costs = "FLOPs, with the scores"
     lines = [
         f"| minus {BASELINE} | n | {' | '.join(measures[each] for each in shown)} | {costs} |",
@@ -242,11 +265,12 @@ def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
     for name, row in measured.items():
         cells = []
         for measure in shown:
-            if name == BASELINE:
+            if name == baseline_of(name):
                 cells.append(f"{np.mean(list(row[measure].values())):.3f}")
             else:
-                cells.append(interval(difference(row[measure], measured[BASELINE][measure])))
-        flops = [np.mean(list(row[each].values())) / np.mean(list(base["flops"].values())) for each in COSTS]
+                cells.append(interval(difference(row[measure], measured[baseline_of(name)][measure])))
+        base = np.mean(list(measured[baseline_of(name)]["flops"].values()))
+        flops = [np.mean(list(row[each].values())) / base for each in COSTS]
         lines.append(f"| {name} | {len(row['loss'])} | {' | '.join(cells)} | {flops[0]:.2f}, {flops[1]:.2f} |")
     return "\n".join(lines) + "\n"
 

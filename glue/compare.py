@@ -30,7 +30,7 @@ from glue.intervals import Estimate, Scores, estimate, paired_difference, seed_m
 from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
 from glue.page import page
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
-from glue.tasks import GLUE, PROBES, ZERO_SHOT
+from glue.tasks import TASKS, ZERO_SHOT
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 
@@ -105,7 +105,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         UsageError: a required average lacks tasks.
     """
     reference = regimes[baseline][0]
-    tasks = [task for task in (*GLUE, *PROBES, *ZERO_SHOT) if task in reference.results]
+    tasks = [task for task in TASKS if task in reference.results]
     of_task = {task: next(iter(reference.results[task].values())) for task in tasks}
     table: dict[str, Any] = {
         "protocol": of_task[tasks[0]]["protocol"],

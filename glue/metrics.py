@@ -30,6 +30,8 @@ AVERAGES = {
     "leaderboard9": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"),
     # what needs no large download: without MNLI and QQP
     "local6": ("cola", "sst2", "mrpc", "rte", "stsb", "qnli"),
+    # the tasks with many training rows, which tell small models apart
+    "large4": ("sst2", "qqp", "mnli_matched", "qnli"),
     "probes": ("package", "adjacent"),
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
-from glue.tasks import GLUE, PROBES, ZERO_SHOT, Task, choose
+from glue.tasks import PROBES, TASKS, ZERO_SHOT, Task, choose
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 
@@ -124,7 +124,7 @@ def parse_limits(text: str | None, tasks: list[Task]) -> dict[str, int]:
         name, equals, number = part.strip().rpartition("=")
         if not number.isdecimal() or int(number) < 1 or (not equals and part != text):
             raise UsageError(f"--limit-train {text} is no number of rows, nor one a task as in sst2=10000,qnli=5000")
-        if equals and name not in GLUE | PROBES:
+        if equals and name not in TASKS.keys() - ZERO_SHOT.keys():
             raise UsageError(f"--limit-train {text}: there is no task {name!r} to train on")
         limits |= dict.fromkeys([name] if equals else [task.name for task in tasks], int(number))
     return limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from glue.tasks import GLUE, PROBES, ZERO_SHOT
+from glue.tasks import TASKS, ZERO_SHOT
 from pipeline import cli, storage
 from pipeline.cli import UsageError
 from pipeline.commit import differences
@@ -83,7 +83,7 @@ def check_result(result: Any) -> None:
     """Raises KeyError, TypeError or ValueError if a result is not whole: see ``FIELDS``."""
     if wrong := [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]:
         raise ValueError(f"{wrong[0]} is {result[wrong[0]]!r}")
-    task = (GLUE | PROBES | ZERO_SHOT)[result["task"]]
+    task = TASKS[result["task"]]
     for name in (metric + suffix for metric in task.metrics for suffix in task.evaluations):
         float(result["metrics"][name])
 

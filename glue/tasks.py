@@ -36,6 +36,11 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     evaluations: tuple[str, ...] = ("",)
 
+    @property
+    def directory(self) -> str:
+        """Of its files, and its name on the Hub."""
+        return self.name.removesuffix("_matched")
+
 
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
@@ -64,6 +69,9 @@ PROBES = {
 }
 # scored without fine-tuning (glue.blimp), so neither labels nor seeds play a part
 ZERO_SHOT = {"blimp": Task("blimp", ("sentence_good", "sentence_bad"), ())}
+# MNLI where its mismatched evaluation is not at hand
+MATCHED = {"mnli_matched": replace(GLUE["mnli"], name="mnli_matched", evaluations=("_matched",))}
+TASKS = GLUE | MATCHED | PROBES | ZERO_SHOT
 GROUPS = {"glue": tuple(GLUE), "probes": tuple(PROBES)}
 
 
@@ -119,11 +127,10 @@ def choose(names: str) -> list[Task]:
     Raises:
         UsageError: an unknown name.
     """
-    known = GLUE | PROBES | ZERO_SHOT
     chosen = [task for name in names.split(",") for task in GROUPS.get(name.strip(), (name.strip(),))]
-    if unknown := [name for name in chosen if name not in known]:
-        raise UsageError(f"there is no task {unknown[0]!r}; the tasks are {', '.join([*GROUPS, *known])}")
-    return [known[name] for name in dict.fromkeys(chosen)]
+    if unknown := [name for name in chosen if name not in TASKS]:
+        raise UsageError(f"there is no task {unknown[0]!r}; the tasks are {', '.join([*GROUPS, *TASKS])}")
+    return [TASKS[name] for name in dict.fromkeys(chosen)]
 
 
 def load(task: Task, data: str | None) -> TaskData:
@@ -141,13 +148,15 @@ def load(task: Task, data: str | None) -> TaskData:
             task, _split(task, frames["train"], task.name), {"": _split(task, frames["dev"], task.name)}, "train"
         )
     if data is None:
-        raise UsageError(f"the task {task.name} needs --data: a directory with {task.name}/train.parquet …, or hub")
+        raise UsageError(
+            f"the task {task.name} needs --data: a directory with {task.directory}/train.parquet …, or hub"
+        )
     if data == "hub":
-        train, where = _hub(task, "train"), f"{HUB_NAME} {task.name}"
+        train, where = _hub(task, "train"), f"{HUB_NAME} {task.directory}"
         frames = {suffix: _hub(task, f"validation{suffix}") for suffix in task.evaluations}
         evaluations = {suffix: _split(task, frame, where) for suffix, frame in frames.items()}
         return TaskData(task, _split(task, train, where), evaluations, "train")
-    directory = Path(data) / task.name
+    directory = Path(data) / task.directory
     if not directory.is_dir():
         raise UsageError(f"there is no directory {directory}; --data needs one a task, named {task.name} …")
     path = find_file(directory, "train", "train_subset")
@@ -184,10 +193,10 @@ def _hub(task: Task, split: str) -> pl.DataFrame:
     import datasets
 
     try:
-        return datasets.load_dataset(HUB_NAME, task.name, split=split).to_polars()
+        return datasets.load_dataset(HUB_NAME, task.directory, split=split).to_polars()
     except Exception as error:  # datasets raises anything from OSError to its own classes
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"cannot load {HUB_NAME} {task.name} ({split}) from the Hub: {reason}") from None
+        raise UsageError(f"cannot load {HUB_NAME} {task.directory} ({split}) from the Hub: {reason}") from None
 
 
 def _split(task: Task, frame: pl.DataFrame, where: str) -> Split:

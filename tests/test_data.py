@@ -19,7 +19,7 @@ from train.data import Columns, TrainingSequences, masker_of, read_rows, split_s
 from train.evaluation import batches
 from train.masking import IGNORED, MaskPolicy
 
-POLICY = MaskPolicy(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)
+POLICY = MaskPolicy.paper(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)
 
 
 class MaskBatch:

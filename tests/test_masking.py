@@ -15,6 +15,8 @@ from torch import Tensor
 from train.masking import IGNORED, IGNORED_LABEL, SELECTION, Masker, MaskPolicy, corrupt, select_positions
 from train.noise import noise
 
+paper = MaskPolicy.paper
+
 RANDOM = MaskPolicy.random()
 SETTINGS = [
     {},
@@ -30,7 +32,7 @@ SETTINGS = [
 )
 def test_k_is_the_rounded_share_of_what_is_not_special(length: int, ratio: float, k: int) -> None:
     for settings in SETTINGS:
-        policy = MaskPolicy(ratio=ratio, **settings)
+        policy = paper(ratio=ratio, **settings)
         positions_BK = select_positions(entropies(50, length), candidates(50, length), *keys(50), policy)
         assert positions_BK.shape == (50, k)
         assert all(len(row) == k and not row & {0, length - 1} for row in as_sets(positions_BK))
@@ -42,7 +44,7 @@ def test_rows_with_fewer_candidates_mask_their_share() -> None:
     for row, left in enumerate((30, 20, 10, 3, 1, 0)):
         candidates_BL[row, left + 1 :] = False
     for settings in SETTINGS:
-        positions_BK = select_positions(entropies(6), candidates_BL, *keys(6), MaskPolicy(**settings))
+        positions_BK = select_positions(entropies(6), candidates_BL, *keys(6), paper(**settings))
         assert [len(row) for row in as_sets(positions_BK)] == [4, 3, 2, 1, 1, 0]
         assert all(candidates_BL[row, list(chosen)].all() for row, chosen in enumerate(as_sets(positions_BK)))
 
@@ -69,7 +71,7 @@ def test_hard_share_one_is_the_papers_selection(ratio: float) -> None:
     for row in range(0, rows, 7):
         candidates_BL[row, 4 + row % 20 :] = False
     score_BL[:, 5:9], score_BL[:, 20] = 100, torch.nan  # what is not scored comes last
-    policy = MaskPolicy(ratio=ratio, seed=5)
+    policy = paper(ratio=ratio, seed=5)
     positions_BK = select_positions(score_BL, candidates_BL, *keys(rows), policy)
     assert as_sets(positions_BK) == slow_paper(score_BL, candidates_BL, *keys(rows), policy)
 
@@ -77,18 +79,18 @@ def test_hard_share_one_is_the_papers_selection(ratio: float) -> None:
 def test_positions_without_scores_fill_a_row_that_has_no_others() -> None:
     score_BL = torch.full((9, L), torch.nan)
     score_BL[:, [4, 7]] = 1.0
-    for row in as_sets(select_positions(score_BL, candidates(9), *keys(9), MaskPolicy())):
+    for row in as_sets(select_positions(score_BL, candidates(9), *keys(9), paper())):
         assert len(row) == K and {4, 7} < row
 
 
 def test_ties_are_broken_by_noise_not_by_position() -> None:
     flat_BL = torch.ones(4000, L)
-    positions_BK = select_positions(flat_BL, candidates(4000), *keys(4000), MaskPolicy())
+    positions_BK = select_positions(flat_BL, candidates(4000), *keys(4000), paper())
     counts = np.bincount(positions_BK.flatten().numpy(), minlength=L)[1:-1]
     assert stats.chisquare(counts).pvalue > 1e-4
     # with what is tied above the cut, the rest of the order does not matter: the highest are in every time
     flat_BL[:, 10] = 2
-    assert all(10 in row for row in as_sets(select_positions(flat_BL, candidates(4000), *keys(4000), MaskPolicy())))
+    assert all(10 in row for row in as_sets(select_positions(flat_BL, candidates(4000), *keys(4000), paper())))
 
 
 def test_hard_share_zero_is_uniform_and_blind_to_scores() -> None:
@@ -98,9 +100,9 @@ def test_hard_share_zero_is_uniform_and_blind_to_scores() -> None:
     assert stats.chisquare(counts).pvalue > 1e-4
     unknown_BL, keyed = torch.full((20_000, L), torch.nan), (candidates(20_000), *keys(20_000))
     progress_B = torch.zeros(20_000, dtype=torch.float64)
-    for policy in (RANDOM, MaskPolicy(hard_share=0.0, temperature=1.0), MaskPolicy(hard_share=0.01)):
+    for policy in (RANDOM, paper(hard_share=0.0, temperature=1.0), paper(hard_share=0.01)):
         assert torch.equal(positions_BK, select_positions(unknown_BL, *keyed, policy)), "0.01 · 4 rounds to none"
-    warm = MaskPolicy(temperature=0.5, warmup=0.1)
+    warm = paper(temperature=0.5, warmup=0.1)
     assert torch.equal(positions_BK, select_positions(entropies(20_000), *keyed, warm, progress_B=progress_B))
 
 
@@ -109,7 +111,7 @@ def test_the_uniform_part_comes_first_and_reaches_every_candidate(hard_share: fl
     """It is the mask that a ratio of its size draws, and the hard part the highest of what it leaves."""
     rows, length, ratio = 20_000, 42, 0.25  # k = 10
     entropy_BL = torch.arange(length).flip(0).expand(rows, -1).double()  # always the same order
-    policy = MaskPolicy(ratio=ratio, hard_share=hard_share)
+    policy = paper(ratio=ratio, hard_share=hard_share)
     chosen = as_sets(select_positions(entropy_BL, candidates(rows, length), *keys(rows), policy))
     hard = round(hard_share * 10)
     alone = MaskPolicy.random(ratio=(10 - hard) / 40)
@@ -127,7 +129,7 @@ def test_the_first_hard_mask_follows_softmax_of_rank_over_temperature(temperatur
     rows, length = 20_000, 10
     entropy_L = torch.tensor([9, 0.1, 1.0, 2.0, 0.5, 1.5, 2.5, 0.0, 2.0, 9])
     rank_L = torch.tensor([2, 4, 6.5, 3, 5, 8, 1, 6.5], dtype=torch.float64) / 8  # ties at their mean
-    policy = MaskPolicy(ratio=1 / 8, temperature=temperature)
+    policy = paper(ratio=1 / 8, temperature=temperature)
     positions_BK = select_positions(entropy_L.expand(rows, -1), candidates(rows, length), *keys(rows), policy)
     assert positions_BK.shape == (rows, 1)
     expected = (rank_L / temperature).softmax(0).numpy() * rows
@@ -143,7 +145,7 @@ def test_only_the_ranks_of_scores_count(unit: str) -> None:
     entropy_BL[:, 12] = torch.nan
     alone_BL = torch.zeros_like(candidates_BL)
     for settings in ({}, {"temperature": 0.3}, {"temperature": 2.0, "hard_share": 0.5, "ratio": 0.3}):
-        policy = MaskPolicy(**settings, unit=unit)
+        policy = paper(**settings, unit=unit)
         masks = [
             select_positions(score_BL, candidates_BL, *keys(200), policy, alone_BL)
             for score_BL in (entropy_BL, entropy_BL.exp(), 3 * entropy_BL - 40, entropy_BL.float())
@@ -154,7 +156,7 @@ def test_only_the_ranks_of_scores_count(unit: str) -> None:
 def test_a_higher_temperature_masks_lower_entropies() -> None:
     entropy_BL = entropies(3000)
     means = []
-    for policy in (*(MaskPolicy(temperature=each) for each in (0.0, 0.1, 0.5, 3.0)), RANDOM):
+    for policy in (*(paper(temperature=each) for each in (0.0, 0.1, 0.5, 3.0)), RANDOM):
         positions_BK = select_positions(entropy_BL, candidates(3000), *keys(3000), policy)
         means.append(float(entropy_BL.gather(1, positions_BK).mean()))
     assert means == sorted(means, reverse=True)
@@ -167,7 +169,7 @@ def test_a_higher_temperature_masks_lower_entropies() -> None:
 def test_the_hard_share_rises_over_the_ramp_after_the_warm_up() -> None:
     progress = np.linspace(0, 1, 201)
     for warmup, ramp in ((0.0, 0.0), (0.1, 0.2), (0.25, 0.0), (0.0, 1.0), (0.5, 1.0)):
-        policy = MaskPolicy(hard_share=0.6, warmup=warmup, ramp=ramp)
+        policy = paper(hard_share=0.6, warmup=warmup, ramp=ramp)
         found = policy.share_at(torch.from_numpy(progress)).tolist()
         for p, share in zip(progress.tolist(), found, strict=True):
             past = p - warmup
@@ -176,11 +178,11 @@ def test_the_hard_share_rises_over_the_ramp_after_the_warm_up() -> None:
 
 
 def test_each_row_is_masked_by_its_own_progress() -> None:
-    policy = MaskPolicy(ratio=0.4, hard_share=0.5, temperature=0.2, warmup=0.2, ramp=0.5)
+    policy = paper(ratio=0.4, hard_share=0.5, temperature=0.2, warmup=0.2, ramp=0.5)
     progress_B = torch.linspace(0, 1, 50, dtype=torch.float64)
     found = select_positions(entropies(50), candidates(50), *keys(50), policy, progress_B=progress_B)
     for row, share in enumerate(policy.share_at(progress_B).tolist()):
-        still = MaskPolicy(ratio=0.4, hard_share=share, temperature=0.2)
+        still = paper(ratio=0.4, hard_share=share, temperature=0.2)
         assert torch.equal(select_positions(entropies(50), candidates(50), *keys(50), still)[row], found[row])
 
 
@@ -208,8 +210,8 @@ def test_the_predicted_part_is_of_its_size_and_the_highest_of_the_masked(predict
     rows = L - 1
     raw = raw_batch(rows) | {"reference": entropies(rows)}
     settings = {"ratio": 0.5, "hard_share": 0.5}
-    policy = MaskPolicy(**settings, predict_ratio=predict_ratio, predict_by=predict_by)
-    whole, found = masker()(raw, MaskPolicy(**settings)), masker()(raw, policy)
+    policy = paper(**settings, predict_ratio=predict_ratio, predict_by=predict_by)
+    whole, found = masker()(raw, paper(**settings)), masker()(raw, policy)
     assert torch.equal(whole["input_ids"], found["input_ids"]), "masked alike"
     candidates_B = (raw["input_ids"] >= 4).sum(1).tolist()
     counts = [min(max(1, round(predict_ratio * count)), count) for count in candidates_B]
@@ -237,7 +239,7 @@ def test_a_random_part_is_uniform_and_of_its_own_each_epoch() -> None:
     rows = 8000
     raw = {name: tensor[:1].repeat_interleave(rows, 0) for name, tensor in raw_batch(1).items()}
     raw["sequence_id"] = keys(rows)[0]
-    policy = MaskPolicy(ratio=0.5, predict_ratio=0.1)  # 15 masked, the same in each row, and 3 predicted
+    policy = paper(ratio=0.5, predict_ratio=0.1)  # 15 masked, the same in each row, and 3 predicted
     first, second = (masker()(raw | {"epoch": keys(rows, epoch)[1]}, policy)["positions_BP"] for epoch in (0, 1))
     counts = np.bincount(first.flatten().numpy(), minlength=L)
     assert stats.chisquare(counts[counts > 0]).pvalue > 1e-4 and (counts > 0).sum() == 15
@@ -272,12 +274,12 @@ def test_a_random_part_is_uniform_and_of_its_own_each_epoch() -> None:
 )
 def test_impossible_policies_are_refused(settings: dict) -> None:
     with pytest.raises(ValueError, match=r"mask|corruption|hard share|predict"):
-        MaskPolicy(**settings)
+        paper(**settings)
 
 
 def test_a_policy_comes_back_from_json() -> None:
     policy = MaskPolicy(0.3, 0.5, 0.7, 0.1, 0.2, "surprisal", 0.1, "excess", "mask-only", 7, "word")
-    for each in (policy, MaskPolicy(), RANDOM):
+    for each in (policy, paper(), RANDOM):
         text = json.dumps(each.to_json(), allow_nan=False)
         assert MaskPolicy.from_json(json.loads(text)) == each
     for broken in ({"band": 1}, policy.to_json() | {"ratio": 2}, policy.to_json() | {"other": 1}):
@@ -286,10 +288,10 @@ def test_a_policy_comes_back_from_json() -> None:
 
 
 def test_a_policy_repeats_where_two_epochs_hide_the_same() -> None:
-    for policy in (MaskPolicy(), RANDOM, MaskPolicy(hard_share=0.7), MaskPolicy(temperature=0.1)):
+    for policy in (paper(), RANDOM, paper(hard_share=0.7), paper(temperature=0.1)):
         first, second = (select_positions(entropies(99), candidates(99), *keys(99, e), policy) for e in (0, 1))
         assert policy.repeats() == torch.equal(first, second)
-    assert not MaskPolicy(warmup=0.1).repeats() and not MaskPolicy(predict_ratio=0.1).repeats()
+    assert not paper(warmup=0.1).repeats() and not paper(predict_ratio=0.1).repeats()
 
 
 # --- rows, corruption, noise -----------------------------------------------------------------------------------------
@@ -298,13 +300,13 @@ def test_a_policy_repeats_where_two_epochs_hide_the_same() -> None:
 def test_a_row_is_masked_alike_in_any_batch_and_anew_each_epoch() -> None:
     entropy_BL, candidates_BL, (ids_B, epoch_B) = entropies(64), candidates(64), keys(64)
     for settings in ({"temperature": 0.3}, {"hard_share": 0.5}, {"hard_share": 0.0}):
-        policy = MaskPolicy(ratio=0.3, **settings)
+        policy = paper(ratio=0.3, **settings)
         whole = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, policy)
         order = torch.randperm(64)
         shuffled = select_positions(entropy_BL[order], candidates_BL[order], ids_B[order], epoch_B[order], policy)
         assert torch.equal(whole[order], shuffled)
         again = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B + 1, policy)
-        other = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, MaskPolicy(ratio=0.3, **settings, seed=1))
+        other = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, paper(ratio=0.3, **settings, seed=1))
         for changed in (again, other):
             assert (whole != changed).any(1).float().mean() > 0.95
 
@@ -346,7 +348,7 @@ def test_masker_gathers_what_the_teacher_said_of_the_masked_positions() -> None:
     raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "entropy": entropies(rows)}
     lse_BL = torch.rand(rows, L)
     batch = masker()(
-        raw | {"topk_ids": topk_BLT, "topk_logprobs": -topk_BLT.float(), "temperature_lse": lse_BL}, MaskPolicy()
+        raw | {"topk_ids": topk_BLT, "topk_logprobs": -topk_BLT.float(), "temperature_lse": lse_BL}, paper()
     )
     assert torch.equal(batch["attention_mask"], (ids_BL != PAD).long())
     for row, position in ((r, p) for r in range(rows) for p in range(K)):
@@ -356,6 +358,6 @@ def test_masker_gathers_what_the_teacher_said_of_the_masked_positions() -> None:
             assert torch.equal(batch["teacher_ids_BPT"][row, position], topk_BLT[row, where])
             assert torch.equal(batch["teacher_logprobs_BPT"][row, position], -topk_BLT[row, where].float())
             assert batch["temperature_lse_BP"][row, position] == lse_BL[row, where]
-    without = masker()({name: raw[name][:-1] for name in raw}, MaskPolicy())
+    without = masker()({name: raw[name][:-1] for name in raw}, paper())
     assert without.keys() == {"input_ids", "positions_BP", "labels_BP"}
     assert torch.equal(without["input_ids"], batch["input_ids"][:-1])

@@ -65,7 +65,7 @@ def test_distilling(run_block: Any, scored: Path) -> None:
         for name, tensor in to_tensors(read_rows(manifest, entry, Columns(entropy=True, top_k=True))).items():
             raw.setdefault(name, []).append(tensor)
     rows = {name: torch.cat(tensors) for name, tensors in raw.items()}
-    expected = masker_of(manifest)(rows | {"epoch": torch.zeros_like(rows["sequence_id"])}, MaskPolicy(hard_share=0.3))
+    expected = masker_of(manifest)(rows | {"epoch": torch.zeros_like(rows["sequence_id"])}, MaskPolicy())
     order = {sequence: row for row, sequence in enumerate(rows["sequence_id"].tolist())}
     where = torch.tensor([order[sequence] for sequence in found["batch"]["sequence_id"].tolist()])
     for name in ("input_ids", "positions_BP", "labels_BP", "teacher_ids_BPT", "teacher_logprobs_BPT"):
@@ -112,7 +112,7 @@ def hidden(batch: dict[str, torch.Tensor]) -> list[dict[int, int]]:
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"hard_share": 0.4}, {"hard_share": 0.0}])
 def test_a_row_is_masked_alike_beside_any_other(tokenizer: Any, unit: str, settings: dict[str, float]) -> None:
     rows = rows_of(tokenizer)
-    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(**settings, unit=unit), pad_to_multiple_of=8)
+    collator = EntropyMaskingCollator(tokenizer, MaskPolicy.paper(**settings, unit=unit), pad_to_multiple_of=8)
     batch = collator(rows)
     shape = (len(rows), -(-max(len(row["input_ids"]) for row in rows) // 8) * 8)
     assert batch.keys() == {"input_ids", "attention_mask", "labels"}
@@ -134,7 +134,7 @@ def test_a_row_is_masked_alike_beside_any_other(tokenizer: Any, unit: str, setti
 
 
 def test_rows_in_every_format_with_an_id_or_known_by_their_tokens(tokenizer: Any) -> None:
-    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(temperature=1.0))
+    collator = EntropyMaskingCollator(tokenizer, MaskPolicy.paper(temperature=1.0))
     rows = rows_of(tokenizer)
     nameless = datasets.Dataset.from_list(rows).remove_columns("sequence_id")
     expected = collator(list(nameless))
@@ -160,7 +160,7 @@ def test_by_surprisal(tokenizer: Any) -> None:
     rows = rows_of(tokenizer)
     by_entropy = EntropyMaskingCollator(tokenizer)(rows)
     renamed = [{"surprisal": row["entropy"]} | {n: row[n] for n in ("input_ids", "sequence_id")} for row in rows]
-    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(by="surprisal"))
+    collator = EntropyMaskingCollator(tokenizer, MaskPolicy.paper(by="surprisal"))
     assert torch.equal(collator(renamed)["labels"], by_entropy["labels"])
     with pytest.raises(ValueError, match=r"no surprisal, only input_ids, entropy, sequence_id; .*remove_unused"):
         collator(rows)

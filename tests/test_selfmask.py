@@ -23,6 +23,8 @@ from train.student import MEASURED_EVERY
 from train.trainer import MaskedLMTrainer
 from train.watch import LEAST_RISE, CollapseWatch, type_concentration
 
+paper = MaskPolicy.paper
+
 V, SELF = 9, ["--entropy-source", "self"]
 HARDEST = ["--hard-share", 1, "--mask-temperature", 0]
 
@@ -145,17 +147,17 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
     rising, falling = [5.0 + up * n for n in range(8)], [9.0 - n for n in range(8)]
     slow = [5.0 + 0.9 * LEAST_RISE * (n % 2) for n in range(8)]
     for policy, losses, concentration, signs in (
-        (MaskPolicy(), rising, spread, ["5.00 nats, at 3 evaluations in a row up to step 40"]),
-        (MaskPolicy(warmup=0.35), rising, spread, [f"{5 + 3 * up:.2f} nats, at 3 evaluations in a row up to step 70"]),
-        (MaskPolicy(), [6.0, 5.0, 5 + up, 5.0, 5 + up, 5 + up, 5 + up, 5 + up], spread, ["up to step 70"]),
-        (MaskPolicy(), [min(loss, 6.9) for loss in falling], spread, []),
-        (MaskPolicy(), slow, spread, []),
-        (MaskPolicy(), rising[:3] * 2, spread[:6], []),
+        (paper(), rising, spread, ["5.00 nats, at 3 evaluations in a row up to step 40"]),
+        (paper(warmup=0.35), rising, spread, [f"{5 + 3 * up:.2f} nats, at 3 evaluations in a row up to step 70"]),
+        (paper(), [6.0, 5.0, 5 + up, 5.0, 5 + up, 5 + up, 5 + up, 5 + up], spread, ["up to step 70"]),
+        (paper(), [min(loss, 6.9) for loss in falling], spread, []),
+        (paper(), slow, spread, []),
+        (paper(), rising[:3] * 2, spread[:6], []),
         (MaskPolicy.random(), rising, [0.5] * 8, []),
-        (MaskPolicy(), falling, spread, ["step 10, 9.00 nats, is worse than that of guessing uniformly, 6.91"]),
-        (MaskPolicy(warmup=0.31), falling, spread, []),
-        (MaskPolicy(), falling[3:], [0.01, 0.2, 0.3, 0.1, 0.1], ["at step 20 two masked tokens were of one type"]),
-        (MaskPolicy(), rising, [0.2] * 8, ["at step 10 two masked tokens", "evaluations in a row up to step 40"]),
+        (paper(), falling, spread, ["step 10, 9.00 nats, is worse than that of guessing uniformly, 6.91"]),
+        (paper(warmup=0.31), falling, spread, []),
+        (paper(), falling[3:], [0.01, 0.2, 0.3, 0.1, 0.1], ["at step 20 two masked tokens were of one type"]),
+        (paper(), rising, [0.2] * 8, ["at step 10 two masked tokens", "evaluations in a row up to step 40"]),
     ):
         warnings, printed = said(policy, losses, concentration, capsys)
         assert len(warnings) == len(signs)

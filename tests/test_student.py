@@ -79,7 +79,7 @@ def masked_batch(distil: bool = False) -> dict[str, torch.Tensor]:
         lse = torch.rand(ROWS, LENGTH, generator=generator)
         raw |= {"topk_ids": log_p.indices, "topk_logprobs": log_p.values, "temperature_lse": lse}
     masker = Masker(vocab_size=VOCAB, special_token_ids=[0, 1, 2, 3, 4], mask_id=4, pad_id=PAD)
-    batch = masker(raw, MaskPolicy(ratio=0.3))
+    batch = masker(raw, MaskPolicy.paper(ratio=0.3))
     assert (batch["positions_BP"] == IGNORED).any(), "a short row is part of the test"
     return batch
 

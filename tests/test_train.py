@@ -83,7 +83,7 @@ def test_what_is_trained_on_and_hidden_and_what_is_held_out(
     manifest = train.run.read_manifest(str(scored))
     held_out = [sequence for sequence, *_ in seen.pop(EVALUATION)]
     ((policy, trained),) = seen.items()
-    assert policy == MaskPolicy(seed=3)
+    assert policy == MaskPolicy.paper(seed=3)
     everything = {(entry.index << 32) + row for entry in manifest.shards for row in range(entry.rows)}
     assert set(held_out) == everything - {sequence for sequence, *_ in trained}
     assert len({sequence >> 32 for sequence in held_out}) == math.ceil(0.2 * len(manifest.shards))
@@ -108,7 +108,7 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
     sequences = json.loads((scored / "manifest.json").read_text())["totals"]["sequences"]
     assert summary["steps"] == math.ceil(sequences / 8)
     manifest = train.run.read_manifest(str(other))
-    masks = MaskPolicy().positions(LENGTH)
+    masks = MaskPolicy.paper().positions(LENGTH)
     padded = sum(entry.tokens < entry.rows * LENGTH for entry in manifest.shards)
     whole = sum(entry.rows for entry in manifest.shards) - padded
     assert masks * whole < summary["eval_positions"] <= masks * (whole + padded)

@@ -34,6 +34,8 @@ from pipeline.manifests import read_manifest
 from train import masking, words
 from train.masking import IGNORED, Masker, MaskPolicy, select_positions
 
+paper = MaskPolicy.paper
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +125,7 @@ WORDS = [
 @pytest.mark.parametrize("settings", WORDS)
 def test_words_are_taken_by_the_documented_rule(settings: dict, length: int) -> None:
     rows = 60
-    policy = MaskPolicy(**settings, seed=length, unit="word")
+    policy = paper(**settings, seed=length, unit="word")
     score_BL, candidates_BL, continues_BL = word_batch(rows, length, seed=length)
     sequence_B, epoch_B = keys(rows, epoch=2)
     positions_BK = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, policy, continues_BL)
@@ -142,8 +144,8 @@ def test_words_of_one_piece_are_tokens() -> None:
     score_BL, candidates_BL, _ = word_batch(200, 64, seed=3)
     alone_BL = torch.zeros_like(candidates_BL)
     for settings in WORDS:
-        by_word = select_positions(score_BL, candidates_BL, *keys(200), MaskPolicy(**settings, unit="word"), alone_BL)
-        assert torch.equal(by_word, select_positions(score_BL, candidates_BL, *keys(200), MaskPolicy(**settings)))
+        by_word = select_positions(score_BL, candidates_BL, *keys(200), paper(**settings, unit="word"), alone_BL)
+        assert torch.equal(by_word, select_positions(score_BL, candidates_BL, *keys(200), paper(**settings)))
 
 
 def test_a_round_of_taking_words_that_never_fit_ends() -> None:
@@ -161,7 +163,7 @@ def test_a_round_of_taking_words_that_never_fit_ends() -> None:
 
 def test_most_words_are_masked_whole_and_the_word_unit_needs_words() -> None:
     score_BL, candidates_BL, continues_BL = word_batch(500, 128, seed=8)
-    policy = MaskPolicy(unit="word", temperature=0.3)
+    policy = paper(unit="word", temperature=0.3)
     chosen = as_sets(select_positions(score_BL, candidates_BL, *keys(500), policy, continues_BL))
     whole = broken = 0
     for row in range(500):
@@ -229,11 +231,11 @@ def test_a_masker_hides_words_by_their_surprisal() -> None:
     )
     sequence_B, epoch_B = keys(rows)
     raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "surprisal": entropies(rows)}
-    policy = MaskPolicy(unit="word", by="surprisal")
+    policy = paper(unit="word", by="surprisal")
     expected = select_positions(entropies(rows), candidates(rows), *keys(rows), policy, continues_V[ids_BL])
     assert torch.equal(masker(raw, policy)["positions_BP"], expected)
     with pytest.raises(KeyError, match="entropy"):
-        masker(raw, MaskPolicy())
+        masker(raw, paper())
 
 
 @pytest.mark.parametrize("unit", ["token", "word"])
@@ -260,7 +262,7 @@ def test_on_an_accelerator_nothing_is_waited_for(unit: str) -> None:
         {"predict_ratio": 0.1, "predict_by": "entropy"},
         {"predict_ratio": 0.1, "predict_by": "excess"},
     ):
-        policy = MaskPolicy(**settings, unit=unit)
+        policy = paper(**settings, unit=unit)
         masked = moved(batch, policy)
         predicted = 3 if "predict_ratio" in settings and settings.get("predict_by") != "excess" else K
         assert masked["positions_BP"].shape == (6, predicted) and masked["attention_mask"].shape == (6, L)
@@ -305,7 +307,7 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
     parquet = ["--entropy-source", "parquet", *WORDS_BY_SURPRISAL]
     summary = train_here(scored, tmp_path / "out", *parquet)
     assert (summary["flags"]["mask_unit"], summary["flags"]["mask_by"]) == ("word", "surprisal")
-    policy = MaskPolicy(0.3, unit="word", by="surprisal", seed=3)
+    policy = paper(ratio=0.3, unit="word", by="surprisal", seed=3)
     trained = [(batch, masked) for batch, masked, used in masked_batches if used == policy]
     assert len(trained) == 3
     tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
@@ -342,7 +344,7 @@ def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, mask
         known_BL = warm_up[0].get("reference", torch.zeros(1))
         assert not (warm_up[0]["score"] + known_BL).nan_to_num().any() and len(later) == 2
         for batch, masked, policy in later:
-            assert policy == MaskPolicy(by=by, warmup=0.3, seed=42) and "padded" in batch
+            assert policy == paper(by=by, warmup=0.3, seed=42) and "padded" in batch
             assert ("reference" in batch) == (by == "excess")
             special_BL = batch["input_ids"] < 5
             for row, chosen in enumerate(as_sets(masked["positions_BP"])):

@@ -62,8 +62,8 @@ class MaskPolicy:
     """
 
     ratio: float = 0.15
-    hard_share: float = 1.0
-    temperature: float = 0.0
+    hard_share: float = 0.3
+    temperature: float = 1.0
     warmup: float = 0.0
     ramp: float = 0.0
     by: str = "entropy"
@@ -103,6 +103,11 @@ class MaskPolicy:
     def random(cls, **fields: Any) -> Self:
         """Uniform masks."""
         return cls(hard_share=0.0, **fields)
+
+    @classmethod
+    def paper(cls, **fields: Any) -> Self:
+        """The highest scores, all of the mask: the selection of arXiv 2605.28526. Fields that are given win."""
+        return cls(**({"hard_share": 1.0, "temperature": 0.0} | fields))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

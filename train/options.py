@@ -31,12 +31,10 @@ DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay sch
 SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
 EVAL_FRACTION = 0.01
 
-# what the mask flags are where they are not given (docs/RECIPES.md says why)
-BASE: dict[str, Any] = {"ratio": 0.15, "corruption": "bert", "unit": "token", "by": "entropy"}
+# what the mask flags are where they are not given, where it is not MaskPolicy's default (docs/RECIPES.md says why)
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {"hard_share": 0.3, "temperature": 1.0, "warmup": 0.3, "ramp": 0.3},
-    # the selection of arXiv 2605.28526: the highest entropies, all of the mask, from the first step
-    "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
+    "default": {"warmup": 0.3, "ramp": 0.3},
+    "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},  # MaskPolicy.paper()
 }
 
 
@@ -48,7 +46,8 @@ class MaskOptions:
         default=None, metadata={"help": "paper: mask the highest entropies alone, from the first step (2605.28526)"}
     )
     mask_ratio: float | None = field(
-        default=None, metadata={"help": f"share of the tokens of a sequence that is masked (default: {BASE['ratio']})"}
+        default=None,
+        metadata={"help": f"share of the tokens of a sequence that is masked (default: {MaskPolicy.ratio})"},
     )
     predict_ratio: float | None = field(
         default=None, metadata={"help": "share of the tokens that is predicted, of those masked (default: all of them)"}
@@ -56,8 +55,7 @@ class MaskOptions:
     hard_share: float | None = field(
         default=None,
         metadata={
-            "help": "share of a mask that is chosen by score, the rest at random (default: "
-            f"{RECIPES['default']['hard_share']})"
+            "help": f"share of a mask that is chosen by score, the rest at random (default: {MaskPolicy.hard_share})"
         },
     )
     mask_warmup: float | None = field(
@@ -75,7 +73,7 @@ class MaskOptions:
         default=None,
         metadata={
             "help": "τ: samples by rank from softmax(rank/τ); 0 takes the highest scores (default: "
-            f"{RECIPES['default']['temperature']})"
+            f"{MaskPolicy.temperature})"
         },
     )
     mask_by: Literal["entropy", "surprisal", "excess"] | None = field(
@@ -373,7 +371,7 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
                 )
         recipe = recipe | {"warmup": 0.0, "ramp": 0.0}
     try:
-        return MaskPolicy(seed=seed, **(BASE | recipe | given))
+        return MaskPolicy(seed=seed, **(recipe | given))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
