@@ -65,16 +65,21 @@ def test_training(scored: Path) -> None:
     assert rows["loss_difference"] < 1e-4
 
 
-def test_screen(tmp_path: Path) -> None:
-    """A screen of the smallest size runs to its table; again, it trains nothing anew and prints the same."""
+def screen(directory: Path, *flags: object) -> list[str]:
+    """The command of a screen of the smallest size with one trunk."""
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 6))) for _ in range(60)]
     texts = [" ".join(rng.choice(words, 500)) for _ in range(60)]
-    pl.DataFrame({"id": range(60), "text": texts}).write_parquet(tmp_path / "articles.parquet")
-    (tmp_path / "ids.txt").write_text("7\n11\n")
-    files = ["--articles", tmp_path / "articles.parquet", "--held-out", tmp_path / "ids.txt"]
-    rows = ["--rows", "parquet-rising-50-shuffled", "--trunks", "1", "--size", "trial"]
-    command = [sys.executable, ROOT / "bench" / "screen.py", *files, *rows, "--output", tmp_path / "screen"]
+    pl.DataFrame({"id": range(60), "text": texts}).write_parquet(directory / "articles.parquet")
+    (directory / "ids.txt").write_text("7\n11\n")
+    files = ["--articles", directory / "articles.parquet", "--held-out", directory / "ids.txt"]
+    size = ["--trunks", "1", "--size", "trial", "--output", directory / "screen"]
+    return [sys.executable, *map(str, (ROOT / "bench" / "screen.py", *files, *size, *flags))]
+
+
+def test_screen(tmp_path: Path) -> None:
+    """A screen of the smallest size runs to its table; again, it trains nothing anew and prints the same."""
+    command = screen(tmp_path, "--rows", "parquet-rising-50-shuffled")
     *lines, last = subprocess.check_output(command, text=True).splitlines()
     found = json.loads(last)["rows"]
     assert list(found) == ["random", "parquet-rising-50-shuffled"]
@@ -89,6 +94,19 @@ def test_screen(tmp_path: Path) -> None:
             original = scores
     assert scores != original and [sorted(map(str, row)) for row in scores] == [sorted(map(str, r)) for r in original]
     assert "--rows names 'no-such'" in refused(*command, "--rows", "no-such")
+
+
+@pytest.mark.exhaustive
+def test_screen_with_tasks(tmp_path: Path, data: Path) -> None:
+    """The tasks' dev rows stay unseen: a part of the training rows is the dev set of a screen."""
+    command = screen(tmp_path, "--rows", "scratch-self", "--glue", data)
+    found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])["rows"]
+    assert list(found) == ["scratch-random", "scratch-self"]
+    assert all(0 < row["glue"]["1"] < 100 for row in found.values())
+    rows = pl.read_parquet(data / "qqp" / "train.parquet").rows()
+    for split, count in (("train", 32), ("dev", 16)):
+        made = pl.read_parquet(tmp_path / "screen" / "glue-data" / "qqp" / f"{split}.parquet").rows()
+        assert len(made) == count and set(made) <= set(rows)
 
 
 def test_rows_of_the_screen_are_flags_of_the_trainer() -> None:

@@ -225,6 +225,17 @@ def test_an_empty_field_of_a_tsv_is_an_empty_text(tmp_path: Path) -> None:
     assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train.texts == [["a", ""], ["", "b"]]
 
 
+def test_mnli_without_its_mismatched_evaluation(work: Path, words: list[str], tmp_path: Path) -> None:
+    """``mnli`` names the file that is missing; ``mnli_matched`` reads the same directory and does without it."""
+    for split in ("train", "dev_matched"):
+        write_rows(make_rows(GLUE["mnli"], words, 24, 1), tmp_path / "data" / "mnli" / f"{split}.parquet")
+    flags = ["--data", tmp_path / "data", *QUICK]
+    with pytest.raises(UsageError, match="dev_mismatched"):
+        glue_here(work / "teacher", tmp_path / "out", "--tasks", "mnli", *flags)
+    found = glue_here(work / "teacher", tmp_path / "out", "--tasks", "mnli_matched", *flags)
+    assert list(found["mnli_matched-seed1"]["metrics"]) == ["accuracy_matched"]
+
+
 def test_other_data_of_the_same_size_is_other_data(work: Path, words: list[str], tmp_path: Path) -> None:
     for split in ("train", "dev"):
         write_rows(make_rows(GLUE["rte"], words, 16, 1), tmp_path / "data" / "rte" / f"{split}.parquet")
