@@ -21,12 +21,11 @@ class Commands:
     """Runs commands; each is a line of ``output/commands.sh``, and what it prints is in ``output/logs``.
 
     Attributes:
-        dry_run: only print them.
         stopped: no more are begun.
     """
 
-    def __init__(self, output: Path, dry_run: bool) -> None:
-        self.output, self.dry_run, self.stopped = output, dry_run, False
+    def __init__(self, output: Path) -> None:
+        self.output, self.stopped = output, False
         self.running: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
 
@@ -38,9 +37,6 @@ class Commands:
         """
         line = [script, *map(str, flags)]
         shown = f"python {shlex.join(line)}"
-        if self.dry_run:
-            print(shown)
-            return
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
         log = self.output / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)

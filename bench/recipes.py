@@ -68,7 +68,7 @@ RANDOM, PARQUET, SELF = (f"--entropy-source {source}" for source in ("random", "
 
 RECIPES = {
     "random": Recipe(RANDOM),
-    "random-again": Recipe(f"{RANDOM} --seed 1000"),  # the same data order, other masks: the noise of the screen
+    "random-again": Recipe(f"{RANDOM} --seed 1000"),  # the same data order, other masks: the noise
     "random-30": Recipe(f"{RANDOM} --mask-ratio 0.3"),
     "random-40": Recipe(f"{RANDOM} --mask-ratio 0.4"),
     "random-only-mask": Recipe(f"{RANDOM} --corruption mask-only"),
@@ -84,6 +84,13 @@ RECIPES = {
     "parquet-rising-50": Recipe(f"{PARQUET} --hard-share 0.5 {TOP} {RISING}"),
     "parquet-rising-50-shuffled": Recipe(f"{PARQUET} --hard-share 0.5 {TOP} {RISING}", shuffled=True),
     "parquet-sampled": Recipe(f"{PARQUET} --hard-share 1 --mask-temperature 0.5 {AT_ONCE}"),
+    "parquet-h100-t0.3": Recipe(f"{PARQUET} --hard-share 1 --mask-temperature 0.3 {AT_ONCE}"),
+    "parquet-h100-t1": Recipe(f"{PARQUET} --hard-share 1 {AT_ONCE}"),
+    "parquet-h50-t0.3": Recipe(f"{PARQUET} --hard-share 0.5 --mask-temperature 0.3 {AT_ONCE}"),
+    "parquet-h100-t0.5-r30": Recipe(f"{PARQUET} --hard-share 1 --mask-temperature 0.5 {AT_ONCE} --mask-ratio 0.3"),
+    "parquet-h100-t0.5-r30+kd": Recipe(
+        f"{PARQUET} --hard-share 1 --mask-temperature 0.5 {AT_ONCE} --mask-ratio 0.3 {KD}"
+    ),
     "parquet-sampled-30": Recipe(f"{PARQUET} --hard-share 0.3 {AT_ONCE}"),
     "parquet-30-surprisal": Recipe(f"{PARQUET} --hard-share 0.3 {TOP} --mask-by surprisal {AT_ONCE}"),
     "parquet-30-of-30": Recipe(f"{PARQUET} --mask-ratio 0.3 --hard-share 0.3 {TOP} {AT_ONCE}"),
@@ -103,12 +110,17 @@ RECIPES = {
     "self-30": Recipe(f"{SELF} --hard-share 0.3 {TOP} {AT_ONCE}"),
     "self-surprisal": Recipe(f"{SELF} --mask-by surprisal"),
     "self-excess-rising-50": Recipe(f"{SELF} --mask-by excess --hard-share 0.5 {TOP} {RISING}"),
+    "self-h100-t0.5": Recipe(f"{SELF} --hard-share 1 --mask-temperature 0.5 {AT_ONCE}"),
+    "self-h100-t1": Recipe(f"{SELF} --hard-share 1 {AT_ONCE}"),
+    "self-h50-t0.3": Recipe(f"{SELF} --hard-share 0.5 --mask-temperature 0.3 {AT_ONCE}"),
     "self-of-30": Recipe(f"{SELF} --mask-ratio 0.3"),
     "self-sampled-30": Recipe(f"{SELF} --hard-share 0.3 {AT_ONCE}"),
     "self+kd": Recipe(f"{SELF} {KD}"),
     "scratch-random": Recipe(RANDOM, scratch=True),
     "scratch-parquet": Recipe(PARQUET, scratch=True),
     "scratch-self": Recipe(SELF, scratch=True),
+    "scratch-parquet-h100-t0.5": Recipe(f"{PARQUET} --hard-share 1 --mask-temperature 0.5", scratch=True),
+    "scratch-self-h100-t0.5": Recipe(f"{SELF} --hard-share 1 --mask-temperature 0.5", scratch=True),
     "scratch-random-again": Recipe(f"{RANDOM} --seed 1000", scratch=True),
     "scratch-stable-decay": Recipe(f"{RANDOM} --lr-scheduler-type warmup_stable_decay", scratch=True),
     "scratch-long-warmup": Recipe(f"{RANDOM} --warmup-steps 0.2", scratch=True),
@@ -121,7 +133,7 @@ RECIPES |= {
     f"scratch-muon-{rate}": Recipe(f"{RANDOM} --muon-learning-rate {rate}", scratch=True) for rate in (0.01, 0.04)
 }
 
-# the rows of a screen that names none: an hour on two cores at the size "tiny"
+# the rows of a screen that names none
 ROWS = (
     *("random", "random-again", "random-30", "random-40", "random-only-mask"),
     *("random+kd", "random+kd-0.8", "random+kd-hard-half", "random-30+kd"),

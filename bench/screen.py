@@ -2,13 +2,14 @@
 """Which masking recipe helps: short paired runs from common trunks, and a table of their differences.
 
     python bench/screen.py --articles articles.parquet --held-out ids.txt --output runs/screen
-    python bench/screen.py … --rows random,parquet,self --trunks 5 --blimp BLIMP.parquet
+    python bench/screen.py … --rows random,parquet,self --trunks 5 --blimp DATA
     python bench/screen.py … --size mini --rows random,parquet,random-30+kd --glue GLUE
 
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
-table is the mean over trunks of (recipe - random), with its 95 % interval by the paired t. One row reads scores that
-were shuffled within each sequence: it has to equal random within its interval, or the screen is wrong.
+table is the mean over trunks of (recipe - random), with its 95 % interval by the paired t. A row from random weights is
+compared with random masks from random weights. One row reads scores that were shuffled within each sequence: if it
+differs from random by more than its interval, suspect the screen.
 
 Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). What is done is skipped, so the same line
 goes on after a break. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
@@ -43,7 +44,7 @@ from train.options import LEARNING_RATES, MUON
 BASELINE, SCRATCH_BASELINE = "random", "scratch-random"
 DECILES = 10
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
-RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning, one of which the baseline's first trunk chooses
+RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
 
 
 def main() -> None:
@@ -71,11 +72,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--articles", required=True, help="Parquet file of the texts, with the columns id and text")
-    add("--held-out", required=True, help="file of the ids, one a line, that nothing is trained on")
+    add("--held-out", required=True, help="file with the ids of the held-out articles, one per line")
     add("--output", required=True, help="directory of all that is made")
     add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
-    add("--trunks", type=cli.positive, default=3, help="pretraining seeds (default: 3)")
+    add("--trunks", type=cli.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
     add("--jobs", type=cli.positive, default=2, help="runs at once, one core each (default: 2)")
     add("--reference", help="a model that scores the text (default: one is trained on the same articles)")
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
@@ -103,7 +104,7 @@ class Screen:
     def __init__(self, args: argparse.Namespace, size: Size) -> None:
         self.args, self.size = args, size
         self.output = Path(args.output).absolute()
-        self.commands = Commands(self.output, dry_run=False)
+        self.commands = Commands(self.output)
 
     def split_articles(self) -> None:
         """Write the texts held out, those of the branches, and those of the trunks.
@@ -122,7 +123,7 @@ class Screen:
         training = articles.filter(~pl.col("id").is_in(held_out))
         first = self.size.branch_documents
         if not held_out or len(training) <= first:
-            raise UsageError(f"--held-out has to name articles, and to leave more than {first} for training")
+            raise UsageError(f"--held-out must name at least one article and leave more than {first} for training")
         parts = {"heldout": articles.filter(pl.col("id").is_in(held_out)), "articles": training}
         parts |= {"branches": training[:first], "trunks": training[first:]}
         self.output.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ class Screen:
             self.glue("blimp", name, trunk, *blimp)
 
     def rates(self) -> list[object]:
-        """Optimizer and learning rate of the student's preset, which a model by path would not get."""
+        """Optimizer and learning rate of the student's preset; a model by path would get AdamW's defaults."""
         return ["--optim", MUON, "--learning-rate", LEARNING_RATES[MUON][self.size.student]]
 
     def glue(self, kind: str, name: str, trunk: int, *flags: object) -> None:
@@ -191,7 +192,7 @@ class Screen:
         self.commands.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
 
     def split_tasks(self) -> None:
-        """Training and dev rows, both of the training rows alone: the dev rows are for other comparisons to report."""
+        """Split the training rows into training and dev rows, so that the real dev rows stay unseen."""
         for name, ending in TUNED.items():
             task, wanted = TASKS[name], self.size.train_rows + self.size.dev_rows
             directory = self.output / "glue-data" / task.directory
@@ -205,9 +206,10 @@ class Screen:
 
     def choose_rate(self) -> float:
         """The learning rate of fine-tuning that is best for the baseline's first trunk."""
+        baseline = baseline_of(self.args.rows[0])
         for rate in RATES:
-            self.tune(BASELINE, 1, rate, f"rate-{rate:g}")
-        return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / BASELINE))
+            self.tune(baseline, 1, rate, f"rate-{rate:g}")
+        return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / baseline))
 
     def tune(self, name: str, trunk: int, rate: float, kind: str = "glue") -> None:
         data = ("--data", self.output / "glue-data", "--drop-overlap")
@@ -252,14 +254,13 @@ def mean_score(directory: Path) -> float:
 
 
 def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
-    """The rows as Markdown: loss and its difference to the baseline, easiest, hardest tenth, hardest three, BLiMP."""
+    """The rows as Markdown: a baseline's measures, and the differences of the others to their baseline."""
     measures = {"loss": "held-out loss", "easiest": "surest tenth", "hardest": "least sure tenth"}
     measures |= {"hard_three": "least sure three tenths", "blimp": "BLiMP", "glue": "GLUE"}
     measured = {name: with_parts(row) for name, row in rows.items()}
     shown = [measure for measure in measures if measure in measured[next(iter(rows))]]
-    costs = "FLOPs, with the scores"
     lines = [
-        f"| minus {BASELINE} | n | {' | '.join(measures[each] for each in shown)} | {costs} |",
+        f"| minus {BASELINE} | n | {' | '.join(measures[each] for each in shown)} | FLOPs, with scores |",
         f"|---|---:|{'---:|' * (len(shown) + 1)}",
     ]
     for name, row in measured.items():
@@ -270,12 +271,9 @@ def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
             else:
                 cells.append(interval(difference(row[measure], measured[baseline_of(name)][measure])))
         base = np.mean(list(measured[baseline_of(name)]["flops"].values()))
-        flops = [np.mean(list(row[each].values())) / base for each in COSTS]
+        flops = [np.mean(list(row[each].values())) / base for each in ("training_flops", "flops")]
         lines.append(f"| {name} | {len(row['loss'])} | {' | '.join(cells)} | {flops[0]:.2f}, {flops[1]:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-COSTS = ("training_flops", "flops")
 
 
 def with_parts(row: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:

@@ -2,7 +2,7 @@
 
 A sentence is scored by its pseudo-log-likelihood (Salazar et al. 2020): the sum over its tokens of the log-probability
 of the token where it is masked. ``original`` masks that token alone. ``within-word`` (Kauf and Ivanova 2023) also masks
-the later pieces of its word, for the model would else read off the end of a long word how it begins.
+the later pieces of its word, because they would reveal the token.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def load(data: str | None, limit: int | None) -> Pairs:
         raise UsageError("the task blimp needs --data: a directory with blimp/blimp.parquet; it is not read from hub")
     directory = Path(data) / "blimp"
     if not directory.is_dir():
-        raise UsageError(f"there is no directory {directory}; --data needs one with blimp.parquet")
+        raise UsageError(f"--data {data} has no directory blimp; put blimp.parquet in {directory}")
     path = find_file(directory, "blimp")
     frame = read_file(path)
     if missing := [name for name in COLUMNS if name not in frame.columns]:
@@ -124,7 +124,7 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) 
     """
     config = load_config(directory)
     if tokenizer.mask_token_id is None:
-        raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP is scored with masked LMs only")
+        raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
     if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
         raise UsageError(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
@@ -144,8 +144,8 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) 
 def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, form: str) -> Sentences:
     """The sentences of the pairs as one tokenizer sees them, and what is masked to score each token.
 
-    A token continues a word if it says so itself and the tokenizer has not parted it from the token before: ``,`` has
-    no mark of a new word in RoBERTa's vocabulary, but is none of the pieces of ``mat`` in ``mat,``.
+    A token continues a word if it is marked so and the tokenizer has not split it from the token before: RoBERTa does
+    not mark ``,`` in ``mat,`` as a new word, but it is no piece of ``mat``.
     """
     encoded = tokenizer(pairs.sentences, return_special_tokens_mask=True, return_attention_mask=False)
     first: dict[tuple[Any, ...], int] = {}  # equal inputs have equal scores, to the last bit, if they are scored once

@@ -40,7 +40,7 @@ PROTOCOLS = {
         tuple(Settings(rate, epochs, 32) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)), {}
     ),
     # the fine-tuning of the BabyLM challenge of 2025
-    "babylm": Protocol((Settings(3e-5, 10, 32),), {"mnli": 10_000, "qqp": 10_000}),
+    "babylm": Protocol((Settings(3e-5, 10, 32),), {"mnli": 10_000, "mnli_matched": 10_000, "qqp": 10_000}),
 }
 
 # the same in every protocol; results made with another recipe are not compared

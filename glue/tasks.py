@@ -158,7 +158,7 @@ def load(task: Task, data: str | None) -> TaskData:
         return TaskData(task, _split(task, train, where), evaluations, "train")
     directory = Path(data) / task.directory
     if not directory.is_dir():
-        raise UsageError(f"there is no directory {directory}; --data needs one a task, named {task.name} …")
+        raise UsageError(f"there is no directory {directory}; --data needs one a task, named {task.directory} …")
     path = find_file(directory, "train", "train_subset")
     evaluations = {}
     for suffix in task.evaluations:

@@ -113,4 +113,3 @@ def test_rows_of_the_screen_are_flags_of_the_trainer() -> None:
     for name, recipe in RECIPES.items():
         options, _ = train.options.parse([*recipe.flags.split(), "--shards", "x", "--output-dir", name], None)
         train.options.mask_policy(options, options.entropy_source, 1)
-        train.options.distill_share(options)

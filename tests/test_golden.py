@@ -14,7 +14,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import glue.compare
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,6 +21,7 @@ from harness import LENGTH
 from made_results import summary, write_results
 from test_targets import plan, score, train_here
 
+import glue.compare
 from pipeline.manifests import read_manifest
 from train.masking import Masker, MaskPolicy
 

@@ -49,7 +49,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--eval-strategy", "epoch"], "--eval-strategy epoch"),
         (["--logging-strategy", "epoch"], "--logging-strategy epoch"),
         (["--load-best-model-at-end", "--eval-strategy", "steps"], "set --save-steps to --eval-steps"),
-        ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 leaves"),
+        ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 keeps only"),
         ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model foo"),
         (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
         (["--dataloader-prefetch-factor", 0], "--dataloader-prefetch-factor 0 is out of range"),
@@ -65,11 +65,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--push-to-hub", "true"], "--push-to-hub has no use here"),
         (["--optim-target-modules", "all"], "--optim-target-modules has no use here"),
         (["--torch-compile-backend", "foo"], "FOO"),
-        (
-            ["--distill-weight", 0.5, "--distill-positions", "most"],
-            "--distill-positions most is neither all nor a share",
-        ),
-        (["--distill-weight", 0.5, "--distill-positions", 0], "nor a share above 0 and at most 1"),
+        (["--distill-weight", 0.5, "--distill-positions", 0], "--distill-positions 0 is out of range; use more than 0"),
         (["--muon-learning-rate", 0.1, "--optim", "adamw_torch"], "--muon-learning-rate only applies to --optim muon"),
         (["--muon-learning-rate=-1"], "--muon-learning-rate -1 is out of range"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
@@ -77,7 +73,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--accelerator-config", '{"split_batches": true}'], "--accelerator-config may say non_blocking only"),
         (["--accelerator-config", '{"dispatch_batches": true}'], "--accelerator-config may say non_blocking only"),
         (["--accelerator-config", '{"nope": 1}'], "nope"),
-        (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is no path"),
+        (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is a URI; use a path"),
     ],
 )
 def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:

@@ -154,10 +154,10 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
         (paper(), slow, spread, []),
         (paper(), rising[:3] * 2, spread[:6], []),
         (MaskPolicy.random(), rising, [0.5] * 8, []),
-        (paper(), falling, spread, ["step 10, 9.00 nats, is worse than that of guessing uniformly, 6.91"]),
+        (paper(), falling, spread, ["step 10, 9.00 nats, is worse than a uniform guess, 6.91"]),
         (paper(warmup=0.31), falling, spread, []),
-        (paper(), falling[3:], [0.01, 0.2, 0.3, 0.1, 0.1], ["at step 20 two masked tokens were of one type"]),
-        (paper(), rising, [0.2] * 8, ["at step 10 two masked tokens", "evaluations in a row up to step 40"]),
+        (paper(), falling[3:], [0.01, 0.2, 0.3, 0.1, 0.1], ["at step 20 two predicted tokens had the same type"]),
+        (paper(), rising, [0.2] * 8, ["at step 10 two predicted tokens", "evaluations in a row up to step 40"]),
     ):
         warnings, printed = said(policy, losses, concentration, capsys)
         assert len(warnings) == len(signs)

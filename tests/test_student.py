@@ -288,7 +288,7 @@ def test_a_head_that_needs_whole_sequences_is_told(capsys: pytest.CaptureFixture
     state = torch.get_rng_state()
     student = with_masked_positions(plain)
     message = capsys.readouterr().err
-    assert message == "the head of Mixing needs whole sequences: it runs at every position, masked or not\n"
+    assert message == "the head of Mixing needs whole sequences, so it runs at every position: training is slower\n"
     assert student.training and torch.equal(torch.get_rng_state(), state)
 
 

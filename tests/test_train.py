@@ -475,7 +475,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         ),
         (
             ["--entropy-source", "self", "--recipe", "paper", "--hard-share", 0.3],
-            "--hard-share 0.3 contradicts --recipe paper, which is 1",
+            "--hard-share 0.3 contradicts --recipe paper, which sets 1",
         ),
         (["--entropy-source", "random", "--self-refresh", "step"], "--self-refresh only applies to --entropy-source"),
         (["--entropy-source", "self", "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),

@@ -78,6 +78,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_workers": (1, MOST_BATCH),
     "distill_weight": (0, 1),
     "distill_temperature": (sys.float_info.min, sys.float_info.max),
+    "distill_positions": (sys.float_info.min, 1),
 }
 
 

@@ -20,8 +20,8 @@ class EntropyMaskingCollator(TrainerCallback):
     """In place of ``DataCollatorForLanguageModeling``, for rows that bring their scores.
 
     A row's mask depends on the policy, its id and the epoch alone: not on the batch, its padding or the loader worker.
-    Given to Trainer among its ``callbacks`` too, it follows the epochs; else set ``epoch`` yourself, or every epoch
-    masks as the first. Trainer needs ``remove_unused_columns=False``, or it takes the scores away.
+    Pass the collator to Trainer as a callback too, so that the masks change with the epoch; otherwise set ``epoch``
+    yourself. Set ``remove_unused_columns=False``, or Trainer drops the scores.
 
     Args:
         tokenizer: for its special tokens and, with the word unit, which tokens go on with a word.
@@ -30,7 +30,7 @@ class EntropyMaskingCollator(TrainerCallback):
 
     Raises:
         ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not tell words apart;
-            or a policy that chooses what is predicted by another score than what is masked.
+            or a policy with a warm-up or ramp, or that chooses what is predicted by another score than what is masked.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class EntropyMaskingCollator(TrainerCallback):
                 f"rows bring {self.policy.by} only, so {self.policy.predict_by} cannot choose the predicted positions; "
                 "use random or the same score"
             )
+        if self.policy.warmup or self.policy.ramp:
+            raise ValueError("a collator does not know how far the run is; set the policy's warmup and ramp to 0")
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers may outlive an epoch
         self.masker = Masker(
             vocab_size=len(tokenizer),
@@ -79,7 +81,7 @@ class EntropyMaskingCollator(TrainerCallback):
         ids_BL = _padded([row["input_ids"] for row in rows], torch.int64, self.masker.pad_id)
         L = ids_BL.shape[1]
         length = -(-L // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        # two more for the while: k counts on special tokens at both ends, which rows of other people may not have
+        # two more, cut off below: k assumes a special token at both ends, which rows of other people may not have
         ids_BL = F.pad(ids_BL, (0, length + 2 - L), value=self.masker.pad_id)
         attended_BL = ids_BL != self.masker.pad_id
         batch = {"input_ids": ids_BL, "sequence_id": self._sequence_ids(rows, ids_BL, attended_BL)}
@@ -89,7 +91,7 @@ class EntropyMaskingCollator(TrainerCallback):
             batch[self.policy.by] = F.pad(scores_BL, (0, length + 2 - L), value=torch.nan)
         masked = self.masker(batch, self.policy)
         labels_BL = torch.full_like(ids_BL, IGNORED_LABEL)
-        # an ignored position is the last one, and so is its label
+        # an ignored position (-1) writes to the last column, which is cut off
         labels_BL.scatter_(1, masked["positions_BP"] % (length + 2), masked["labels_BP"])
         found = {"input_ids": masked["input_ids"], "attention_mask": attended_BL.long(), "labels": labels_BL}
         return {name: tensor_BL[:, :length].contiguous() for name, tensor_BL in found.items()}

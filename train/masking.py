@@ -3,7 +3,7 @@
 k positions of a row are masked. The hard share h of them is chosen by score, the rest uniformly:
 
 1. The uniform part, k - round(h·k) positions, is drawn from all candidates. So every candidate is masked with a
-   probability of at least (1 - h) · ratio.
+   probability of about (1 - h) · ratio or more.
 2. The hard part takes the candidates left with the highest ``r + τ·G``: r in (0, 1] is the rank of the score within the
    row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from softmax(r/τ) (the
    Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). Ranks make τ mean the same for every teacher and student.
@@ -80,7 +80,7 @@ class MaskPolicy:
             raise ValueError(f"hard share {self.hard_share:g} is not between 0 and 1")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"mask temperature {self.temperature:g} is not 0 or more and finite; hard share 0 is random"
+                f"mask temperature {self.temperature:g} is not finite and at least 0; use hard share 0 for random masks"
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"mask warm-up {self.warmup:g} is not at least 0 and below 1, a share of the run")
@@ -243,7 +243,8 @@ def corrupt(
         random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
         hidden_BK = torch.where(fate_BK < MASKED_SHARE, hidden_BK, random_BK)
         hidden_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, hidden_BK, original_BK)
-    # an ignored slot writes what the row's first slot does, where it does; that one, if ignored too, what is there
+    # ignored slots must not change the row: they repeat the write of its first slot, and if that one is ignored too,
+    # they write the original token
     hidden_BK = torch.where(ignored_BK, original_BK, hidden_BK)
     hidden_BK = torch.where(ignored_BK, hidden_BK[:, :1], hidden_BK)
     where_BK = torch.where(ignored_BK, where_BK[:, :1], where_BK)
@@ -252,12 +253,12 @@ def corrupt(
 
 
 class Masker:
-    """Batches of sequences → what a masked LM trains on: selection, corruption, and the teacher's word on it.
+    """Masks batches: selects positions, corrupts inputs, and gathers the teacher's top k there.
 
     Nothing in it waits for an accelerator or copies to one: its tables go there once, by ``to``.
 
     Args:
-        vocab_size: tokens that a random replacement is drawn from, less the special ones.
+        vocab_size: of the tokenizer; a random replacement is one of its tokens that are not special.
         special_token_ids: ids that are never masked; ``pad_id`` is one of them.
         continues_V: bool, the tokens that go on with a word (``train.words``); needed for the word unit.
     """
@@ -290,8 +291,8 @@ class Masker:
     def attention_mask(self, batch: dict[str, Any]) -> Tensor | None:
         """[B, L] int64, 0 at padding; None where a batch has none.
 
-        To look for padding on an accelerator would be to wait for it. There a batch may say so itself (``padded``: a
-        bool that whoever read it on the CPU has found), and is taken to have some if it does not.
+        Checking for padding would wait for an accelerator. So a batch may carry ``padded``, a bool found on the CPU;
+        without it, a batch on an accelerator counts as padded.
         """
         attended_BL = batch["input_ids"] != self.pad_id
         padded = batch.get("padded")
@@ -303,18 +304,17 @@ class Masker:
         """Mask a batch.
 
         Args:
-            batch: input_ids [B, L], sequence_id [B], epoch [B], and progress [B] where warm-up or ramp count; unless
-                h = 0 the score [B, L] under the name that ``policy.by`` says, or as ``score`` if it is to choose the
-                masked positions alone; if a stored score chooses the predicted positions, that too, or ``reference``
-                [B, L], the reference's surprisal, if the excess over it does; where a teacher's scan is to be followed
-                topk_ids and topk_logprobs [B, L, T] and, at a temperature other than 1, temperature_lse [B, L]; and
+            batch: ``input_ids`` [B, L], ``sequence_id`` [B], ``epoch`` [B]. Optional: ``progress`` [B] for warm-up and
+                ramp; unless h = 0 the score [B, L] that ``policy.by`` names, or ``score`` in its place; the score that
+                ``policy.predict_by`` names; ``reference`` [B, L], the reference's surprisal, for ``excess``;
+                ``topk_ids`` and ``topk_logprobs`` [B, L, T] for distillation, and ``temperature_lse`` [B, L] at T ≠ 1;
                 ``padded`` (see ``attention_mask``).
 
         Returns:
-            input_ids [B, L], positions_BP and labels_BP of what is predicted, with padding attention_mask [B, L], and
-            with a teacher teacher_ids_BPT, teacher_logprobs_BPT and temperature_lse_BP. Where the batch lacks the score
-            that chooses what is predicted, the student is to choose: then these have all K masked positions, and
-            ``predicted_B1`` says how many of each row are to be predicted.
+            input_ids [B, L], positions_BP and labels_BP of the predicted positions; with padding attention_mask [B, L];
+            with a teacher teacher_ids_BPT, teacher_logprobs_BPT and temperature_lse_BP. If the batch lacks the score
+            for ``predict_by``, all K masked positions are returned, ``predicted_B1`` says how many of them to predict,
+            and the student chooses.
         """
         ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
         candidates_BL = self.candidates(ids_BL)

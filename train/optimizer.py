@@ -19,7 +19,7 @@ class MuonAdamW(Optimizer):
     Args:
         hidden: matrices for Muon.
         others: parameter groups for AdamW, with their ``weight_decay``.
-        learning_rate, adamw: of AdamW, and its other arguments.
+        adamw: AdamW's arguments, with ``lr``.
         muon_learning_rate, muon_weight_decay: of Muon.
     """
 
@@ -28,17 +28,17 @@ class MuonAdamW(Optimizer):
         hidden: list[nn.Parameter],
         others: list[dict[str, Any]],
         *,
-        learning_rate: float,
         muon_learning_rate: float,
         muon_weight_decay: float,
         adamw: dict[str, Any],
     ) -> None:
-        self.adamw = AdamW(others, lr=learning_rate, **adamw)
+        self.adamw = AdamW(others, **adamw)
         self.muon = Muon(hidden, lr=muon_learning_rate, weight_decay=muon_weight_decay)
         super().__init__(self._groups(), defaults={})
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [*self.adamw.param_groups, *self.muon.param_groups]  # AdamW's first: the rate that Trainer logs is its
+        # AdamW's groups first, because Trainer logs the learning rate of the first group
+        return [*self.adamw.param_groups, *self.muon.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None

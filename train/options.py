@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +27,10 @@ LEARNING_RATES = {
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # sequences a step
 DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay schedule
 
-SCORE = "score the corpus with pipeline/score.py --teacher"  # the mend of shards that lack something
+SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
 EVAL_FRACTION = 0.01
 
-# what the mask flags are where they are not given, where it is not MaskPolicy's default (docs/RECIPES.md says why)
+# defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"warmup": 0.3, "ramp": 0.3},
     "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},  # MaskPolicy.paper()
@@ -50,7 +49,10 @@ class MaskOptions:
         metadata={"help": f"share of the tokens of a sequence that is masked (default: {MaskPolicy.ratio})"},
     )
     predict_ratio: float | None = field(
-        default=None, metadata={"help": "share of the tokens that is predicted, of those masked (default: all of them)"}
+        default=None,
+        metadata={
+            "help": "share of the tokens of a sequence that is predicted, at most the mask ratio (default: all masked)"
+        },
     )
     hard_share: float | None = field(
         default=None,
@@ -60,7 +62,9 @@ class MaskOptions:
     )
     mask_warmup: float | None = field(
         default=None,
-        metadata={"help": f"share of the run with random masks first (default: {RECIPES['default']['warmup']})"},
+        metadata={
+            "help": f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
+        },
     )
     mask_ramp: float | None = field(
         default=None,
@@ -72,8 +76,7 @@ class MaskOptions:
     mask_temperature: float | None = field(
         default=None,
         metadata={
-            "help": "τ: samples by rank from softmax(rank/τ); 0 takes the highest scores (default: "
-            f"{MaskPolicy.temperature})"
+            "help": f"τ: sample from softmax(rank/τ); 0 takes the highest scores (default: {MaskPolicy.temperature})"
         },
     )
     mask_by: Literal["entropy", "surprisal", "excess"] | None = field(
@@ -108,24 +111,22 @@ class Options(MaskOptions):
     )
     targets: str | None = field(
         default=None,
-        metadata={"help": "distil from these (pipeline/score.py --masks), with their masks (default: from the shards)"},
+        metadata={"help": "distil from this target directory, with its masks (default: from the shards)"},
     )
     distill_weight: float = field(default=0.0, metadata={"help": "α in (1 - α)·CE + α·T²·KL(teacher ‖ student)"})
     distill_temperature: float | None = field(
-        default=None, metadata={"help": "T of both distributions, one that was scored (default: 1)"}
+        default=None, metadata={"help": "distillation temperature T; the teacher's scores must include it (default: 1)"}
     )
-    distill_positions: str | None = field(
+    distill_positions: float | None = field(
         default=None,
-        metadata={
-            "help": "all (default), or the share of the predicted tokens, those of the student's highest entropies"
-        },
+        metadata={"help": "all (default), or a share: distil at the predicted tokens with the highest student entropy"},
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": f"muon: of the hidden matrices; --learning-rate is AdamW's (default: {MUON_LEARNING_RATE})"},
+        metadata={"help": f"Muon's learning rate, for the hidden matrices (default: {MUON_LEARNING_RATE})"},
     )
     muon_weight_decay: float | None = field(
-        default=None, metadata={"help": f"muon: of the hidden matrices (default: {MUON_WEIGHT_DECAY})"}
+        default=None, metadata={"help": f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})"}
     )
     self_refresh: Literal["means", "step"] | None = field(
         default=None,
@@ -142,7 +143,7 @@ class Options(MaskOptions):
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code that a checkpoint brings along"})
     num_workers: int = field(
-        default=1, metadata={"help": "train in so many processes on a Ray cluster, one a GPU (default: in this one)"}
+        default=1, metadata={"help": "train in N processes on a Ray cluster, one per GPU (default: in this process)"}
     )
     overwrite: bool = field(default=False, metadata={"help": "drop the run that the output directory holds"})
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
@@ -186,9 +187,11 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     for action in parser._actions:
         if action.dest == "optim" and action.choices is not None:
             action.choices = [*action.choices, MUON]
+        if action.dest == "distill_positions":
+            action.type = share
     flags = vars(parser.parse_args(argv))
     size = flags["model"].removeprefix("bert-")
-    if flags["optim"] is None:  # a model whose training goes on keeps the milder one
+    if flags["optim"] is None:  # other models (configurations, checkpoints) use AdamW
         flags["optim"] = MUON if size in SIZES else TrainingArguments.optim
     if muon := flags["optim"] == MUON:
         flags["optim"] = TrainingArguments.optim  # of the parameters that are no hidden matrices
@@ -204,7 +207,9 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     if not flags["output_dir"]:
         raise UsageError("--output-dir is needed: the directory of the model to be trained")
     if "://" in flags["output_dir"]:
-        raise UsageError(f"--output-dir {flags['output_dir']} is no path; checkpoints need a file system")
+        raise UsageError(
+            f"--output-dir {flags['output_dir']} is a URI; use a path, because checkpoints need a file system"
+        )
     if flags["eval_fraction"] is None:
         flags["eval_fraction"] = 0.0 if flags["eval_shards"] else EVAL_FRACTION
     arguments.check(flags)
@@ -220,6 +225,11 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
             options.muon_weight_decay = MUON_WEIGHT_DECAY
     arguments.check_device(args)
     return options, args
+
+
+def share(text: str) -> float:
+    """A share of something, or all of it."""
+    return 1.0 if text == "all" else float(text)
 
 
 def check(
@@ -259,13 +269,13 @@ def check(
         )
     if args.load_best_model_at_end and args.save_total_limit == 1:
         raise UsageError(
-            "--save-total-limit 1 leaves --load-best-model-at-end no checkpoint but the best one, so no run could go "
-            "on; use at least 2"
+            "--save-total-limit 1 keeps only the best checkpoint with --load-best-model-at-end, so the run could not "
+            "resume; use at least 2"
         )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
     if args.do_eval and args.eval_strategy == "no":
-        raise UsageError("--do-eval has no use here; --eval-fraction holds shards out, --eval-strategy says when")
+        raise UsageError("--do-eval is not used here; leave it out and set --eval-strategy")
     for name in ("muon_learning_rate", "muon_weight_decay"):
         if not options.muon and getattr(options, name) is not None:
             raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
@@ -281,25 +291,6 @@ def check(
             f"--distill-temperature {options.distill_temperature:g} was not scored: {taught.uri} has {scored}; "
             "use one of those, or score it with pipeline/score.py --temperatures"
         )
-
-
-def distill_share(options: Options) -> float:
-    """The share of the predicted positions that is distilled.
-
-    Raises:
-        UsageError: --distill-positions is neither ``all`` nor such a share.
-    """
-    if options.distill_positions in (None, "all"):
-        return 1.0
-    try:
-        share = float(str(options.distill_positions))
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise UsageError(
-            f"--distill-positions {options.distill_positions} is neither all nor a share above 0 and at most 1"
-        )
-    return share
 
 
 def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
@@ -329,14 +320,12 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
     if source == "random":
         for name in ("hard_share", "warmup", "ramp", "temperature", "by"):
             if name in given:
-                raise UsageError(
-                    f"{mask_flag(name)} needs scores, which --entropy-source random has none of; leave it out"
-                )
+                raise UsageError(f"{mask_flag(name)} needs scores, and --entropy-source random has none; leave it out")
         if options.recipe:
-            raise UsageError("--recipe chooses by score, which --entropy-source random has none of; leave it out")
+            raise UsageError("--recipe needs scores, and --entropy-source random has none; leave it out")
         if given.get("predict_by", "random") != "random":
             raise UsageError(
-                "--predict-by needs scores, which --entropy-source random has none of; use --entropy-source parquet "
+                "--predict-by needs scores, and --entropy-source random has none; use --entropy-source parquet "
                 "--hard-share 0"
             )
         recipe: dict[str, Any] = {"hard_share": 0.0}
@@ -346,7 +335,7 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
         for name, value in recipe.items():
             if given.get(name, value) != value:
                 raise UsageError(
-                    f"{mask_flag(name)} {given[name]} contradicts --recipe paper, which is {value}; use one"
+                    f"{mask_flag(name)} {given[name]} contradicts --recipe paper, which sets {value}; leave one out"
                 )
     if planned:
         for name in ("warmup", "ramp"):

@@ -2,7 +2,7 @@
 """Write the masks of a training run as data: for each epoch variant what is hidden and what stands there instead.
 
     python train/plan.py --shards runs/scored --entropy-source parquet --output runs/masks
-    python train/plan.py --shards runs/scored --entropy-source parquet --mask-temperature 1 --output runs/masks
+    python train/plan.py --shards runs/scored --entropy-source parquet --recipe paper --output runs/masks
     python train/plan.py --shards runs/tokens --entropy-source random --output runs/masks
 
 A teacher that scores a plan (pipeline/score.py --masks) sees exactly the inputs that a student trained on its targets

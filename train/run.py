@@ -38,7 +38,7 @@ from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.inputs import open_evaluated, open_targets, planned_policy
 from train.masking import MaskPolicy
-from train.options import DECAY_SHARE, FIELDS, Options, check, distill_share, mask_policy, parse
+from train.options import DECAY_SHARE, FIELDS, Options, check, mask_policy, parse
 from train.student import build_student, model_identity
 from train.trainer import MaskedLMTrainer
 from train.watch import curve
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             distill_weight=options.distill_weight,
             distill_temperature=options.distill_temperature or 1.0,
             targets=targets,
-            distill_share=distill_share(options),
+            distill_share=options.distill_positions or 1.0,
             fresh_scores=options.self_refresh == "step",
             muon=(options.muon_learning_rate or 0.0, options.muon_weight_decay or 0.0) if options.muon else None,
         )
@@ -144,7 +144,7 @@ def stop(trainer: MaskedLMTrainer) -> None:
 
 
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
-    """Turn epochs into steps, where no number of steps is given, and fill in what self-masking takes then."""
+    """Set the number of steps from the epochs where it is not given, and the decay of warmup_stable_decay."""
     if args.max_steps <= 0:
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
@@ -174,7 +174,7 @@ def deciding_flags(
         "targets": targets and targets.fingerprint_hash,
         "model": model_identity(options.model),
         "distill_temperature": options.distill_temperature or 1.0,
-        "distill_positions": distill_share(options),
+        "distill_positions": options.distill_positions or 1.0,
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }

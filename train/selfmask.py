@@ -1,8 +1,7 @@
 """Self-masking from what is masked: running means of the student's own scores by token type.
 
 A masked LM gets no loss at visible positions, so its entropy there is not a prediction. At masked positions it is one,
-and the training forward has it at no cost. The mean over the last occurrences of a type then ranks the tokens of the
-next batches::
+and the training forward has it at no cost. The running mean of a type then ranks the tokens of the next batches::
 
     mean(type) ← mean(type) + n · (mean of the n new scores - mean(type)) / (count + n)        count ≤ ``MOST_COUNTED``
 
@@ -19,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_COUNTED = 20.0  # occurrences that a running mean remembers
+MOST_COUNTED = 20.0  # occurrences that the earlier mean counts as, at most
 UNITS = 1 << 20  # a nat in whole numbers: sums of them are exact in any order
 
 
@@ -36,7 +35,7 @@ class TypeMeans:
         self.count_V = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self.level = torch.zeros((), dtype=torch.float64, device=device)
         self._sums_2V = torch.zeros((2, vocab_size), dtype=torch.int64, device=device)  # Σ score, n
-        self._step: int | None = None  # that the sums are of
+        self._step: int | None = None  # the step of these sums
 
     def add(self, step: int, tokens_BM: Tensor, score_BM: Tensor) -> None:
         """Count scores of masked tokens; negative tokens and scores that are not finite are left out."""
@@ -48,7 +47,10 @@ class TypeMeans:
         self._step = step
 
     def absorb(self, before: int | None = None) -> None:
-        """Take in the scores of a step before ``before``, or any; all ranks call this at the same step."""
+        """Add the sums to the means if they are of a step before ``before`` (None: of any step).
+
+        All ranks call this at the same step.
+        """
         if self._step is None or (before is not None and self._step >= before):
             return
         sums_2V = self.reduce(self._sums_2V)

@@ -27,8 +27,8 @@ PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT 
 PROBE = 16  # tokens of a row on which a new student's head is tried out
 # what a forward raises that was not made for such input
 UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-MEASURED_EVERY = 4  # of the predicted positions, whose entropies self-masking learns from: more cost, and add little
-LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # of scores, which take no gradient
+MEASURED_EVERY = 4  # self-masking measures one in four predicted positions; more cost time and improve little
+LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits computed at once when scoring without gradient
 
 
 def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> Any:
@@ -106,7 +106,9 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
 
 
 def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:
-    config.pad_token_id = manifest.special_ids["pad"]  # whose embedding is not trained, nor counted by RoBERTa
+    config.pad_token_id = manifest.special_ids[
+        "pad"
+    ]  # its embedding is not trained, and RoBERTa's position ids skip it
     torch.manual_seed(seed)
     try:
         return AutoModelForMaskedLM.from_config(config)
@@ -191,9 +193,9 @@ class MaskedPositions:
             labels_BP: the tokens that stand there, -100 where ignored.
             teacher_ids_BPT, teacher_logprobs_BPT: the teacher's top T at those positions; needed if ``distill_weight``.
             temperature_lse_BP: lse_T of the teacher there (``train.distill``); needed if T is not 1.
-            predicted_B1: if given, the arguments above are of all masked positions, and the student predicts so many
-                of them: those of the highest ``predict_by`` (``entropy``, ``surprisal``, ``excess``), ``predictions``
-                slots a row.
+            predicted_B1: if given, the arguments above cover all masked positions, and the student predicts this many
+                of each row: those with the highest ``predict_by`` (``entropy``, ``surprisal``, ``excess``).
+            predictions: slots of a row for them.
             reference_BP: surprisal of the reference in nats; needed for ``excess``.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
@@ -289,7 +291,10 @@ def with_masked_positions(model: Any) -> Any:
     with torch.no_grad(), _on_trial(model):
         model.sparse_head, model.parted_head = _try_head(model)
     if not model.sparse_head:
-        print(f"the head of {name} needs whole sequences: it runs at every position, masked or not", file=sys.stderr)
+        print(
+            f"the head of {name} needs whole sequences, so it runs at every position: training is slower",
+            file=sys.stderr,
+        )
     return model
 
 
@@ -336,7 +341,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
 
 @contextmanager
 def _on_trial(model: Any) -> Iterator[None]:
-    """A model as it may be once it is trained: without dropout, its vocabulary's biases not zero. Then as it was."""
+    """Make a new model resemble a trained one for the trial: no dropout, non-zero vocabulary biases. Restores both."""
     was_training = model.training
     model.eval()
     biases = [parameter for parameter in model.parameters() if parameter.shape == (model.config.vocab_size,)]

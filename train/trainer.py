@@ -137,7 +137,6 @@ class MaskedLMTrainer(Trainer):
         self.optimizer = MuonAdamW(
             hidden,
             others,
-            learning_rate=adamw.pop("lr"),
             muon_learning_rate=self.muon[0],
             muon_weight_decay=self.muon[1],
             adamw=adamw,

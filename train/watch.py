@@ -16,8 +16,8 @@ from pipeline import cli
 from train.masking import IGNORED, MaskPolicy
 
 MOST_POINTS = 200  # of a curve in a run's summary
-RISES, LEAST_RISE = 3, 0.1  # evaluations in a row at which the held-out loss is above its lowest, by so many nats
-MOST_CONCENTRATED = 0.1  # in text, two tokens are of one type with a probability of about 0.01
+RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
+MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 
 
 class Watch:
@@ -59,7 +59,7 @@ def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK:
 
 
 def type_concentration(count_V: Tensor) -> float:
-    """Σ (n_t / n)² over the types of n masked tokens: the chance that two of them are of one type; 0 for none."""
+    """Σ (n_t / n)² over the types of n tokens: the probability that two of them have the same type; 0 for none."""
     share_V = count_V.double() / count_V.sum().clamp_min(1)
     return float(share_V.square().sum())
 
@@ -84,13 +84,13 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 class CollapseWatch(TrainerCallback):
-    """Says in one line when masking makes a run worse: once for each sign of it.
+    """Warns when masking makes a run worse, once per sign.
 
     Three signs, after the warm-up of the masks: the held-out loss stays above its lowest value for several evaluations;
-    it is worse than that of guessing uniformly; or the masks concentrate on a few token types.
+    it is worse than a uniform guess; or the masks concentrate on a few token types.
 
     Attributes:
-        warnings: what was said.
+        warnings: those printed so far.
     """
 
     def __init__(self, policy: MaskPolicy, vocab_size: int) -> None:
@@ -107,7 +107,7 @@ class CollapseWatch(TrainerCallback):
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
 
     def found(self, history: list[dict[str, Any]], max_steps: int) -> list[str]:
-        """The warnings that a history of Trainer's gives rise to, the first of each sign."""
+        """The warnings for a history of Trainer, at most one per sign."""
         if self.policy.uniform:
             return []
         late = [entry for entry in history if entry["step"] >= self.policy.warmup * max_steps]
@@ -127,13 +127,13 @@ class CollapseWatch(TrainerCallback):
                 if loss > self.guess + LEAST_RISE:
                     signs.setdefault(
                         "guess",
-                        f"the held-out loss at step {step}, {loss:.2f} nats, is worse than that of guessing uniformly, "
+                        f"the held-out loss at step {step}, {loss:.2f} nats, is worse than a uniform guess, "
                         f"{self.guess:.2f}",
                     )
             if entry.get("mask_concentration", 0.0) > MOST_CONCENTRATED:
                 signs.setdefault(
                     "concentration",
-                    f"at step {step} two masked tokens were of one type with a probability of "
+                    f"at step {step} two predicted tokens had the same type with a probability of "
                     f"{entry['mask_concentration']:.0%}, so the masks concentrate on a few types",
                 )
         return [f"{sign}; use a smaller --hard-share or a longer --mask-warmup" for sign in signs.values()]
