@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.table import MALLOC
-from pipeline.cli import RunError
+from entropy_masking.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC

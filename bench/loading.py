@@ -37,14 +37,17 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizer
 
 from bench.table import Row, print_table, row
-from pipeline import cli, commit, manifests, shards, storage
-from pipeline.cli import RunError, UsageError
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards import commit, manifests, parquet
+from entropy_masking.shards.manifests import Manifest, check_shards, read_manifest
+from entropy_masking.shards.parquet import ROW_GROUP, Scores
+from entropy_masking.shards.read import Columns
 from pipeline.documents import Rejects
-from pipeline.manifests import Manifest, check_shards, read_manifest
-from pipeline.shards import ROW_GROUP, Scores
 from pipeline.tokenizer import SPECIAL_TOKENS
-from train.data import WINDOW, Columns, TrainingSequences, masker_of, split_shards
-from train.masking import MaskPolicy
+from train.data import WINDOW, TrainingSequences, masker_of, split_shards
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
@@ -87,10 +90,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shards", help="shard directory on this machine (default: made up ones)")
-    add("--batch", type=cli.positive, default=64, help="sequences a batch (default: 64)")
-    add("--windows", type=cli.positive, default=3, help="windows of the shuffle read in each round (default: 3)")
-    add("--tokens", type=cli.positive, default=10**9, help="of the run that goes on (default: 1,000,000,000)")
-    add("--rounds", type=cli.positive, default=3)
+    add("--batch", type=console.positive, default=64, help="sequences a batch (default: 64)")
+    add("--windows", type=console.positive, default=3, help="windows of the shuffle read in each round (default: 3)")
+    add("--tokens", type=console.positive, default=10**9, help="of the run that goes on (default: 1,000,000,000)")
+    add("--rounds", type=console.positive, default=3)
     add("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.shards and storage.is_remote(args.shards):
@@ -201,7 +204,7 @@ def made_up(directory: Path) -> Manifest:
     wordpiece = BertWordPieceTokenizer(vocab={word: token for token, word in enumerate(words)})
     tokenizer = BertTokenizer(tokenizer_object=wordpiece._tokenizer)
     commit.save_tokenizer(tokenizer, str(directory))
-    fingerprint = {"schema_version": shards.SCHEMA_VERSION, "corpus": {}, "tokenizer": "", "sequence_length": LENGTH}
+    fingerprint = {"schema_version": parquet.SCHEMA_VERSION, "corpus": {}, "tokenizer": "", "sequence_length": LENGTH}
     empty = Manifest(
         uri=str(directory),
         kind="sequences",
@@ -242,8 +245,8 @@ def made_up_shard(manifest: Manifest, index: int, rng: np.random.Generator) -> d
     entropy_NL[:, [0, -1]] = np.nan
     logprobs_NLK = -0.5 - rng.exponential(0.5, (ROWS, LENGTH, TOP_K)).astype(np.float32).cumsum(-1)
     scores = Scores(entropy_NL, entropy_NL, tokens(ROWS, LENGTH, TOP_K), logprobs_NLK, {})
-    table = shards.to_table(index, ids_NL, scores, VOCABULARY, TOP_K)
-    record = shards.counts(ids_NL, manifest.special_ids["pad"], scores) | {
+    table = parquet.to_table(index, ids_NL, scores, VOCABULARY, TOP_K)
+    record = parquet.counts(ids_NL, manifest.special_ids["pad"], scores) | {
         "fingerprint_hash": manifest.fingerprint_hash,
         "attempt": 1,
         "forward_seconds": 0.0,
@@ -253,8 +256,8 @@ def made_up_shard(manifest: Manifest, index: int, rng: np.random.Generator) -> d
         "documents": 0,
         "rejected": Rejects().report(),
     }
-    return commit.commit_shard(manifest.uri, index, shards.to_parquet(shards.row_groups(table)), record, started)
+    return commit.commit_shard(manifest.uri, index, parquet.to_parquet(parquet.row_groups(table)), record, started)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

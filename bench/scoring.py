@@ -37,14 +37,15 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 import pipeline.score
 import train.plan
 from bench.table import Row, in_turns, keep_buffers, peak_flops, print_table, row
-from pipeline import cli, commit, shards
-from pipeline.checkpoints import load_masked_lm, load_tokenizer, local_checkpoint, resolve_dtype
-from pipeline.cli import RunError, UsageError
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.models.checkpoints import load_masked_lm, load_tokenizer, local_checkpoint, resolve_dtype
+from entropy_masking.shards import commit, parquet
+from entropy_masking.shards.manifests import read_manifest, read_table, special_ids
+from entropy_masking.shards.parquet import column_2d
 from pipeline.corpus import plan_corpus
 from pipeline.documents import Rejects, read_documents
-from pipeline.manifests import read_manifest, read_table, special_ids
 from pipeline.packing import pack, tokenize
-from pipeline.shards import column_2d
 from pipeline.teacher import DTYPES, Teacher
 
 BATCH, TOP_K, TARGET_TOP_K = 32, 16, 12  # sequences of the straightforward script, as scripts have it
@@ -78,14 +79,14 @@ def parse() -> argparse.Namespace:
     add("--teacher", required=True, help="masked LM by path or Hub id")
     add("--corpus", required=True, help="texts, as for pipeline/score.py; its first documents are scored")
     add("--text-column", default="text")
-    add("--sequence-length", type=cli.positive, default=128)
-    add("--batch-tokens", type=cli.positive, default=8192, help="tokens in one of our forwards (default: 8192)")
+    add("--sequence-length", type=console.positive, default=128)
+    add("--batch-tokens", type=console.positive, default=8192, help="tokens in one of our forwards (default: 8192)")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
-    add("--threads", type=cli.positive, default=1, help="torch threads of every contestant (default: 1)")
-    add("--tokens", type=cli.positive, default=2048, help="text scored in each round (default: 2048)")
-    add("--rounds", type=cli.positive, default=4)
+    add("--threads", type=console.positive, default=1, help="torch threads of every contestant (default: 1)")
+    add("--tokens", type=console.positive, default=2048, help="text scored in each round (default: 2048)")
+    add("--rounds", type=console.positive, default=4)
     add("--job-seconds", type=float, default=300, help="about how long the job takes, 0 for none (default: 300)")
-    add("--size-tokens", type=cli.positive, default=16384, help="text whose shards are weighed (default: 16384)")
+    add("--size-tokens", type=console.positive, default=16384, help="text whose shards are weighed (default: 16384)")
     args = parser.parse_args()
     args.dtype = resolve_dtype(args.dtype)
     return args
@@ -303,10 +304,10 @@ def sizes(texts: list[str], args: argparse.Namespace, work: Path) -> dict[str, R
 
     manifest = read_manifest(str(scan))
     (entry,) = manifest.shards
-    columns = shards.schema(manifest.vocab_size, scored=True, top_k=TOP_K).names
+    columns = parquet.schema(manifest.vocab_size, scored=True, top_k=TOP_K).names
     whole = read_table(manifest, entry, columns)
-    plain = whole.drop_columns(list(shards.TOP_K_COLUMNS))
-    plain_bytes = len(shards.to_parquet(shards.row_groups(plain)))
+    plain = whole.drop_columns(list(parquet.TOP_K_COLUMNS))
+    plain_bytes = len(parquet.to_parquet(parquet.row_groups(plain)))
     target_bytes = read_manifest(str(targets), kind="targets").totals["bytes"]
     return {
         "scan_top_k_bytes": row(entry.bytes / entry.tokens, "B/token"),
@@ -344,4 +345,4 @@ def wide_type(kind: pa.DataType) -> pa.DataType:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -32,13 +32,15 @@ import polars as pl
 
 from bench.commands import Commands
 from bench.recipes import LENGTH, RECIPES, ROWS, SIZES, Size
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError, one_line
+from entropy_masking.shards import commit, parquet
+from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.parquet import Scores
+from entropy_masking.shards.read import Columns, read_rows
 from glue.intervals import Estimate, paired_difference
 from glue.tasks import TASKS, find_file, read_file
-from pipeline import cli, commit, shards, storage
-from pipeline.cli import UsageError
-from pipeline.manifests import load_tokenizer, read_manifest
-from pipeline.shards import Scores
-from train.data import Columns, read_rows
 from train.options import LEARNING_RATES, MUON
 
 BASELINE, SCRATCH_BASELINE = "random", "scratch-random"
@@ -76,8 +78,8 @@ def parse() -> argparse.Namespace:
     add("--output", required=True, help="directory of all that is made")
     add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
-    add("--trunks", type=cli.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
-    add("--jobs", type=cli.positive, default=2, help="runs at once, one core each (default: 2)")
+    add("--trunks", type=console.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
+    add("--jobs", type=console.positive, default=2, help="runs at once, one core each (default: 2)")
     add("--reference", help="a model that scores the text (default: one is trained on the same articles)")
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
     add(
@@ -116,7 +118,7 @@ class Screen:
             articles = pl.read_parquet(self.args.articles, columns=["id", "text"])
             held_out = Path(self.args.held_out).read_text().split()
         except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
-            raise UsageError(f"--articles or --held-out cannot be read: {cli.one_line(error)}") from None
+            raise UsageError(f"--articles or --held-out cannot be read: {one_line(error)}") from None
         articles = articles.with_columns(pl.col("id").cast(pl.String))
         if missing := sorted(set(held_out) - set(articles["id"])):
             raise UsageError(f"--held-out names {missing[0]!r}, which is no id in --articles")
@@ -323,14 +325,14 @@ def shuffle_scores(source: str, target: str) -> None:
             rows[name] = values_NL
         none = np.empty((*scored_NL.shape, 0), np.int64)
         scores = Scores(rows["entropy"], rows["surprisal"], none, none.astype(np.float32), {})
-        parts = shards.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
+        parts = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
         record = originals[entry.index] | {"fingerprint_hash": hashed}
         for name in ("file", "bytes", "sha256", "seconds", "finished_at", "index"):
             record.pop(name, None)
-        data = shards.to_parquet(shards.row_groups(parts))
+        data = parquet.to_parquet(parquet.row_groups(parts))
         records[entry.index] = commit.commit_shard(target, entry.index, data, record, started)
     commit.write_manifest(copy, records, {})
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

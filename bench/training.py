@@ -37,13 +37,15 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 import train.run
 from bench.table import Row, keep_buffers, peak_flops, print_table, row
-from pipeline import cli
-from pipeline.checkpoints import resolve_dtype
-from pipeline.cli import RunError
-from pipeline.manifests import Manifest, load_tokenizer, read_manifest
-from train.data import Columns, TrainingSequences, masker_of
-from train.flops import forward_flops, training_flops
-from train.masking import IGNORED_LABEL, Masker, MaskPolicy
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError
+from entropy_masking.masking.masker import IGNORED_LABEL, Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.models.checkpoints import resolve_dtype
+from entropy_masking.models.flops import forward_flops, training_flops
+from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
+from entropy_masking.shards.read import Columns
+from train.data import TrainingSequences, masker_of
 from train.options import parse as parse_run
 from train.student import build_student
 
@@ -104,10 +106,10 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--shards", required=True, help="shard directory with entropies and top-k log-probabilities")
     add("--model", default="mini", help="as for train/run.py (default: mini)")
-    add("--batch", type=cli.positive, default=64, help="sequences a step (default: 64)")
-    add("--steps", type=cli.positive, default=12, help="measured steps of a round (default: 12)")
-    add("--rounds", type=cli.positive, default=3)
-    add("--threads", type=cli.positive, default=1, help="torch threads of every contestant (default: 1)")
+    add("--batch", type=console.positive, default=64, help="sequences a step (default: 64)")
+    add("--steps", type=console.positive, default=12, help="measured steps of a round (default: 12)")
+    add("--rounds", type=console.positive, default=3)
+    add("--threads", type=console.positive, default=1, help="torch threads of every contestant (default: 1)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of every contestant's autocast")
     add("--torch-compile", action="store_true", help="compile the model of every contestant")
     add("--child", help=argparse.SUPPRESS)
@@ -309,4 +311,4 @@ def now() -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

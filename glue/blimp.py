@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from entropy_masking import storage
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.masking.words import continuing_tokens
+from entropy_masking.models.checkpoints import load_config, load_masked_lm, max_length
 from glue.batches import Tokens
 from glue.tasks import find_file, read_file
-from pipeline import storage
-from pipeline.checkpoints import load_config, load_masked_lm, max_length
-from pipeline.cli import RunError, UsageError
-from train.words import continuing_tokens
 
 FORMS = ("within-word", "original")
 PROTOCOL = "zero-shot"  # in the place of a protocol of fine-tuning

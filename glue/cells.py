@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from entropy_masking.commands import ray_cluster
+from entropy_masking.errors import RunError, UsageError, one_line
 from glue import blimp
 from glue.batches import TaskTokens
 from glue.finetune import Result, finetune
 from glue.protocols import Settings
 from glue.tasks import Task
-from pipeline import backends, cli
 
 THREADS = torch.get_num_threads()  # one in a worker of Ray
 
@@ -75,8 +76,8 @@ def work_on(cell: Cell, tokens: CellTokens, advance: Callable[[int], None] = lam
                 (settings, finetune(cell.directory, tokens, settings, cell.seed, advance)) for settings in cell.grid
             ]
     except Exception as error:
-        kind = "" if isinstance(error, cli.UsageError | cli.RunError) else f"{type(error).__name__}: "
-        return Outcome(failure=kind + cli.one_line(error))
+        kind = "" if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: "
+        return Outcome(failure=kind + one_line(error))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return Outcome(found, time.monotonic() - started, device, scores=scores)
 
@@ -98,7 +99,7 @@ def work_on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    backends.connect("pipeline", "train", "glue", cpus=workers)
+    ray_cluster.connect("glue", cpus=workers)
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         actor_class: Any = ray.remote(**({"num_gpus": gpus_per_worker} if gpus else {"num_cpus": 1}))(_Worker)
@@ -119,8 +120,8 @@ def work_on_ray(
                 outcome = ray.get(ended)
             except ray.exceptions.RayError as error:
                 if cell is None:  # it could not even start: nor would another
-                    raise cli.RunError(f"a worker did not start ({cli.one_line(error)})") from None
-                outcome, actor = Outcome(failure=f"its worker died ({cli.one_line(error)})"), None
+                    raise RunError(f"a worker did not start ({one_line(error)})") from None
+                outcome, actor = Outcome(failure=f"its worker died ({one_line(error)})"), None
             if cell:
                 advance(cell.rows)
                 yield cell, outcome

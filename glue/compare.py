@@ -23,6 +23,9 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
 from glue import tables
 from glue.chart import draw
 from glue.costs import break_evens, cost, number
@@ -31,8 +34,6 @@ from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, ta
 from glue.page import page
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tasks import TASKS, ZERO_SHOT
-from pipeline import cli, storage
-from pipeline.cli import UsageError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,4 +208,4 @@ def cell(found: Scores) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

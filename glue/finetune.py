@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, get_scheduler, set_seed
 
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.models.checkpoints import load_config, max_length, safetensors_files
 from glue import metrics
 from glue.batches import TaskTokens, Tokens, batches_by_length, shuffled_batches
 from glue.protocols import RECIPE, Settings
 from glue.tasks import GLUE, Task
-from pipeline.checkpoints import load_config, max_length, safetensors_files
-from pipeline.cli import RunError, UsageError
 
 # what encoders call it; pretraining sets it to 0
 DROPOUTS = (

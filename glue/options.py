@@ -6,11 +6,12 @@ import argparse
 import os
 from pathlib import Path
 
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
 from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
 from glue.tasks import PROBES, TASKS, ZERO_SHOT, Task, choose
-from pipeline import cli, storage
-from pipeline.cli import UsageError
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -47,19 +48,28 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         required=True,
         help="directory of the results, one JSON a task and seed; of named models OUTPUT/NAME",
     )
-    add("--num-workers", type=cli.positive, default=1, help="on Ray, each with a GPU or a core (default: 1, no Ray)")
+    add(
+        "--num-workers",
+        type=console.positive,
+        default=1,
+        help="Ray workers, each with a GPU or a core (default: 1, no Ray)",
+    )
     add("--gpus-per-worker", type=share, default=1.0, help="less than 1: several workers share a GPU (default: 1)")
-    add("--learning-rate", type=cli.positive_float, help="instead of the protocol's")
-    add("--epochs", type=cli.positive, help="instead of the protocol's")
-    add("--batch-size", type=cli.positive, help="instead of the protocol's")
-    add("--max-length", type=cli.positive, help="tokens of a text or pair (default: 128)")
+    add("--learning-rate", type=console.positive_float, help="instead of the protocol's")
+    add("--epochs", type=console.positive, help="instead of the protocol's")
+    add("--batch-size", type=console.positive, help="instead of the protocol's")
+    add("--max-length", type=console.positive, help="tokens of a text or pair (default: 128)")
     add("--limit-train", help="at most so many training rows, the same for every seed; or by task, as in sst2=10000")
     add(
         "--pll",
         choices=FORMS,
         help="blimp: mask the later pieces of a word too when a piece is scored, or it alone (default: within-word)",
     )
-    add("--limit-pairs", type=cli.positive, help="the first so many pairs of each phenomenon of blimp (default: all)")
+    add(
+        "--limit-pairs",
+        type=console.positive,
+        help="blimp: the first N pairs of each phenomenon (default: all)",
+    )
     add("--drop-overlap", action="store_true", help="do not train on rows that are evaluated on too")
     add(
         "--dtype",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline import docstrings
+from entropy_masking import docstrings
 
 PACKAGES = docstrings.PACKAGES
 # what else a package is called in prose and code

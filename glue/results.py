@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_masking import storage
+from entropy_masking.errors import UsageError, one_line
+from entropy_masking.shards.commit import differences
 from glue.tasks import TASKS, ZERO_SHOT
-from pipeline import cli, storage
-from pipeline.cli import UsageError
-from pipeline.commit import differences
 
 # what a result must have, besides the metrics of its task
 FIELDS = {
@@ -70,7 +70,7 @@ def read_run(name: str, directory: str) -> Run:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{storage.join(directory, file)} is no result of this glue/run.py (missing or wrong: "
-                f"{cli.one_line(error)}); remove it, and make it again"
+                f"{one_line(error)}); remove it, and make it again"
             ) from None
     if not results:
         raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")

@@ -27,6 +27,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.models.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
+from entropy_masking.shards.commit import differences
+from entropy_masking.shards.manifests import tokenizer_hash
 from glue import blimp, metrics
 from glue.batches import TaskTokens, encode_task
 from glue.cells import Cell, CellTokens, Outcome, work_here, work_on_ray
@@ -35,11 +41,6 @@ from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import check_result
 from glue.tasks import ZERO_SHOT, Task, TaskData, load
-from pipeline import cli, storage
-from pipeline.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
-from pipeline.cli import RunError, UsageError
-from pipeline.commit import differences
-from pipeline.manifests import tokenizer_hash
 
 MOST_NAMED = 5  # of the cells that failed
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = [cell for cell in cells if args.overwrite or not is_done(cell)]
     tokens_of = shared_tokens(models, data, pairs, args.pll)
     failed: dict[str, str] = {}
-    with cli.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning" if data else "scoring") as progress:
+    with console.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning" if data else "scoring") as progress:
         if data:
             progress.note(f"{args.protocol}: {describe_grid(cells)}")
         for each in filter(lambda each: each.overlap, data.values()):
@@ -307,4 +308,4 @@ def mean(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
 from glue import probes
-from pipeline import storage
-from pipeline.cli import UsageError
 
 HUB_NAME = "nyu-mll/glue"
 MOST_ALIKE = 5  # the highest label of the regression, STS-B

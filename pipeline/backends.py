@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pipeline import commit, shards, storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.commands import ray_cluster
+from entropy_masking.errors import UsageError
+from entropy_masking.shards import commit, parquet
 from pipeline.documents import Piece
 from pipeline.job import Job
 
-OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
-CONNECT_SECONDS = 10.0
 STOP_SECONDS = 10.0
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[Piece]]
@@ -63,7 +60,7 @@ def ray_records(
 
     from pipeline.worker import SHARDS_AT_ONCE
 
-    connect("pipeline")
+    ray_cluster.connect("pipeline")
     try:
         fitting, resources = _fit(
             [node["Resources"] for node in ray.nodes() if node["Alive"]], job.threads, gpus_per_worker
@@ -154,7 +151,7 @@ def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | N
 
 def _check_visible(output: str, record: dict[str, Any]) -> None:
     """A worker on another node may have written to a disk of its own."""
-    uri = storage.join(output, shards.shard_file(record["index"]))
+    uri = storage.join(output, parquet.shard_file(record["index"]))
     until = time.monotonic() + VISIBLE_SECONDS
     while not _has_size(uri, record["bytes"]):
         if time.monotonic() > until:
@@ -170,40 +167,3 @@ def _has_size(uri: str, size: int) -> bool:
         return storage.size(uri) == size
     except OSError:
         return False  # a store may answer the next time
-
-
-def connect(*packages: str, cpus: int | None = None) -> None:
-    """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
-
-    Args:
-        packages: of this project, that workers import.
-        cpus: that a cluster which is started here has at least.
-
-    Raises:
-        UsageError: that cluster does not answer.
-
-    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
-    """
-    import ray
-    from ray._private.services import find_bootstrap_address
-
-    root = Path(__file__).resolve().parents[1]
-    settings: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(root / package) for package in packages]},
-        "log_to_driver": False,
-        "logging_level": "warning",
-    }
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        try:
-            if port.isdigit():  # Ray itself tries for minutes
-                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-            ray.init(address=address, **settings)
-        except OSError:
-            raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
-    else:
-        cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
-        settings |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
-        ray.init(address="local", include_dashboard=False, **settings)
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own

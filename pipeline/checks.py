@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import commit, manifests, masks, shards, storage
-from pipeline.manifests import Manifest, ShardEntry
-from pipeline.masks import NO_POSITION
-from pipeline.shards import Scores, shard_file, temperature_column
+from entropy_masking import storage
+from entropy_masking.shards import commit, manifests, masks, parquet
+from entropy_masking.shards.manifests import Manifest, ShardEntry
+from entropy_masking.shards.masks import NO_POSITION
+from entropy_masking.shards.parquet import Scores, shard_file, temperature_column
 
 PROBABILITY_SUM = 1.01  # float16 is good for a two-thousandth of a log-probability, and that of what it weighs
 ABOVE_ZERO = 1e-3  # nats that float32 may leave of a logarithm that ought to be 0
@@ -120,7 +121,7 @@ def contract(manifest: Manifest) -> pa.Schema:
         return masks.plan_schema(manifest.vocab_size)
     if manifest.kind == "targets":
         return masks.targets_schema(manifest.vocab_size, manifest.temperatures)
-    return shards.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
+    return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
 
 
 def variants_of(manifest: Manifest, ids_N: np.ndarray) -> int:
@@ -158,18 +159,18 @@ Checked = tuple[list[str], dict[str, float]]
 def sequence_faults(manifest: Manifest, table: pa.Table) -> Checked:
     """Faults of a table of sequences, and its sums; ``rounding`` is what float16 can change of ``entropy_sum``."""
     L, k = manifest.sequence_length, manifest.top_k
-    widths = {name: L * k if name in shards.TOP_K_COLUMNS else L for name in table.column_names[1:]}
+    widths = {name: L * k if name in parquet.TOP_K_COLUMNS else L for name in table.column_names[1:]}
     if wrong := [name for name, width in widths.items() if (list_lengths(table, name) != width).any()]:
         return [f"has {wrong[0]} of another length than {widths[wrong[0]]}"], {}
     sequence_id_N = table["sequence_id"].to_numpy()
-    columns = {name: shards.column_2d(table, name, width) for name, width in widths.items()}
+    columns = {name: parquet.column_2d(table, name, width) for name, width in widths.items()}
     ids_NL = columns["input_ids"]
     faults = [*_where(ids_NL >= manifest.vocab_size, sequence_id_N, "has token ids outside the vocabulary")]
     sums: dict[str, float] = {"tokens": int((ids_NL != manifest.special_ids["pad"]).sum())}
     if not manifest.scored:
         return faults, sums
     scored_NL = ~np.isin(ids_NL, manifest.special_token_ids)
-    for name in shards.SCORE_COLUMNS:
+    for name in parquet.SCORE_COLUMNS:
         missing_NL = np.isnan(columns[name])
         faults += _where(missing_NL == scored_NL, sequence_id_N, f"has {name} at a special token, or none elsewhere")
     entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
@@ -180,7 +181,7 @@ def sequence_faults(manifest: Manifest, table: pa.Table) -> Checked:
         faults += _where(outside_NL, sequence_id_N, f"has entropies outside 0 … {most:.2f} nats")
         faults += _where(surprisal_NL < -ABOVE_ZERO, sequence_id_N, "has surprisals below 0")
     if k:
-        topk_ids_NLK, logprobs_NLK = (columns[name].reshape(-1, L, k) for name in shards.TOP_K_COLUMNS)
+        topk_ids_NLK, logprobs_NLK = (columns[name].reshape(-1, L, k) for name in parquet.TOP_K_COLUMNS)
         lse = {t: columns[temperature_column(t)] for t in manifest.temperatures if t != 1}
         faults += top_k_faults(manifest, sequence_id_N, scored_NL, topk_ids_NLK, logprobs_NLK, lse)
     entropy_M = columns["entropy"][scored_NL & ~np.isnan(columns["entropy"])]
@@ -196,7 +197,7 @@ def masked_faults(manifest: Manifest, table: pa.Table) -> Checked:
     """Faults of rows of a plan or of targets, and their ``scored_tokens``."""
     counts_N, sequence_id_N = list_lengths(table, "positions"), table["sequence_id"].to_numpy()
     lists = [name for name in table.column_names if pa.types.is_list(table.schema.field(name).type)]
-    widths = {name: manifest.top_k if name in shards.TOP_K_COLUMNS else 1 for name in lists}
+    widths = {name: manifest.top_k if name in parquet.TOP_K_COLUMNS else 1 for name in lists}
     if wrong := [n for n, width in widths.items() if (list_lengths(table, n) != width * counts_N).any()]:
         return [f"has {wrong[0]} of another length than its positions"], {}
     most = int(manifest.masks["positions"]) if manifest.masks else int(counts_N.max(initial=0))

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
 
 LISTED = 100  # rejected documents that a record names; all are counted
 COUNTED_BYTES = 1 << 28  # to number a line, those before it are counted: not from the start of a file without end

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from pipeline import storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
 from pipeline.documents import COMPRESSIONS
 
 KINDS = {

@@ -11,11 +11,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import manifests, shards, storage
-from pipeline.checkpoints import load_config, load_tokenizer, local_checkpoint, max_length, resolve_dtype, weights_hash
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.models.checkpoints import (
+    load_config,
+    load_tokenizer,
+    local_checkpoint,
+    max_length,
+    resolve_dtype,
+    weights_hash,
+)
+from entropy_masking.shards import manifests, parquet
+from entropy_masking.shards.manifests import Manifest
 from pipeline.corpus import Corpus
-from pipeline.manifests import Manifest
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
     """
     length = sequence_length(args.sequence_length, corpus)
     fingerprint: dict[str, Any] = {
-        "schema_version": shards.SCHEMA_VERSION,
+        "schema_version": parquet.SCHEMA_VERSION,
         "corpus": corpus.identity,
         "tokenizer": tokenization_hash(tokenizer),
         "sequence_length": length,

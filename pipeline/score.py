@@ -22,13 +22,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import psutil
 
-from pipeline import cli, commit, masks, shards, storage
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.models.checkpoints import load_masked_lm, local_checkpoint
+from entropy_masking.shards import commit, masks, parquet
+from entropy_masking.shards.parquet import shard_file
 from pipeline.backends import local_records, ray_records
-from pipeline.checkpoints import load_masked_lm, local_checkpoint
-from pipeline.cli import RunError, UsageError
 from pipeline.corpus import Corpus, plan_corpus
 from pipeline.job import Job, choose_tokenizer, describe
-from pipeline.shards import shard_file
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,34 +78,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", help="path or Hub id (default: the teacher's, or the corpus' if that is a shard directory)")
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
-    add("--limit-documents", type=cli.positive, help="only the first N documents of the corpus")
-    add("--sequence-length", type=cli.positive, help="tokens a sequence, specials included (default: 128)")
+    add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")
+    add("--sequence-length", type=console.positive, help="tokens a sequence, specials included (default: 128)")
     add("--context", choices=["masked", "full"], help="hide the scored position, or not (default: masked)")
-    add("--passes", type=cli.positive, help="masked context: each pass hides one position in P (default: 7)")
-    add("--top-k", type=cli.not_negative, help="log-probabilities to keep a position, 0 for none (default: 16)")
+    add("--passes", type=console.positive, help="masked context: each pass hides one position in P (default: 7)")
+    add("--top-k", type=console.not_negative, help="log-probabilities to keep a position, 0 for none (default: 16)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
-    add("--batch-tokens", type=cli.positive, help="tokens in one forward (default: 8192)")
-    add("--shard-tokens", type=cli.positive, help="about how many tokens a shard (default: 262144)")
+    add("--batch-tokens", type=console.positive, help="tokens in one forward (default: 8192)")
+    add("--shard-tokens", type=console.positive, help="about how many tokens a shard (default: 262144)")
     add("--temperatures", type=temperatures, help="also keep what the top-k need at these, as in 1,2 (default: 1)")
     add("--masks", help="a mask plan of train/plan.py for the corpus: predict its positions of its inputs only")
-    add("--workers", type=cli.positive, help="actors at most (default: as many as fit the cluster)")
+    add("--workers", type=console.positive, help="actors at most (default: as many as fit the cluster)")
     add(
         "--gpus-per-worker",
-        type=cli.positive_float,
+        type=console.positive_float,
         help="GPUs of an actor, fractions too (default: 1 where there are GPUs)",
     )
     add(
-        "--cpus-per-worker", type=cli.positive, help="threads without GPUs (default: 1; with --backend local all cores)"
+        "--cpus-per-worker",
+        type=console.positive,
+        help="threads without GPUs (default: 1; --backend local: all cores)",
     )
     add(
         "--torch-compile", action="store_true", default=None, help="compile the model: worth it on a GPU and a long run"
     )
     add("--backend", choices=["ray", "local"], default="ray", help="local scores in this process")
-    add("--max-attempts", type=cli.positive, default=3, help="before a shard is given up (default: 3)")
-    add("--max-failed-shards", type=cli.not_negative, default=0, help="shards a run may end without (default: 0)")
+    add("--max-attempts", type=console.positive, default=3, help="before a shard is given up (default: 3)")
+    add("--max-failed-shards", type=console.not_negative, default=0, help="shards a run may end without (default: 0)")
     add(
         "--shard-timeout",
-        type=cli.positive_float,
+        type=console.positive_float,
         help="seconds to read, score or write a shard before its worker is taken to hang",
     )
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
@@ -157,7 +161,7 @@ def collect(
     """
     tokens = sum(record["tokens"] or record["scored_tokens"] for record in records.values())
     failed, usage = {}, []
-    with cli.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
+    with console.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
         try:
@@ -228,7 +232,7 @@ def print_plan(job: Job, corpus: Corpus) -> None:
     manifest = job.manifest
     done = len(commit.done_records(job.output, len(corpus.shards), manifest.fingerprint_hash))
     scoring = f"{job.teacher}, {manifest.context} context, {manifest.passes} passes, top-{manifest.top_k}, {job.dtype}"
-    schema = shards.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
+    schema = parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
     if job.plan:
         schema = masks.targets_schema(manifest.vocab_size, manifest.temperatures)
     print(f"would write {job.output}: {len(corpus.shards)} shards, {done} of them done")
@@ -238,4 +242,4 @@ def print_plan(job: Job, corpus: Corpus) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

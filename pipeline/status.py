@@ -17,8 +17,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline import cli, commit, manifests, shards, storage
-from pipeline.cli import RunError, UsageError
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.shards import commit, manifests, parquet
 
 RECENT_SECONDS = 300.0  # the rate now is that of the last five minutes, or of as long as two shards take
 NAMED = 20  # workers and shards at most that are listed
@@ -114,7 +116,7 @@ def unfinished_attempts(directory: str, done: set[int]) -> dict[str, int]:
             newest = newest or note["run"]
             index = int(info.base_name.removeprefix("part-").removesuffix(".json"))
             if note["run"] == newest and index not in done:
-                attempts[shards.shard_file(index)] = int(note["attempts"])
+                attempts[parquet.shard_file(index)] = int(note["attempts"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             continue  # it ended meanwhile
     return dict(sorted(attempts.items()))
@@ -168,4 +170,4 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import entropy
-from pipeline.checkpoints import load_masked_lm
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest
-from pipeline.masks import Targets
-from pipeline.shards import Scores
+from entropy_masking import entropy
+from entropy_masking.errors import UsageError
+from entropy_masking.models.checkpoints import load_masked_lm
+from entropy_masking.shards.manifests import Manifest
+from entropy_masking.shards.masks import Targets
+from entropy_masking.shards.parquet import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at a time: enough to multiply at full speed
@@ -162,7 +162,7 @@ class Teacher:
     def score_positions(
         self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
     ) -> Targets:
-        """What the model predicts at the given positions of inputs that are corrupted already (``pipeline.masks``).
+        """What the model predicts at the given positions of inputs that are corrupted already (``shards.masks``).
 
         Args:
             inputs_NL: ids as the student will see them.

@@ -18,8 +18,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
 
-from pipeline import cli, storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
 from pipeline.corpus import Corpus, plan_corpus
 from pipeline.documents import Rejects, read_documents
 
@@ -65,17 +66,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")
-    add("--vocab-size", type=cli.positive, default=8192, help="tokens, specials included (default: 8192)")
+    add("--vocab-size", type=console.positive, default=8192, help="tokens, specials included (default: 8192)")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="(default: lowercase)")
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
-    add("--limit-documents", type=cli.positive, help="only the first N documents of the corpus")
+    add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")
     return parser.parse_args(argv)
 
 
 def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
     """The texts of the whole corpus, with progress by shard."""
-    with cli.Progress(len(corpus.shards), "shards", "reading") as progress:
+    with console.Progress(len(corpus.shards), "shards", "reading") as progress:
         for pieces in corpus.shards:
             yield from (document.text for document in read_documents(pieces, corpus.text_column, rejects))
             progress.advance(1)
@@ -122,4 +123,4 @@ def most_frequent_characters(texts: list[str], lowercase: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

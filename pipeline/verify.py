@@ -24,10 +24,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from pipeline import checks, cli, commit, manifests, shards, storage
-from pipeline.cli import RunError, UsageError
-from pipeline.manifests import Manifest, ShardEntry
-from pipeline.shards import Scores
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.shards import commit, manifests, parquet
+from entropy_masking.shards.manifests import Manifest, ShardEntry
+from entropy_masking.shards.parquet import Scores
+from pipeline import checks
 
 FILES = 4  # in memory at a time
 SAMPLE = 8  # sequences to score again
@@ -59,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("directory", help="shard directory, a path or a URI")
     add("--deep", action="store_true", help="check every value, not only the files")
     add("--teacher", help="the masked LM that scored it, by path or Hub id: score some sequences again")
-    add("--sample", type=cli.positive, help=f"how many sequences to score again (default: {SAMPLE})")
+    add("--sample", type=console.positive, help=f"how many sequences to score again (default: {SAMPLE})")
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
     args = parser.parse_args(argv)
     for name in ("sample", "trust_remote_code"):
@@ -141,7 +144,7 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Any:
     Raises:
         UsageError: nothing was scored that could be again, or the weights are others.
     """
-    from pipeline.checkpoints import local_checkpoint, weights_hash
+    from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
     from pipeline.teacher import Teacher
 
     if manifest.kind != "sequences" or not manifest.scored:
@@ -221,7 +224,7 @@ def shard_faults(manifest: Manifest, deep: bool) -> Iterator[tuple[str, str]]:
             return [f"cannot be read ({' '.join(str(error).split())[:200]})"]
 
     total = sum(entry.bytes for entry in manifest.shards)
-    with ThreadPoolExecutor(FILES) as pool, cli.Progress(total, "B", "verifying") as progress:
+    with ThreadPoolExecutor(FILES) as pool, console.Progress(total, "B", "verifying") as progress:
         for start in range(0, len(manifest.shards), 4 * FILES):
             entries = manifest.shards[start : start + 4 * FILES]
             for entry, found in zip(entries, pool.map(check, entries), strict=True):
@@ -236,10 +239,10 @@ def rescore_faults(
     """Sequences that a hash picks, scored again."""
     dtype, L, k = manifest.fingerprint["dtype"], manifest.sequence_length, manifest.top_k
     for entry, row in picked(manifest.fingerprint_hash, entries, sample):
-        table = manifests.read_table(manifest, entry, contract_columns(manifest), [row // shards.ROW_GROUP])
-        table = table.slice(row % shards.ROW_GROUP, 1)
-        columns = {name: shards.column_2d(table, name, L) for name in ("input_ids", *shards.SCORE_COLUMNS)}
-        top = {name: shards.column_2d(table, name, L * k).reshape(1, L, k) for name in shards.TOP_K_COLUMNS if k}
+        table = manifests.read_table(manifest, entry, contract_columns(manifest), [row // parquet.ROW_GROUP])
+        table = table.slice(row % parquet.ROW_GROUP, 1)
+        columns = {name: parquet.column_2d(table, name, L) for name in ("input_ids", *parquet.SCORE_COLUMNS)}
+        top = {name: parquet.column_2d(table, name, L * k).reshape(1, L, k) for name in parquet.TOP_K_COLUMNS if k}
         stored = Scores(
             columns["entropy"],
             columns["surprisal"],
@@ -282,4 +285,4 @@ def summary(manifest: Manifest, finished: bool, found: int, args: argparse.Names
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from pipeline import commit, manifests, masks, shards, storage
-from pipeline.checkpoints import local_checkpoint, weights_hash
-from pipeline.cli import RunError, UsageError, one_line
+from entropy_masking import storage
+from entropy_masking.errors import RunError, UsageError, one_line
+from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
+from entropy_masking.shards import commit, manifests, masks, parquet
+from entropy_masking.shards.masks import MaskedRows
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.job import Job
-from pipeline.masks import MaskedRows
 from pipeline.packing import pack, tokenize
 from pipeline.teacher import Stopped, Teacher
 
@@ -122,16 +123,16 @@ class ShardScorer:
         with self.deadlines.within(job.shard_timeout):
             if plan and targets:
                 self._check_finite(targets.topk_logprobs_NKT[plan.positions_NK >= 0])
-                data = shards.to_parquet(
+                data = parquet.to_parquet(
                     masks.row_groups(masks.targets_table(plan, targets, job.manifest.vocab_size), plan)
                 )
                 counts = masks.counts(plan)
             else:
                 if scores:
                     self._check_finite(scores.entropy_NL[~np.isin(input_ids_NL, job.manifest.special_token_ids)])
-                table = shards.to_table(index, input_ids_NL, scores, job.manifest.vocab_size, job.manifest.top_k)
-                data = shards.to_parquet(shards.row_groups(table))
-                counts = shards.counts(input_ids_NL, job.manifest.special_ids["pad"], scores)
+                table = parquet.to_table(index, input_ids_NL, scores, job.manifest.vocab_size, job.manifest.top_k)
+                data = parquet.to_parquet(parquet.row_groups(table))
+                counts = parquet.counts(input_ids_NL, job.manifest.special_ids["pad"], scores)
             record = {
                 **counts,
                 "fingerprint_hash": job.manifest.fingerprint_hash,
@@ -150,7 +151,7 @@ class ShardScorer:
         if pieces[0].kind == "shard":
             filesystem, path = storage.resolve(pieces[0].path)
             table = pq.read_table(path, columns=["input_ids"], filesystem=filesystem)
-            return shards.column_2d(table, "input_ids", manifest.sequence_length)
+            return parquet.column_2d(table, "input_ids", manifest.sequence_length)
         if self.tokenizer is None:
             self.tokenizer = manifests.load_tokenizer(self.job.output)
         ids = manifest.special_ids

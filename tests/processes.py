@@ -78,7 +78,7 @@ def _train(
 ) -> None:
     import torch
 
-    from pipeline import cli
+    from entropy_masking.commands import console
     from train import guard, resume, run
 
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in any other process
@@ -105,4 +105,4 @@ def _train(
         complete(directory, name, *others)
 
     guard.Guard.on_step_end, resume.complete = on_step_end, complete_or_die  # type: ignore[method-assign]
-    cli.run(lambda: run.main(argv))
+    console.run(lambda: run.main(argv))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.masking import IGNORED
+from entropy_masking.masking.selection import IGNORED
 
 L, K = 32, 4  # round(0.15 · 30), half to even
 PAD, CLS, SEP, MASK, VOCAB = 0, 1, 2, 3, 200

@@ -28,10 +28,10 @@ from transformers import (
 import glue.blimp
 import glue.compare
 import glue.run
+from entropy_masking.errors import RunError, UsageError
 from glue import blimp
 from glue.options import parse
 from glue.tasks import GLUE
-from pipeline.cli import RunError, UsageError
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
 COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]

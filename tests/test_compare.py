@@ -20,8 +20,8 @@ from made_results import TOKENS, summary, write_results
 from scipy import stats
 
 import glue.compare
+from entropy_masking.errors import UsageError
 from glue.tasks import GLUE
-from pipeline.cli import UsageError
 
 COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
 LOCAL = ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")

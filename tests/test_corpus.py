@@ -17,9 +17,10 @@ import zstandard
 from harness import SCORE, refused
 from transformers import AutoTokenizer
 
-from pipeline import docstrings, documents, storage
-from pipeline.cli import UsageError
-from pipeline.commit import differences
+from entropy_masking import docstrings, storage
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.commit import differences
+from pipeline import documents
 from pipeline.corpus import Corpus, plan_corpus
 from pipeline.documents import Piece, Rejects, read_documents
 from pipeline.packing import pack, tokenize

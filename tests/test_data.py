@@ -13,11 +13,13 @@ from harness import LENGTH
 from torch.utils.data import DataLoader
 
 import train.data
-from pipeline import manifests
-from pipeline.cli import RunError, UsageError
-from train.data import Columns, TrainingSequences, masker_of, read_rows, split_shards
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
+from entropy_masking.shards import manifests, read
+from entropy_masking.shards.read import Columns, read_rows
+from train.data import TrainingSequences, masker_of, split_shards
 from train.evaluation import batches
-from train.masking import IGNORED, MaskPolicy
 
 POLICY = MaskPolicy.paper(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)
 
@@ -100,7 +102,8 @@ def test_one_window_is_kept_and_each_takes_the_place_of_the_last(
     manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train.data, "WINDOW", 2)
-    monkeypatch.setattr(train.data, "ROW_GROUP", max(entry.rows for entry in manifest.shards))
+    for module in (train.data, read):
+        monkeypatch.setattr(module, "ROW_GROUP", max(entry.rows for entry in manifest.shards))
     dataset = sequences(manifest, 2 * manifest.totals["sequences"])
     places, decoded, decode = set(), [], dataset._read
     monkeypatch.setattr(dataset, "_read", lambda epoch, group: decoded.append((epoch, group)) or decode(epoch, group))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.distill import distillation, masked_lm_loss, tail_kl
-from train.masking import IGNORED_LABEL
+from entropy_masking.losses import distillation, masked_lm_loss, tail_kl
+from entropy_masking.masking.masker import IGNORED_LABEL
 
 N, V = 64, 300
 

@@ -14,7 +14,7 @@ from processes import Run, history
 from safetensors.torch import load_file
 from transformers import BertConfig
 
-from pipeline.manifests import read_manifest
+from entropy_masking.shards.manifests import read_manifest
 from train import guard, resume
 
 STEPS = 8

@@ -12,7 +12,7 @@ from processes import Run, history
 from transformers import BertConfig
 
 import train.plan
-from pipeline.manifests import read_manifest
+from entropy_masking.shards.manifests import read_manifest
 
 STEPS, SAVE, BATCH = 8, 3, 8
 

@@ -21,13 +21,14 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 import pipeline.score
 import train.explore
 import train.plan
-from pipeline import commit, manifests, shards, storage
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, load_tokenizer, read_manifest
-from pipeline.shards import ROW_GROUP
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.words import continuing_tokens
+from entropy_masking.shards import commit, manifests, parquet
+from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
+from entropy_masking.shards.parquet import ROW_GROUP
+from entropy_masking.shards.read import Columns, read_rows
 from train import sample, uncertainty
-from train.data import Columns, read_rows
-from train.words import continuing_tokens
 
 WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3", "--seed", "3"]
 
@@ -214,11 +215,11 @@ def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         entropy_NL[:, ::3] = np.nan
         none = np.empty((*ids_NL.shape, 0), np.int64)
         entropy_NL = (entropy_NL + (ids_NL % 7) / 2 - 1.5).clip(0, np.log(manifest.vocab_size))
-        scores = shards.Scores(entropy_NL, np.full_like(entropy_NL, np.nan), none, none.astype(np.float32), {})
-        parts = shards.row_groups(shards.to_table(entry.index, ids_NL, scores, manifest.vocab_size, top_k=0))
+        scores = parquet.Scores(entropy_NL, np.full_like(entropy_NL, np.nan), none, none.astype(np.float32), {})
+        parts = parquet.row_groups(parquet.to_table(entry.index, ids_NL, scores, manifest.vocab_size, top_k=0))
         record = {name: value for name, value in originals[entry.index].items() if name not in ("bytes", "sha256")}
         record |= {"fingerprint_hash": hashed}
-        records[entry.index] = commit.commit_shard(target, entry.index, shards.to_parquet(parts), record, 0.0)
+        records[entry.index] = commit.commit_shard(target, entry.index, parquet.to_parquet(parts), record, 0.0)
     commit.write_manifest(copy, records, {})
     return Path(target)
 

@@ -20,7 +20,7 @@ from harness import LENGTH, SCORE, TOP_K, command, run
 from ray.cluster_utils import Cluster
 from trap import save_trap
 
-from pipeline import manifests
+from entropy_masking.shards import manifests
 
 PATIENCE = 240  # seconds
 

@@ -32,10 +32,10 @@ from transformers import (
 import glue.cells
 import glue.finetune
 import glue.run
+from entropy_masking.errors import RunError, UsageError
 from glue.batches import batches_by_length, encode, shuffled_batches
 from glue.finetune import load_classifier
 from glue.tasks import GLUE, load
-from pipeline.cli import RunError, UsageError
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
 QUICK = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--max-length", 32, "--dtype", "float32"]

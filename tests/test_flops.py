@@ -16,9 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from entropy_masking.models.flops import forward_flops, training_flops
+from entropy_masking.models.masked_lm import student_scores, with_masked_positions
 from train import watch
-from train.flops import forward_flops, training_flops
-from train.student import student_scores, with_masked_positions
 from train.watch import MOST_POINTS, ProgressReport, curve
 
 B, L, K, P, V = 3, 64, 10, 4, 3000

@@ -28,10 +28,10 @@ from transformers import (
 
 import glue.run
 import glue.tasks
+from entropy_masking.errors import UsageError
 from glue.options import parse
 from glue.protocols import grid_of
 from glue.tasks import GLUE
-from pipeline.cli import UsageError
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
 QUICK = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--max-length", 32, "--dtype", "float32"]

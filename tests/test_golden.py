@@ -22,8 +22,9 @@ from made_results import summary, write_results
 from test_targets import plan, score, train_here
 
 import glue.compare
-from pipeline.manifests import read_manifest
-from train.masking import Masker, MaskPolicy
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.manifests import read_manifest
 
 FILE = Path(__file__).with_name("golden.json")
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import BertConfig
 
 import train.run
-from pipeline.manifests import read_manifest
+from entropy_masking.masking.masker import IGNORED_LABEL, Masker
+from entropy_masking.shards.manifests import read_manifest
 from train import resume
-from train.masking import IGNORED_LABEL, Masker
 from train.trainer import MaskedLMTrainer
 
 STEPS = 4

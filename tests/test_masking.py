@@ -12,8 +12,10 @@ from rows import CLS, MASK, PAD, SEP, VOCAB, K, L, as_sets, candidates, entropie
 from scipy import stats
 from torch import Tensor
 
-from train.masking import IGNORED, IGNORED_LABEL, SELECTION, Masker, MaskPolicy, corrupt, select_positions
-from train.noise import noise
+from entropy_masking.masking.masker import IGNORED_LABEL, Masker, corrupt
+from entropy_masking.masking.noise import SELECTION, noise
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED, select_positions
 
 paper = MaskPolicy.paper
 

@@ -9,7 +9,7 @@ import torch
 from rows import VOCAB, L, keys
 from scipy import stats
 
-from train import noise
+from entropy_masking.masking import noise
 
 
 def splitmix64(x: int) -> int:

@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 from transformers import BertConfig
 
 import train.run
-from pipeline.cli import UsageError
-from pipeline.manifests import read_manifest
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.manifests import read_manifest
 from train import resume
 
 SEVERAL = ["--num-workers", 2, "--per-device-train-batch-size", 4]

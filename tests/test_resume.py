@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import SCORE
 
-from pipeline import manifests
+from entropy_masking.shards import manifests
 
 SHARDS = 1000
 FLAGS = ["--sequence-length", "8", "--passes", "2", "--top-k", "2", "--dtype", "float32", "--batch-tokens", "256"]

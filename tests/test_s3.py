@@ -21,7 +21,7 @@ from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, run
 from moto.server import ThreadedMotoServer
 from trap import save_trap
 
-from pipeline import manifests
+from entropy_masking.shards import manifests
 
 BUCKET = "corpora"
 

@@ -17,7 +17,7 @@ import torch
 from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
 from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
-from pipeline import manifests, shards
+from entropy_masking.shards import manifests, parquet
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -31,10 +31,10 @@ def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
     for entry in manifest.shards:
         table = pq.read_table(scored / entry.file)
-        assert table.schema == shards.schema(len(tokenizer), scored=True, top_k=TOP_K)
-        ids_NL = shards.column_2d(table, "input_ids", LENGTH)
-        entropy_NL = shards.column_2d(table, "entropy", LENGTH).astype(np.float64)
-        log_p_NLK = shards.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
+        assert table.schema == parquet.schema(len(tokenizer), scored=True, top_k=TOP_K)
+        ids_NL = parquet.column_2d(table, "input_ids", LENGTH)
+        entropy_NL = parquet.column_2d(table, "entropy", LENGTH).astype(np.float64)
+        log_p_NLK = parquet.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
         special_NL = np.isin(ids_NL, tokenizer.all_special_ids)
         assert (np.isnan(entropy_NL) == special_NL).all()
         assert (np.isnan(log_p_NLK).all(-1) == special_NL).all()
@@ -50,10 +50,10 @@ def test_stored_scores_are_within_one_float16_step_of_the_model(work: Path) -> N
     run(*command(work, work / "exact", "--backend", "local", "--passes", str(LENGTH), "--limit-documents", "5"))
     manifest = manifests.read_manifest(str(work / "exact"))
     table = manifests.read_table(manifest, manifest.shards[0], ["input_ids", "entropy", "topk_ids", "topk_logprobs"])
-    ids_NL = torch.from_numpy(shards.column_2d(table, "input_ids", LENGTH).astype(np.int64))
-    entropy_NL = shards.column_2d(table, "entropy", LENGTH)
-    log_p_NLK = shards.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
-    topk_NLK = shards.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K).astype(np.int64)
+    ids_NL = torch.from_numpy(parquet.column_2d(table, "input_ids", LENGTH).astype(np.int64))
+    entropy_NL = parquet.column_2d(table, "entropy", LENGTH)
+    log_p_NLK = parquet.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K)
+    topk_NLK = parquet.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K).astype(np.int64)
     model = AutoModelForMaskedLM.from_pretrained(work / "teacher").double().eval()
     for position in range(1, LENGTH - 1):
         if ids_NL[0, position] < 5:

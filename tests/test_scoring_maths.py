@@ -17,7 +17,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from pipeline import entropy
+from entropy_masking import entropy
 from pipeline.teacher import Teacher
 
 VOCAB, LENGTH, TOP_K = 211, 24, 8

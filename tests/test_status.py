@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from harness import ROOT, refused, run
 
-from pipeline import manifests
+from entropy_masking.shards import manifests
 from pipeline.status import duration, recent_rate
 
 STATUS = [sys.executable, str(ROOT / "pipeline" / "status.py")]

@@ -16,12 +16,14 @@ from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, BertFor
 from transformers.modeling_outputs import MaskedLMOutput
 
 import train.run
-from pipeline.cli import UsageError
-from pipeline.entropy import entropy
-from pipeline.manifests import read_manifest
-from train.distill import distillation
-from train.masking import IGNORED, Masker, MaskPolicy
-from train.student import MEASURED_EVERY, student_scores, with_masked_positions
+from entropy_masking.entropy import entropy
+from entropy_masking.errors import UsageError
+from entropy_masking.losses import distillation
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
+from entropy_masking.models.masked_lm import MEASURED_EVERY, student_scores, with_masked_positions
+from entropy_masking.shards.manifests import read_manifest
 
 ROWS, TOP = 6, 5
 OTHERS = {
@@ -158,7 +160,7 @@ def test_a_failed_forward_leaves_no_positions_behind() -> None:
 def test_student_scores_are_those_of_the_plain_forward(
     monkeypatch: pytest.MonkeyPatch, name: str, positions_at_a_time: int
 ) -> None:
-    monkeypatch.setattr("train.student.LOGITS_PER_CHUNK", {"cpu": positions_at_a_time * VOCAB})
+    monkeypatch.setattr("entropy_masking.models.masked_lm.LOGITS_PER_CHUNK", {"cpu": positions_at_a_time * VOCAB})
     plain = model_of(name)
     student = with_masked_positions(copy.deepcopy(plain)).train()
     ids_BL = torch.from_numpy(sequences(ROWS).astype("int64"))

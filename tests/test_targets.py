@@ -23,10 +23,13 @@ import pipeline.score
 import train.plan
 import train.run
 import train.trainer
-from pipeline import manifests, masks, shards, storage
-from pipeline.cli import RunError, UsageError
-from train.data import Columns, TrainingSequences, masker_of, read_rows, to_tensors
-from train.masking import IGNORED_LABEL, MaskPolicy
+from entropy_masking import storage
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.masking.masker import IGNORED_LABEL
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards import manifests, masks, parquet
+from entropy_masking.shards.read import Columns, read_rows, to_tensors
+from train.data import TrainingSequences, masker_of
 from train.trainer import MaskedLMTrainer
 
 SEED, ALPHA, TOP_K = 3, 0.5, 8
@@ -132,7 +135,7 @@ def test_one_row_group_is_one_variant_of_one_row_group_of_sequences(scan: Path, 
     manifest = plan(scan, root / "random", "--entropy-source", "random", "--variants", 3)
     for entry in manifest.shards:
         with pq.ParquetFile(root / "random" / entry.file) as file:
-            assert file.num_row_groups == 3 * -(-entry.rows // (3 * shards.ROW_GROUP))
+            assert file.num_row_groups == 3 * -(-entry.rows // (3 * parquet.ROW_GROUP))
             for group in range(file.num_row_groups):
                 assert set(file.read_row_group(group)["variant"].to_pylist()) == {group % 3}
 
@@ -343,7 +346,7 @@ def changed(targets: Path, directory: Path, name: str, change: Callable[[pa.Arra
         table = pq.read_table(directory / entry["file"])
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(at), change(table[name].combine_chunks()))
-        data = shards.to_parquet(masks.row_groups(table, masks.rows_of(table, LENGTH)))
+        data = parquet.to_parquet(masks.row_groups(table, masks.rows_of(table, LENGTH)))
         (directory / entry["file"]).write_bytes(data)
         entry |= {"bytes": len(data), "sha256": storage.sha256_bytes(data)}
     (directory / "manifest.json").write_text(json.dumps(manifest))

@@ -10,9 +10,9 @@ import pytest
 from harness import ROOT, SCORE, refused, run
 from transformers import AutoTokenizer
 
-from pipeline import cli
-from pipeline.checkpoints import load_tokenizer
-from pipeline.cli import UsageError
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
+from entropy_masking.models.checkpoints import load_tokenizer
 from pipeline.tokenizer import parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
@@ -97,6 +97,6 @@ def test_file_errors_are_one_sentence(
         raise error
 
     with pytest.raises(SystemExit) as end:
-        cli.run(main)
+        console.run(main)
     assert end.value.code == code
     assert capsys.readouterr().err.startswith(sentence)

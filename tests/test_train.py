@@ -21,12 +21,15 @@ from test_masking import slow_paper
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, ModernBertForMaskedLM, pipeline
 
 import train.run
-from pipeline.cli import UsageError
-from pipeline.entropy import entropy
+from entropy_masking.entropy import entropy
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
+from entropy_masking.shards.read import Columns, read_rows, to_tensors
 from train import resume
-from train.data import Columns, masker_of, read_rows, split_shards, to_tensors
+from train.data import masker_of, split_shards
 from train.evaluation import EVALUATION
-from train.masking import IGNORED, Masker, MaskPolicy
 from train.options import LEARNING_RATES, MUON, parse
 from train.trainer import MaskedLMTrainer
 

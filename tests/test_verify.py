@@ -18,9 +18,11 @@ from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, command, refused, run, sa
 from transformers import AutoTokenizer
 
 import train.run
-from pipeline import checks, commit, manifests, masks, shards, storage
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, ShardEntry
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.shards import commit, manifests, masks, parquet
+from entropy_masking.shards.manifests import Manifest, ShardEntry
+from pipeline import checks
 
 VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
 VARIANTS, HIDDEN = 2, 5
@@ -208,11 +210,11 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
     # what no checksum shows: another teacher's scores, committed as they should be
     manifest = manifests.read_manifest(str(copy))
     table = pq.read_table(copy / "part-00001.parquet")
-    entropy = np.abs(shards.column_2d(table, "entropy", LENGTH) - np.float16(0.1))
-    topk_ids = np.flip(shards.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K), 2)
+    entropy = np.abs(parquet.column_2d(table, "entropy", LENGTH) - np.float16(0.1))
+    topk_ids = np.flip(parquet.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K), 2)
     changed = replace_list(replace_list(table, "entropy", entropy), "topk_ids", topk_ids)
     for name, width in (("surprisal", LENGTH), ("topk_logprobs", LENGTH * TOP_K)):
-        changed = replace_list(changed, name, shards.column_2d(table, name, width) - np.float16(0.2))
+        changed = replace_list(changed, name, parquet.column_2d(table, name, width) - np.float16(0.2))
     entry, data = recommitted(manifest.shards[1], changed)
     (copy / entry.file).write_bytes(data)
     edit(copy / "_records" / "part-00001.json", **asdict(entry))
@@ -237,7 +239,7 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
 
 def recommitted(entry: ShardEntry, table: pa.Table, groups: list[pa.Table] | None = None) -> tuple[ShardEntry, bytes]:
     """What a shard would be that was written so."""
-    data = shards.to_parquet(groups or shards.row_groups(table))
+    data = parquet.to_parquet(groups or parquet.row_groups(table))
     return replace(entry, rows=len(table), bytes=len(data), sha256=storage.sha256_bytes(data)), data
 
 
@@ -253,7 +255,7 @@ def replace_list(table: pa.Table, name: str, values: np.ndarray, lengths: np.nda
 
 
 def changed(table: pa.Table, name: str, width: int, place: tuple[int, int], value: float) -> pa.Table:
-    values = shards.column_2d(table, name, width).copy()
+    values = parquet.column_2d(table, name, width).copy()
     values[place] = value
     return replace_list(table, name, values)
 
@@ -304,9 +306,9 @@ def test_wrong_values_are_named(
 def test_wrong_tables_are_named(tempered: Path) -> None:
     manifest = manifests.read_manifest(str(tempered))
     table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
-    topk_ids = shards.column_2d(table, "topk_ids", L * K).copy()
+    topk_ids = parquet.column_2d(table, "topk_ids", L * K).copy()
     topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
-    entropy = shards.column_2d(table, "entropy", L)
+    entropy = parquet.column_2d(table, "entropy", L)
     padded = changed(table, "input_ids", L, (0, 4), manifest.special_ids["pad"])
     wide = table.cast(pa.schema([f if f.name != "sequence_id" else f.with_type(pa.int64()) for f in table.schema]))
     numbers = pa.array(table["sequence_id"].to_numpy()[::-1])
@@ -339,7 +341,7 @@ def make_plan(source: Manifest, directory: Path) -> None:
     records = {}
     for entry in source.shards:
         table = manifests.read_table(source, entry, ["sequence_id", "input_ids"])
-        inputs_NL = shards.column_2d(table, "input_ids", LENGTH).astype(np.int64)
+        inputs_NL = parquet.column_2d(table, "input_ids", LENGTH).astype(np.int64)
         parts = []
         for numbers, variant in masks.blocks(entry.rows, VARIANTS):
             positions_NK = np.tile(np.arange(HIDDEN) + variant + 1, (len(numbers), 1))
@@ -362,7 +364,7 @@ def make_plan(source: Manifest, directory: Path) -> None:
         record = masks.counts(rows) | {"fingerprint_hash": storage.sha256_json({"plan": 1}), "documents": 0, "flops": 0}
         record |= {"forward_seconds": 0.0, "worker": "w:1"}
         record |= {"rejected": {"count": 0, "reasons": {}, "listed": []}}
-        data = shards.to_parquet(groups)
+        data = parquet.to_parquet(groups)
         records[entry.index] = commit.commit_shard(str(directory), entry.index, data, record, time.monotonic())
     fields = {"policy": "first words", "variants": VARIANTS, "positions": HIDDEN, "source": source.uri}
     fingerprint = {"fingerprint": {"plan": 1}, "fingerprint_hash": storage.sha256_json({"plan": 1})}

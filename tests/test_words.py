@@ -29,10 +29,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import train.plan
 import train.run
-from pipeline.cli import UsageError
-from pipeline.manifests import read_manifest
-from train import masking, words
-from train.masking import IGNORED, Masker, MaskPolicy, select_positions
+from entropy_masking.errors import UsageError
+from entropy_masking.masking import words
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED, select_positions
+from entropy_masking.shards.manifests import read_manifest
 
 paper = MaskPolicy.paper
 
@@ -130,8 +132,8 @@ def test_words_are_taken_by_the_documented_rule(settings: dict, length: int) -> 
     sequence_B, epoch_B = keys(rows, epoch=2)
     positions_BK = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, policy, continues_BL)
     draw_BL, hard_draw_BL = (
-        masking.noise(policy.seed, stream, epoch_B, sequence_B, torch.arange(length))
-        for stream in (masking.SELECTION, masking.HARD)
+        noise.noise(policy.seed, stream, epoch_B, sequence_B, torch.arange(length))
+        for stream in (noise.SELECTION, noise.HARD)
     )
     as_tokens = select_positions(score_BL, candidates_BL, sequence_B, epoch_B, replace(policy, unit="token"))
     assert torch.equal((positions_BK != IGNORED).sum(1), (as_tokens != IGNORED).sum(1)), "exactly k, as by tokens"
@@ -323,7 +325,7 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
     for sequence, positions in hidden.items():
         ids, score = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
         keyed = (torch.tensor([0]), torch.tensor([sequence]))
-        (draw,) = masking.noise(3, masking.SELECTION, *keyed, torch.arange(len(ids))).tolist()
+        (draw,) = noise.noise(3, noise.SELECTION, *keyed, torch.arange(len(ids))).tolist()
         continues = [tokens[token].startswith("##") for token in ids]
         assert positions == slow_words(score, [token >= 5 for token in ids], continues, draw, draw, policy)
 

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from pipeline import cli
-from pipeline.cli import UsageError
+from entropy_masking.errors import UsageError, one_line
 
 # flags of TrainingArguments that have no use here, and the value that they keep
 FIXED: dict[str, Any] = {
@@ -147,7 +146,7 @@ def taken() -> Iterator[None]:
     except (ValueError, ImportError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         if is_of_device(error):
             raise
-        raise UsageError(f"transformers takes no such flags: {cli.one_line(error)}") from None
+        raise UsageError(f"transformers takes no such flags: {one_line(error)}") from None
 
 
 def is_of_device(error: Exception) -> bool:

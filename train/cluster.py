@@ -14,8 +14,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from pipeline import backends, storage
-from pipeline.cli import RunError, Terminated, UsageError
+from entropy_masking import storage
+from entropy_masking.commands import ray_cluster
+from entropy_masking.commands.console import Terminated
+from entropy_masking.errors import RunError, UsageError
 from train import guard, resume
 from train.options import Options
 
@@ -50,7 +52,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     overwrite.touch() if options.overwrite else overwrite.unlink(missing_ok=True)
     log = directory / RAY / "log"
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    backends.connect("pipeline", "train", cpus=workers)
+    ray_cluster.connect("train", cpus=workers)
 
     terminated = False
 

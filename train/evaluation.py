@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.manifests import Manifest, ShardEntry
-from pipeline.shards import ROW_GROUP
-from train.data import Columns, read_block, to_tensors
-from train.masking import IGNORED_LABEL, Masker, MaskPolicy
+from entropy_masking.masking.masker import IGNORED_LABEL, Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.manifests import Manifest, ShardEntry
+from entropy_masking.shards.parquet import ROW_GROUP
+from entropy_masking.shards.read import Columns, read_block, to_tensors
 
 # at random, whatever the regime, seed and mask ratio
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)

@@ -22,16 +22,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from transformers import HfArgumentParser
 
-from pipeline import cli, storage
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, check_shards, load_tokenizer, read_manifest
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.words import apart_tokens, continuing_tokens
+from entropy_masking.shards.manifests import Manifest, check_shards, load_tokenizer, read_manifest
 from train import page, sample, uncertainty
 from train.arguments import MOST_SEED
 from train.data import masker_of
 from train.options import MaskOptions, mask_policy
 from train.sample import Policy, Source
 from train.summary import print_summary
-from train.words import apart_tokens, continuing_tokens
 
 
 @dataclass(kw_only=True)
@@ -149,4 +150,4 @@ def names(uris: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

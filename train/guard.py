@@ -21,8 +21,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline import cli
-from pipeline.cli import RunError, Terminated, UsageError
+from entropy_masking.commands.console import Terminated
+from entropy_masking.errors import RunError, UsageError, one_line
 from train import resume
 from train.arguments import is_of_device
 
@@ -120,7 +120,7 @@ def writing(what: str, output: Path) -> Iterator[None]:
             raise
         # torch's writer tells the position, not the reason
         cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
-        reason = "it was cut short" if cut_short else cli.one_line(error)
+        reason = "it was cut short" if cut_short else one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
         mend = "make room, then run the command again" if full else "run the command again once it can be written"
         raise RunError(f"cannot write {what} ({reason}); {_standing(output)}; {mend}") from None
@@ -179,7 +179,7 @@ def _lost_loader(error: Exception) -> bool:
 def last_line(error: Exception) -> str:
     """What an error says, which came from another process with a traceback, without that."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().removeprefix("pipeline.cli.RunError: ")
+    return lines[-1].strip().removeprefix("entropy_masking.commands.console.RunError: ")
 
 
 def heed_parent_only(worker: int) -> None:

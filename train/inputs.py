@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, read_manifest
-from train.masking import MaskPolicy
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.manifests import Manifest, read_manifest
 from train.options import RECIPES, Options, given_masks, mask_flag
 
 

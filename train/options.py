@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from pipeline.checkpoints import resolve_dtype
-from pipeline.cli import UsageError
-from pipeline.manifests import Manifest, check_shards
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.models.checkpoints import resolve_dtype
+from entropy_masking.shards.manifests import Manifest, check_shards
 from train import arguments, resume
 from train.arguments import flag
 from train.data import masker_of
-from train.masking import MaskPolicy
 from train.student import SIZES
 
 # AdamW's learning rate with Muon beside it and alone, by size of preset; other models take those of base

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import polars as pl
 
+from entropy_masking.masking.policy import MaskPolicy
 from train import charts, uncertainty
-from train.masking import MaskPolicy
 from train.sample import Label, Source, Token
 from train.summary import agreement_words, describe, mask_words
 

@@ -26,14 +26,19 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser
 
-from pipeline import cli, commit, manifests, masks, shards, storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
+from entropy_masking.shards import commit, manifests, masks, parquet
+from entropy_masking.shards.manifests import Manifest, ShardEntry, check_shards, read_manifest
+from entropy_masking.shards.masks import MaskedRows
+from entropy_masking.shards.read import Rows, read_rows, to_tensors
 from pipeline.documents import Rejects
-from pipeline.manifests import Manifest, ShardEntry, check_shards, read_manifest
-from pipeline.masks import MaskedRows
 from train.arguments import MOST_SEED
-from train.data import Rows, columns_of, masker_of, read_rows, to_tensors
-from train.masking import IGNORED, Masker, MaskPolicy
+from train.data import columns_of, masker_of
 from train.options import MaskOptions, check_scored, mask_policy
 
 VARIANTS = 4  # by default, where epochs differ
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if todo:
         commit.save_tokenizer(manifests.load_tokenizer(sequences.uri), plan.uri)
         done = sum(record["rows"] for record in records.values())
-        with cli.Progress(
+        with console.Progress(
             sum(entry.rows for entry in sequences.shards) * variants_of(plan), "seq", "planning", done=done
         ) as progress:
             if records:
@@ -106,7 +111,7 @@ def describe(options: Options, sequences: Manifest, policy: MaskPolicy) -> Manif
     """The manifest of the plan, before its shards: that of the sequences, with masks in place of scores."""
     variants = options.variants or (1 if policy.repeats() else VARIANTS)
     fingerprint = {
-        "schema_version": shards.SCHEMA_VERSION,
+        "schema_version": parquet.SCHEMA_VERSION,
         "shards": sequences.fingerprint_hash,
         "source": options.entropy_source,
         "policy": policy.to_json(),
@@ -147,7 +152,7 @@ def plan_shard(
     blocks = masks.blocks(entry.rows, plan.masks["variants"])
     planned = [masked_rows(masker, policy, {n: a[where] for n, a in rows.items()}, v) for where, v in blocks]
     tables = [masks.plan_table(each, plan.vocab_size) for each in planned]
-    data = shards.to_parquet(tables or [masks.plan_schema(plan.vocab_size).empty_table()])
+    data = parquet.to_parquet(tables or [masks.plan_schema(plan.vocab_size).empty_table()])
     record = {
         "rows": sum(len(table) for table in tables),
         "tokens": 0,
@@ -193,4 +198,4 @@ def print_summary(plan: Manifest, planned_now: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

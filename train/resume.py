@@ -13,10 +13,10 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline import storage
-from pipeline.cli import UsageError
-from pipeline.commit import differences
-from pipeline.manifests import Manifest
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.commit import differences
+from entropy_masking.shards.manifests import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
 UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted

@@ -29,15 +29,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from pipeline import cli, storage
-from pipeline.manifests import Manifest, copy_tokenizer, read_manifest
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.models.flops import forward_flops, training_flops
+from entropy_masking.shards.manifests import Manifest, copy_tokenizer, read_manifest
 from train import arguments, cluster, resume
 from train.data import columns_of, split_shards
 from train.evaluation import DECILES
-from train.flops import forward_flops, training_flops
 from train.guard import check_finite, in_one_sentence, on_first, together, writing
 from train.inputs import open_evaluated, open_targets, planned_policy
-from train.masking import MaskPolicy
 from train.options import DECAY_SHARE, FIELDS, Options, check, mask_policy, parse
 from train.student import build_student, model_identity
 from train.trainer import MaskedLMTrainer
@@ -140,7 +141,7 @@ def stop(trainer: MaskedLMTrainer) -> None:
     if not trainer.is_world_process_zero():
         raise SystemExit(143)
     print(f"stopped after step {state.global_step} of {state.max_steps}; the same command goes on", file=sys.stderr)
-    raise cli.Terminated
+    raise console.Terminated
 
 
 def set_steps(options: Options, args: TrainingArguments, rows: int) -> None:
@@ -273,4 +274,4 @@ def print_summary(output: Path, summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    console.run(main)

@@ -10,11 +10,13 @@ import numpy as np
 import polars as pl
 import torch
 
-from pipeline.manifests import Manifest, ShardEntry
-from pipeline.shards import ROW_GROUP
-from train.data import Columns, read_rows, to_tensors
-from train.masking import IGNORED, Masker, MaskPolicy
-from train.noise import hash_order
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.noise import hash_order
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
+from entropy_masking.shards.manifests import Manifest, ShardEntry
+from entropy_masking.shards.parquet import ROW_GROUP
+from entropy_masking.shards.read import Columns, read_rows, to_tensors
 from train.uncertainty import MEASURES, tokens
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
+from entropy_masking.masking.policy import MaskPolicy
 from train import uncertainty
-from train.masking import MaskPolicy
 from train.sample import Label, Source
 
 BLOCKS = "▁▂▃▄▅▆▇█"

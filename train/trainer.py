@@ -21,16 +21,18 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from pipeline.cli import RunError
-from pipeline.manifests import Manifest, ShardEntry
-from pipeline.masks import input_crc32
+from entropy_masking.errors import RunError
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.type_means import TypeMeans
+from entropy_masking.models.masked_lm import student_scores
+from entropy_masking.shards.manifests import Manifest, ShardEntry
+from entropy_masking.shards.masks import input_crc32
+from entropy_masking.shards.read import Columns
 from train import evaluation, resume
-from train.data import Columns, TrainingSequences, columns_of, masker_of
+from train.data import TrainingSequences, columns_of, masker_of
 from train.guard import Guard, check_finite, heed_parent_only, together, writing
-from train.masking import Masker, MaskPolicy
 from train.optimizer import MuonAdamW, hidden_matrices
-from train.selfmask import TypeMeans
-from train.student import student_scores
 from train.watch import CollapseWatch, ProgressReport, Watch, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # of a checkpoint: the running means of a run with self-masking

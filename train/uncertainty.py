@@ -32,7 +32,7 @@ def tokens(
     Args:
         scores: by measure [N, L], any float; NaN where not scored.
         masked_NL: bool.
-        continues_V: bool, the tokens that go on with a word (``train.words``); None where that is not known.
+        continues_V: bool, the tokens that continue a word (``masking.words``); None where that is not known.
         apart_V: bool, the tokens that are no part of a word, so none goes on with them or after them; None likewise.
         first: number of the first sequence.
     """

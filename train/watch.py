@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pipeline import cli
-from train.masking import IGNORED, MaskPolicy
+from entropy_masking.commands import console
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
 
 MOST_POINTS = 200  # of a curve in a run's summary
 RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
@@ -145,7 +146,7 @@ class ProgressReport(TrainerCallback):
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
         self.before, self.started = 0.0, time.monotonic()
-        self.progress: cli.Progress | None = None
+        self.progress: console.Progress | None = None
 
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.started
@@ -159,7 +160,7 @@ class ProgressReport(TrainerCallback):
         self.tokens_per_step = batch * self.sequence_length
         if state.is_world_process_zero:
             total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
-            self.progress = cli.Progress(total, "tok", "training", done=done).__enter__()
+            self.progress = console.Progress(total, "tok", "training", done=done).__enter__()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **others: Any

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
-from pipeline.cli import UsageError
-from pipeline.shards import SCHEMA_VERSION, footer_rows, shard_file
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.parquet import SCHEMA_VERSION, footer_rows, shard_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class Manifest:
     """A finished shard directory.
 
     Attributes:
-        kind: ``sequences`` (tokens, and scores if a teacher was there), ``plan`` or ``targets`` (``pipeline.masks``).
+        kind: ``sequences`` (tokens, and scores if a teacher was there), ``plan`` or ``targets`` (``shards.masks``).
         special_ids: by role; ``special_token_ids`` are all ids that are never masked.
         context, passes, top_k, temperatures: of the teacher; None, None, 0, () without one.
         masks: of a plan and its targets: ``source``, ``policy``, ``variants`` and ``positions`` (K).

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
 
 SCHEMA_VERSION = 2
 ROW_GROUP = 1024

@@ -18,7 +18,7 @@ from typing import Any
 
 from pyarrow import ArrowInvalid, fs
 
-from pipeline.cli import UsageError
+from entropy_masking.errors import UsageError
 
 
 def is_remote(uri: str) -> bool:

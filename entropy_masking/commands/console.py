@@ -1,4 +1,4 @@
-"""What every entry point shares: exit codes for errors, and progress on a terminal or in a log."""
+"""Shared by the command lines: exit codes for errors, and progress on a terminal or in a log."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from typing import Self
 
 from tqdm import tqdm
 
+from entropy_masking.errors import RunError, UsageError, one_line
+
 LOG_SECONDS = 15.0  # one progress line an interval where there is no terminal
 FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a machine; other file errors are wrong paths
-
-
-class UsageError(Exception):
-    """Wrong use: the message is one sentence that names the thing and the mend. Exit code 2."""
-
-
-class RunError(Exception):
-    """A failure that is no wrong use (a job that could not finish). Exit code 1."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -66,14 +60,6 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line and not too long; of a file error the file and the reason."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # Arrow's names the file
-    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def positive(text: str) -> int:

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from train.masking import IGNORED_LABEL, Masker, MaskPolicy
-from train.noise import sequence_hash
-from train.words import continuing_tokens
+from entropy_masking.masking.masker import IGNORED_LABEL, Masker
+from entropy_masking.masking.noise import sequence_hash
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.words import continuing_tokens
 
 
 class EntropyMaskingCollator(TrainerCallback):

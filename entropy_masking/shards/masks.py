@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.shards import ROW_GROUP, list_of, temperature_column, token_type
+from entropy_masking.shards.parquet import ROW_GROUP, list_of, temperature_column, token_type
 
 NO_POSITION = -1  # fills the positions of a row that hides fewer than K
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from train.masking import IGNORED_LABEL
+from entropy_masking.masking.masker import IGNORED_LABEL
 
 
 def masked_lm_loss(

@@ -37,7 +37,7 @@ def training_flops(
 
 @torch.no_grad()
 def forward_flops(model: Any, length: int) -> tuple[int, int]:
-    """FLOPs of a student's forward (``train.student``): of its encoder on a sequence, and of its head at a position.
+    """FLOPs of a student's forward (``models.masked_lm``): of its encoder on a sequence, and of its head at a position.
 
     A head that needs whole sequences counts as part of the encoder.
     """

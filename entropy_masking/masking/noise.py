@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# each use of noise has a stream of its own, so that they are independent
+SELECTION, HARD, CORRUPTION, REPLACEMENT, PREDICTION = range(5)
+
 
 def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, position_X: Tensor) -> Tensor:
     """Uniform numbers in (0, 1) [B, K] float64: a hash of (seed, stream, epoch, sequence id, position).

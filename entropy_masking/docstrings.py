@@ -19,8 +19,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import cli, storage
-from pipeline.cli import UsageError
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError, one_line
 
 PACKAGES = (
     *("torch", "transformers", "ray", "datasets", "pyarrow", "polars", "numpy", "scipy", "sklearn", "pandas"),
@@ -56,7 +57,7 @@ def materialise() -> dict[str, Path]:
         try:
             directory.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         except OSError as error:
-            raise UsageError(f"{cli.one_line(error)}; set ENTROPY_MASKING_CACHE to a writable directory") from None
+            raise UsageError(f"{one_line(error)}; set ENTROPY_MASKING_CACHE to a writable directory") from None
         rows = _collect(installed)
         for part, path in paths.items():
             table = pa.table({name: [row[name] for row in rows if row["part"] == part] for name in ("text", "package")})
@@ -73,7 +74,7 @@ def _version(package: str) -> str:
 def _collect(packages: list[str]) -> list[dict[str, str]]:
     seen: set[str] = set()
     rows = []
-    with cli.Progress(len(packages), "packages", "collecting docstrings") as progress:
+    with console.Progress(len(packages), "packages", "collecting docstrings") as progress:
         for package in packages:
             size = 0
             for file, text in _docstrings(package):

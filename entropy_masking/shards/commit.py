@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import storage
-from pipeline.cli import UsageError
-from pipeline.manifests import READERS, Manifest, entry_of, manifest_uri, record_file, run_uri
-from pipeline.shards import SCHEMA_VERSION, footer_rows, shard_file
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.manifests import READERS, Manifest, entry_of, manifest_uri, record_file, run_uri
+from entropy_masking.shards.parquet import SCHEMA_VERSION, footer_rows, shard_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

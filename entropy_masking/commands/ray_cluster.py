@@ -1,0 +1,53 @@
+"""The Ray cluster that a command line runs on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from entropy_masking.errors import UsageError
+
+OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
+CONNECT_SECONDS = 10.0
+
+
+def connect(*applications: str, cpus: int | None = None) -> None:
+    """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
+
+    Args:
+        applications: packages that workers import besides the library.
+        cpus: that a cluster which is started here has at least.
+
+    Raises:
+        UsageError: that cluster does not answer.
+
+    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
+    """
+    import ray
+    from ray._private.services import find_bootstrap_address
+
+    root = Path(__file__).resolve().parents[2]
+    settings: dict[str, Any] = {
+        "runtime_env": {"py_modules": [str(root / package) for package in ("entropy_masking", *applications)]},
+        "log_to_driver": False,
+        "logging_level": "warning",
+    }
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            if port.isdigit():  # Ray itself tries for minutes
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            ray.init(address=address, **settings)
+        except OSError:
+            raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
+    else:
+        cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
+        settings |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
+        ray.init(address="local", include_dashboard=False, **settings)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own

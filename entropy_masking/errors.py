@@ -1,0 +1,19 @@
+"""Errors that a command line turns into one sentence and an exit code."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """Wrong use: the message is one sentence that names the thing and the mend. Exit code 2."""
+
+
+class RunError(Exception):
+    """A failure that is no wrong use (a job that could not finish). Exit code 1."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and not too long; of a file error the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # Arrow's names the file
+    return " ".join(text.split())[:300] or type(error).__name__

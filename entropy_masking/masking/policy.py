@@ -1,0 +1,116 @@
+"""Which positions a run masks and predicts, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+SCORES = ("entropy", "surprisal", "excess")
+
+
+@dataclass(frozen=True)
+class MaskPolicy:
+    """How many positions of a row to mask, which ones, and which of them to predict.
+
+    Attributes:
+        ratio: share of the candidates to mask, in (0, 1].
+        hard_share: h, share of the masked positions that is chosen by score, in [0, 1].
+        temperature: τ of the hard part, in units of the rank within a row (0 to 1), finite.
+        warmup: share of the run in which all masks are random, in [0, 1).
+        ramp: share of the run after the warm-up over which h rises from 0 to its value, in [0, 1].
+        by: the score: ``entropy`` (of the prediction), ``surprisal`` (of the actual token), or ``excess`` (the
+            student's loss minus the reference's surprisal).
+        predict_ratio: share of the candidates to predict, at most ``ratio``; None for all that is masked.
+        predict_by: what chooses the predicted positions among the masked ones: a score as in ``by``, or ``random``.
+        corruption: ``bert`` (80 % [MASK], 10 % a random token, 10 % unchanged) or ``mask-only``.
+        seed: of all noise.
+        unit: ``token``, or ``word``: the pieces of a word are masked together.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    ratio: float = 0.15
+    hard_share: float = 0.3
+    temperature: float = 1.0
+    warmup: float = 0.0
+    ramp: float = 0.0
+    by: str = "entropy"
+    predict_ratio: float | None = None
+    predict_by: str = "random"
+    corruption: str = "bert"
+    seed: int = 0
+    unit: str = "token"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"mask ratio {self.ratio:g} is not above 0 and at most 1")
+        if not 0 <= self.hard_share <= 1:
+            raise ValueError(f"hard share {self.hard_share:g} is not between 0 and 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"mask temperature {self.temperature:g} is not finite and at least 0; use hard share 0 for random masks"
+            )
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"mask warm-up {self.warmup:g} is not at least 0 and below 1, a share of the run")
+        if not 0 <= self.ramp <= 1:
+            raise ValueError(f"mask ramp {self.ramp:g} is not between 0 and 1, a share of the run")
+        if self.by not in SCORES:
+            raise ValueError(f"masking by {self.by!r} is unknown; use {', '.join(SCORES)}")
+        if self.predict_ratio is not None and not 0 < self.predict_ratio <= self.ratio:
+            raise ValueError(
+                f"predict ratio {self.predict_ratio:g} is not above 0 and at most the mask ratio {self.ratio:g}"
+            )
+        if self.predict_by not in ("random", *SCORES):
+            raise ValueError(f"predicting by {self.predict_by!r} is unknown; use random, {', '.join(SCORES)}")
+        if self.corruption not in ("bert", "mask-only"):
+            raise ValueError(f"corruption {self.corruption!r} is unknown; use bert or mask-only")
+        if self.unit not in ("token", "word"):
+            raise ValueError(f"mask unit {self.unit!r} is unknown; use token or word")
+
+    @classmethod
+    def random(cls, **fields: Any) -> Self:
+        """Uniform masks."""
+        return cls(hard_share=0.0, **fields)
+
+    @classmethod
+    def paper(cls, **fields: Any) -> Self:
+        """The highest scores, all of the mask: the selection of arXiv 2605.28526. Fields that are given win."""
+        return cls(**({"hard_share": 1.0, "temperature": 0.0} | fields))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        """The policy that ``to_json`` wrote. Raises TypeError or ValueError for anything else."""
+        return cls(**fields)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every candidate is as likely as any other, so that no scores are read for masking."""
+        return self.hard_share == 0
+
+    @property
+    def predicts_all(self) -> bool:
+        return self.predict_ratio is None or self.predict_ratio == self.ratio
+
+    def repeats(self) -> bool:
+        """Whether every epoch masks the same positions: only ties are drawn."""
+        return self.hard_share == 1 and self.temperature == self.warmup == self.ramp == 0 and self.predicts_all
+
+    def share_at(self, progress_B: Tensor) -> Tensor:
+        """h at a progress of 0 to 1 through the run, float64."""
+        past_B = progress_B.double() - self.warmup
+        risen_B = (past_B / self.ramp).clamp(0, 1) if self.ramp else (past_B >= 0).double()
+        return self.hard_share * risen_B
+
+    def positions(self, length: int) -> int:
+        """k, the masked positions of a row of L tokens whose ends are special: round(ratio · (L - 2)), at least 1."""
+        return max(1, round(self.ratio * (length - 2)))
+
+    def predictions(self, length: int) -> int:
+        """The predicted positions of such a row."""
+        return max(1, round((self.predict_ratio or self.ratio) * (length - 2)))

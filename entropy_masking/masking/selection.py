@@ -1,0 +1,161 @@
+"""Entropy-aware masking: scores and a key → masked positions → corrupted inputs. Pure tensor functions.
+
+k positions of a row are masked. The hard share h of them is chosen by score, the rest uniformly:
+
+1. The uniform part, k - round(h·k) positions, is drawn from all candidates. So every candidate is masked with a
+   probability of about (1 - h) · ratio or more.
+2. The hard part takes the candidates left with the highest ``r + τ·G``: r in (0, 1] is the rank of the score within the
+   row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from softmax(r/τ) (the
+   Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). Ranks make τ mean the same for every teacher and student.
+
+h is a function of the progress of the run: 0 during the warm-up, then it rises to its value over the ramp. Without
+warm-up and ramp, h = 1 and τ = 0 is the selection of Srinivasagan et al. (arXiv 2605.28526), and h = 0 masks at random.
+
+All noise is a hash of (seed, stream, epoch, sequence id, position). So the mask of a row depends on nothing else: not
+on the batch, the number of loader workers or ranks, nor on where a run was resumed.
+
+Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, V vocabulary, T tokens that a teacher names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entropy_masking.masking.noise import HARD, SELECTION, noise
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.words import take_while_it_fits, word_heads, word_sizes_and_means
+
+IGNORED = -1  # fills the positions of a row that masks fewer than k
+
+
+def select_positions(
+    score_BL: Tensor,
+    candidates_BL: Tensor,
+    sequence_id_B: Tensor,
+    epoch_B: Tensor,
+    policy: MaskPolicy,
+    continues_BL: Tensor | None = None,
+    progress_B: Tensor | None = None,
+) -> Tensor:
+    """The positions to mask.
+
+    A row with c candidates masks max(1, round(ratio · c)) of them: k, where all but its ends are candidates.
+
+    Args:
+        score_BL: any floating dtype; not read where h = 0. NaN ranks below every score.
+        candidates_BL: bool; False at special tokens and padding.
+        sequence_id_B: int64, the row's stable id.
+        epoch_B: int64, how often the row was visited before.
+        continues_BL: bool, the tokens that continue the word before them; needed for the word unit.
+        progress_B: float64, how far the run is at each row, 0 to 1; without it warm-up and ramp are over.
+
+    Returns:
+        positions_BK: int64, ascending; a row with fewer than K ends in ``IGNORED``.
+    """
+    L = candidates_BL.shape[1]
+    K = min(policy.positions(L), L)
+    if policy.unit == "token":
+        continues_BL = None
+    elif continues_BL is None:
+        raise ValueError("the word unit needs continues_BL: which tokens continue a word")
+    masked_B1 = count(policy.ratio, candidates_BL, K)
+    position_L = torch.arange(L, device=candidates_BL.device)
+    noise_BL = noise(policy.seed, SELECTION, epoch_B, sequence_id_B, position_L)
+    share_B = torch.full_like(sequence_id_B, policy.hard_share, dtype=torch.float64)
+    hard_B1 = ((share_B if progress_B is None else policy.share_at(progress_B))[:, None] * masked_B1).round()
+    chosen_BL = _first(noise_BL, noise_BL, candidates_BL, masked_B1 - hard_B1, continues_BL)
+    if not policy.uniform:
+        score_BL, gumbel_BL = score_BL.double().nan_to_num(nan=-torch.inf), None
+        if policy.temperature:
+            uniform_BL = noise(policy.seed, HARD, epoch_B, sequence_id_B, position_L)
+            gumbel_BL = -policy.temperature * (-uniform_BL.log()).log()
+        left_BL, left_B1 = candidates_BL & ~chosen_BL, masked_B1 - chosen_BL.sum(1, keepdim=True)
+        chosen_BL = chosen_BL | _first(score_BL, noise_BL, left_BL, left_B1, continues_BL, gumbel_BL)
+    return _slots(chosen_BL, K)
+
+
+def is_highest(score_BK: Tensor, real_BK: Tensor, count_B1: Tensor) -> Tensor:
+    """Bool: the ``count_B1`` highest scores of each row among the real ones, ties by position. NaN comes last."""
+    order_BK = _descending(score_BK.double().nan_to_num(nan=-torch.inf), real_BK)
+    return real_BK & (_place(order_BK) < count_B1)
+
+
+def highest(score_BK: Tensor, real_BK: Tensor, count_B1: Tensor, size: int) -> Tensor:
+    """The slots of ``is_highest`` [B, size], ascending; a row with fewer ends in ``IGNORED``."""
+    return _slots(is_highest(score_BK, real_BK, count_B1), size)
+
+
+def count(ratio: float, candidates_BL: Tensor, most: int) -> Tensor:
+    """max(1, round(ratio · c)) of a row with c candidates, at most ``most``; float64, to round as Python does."""
+    count_B1 = candidates_BL.sum(1, keepdim=True).double()
+    return (ratio * count_B1).round().clamp(min=1, max=most).minimum(count_B1)
+
+
+def _slots(chosen_BL: Tensor, size: int) -> Tensor:
+    """The positions of what is chosen [B, size], ascending, then ``IGNORED``."""
+    position_L = torch.arange(chosen_BL.shape[1], device=chosen_BL.device)
+    slot_BL = torch.where(chosen_BL, chosen_BL.cumsum(1) - 1, size)  # what is not chosen goes to one more, cut off
+    slots_BK = torch.full((len(slot_BL), size + 1), IGNORED, device=slot_BL.device)
+    return slots_BK.scatter(1, slot_BL, position_L.expand_as(slot_BL))[:, :size]
+
+
+def take(values_BK: Tensor, slots_BP: Tensor, ignored: int) -> Tensor:
+    """The values of some slots [B, P], ``ignored`` where a slot is ``IGNORED``."""
+    return values_BK.gather(1, slots_BP.clamp_min(0)).masked_fill(slots_BP == IGNORED, ignored)
+
+
+def _first(
+    score_BL: Tensor,
+    noise_BL: Tensor,
+    candidates_BL: Tensor,
+    count_B1: Tensor,
+    continues_BL: Tensor | None,
+    gumbel_BL: Tensor | None = None,
+) -> Tensor:
+    """The first ``count_B1`` candidates by score, ties by noise, then by position; bool [B, L].
+
+    With ``gumbel_BL`` by rank of the score within the row plus that. By words: word after word in the order of the mean
+    score of its pieces, with the noise at its first piece, each that still fits; then single pieces in their own order.
+    """
+
+    def order(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+        if gumbel_BL is not None:
+            score_BL = _rank_share(score_BL, candidates_BL) + gumbel_BL
+        by_noise_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
+        key_BL, candidates_BL = score_BL.gather(1, by_noise_BL), candidates_BL.gather(1, by_noise_BL)
+        return by_noise_BL.gather(1, _descending(key_BL, candidates_BL))
+
+    taken_BL = torch.zeros_like(candidates_BL)
+    if continues_BL is not None:
+        head_BL = word_heads(candidates_BL, continues_BL)
+        size_BL, mean_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)
+        if score_BL is noise_BL:  # words are drawn by one number each
+            mean_BL = noise_BL
+        order_BL = order(mean_BL, size_BL > 0)
+        fits_BL = take_while_it_fits(size_BL.gather(1, order_BL), count_B1)
+        heads_taken_BL = torch.zeros_like(taken_BL).scatter(1, order_BL, fits_BL)
+        taken_BL = candidates_BL & heads_taken_BL.gather(1, head_BL)
+        count_B1 = count_B1 - taken_BL.sum(1, keepdim=True)
+        candidates_BL = candidates_BL & ~taken_BL
+    return taken_BL | (candidates_BL & (_place(order(score_BL, candidates_BL)) < count_B1))
+
+
+def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    """The rank of each candidate's score among those of its row as a share of them, in (0, 1]; ties at their mean."""
+    values_BL = score_BL.double().masked_fill(~candidates_BL, torch.inf).contiguous()
+    sorted_BL = values_BL.sort(dim=1).values
+    below_BL, upto_BL = torch.searchsorted(sorted_BL, values_BL), torch.searchsorted(sorted_BL, values_BL, right=True)
+    return (below_BL + upto_BL + 1) / 2 / candidates_BL.sum(1, keepdim=True).clamp_min(1)
+
+
+def _descending(key_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    """Positions of the candidates by key, ties by position; all others come last."""
+    lowest = torch.finfo(key_BL.dtype).min  # a candidate's, however low
+    return key_BL.clamp_min(lowest).masked_fill(~candidates_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
+
+
+def _place(order_BL: Tensor) -> Tensor:
+    """The place of each position in an order."""
+    place_BL = torch.arange(order_BL.shape[1], device=order_BL.device).expand_as(order_BL)
+    return torch.empty_like(order_BL).scatter(1, order_BL, place_BL)

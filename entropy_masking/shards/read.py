@@ -1,0 +1,130 @@
+"""Rows of shards and of targets as arrays and tensors.
+
+Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from entropy_masking.errors import RunError
+from entropy_masking.shards import masks
+from entropy_masking.shards.manifests import Manifest, ShardEntry, read_table
+from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What of a shard is read: no more than a run uses. ``temperature``: at which the top k are to be known."""
+
+    entropy: bool = False
+    top_k: bool = False
+    temperature: float = 1.0
+    surprisal: bool = False
+
+    def names(self) -> list[str]:
+        columns = ["sequence_id", "input_ids"] + ["entropy"] * self.entropy + ["surprisal"] * self.surprisal
+        if self.top_k:
+            columns += TOP_K_COLUMNS
+            columns += [temperature_column(self.temperature)] * (self.temperature != 1)
+        return columns
+
+
+Rows = dict[str, np.ndarray]
+
+
+def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_groups: list[int] | None = None) -> Rows:
+    """Rows of a shard: sequence_id [N]; input_ids, entropy, surprisal, temperature_lse [N, L]; topk_* [N, L, k].
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    table = _table(manifest, entry, columns.names(), row_groups)
+    length = manifest.sequence_length
+    rows: Rows = {"sequence_id": table["sequence_id"].to_numpy()}
+    for name in columns.names()[1:]:
+        if name in TOP_K_COLUMNS:
+            rows[name] = column_2d(table, name, length * manifest.top_k).reshape(-1, length, manifest.top_k)
+        elif name == temperature_column(columns.temperature):
+            rows["temperature_lse"] = column_2d(table, name, length)
+        else:
+            rows[name] = column_2d(table, name, length)
+    return rows
+
+
+def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: int) -> Rows:
+    """One row group of a shard.
+
+    Raises:
+        RunError: it cannot be read, or is not what the manifest says: files may change under a run.
+    """
+    rows = read_rows(manifest, entry, columns, [block])
+    expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
+    if not np.array_equal(rows["sequence_id"], (entry.index << 32) + expected):
+        raise RunError(
+            f"{manifest.shard_uri(entry)} does not hold the rows that its manifest says; "
+            "pipeline/verify.py says what is wrong with it"
+        )
+    return rows
+
+
+def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: int, variant: int, T: float) -> Rows:
+    """What a teacher says of one variant of one row group of sequences (``entropy_masking.shards.masks``).
+
+    Args:
+        targets: manifest of a target directory, and ``entry`` its shard.
+        sequences: the rows of the row group ``block``.
+        T: temperature at which the top k are to be known.
+
+    Returns:
+        planned_positions [N, K] (``NO_POSITION`` where a row hides fewer), input_crc32 [N], teacher_ids and
+        teacher_logprobs [N, K, k], and with T ≠ 1 temperature_lse [N, K].
+
+    Raises:
+        RunError: the file cannot be read, or holds other rows.
+    """
+    assert targets.masks
+    K, variants, lse = targets.masks["positions"], targets.masks["variants"], [T] if T != 1 else []
+    columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
+    table = _table(targets, entry, columns, [masks.row_group(block, variant, variants)])
+    rows = masks.rows_of(table, K)
+    if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
+        raise RunError(f"{targets.shard_uri(entry)} does not hold the rows that its manifest says; make it anew")
+    found = masks.targets_of(table, K, targets.top_k, lse)
+    joined = {
+        "planned_positions": rows.positions_NK,
+        "input_crc32": rows.crc32_N,
+        "teacher_ids": found.topk_ids_NKT,
+        "teacher_logprobs": found.topk_logprobs_NKT,
+    }
+    return joined if T == 1 else joined | {"temperature_lse": found.temperature_lse_NK[T]}
+
+
+def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups: list[int] | None) -> pa.Table:
+    try:
+        return read_table(manifest, entry, columns, row_groups)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"cannot read {manifest.shard_uri(entry)} ({reason}); pipeline/verify.py says what is wrong with it"
+        ) from None
+
+
+def to_tensors(rows: Rows) -> dict[str, Tensor]:
+    """Integers as int64, floats as float32: what torch computes with. The top k stay as they are stored.
+
+    Those are k times as many as the rest, and few of them will be wanted.
+    """
+    wide = {name: array for name, array in rows.items() if name not in TOP_K_COLUMNS}
+    tensors = {
+        name: torch.from_numpy(array.astype(np.int64 if array.dtype.kind in "iu" else np.float32))
+        for name, array in wide.items()
+    }
+    return tensors | {
+        name: torch.from_numpy(np.require(rows[name], requirements="W")) for name in TOP_K_COLUMNS if name in rows
+    }
