@@ -23,6 +23,7 @@ from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_config, load_masked_lm, max_length
+from entropy_masking.models.masked_lm import with_masked_positions
 from glue.batches import Tokens
 from glue.tasks import find_file, read_file
 
@@ -33,7 +34,6 @@ TEXTS = ["sentence_good", "sentence_bad"]
 COLUMNS = ["UID", "field", "pairID", *TEXTS]
 BATCH_TOKENS = 2048
 CHANCE = 50.0  # percent: what a model scores that prefers either sentence at random
-SAME = 1e-3  # of the largest logit: narrowing the head changes no logit by more
 
 
 @dataclass(frozen=True)
@@ -188,19 +188,20 @@ def score(
         advance: told how many of the 2N are done, as they are.
 
     Raises:
-        RunError: a sentence is too long for the model, its head cannot run at one position, or a score is not finite.
+        UsageError: the model gives no logits for each token.
+        RunError: a sentence is too long for the model, or a score is not finite.
     """
     tokens, (rows_I, places_I) = sentences.tokens, sentences.inputs
     longest = int(tokens.lengths.max())
     if longest > (max_length(load_config(directory)) or longest):
         raise RunError(f"a sentence of BLiMP has {longest} tokens, more than {directory} has positions for")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = Narrowed(load_masked_lm(directory).eval().to(device))
+    model = with_masked_positions(load_masked_lm(directory).eval().to(device))
     scores_I = np.empty(len(places_I), np.float64)
     done = 0
     for batch_B in batches(tokens.lengths[rows_I], batch_tokens):
         inputs, position_B, target_B = masked_batch(sentences, batch_B)
-        scores_I[batch_B] = model.log_probabilities(inputs, position_B, target_B).cpu().numpy()
+        scores_I[batch_B] = log_probabilities(model, inputs, position_B, target_B).cpu().numpy()
         # in sentences, of which the first batches hold the shortest
         before, done = done, (int(batch_B[-1]) + 1) * len(sentences.numbers) // len(places_I)
         advance(done - before)
@@ -235,64 +236,14 @@ def masked_batch(sentences: Sentences, batch_B: np.ndarray) -> tuple[dict[str, T
     return inputs, position_B, torch.from_numpy(sentences.tokens.ids[places_B].astype(np.int64))
 
 
-class Narrowed:
-    """A masked LM whose head runs at one position of each row: over a whole vocabulary it costs more than the encoder.
-
-    A hook narrows the encoder's output, so that the model's own head does the rest. The first batch is also scored with
-    the whole head, to see that this changes nothing.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.position_B: Tensor | None = None
-        self.tried = False
-        model.base_model.register_forward_hook(self._narrow)
-
-    def _narrow(self, module: Any, args: Any, output: Any) -> Any:
-        if self.position_B is not None:
-            rows_B = torch.arange(len(self.position_B), device=self.position_B.device)
-            output.last_hidden_state = output.last_hidden_state[rows_B, self.position_B][:, None]
-        return output
-
-    def log_probabilities(self, inputs: dict[str, Tensor], position_B: Tensor, target_B: Tensor) -> Tensor:
-        """Of the targets at their positions [B], float32.
-
-        Raises:
-            RunError: the head needs whole sequences.
-        """
-        inputs = {name: tensor_BL.to(self.model.device) for name, tensor_BL in inputs.items()}
-        position_B, target_B = position_B.to(self.model.device), target_B.to(self.model.device)
-        if not self.tried:
-            self._try(inputs, position_B)
-        logits_BV = self._logits(inputs, position_B)[:, 0]
-        target_B1, highest_B1 = logits_BV.gather(1, target_B[:, None]), logits_BV.amax(1, keepdim=True)
-        # in place: logsumexp would fill another tensor of this size, and takes as long as the small models' encoder
-        return (target_B1 - highest_B1)[:, 0] - logits_BV.sub_(highest_B1).exp_().sum(1).log()
-
-    def _logits(self, inputs: dict[str, Tensor], position_B: Tensor | None) -> Tensor:
-        self.position_B = position_B
-        try:
-            return self.model(**inputs).logits.float()
-        finally:
-            self.position_B = None
-
-    def _try(self, inputs: dict[str, Tensor], position_B: Tensor) -> None:
-        few = {name: tensor_BL[:8] for name, tensor_BL in inputs.items()}
-        whole_BLV, rows_B = self._logits(few, None), torch.arange(len(position_B[:8]), device=position_B.device)
-        expected_BV = whole_BLV[rows_B, position_B[:8]]
-        if not expected_BV.isfinite().all():
-            raise RunError("the logits are not finite; the model has diverged")
-        try:
-            found_BLV = self._logits(few, position_B[:8])
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            found_BLV = whole_BLV.new_empty(0)
-        nearly = SAME * float(expected_BV.abs().max())
-        same = found_BLV.shape == (len(expected_BV), 1, expected_BV.shape[1]) and torch.allclose(
-            found_BLV[:, 0], expected_BV, rtol=0, atol=nearly
-        )
-        if not same:
-            raise RunError(f"the head of {type(self.model).__name__} needs whole sequences, so it cannot score BLiMP")
-        self.tried = True
+def log_probabilities(model: Any, inputs: dict[str, Tensor], position_B: Tensor, target_B: Tensor) -> Tensor:
+    """Of the targets at their positions [B], float32."""
+    inputs = {name: tensor_BL.to(model.device) for name, tensor_BL in inputs.items()}
+    position_B, target_B = position_B.to(model.device), target_B.to(model.device)
+    logits_BV = model(**inputs, positions_BP=position_B[:, None])["logits"][:, 0].float()
+    target_B1, highest_B1 = logits_BV.gather(1, target_B[:, None]), logits_BV.amax(1, keepdim=True)
+    # in place: logsumexp would fill another tensor of this size, and takes as long as the small models' encoder
+    return (target_B1 - highest_B1)[:, 0] - logits_BV.sub_(highest_B1).exp_().sum(1).log()
 
 
 def result(pairs: Pairs, scores: np.ndarray) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
     cases: list[tuple[list[object], str]] = [
         ([], "needs --data: a directory with blimp/blimp.parquet"),
         (["--data", "hub"], "it is not read from hub"),
-        (["--data", tmp_path / "nothing"], "there is no directory .*nothing/blimp"),
+        (["--data", tmp_path / "nothing"], "nothing has no directory blimp; put blimp.parquet in"),
         (["--data", tmp_path / "bare"], "bare/blimp has no blimp as .parquet"),
         (holding("column", good.drop("field")), "has no column 'field', only"),
         (holding("empty", good.clear()), "has no rows"),
@@ -334,7 +334,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
 def test_what_cannot_be_scored_fails(
     checkpoints: dict[str, Path], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sentence without positions, a model that has diverged, a head that mixes positions."""
+    """A sentence without positions, and a model that has diverged; a head that mixes positions runs at all of them."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
     long = pl.DataFrame({"sentence_good": [" ".join(words)], "sentence_bad": [words[0]]})
     with pytest.raises(RunError, match=r"a sentence of BLiMP has .* tokens, more than .*bert has positions for"):
@@ -344,8 +344,11 @@ def test_what_cannot_be_scored_fails(
     model = AutoModelForMaskedLM.from_pretrained(checkpoints["bert"])
     handle = model.cls.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
     monkeypatch.setattr(glue.blimp, "load_masked_lm", lambda directory: model)
-    with pytest.raises(RunError, match="the head of BertForMaskedLM needs whole sequences"):
-        blimp.score(checkpoints["bert"], sentences)
+    found_2N, expected_U = blimp.score(checkpoints["bert"], sentences), np.zeros(len(sentences.tokens))
+    for number, row in enumerate(sentences.inputs[0]):
+        inputs, (position,), (target,) = blimp.masked_batch(sentences, np.array([number]))
+        expected_U[row] += float(model(**inputs).logits[0, position].log_softmax(-1)[target].detach())
+    assert found_2N == pytest.approx(expected_U[sentences.numbers], abs=1e-4)
     handle.remove()
     model.cls.predictions.bias.data[0] = torch.nan
     with pytest.raises(RunError, match="not finite"):

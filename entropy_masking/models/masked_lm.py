@@ -1,7 +1,7 @@
 """Any masked LM with its head at the masked positions only.
 
-Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, M measured ones, H width, V vocabulary, T tokens
-that a teacher names.
+Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, M measured ones, H width, V vocabulary,
+T tokens that a teacher names.
 """
 
 from __future__ import annotations
