@@ -30,13 +30,14 @@ SMALLER = {
     "glue/run.py": "--epochs 1 --limit-train 8 --max-length 32",
     "glue/compare.py": "",
 }
+PACKAGES = ("entropy_masking", "pipeline", "train", "glue")
 
 
 @pytest.fixture(scope="module")
 def home(work: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README's reader has: the project, texts, a teacher, GLUE."""
     root = tmp_path_factory.mktemp("home")
-    for name in ("pipeline", "train", "glue"):
+    for name in PACKAGES:
         (root / name).symlink_to(ROOT / name)
     (root / "texts").mkdir()
     shutil.copy(work / "corpus.jsonl", root / "texts" / "a.jsonl")
@@ -62,10 +63,10 @@ def test_the_commands_are_those_that_are_tested_here() -> None:
     assert "make test\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_tree_names_every_file() -> None:
-    listed = set(re.findall(r"^((?:pipeline|train|glue)/\w+\.py)  ", README, re.M))
-    folders = [ROOT / name for name in ("pipeline", "train", "glue")]
-    assert listed == {str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("[!_]*.py")}
+def test_the_code_tour_names_every_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = set(re.findall(rf"^((?:{'|'.join(PACKAGES)})/[\w/]+\.py)  ", text, re.M))
+    assert listed == {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("[!_]*.py")}
 
 
 def test_on_your_own_text(home: Path) -> None:

@@ -179,7 +179,7 @@ def _lost_loader(error: Exception) -> bool:
 def last_line(error: Exception) -> str:
     """What an error says, which came from another process with a traceback, without that."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip().removeprefix("entropy_masking.commands.console.RunError: ")
+    return lines[-1].strip().removeprefix(f"{RunError.__module__}.RunError: ")
 
 
 def heed_parent_only(worker: int) -> None:
