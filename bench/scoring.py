@@ -196,11 +196,11 @@ def prepare(teacher: Teacher, ids_NL: np.ndarray) -> list[tuple[Tensor, tuple[Te
 @torch.inference_mode()
 def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> None:
     """Encoder forwards, and the head on each scored position once; the logits are thrown away."""
-    for ids_RL, teacher._select in batches:
+    for ids_RL, select in batches:
         with autocast(teacher):
-            features_NH = teacher.model(input_ids=ids_RL).logits
+            features_NH = teacher.masked_lm.features(ids_RL, None, select)
         for chunk_CH in features_NH.split(teacher._chunk):
-            teacher._project(chunk_CH)
+            teacher._project(chunk_CH, teacher.projection.bias)
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def train_once(args: argparse.Namespace) -> dict[str, Any]:
         "whole": clock.whole,
         "peak_bytes": peak,
         "flops": training_flops(
-            *forward_flops(build_student(args.model, manifest, seed=0), manifest.sequence_length),
+            *forward_flops(build_student(args.model, manifest, seed=0).masked_lm, manifest.sequence_length),
             sequences=args.batch,
             predicted=MaskPolicy().positions(manifest.sequence_length),
         ),

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.words import continuing_tokens
-from entropy_masking.models.checkpoints import load_config, load_masked_lm, max_length
-from entropy_masking.models.masked_lm import with_masked_positions
+from entropy_masking.models.checkpoints import load_config, load_masked_lm
+from entropy_masking.models.masked_lm import MaskedLM
 from glue.batches import Tokens
 from glue.tasks import find_file, read_file
 
@@ -192,11 +192,12 @@ def score(
         RunError: a sentence is too long for the model, or a score is not finite.
     """
     tokens, (rows_I, places_I) = sentences.tokens, sentences.inputs
-    longest = int(tokens.lengths.max())
-    if longest > (max_length(load_config(directory)) or longest):
-        raise RunError(f"a sentence of BLiMP has {longest} tokens, more than {directory} has positions for")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = with_masked_positions(load_masked_lm(directory).eval().to(device))
+    try:
+        model = MaskedLM(load_masked_lm(directory).eval(), int(tokens.lengths.max()), str(directory))
+    except UsageError as error:
+        raise RunError(f"the longest sentence of BLiMP cannot be scored: {error}") from None
+    model.model.to(device)
     scores_I = np.empty(len(places_I), np.float64)
     done = 0
     for batch_B in batches(tokens.lengths[rows_I], batch_tokens):
@@ -236,11 +237,12 @@ def masked_batch(sentences: Sentences, batch_B: np.ndarray) -> tuple[dict[str, T
     return inputs, position_B, torch.from_numpy(sentences.tokens.ids[places_B].astype(np.int64))
 
 
-def log_probabilities(model: Any, inputs: dict[str, Tensor], position_B: Tensor, target_B: Tensor) -> Tensor:
+def log_probabilities(model: MaskedLM, inputs: dict[str, Tensor], position_B: Tensor, target_B: Tensor) -> Tensor:
     """Of the targets at their positions [B], float32."""
-    inputs = {name: tensor_BL.to(model.device) for name, tensor_BL in inputs.items()}
-    position_B, target_B = position_B.to(model.device), target_B.to(model.device)
-    logits_BV = model(**inputs, positions_BP=position_B[:, None])["logits"][:, 0].float()
+    device = model.model.device
+    ids_BL, attention_BL = (inputs[name].to(device) for name in ("input_ids", "attention_mask"))
+    position_B, target_B = position_B.to(device), target_B.to(device)
+    logits_BV = model.logits(ids_BL, attention_BL, (torch.arange(len(position_B), device=device), position_B)).float()
     target_B1, highest_B1 = logits_BV.gather(1, target_B[:, None]), logits_BV.amax(1, keepdim=True)
     # in place: logsumexp would fill another tensor of this size, and takes as long as the small models' encoder
     return (target_B1 - highest_B1)[:, 0] - logits_BV.sub_(highest_B1).exp_().sum(1).log()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from entropy_masking.errors import RunError, UsageError
-from entropy_masking.models.checkpoints import load_config, max_length, safetensors_files
+from entropy_masking.models.checkpoints import load_config, safetensors_files
 from glue import metrics
 from glue.batches import TaskTokens, Tokens, batches_by_length, shuffled_batches
 from glue.protocols import RECIPE, Settings
@@ -60,15 +60,24 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, length: int
             f"{directory} is fine-tuned already ({tuned[0]}); every task starts from the pretrained model, "
             "RTE, MRPC and STS-B never from MNLI"
         )
-    longest = max_length(config) or length
-    if not 8 <= length <= longest:
-        raise UsageError(f"--max-length {length} must be between 8 and {longest}, the positions of {directory}")
     if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
         raise UsageError(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
             f"{config.vocab_size}; put the model's own tokenizer there"
         )
-    load_classifier(directory, GLUE["rte"], 0.0)
+    longest = positions(load_classifier(directory, GLUE["rte"], 0.0))
+    if not 8 <= length <= (longest or length):
+        raise UsageError(f"--max-length {length} must be between 8 and {longest}, the positions of {directory}")
+
+
+def positions(model: Any) -> int | None:
+    """Tokens of the longest sequence; RoBERTa's first positions, up to the padding's, are never used."""
+    embeddings = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and "position" in name
+    ]
+    return min(embeddings, default=getattr(model.config, "max_position_embeddings", None))
 
 
 def finetune(

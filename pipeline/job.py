@@ -15,12 +15,13 @@ from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import (
     load_config,
+    load_masked_lm,
     load_tokenizer,
     local_checkpoint,
-    max_length,
     resolve_dtype,
     weights_hash,
 )
+from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.manifests import Manifest
 from pipeline.corpus import Corpus
@@ -184,8 +185,6 @@ def sequence_length(asked: int | None, corpus: Corpus) -> int:
 def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """Refuse what does not fit together, from the teacher's configuration and tokenizer alone."""
     config = load_config(teacher, args.trust_remote_code)
-    if length > (longest := max_length(config) or length):
-        raise UsageError(f"--sequence-length {length} is more than the {longest} positions of {args.teacher}")
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens, but {args.teacher} only predicts {config.vocab_size}; "
@@ -200,6 +199,16 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
                 f"the tokenizer does not fit {args.teacher}, which was trained with another vocabulary; "
                 "use the teacher's own tokenizer"
             )
+
+
+def try_teacher(job: Job) -> None:
+    """Load the teacher and run it on sequences of the job's length. Raises UsageError: it cannot be used."""
+    if job.teacher:
+        MaskedLM(
+            load_masked_lm(local_checkpoint(job.teacher), job.trust_remote_code).eval(),
+            job.manifest.sequence_length,
+            job.teacher,
+        )
 
 
 def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:

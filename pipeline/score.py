@@ -25,12 +25,11 @@ import psutil
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
-from entropy_masking.models.checkpoints import load_masked_lm, local_checkpoint
 from entropy_masking.shards import commit, masks, parquet
 from entropy_masking.shards.parquet import shard_file
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus import Corpus, plan_corpus
-from pipeline.job import Job, choose_tokenizer, describe
+from pipeline.job import Job, choose_tokenizer, describe, try_teacher
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,17 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = describe(args, corpus, tokenizer)
     commit.claim_directory(job.output, job.manifest.fingerprint, len(corpus.shards), write=not args.dry_run)
-    if job.teacher and args.dry_run:
-        load_masked_lm(local_checkpoint(job.teacher), job.trust_remote_code)
     if args.dry_run:
+        try_teacher(job)
         print_plan(job, corpus)
         return
     records = commit.done_records(job.output, len(corpus.shards), job.manifest.fingerprint_hash)
     todo = [(index, pieces) for index, pieces in enumerate(corpus.shards) if pieces and index not in records]
     failed: dict[int, str] = {}
     if todo:
-        if job.teacher:
-            load_masked_lm(local_checkpoint(job.teacher), job.trust_remote_code)  # fails here, before there are workers
+        try_teacher(job)  # fails here, before there are workers
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
         run = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)

@@ -11,15 +11,13 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.compiler import set_stance
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from entropy_masking import entropy
-from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import load_masked_lm
+from entropy_masking.models.flops import forward_flops
+from entropy_masking.models.masked_lm import MaskedLM, Select
 from entropy_masking.shards.manifests import Manifest
 from entropy_masking.shards.masks import Targets
 from entropy_masking.shards.parquet import Scores
@@ -48,6 +46,7 @@ class Teacher:
         batch_tokens: tokens in one forward.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         compile: compile the encoder and the reduction with ``torch.compile``.
+        length: tokens of a sequence, on which the model is tried out.
 
     Attributes:
         forward_seconds, flops: spent so far in forwards (encoder, head and reduction); multiplications and additions of
@@ -71,19 +70,21 @@ class Teacher:
         dtype: str = "float32",
         compile: bool = False,
         trust_remote_code: bool = False,
+        length: int = 128,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_masked_lm(directory, trust_remote_code).eval().to(self.device)
+        self.masked_lm = MaskedLM(load_masked_lm(directory, trust_remote_code).eval(), length, str(directory))
+        model = self.masked_lm.model.to(self.device)
         self.mask_id, self.pad_id = mask_id, pad_id
         self.special_ids, self.vocab_size = np.array(special_ids), vocab_size
         self.context, self.passes = context, passes if context == "masked" else 1
         self.top_k, self.batch_tokens, self.dtype = top_k, batch_tokens, DTYPES[dtype]
         self.temperatures = [t for t in temperatures if t != 1]
-        self.model, self.decoder = _cut_decoder(model)
-        self._weight_VH = self.decoder.weight.detach().to(self.dtype if self.device.type == "cuda" else torch.float32)
-        self._chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // self.decoder.out_features)
-        self._select: tuple[Tensor, Tensor] | None = None
-        model.base_model.register_forward_hook(self._keep_selected)
+        self.projection = self.masked_lm.projection
+        if self.projection is not None:
+            on_gpu = self.device.type == "cuda"
+            self._weight_VH = self.projection.weight.detach().to(self.dtype if on_gpu else torch.float32)
+        self._chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // model.config.vocab_size)
         self._reduce: Callable[..., entropy.Reduced] = entropy.score
         if compile:
             # the forward alone: what the hook selects differs from batch to batch
@@ -111,13 +112,8 @@ class Teacher:
             dtype=manifest.fingerprint["dtype"],
             compile=compile,
             trust_remote_code=trust_remote_code,
+            length=manifest.sequence_length,
         )
-
-    def _keep_selected(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the encoder: hand only the scored positions on to the head."""
-        if self._select is not None:
-            output.last_hidden_state = output.last_hidden_state[self._select]
-        return output
 
     def score(self, input_ids_NL: np.ndarray, batch_tokens: int | None = None) -> Scores:
         """Score N sequences of L tokens; special tokens and padding stay NaN (top-k: id 0, NaN).
@@ -205,7 +201,9 @@ class Teacher:
                 ready, pending = pending, None
             result = (ready[0], _fetch(ready[1])) if ready else None
             self.forward_seconds += time.monotonic() - started
-            encoder, head = self._flops_of(L)
+            if L not in self._flops:
+                self._flops[L] = forward_flops(self.masked_lm, L)
+            encoder, head = self._flops[L]
             self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head
             if result:
                 yield result
@@ -225,12 +223,9 @@ class Teacher:
         padding_RL = ids_RL == self.pad_id
         attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
         targets_N = self._to_device(batch.targets)
-        self._select = self._to_device(batch.rows), self._to_device(batch.columns)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features_NH = self.model(input_ids=ids, attention_mask=attention).logits
+        select = self._to_device(batch.rows), self._to_device(batch.columns)
         parts = []
-        for start in range(0, len(targets_N), self._chunk):
-            logits_CV = self._project(features_NH[start : start + self._chunk])
+        for start, logits_CV in self._logits(ids, attention, select):
             targets_C = targets_N[start : start + self._chunk]
             if missing := (self._chunk - len(targets_C)) * self.compiled:
                 logits_CV, targets_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(targets_C, (0, missing))
@@ -238,9 +233,25 @@ class Teacher:
             parts.append(entropy.Reduced(*(column[: len(targets_N) - start] for column in reduced)))
         return parts
 
-    def _project(self, features_CH: Tensor) -> Tensor:
+    def _logits(self, ids_RL: Tensor, attention_RL: Tensor | None, select: Select) -> Iterator[tuple[int, Tensor]]:
+        """(start, float32 logits over the tokenizer's vocabulary) of chunks of the chosen positions."""
+        rows_N, columns_N = select
+        if self.projection is None:  # without autocast: the model would emit halves, which tie in the top k
+            for start in range(0, len(rows_N), self._chunk):
+                rows_C, columns_C = rows_N[start : start + self._chunk], columns_N[start : start + self._chunk]
+                first, last = int(rows_C[0]), int(rows_C[-1]) + 1  # the rows ascend
+                attention = None if attention_RL is None else attention_RL[first:last]
+                logits_CV = self.masked_lm.logits(ids_RL[first:last], attention, (rows_C - first, columns_C))
+                yield start, logits_CV[:, : self.vocab_size].float()
+            return
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features_NH = self.masked_lm.features(ids_RL, attention_RL, select)
+        for start in range(0, len(rows_N), self._chunk):
+            yield start, self._project(features_NH[start : start + self._chunk], self.projection.bias)
+
+    def _project(self, features_CH: Tensor, bias_V: Tensor | None) -> Tensor:
         """float32 logits of a chunk over the tokenizer's vocabulary."""
-        weight_VH, bias_V = self._weight_VH[: self.vocab_size], self.decoder.bias
+        weight_VH = self._weight_VH[: self.vocab_size]
         if weight_VH.dtype == torch.float32:
             with _bfloat16_products(self.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
                 logits_CV = F.linear(features_CH.float(), weight_VH)
@@ -251,22 +262,6 @@ class Teacher:
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
-
-    @torch.inference_mode()
-    def _flops_of(self, L: int) -> tuple[int, int]:
-        """Floating-point operations of (encoder on a sequence of L, head on a position), as torch counts them."""
-        if L not in self._flops:
-            ids_1L = torch.full((1, L), self.mask_id, device=self.device)
-            counts = []
-            for positions in (1, 2):
-                columns = torch.arange(positions, device=self.device)
-                self._select = torch.zeros_like(columns), columns
-                # attention as plain products: torch counts those on any device
-                with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                    self._project(self.model(input_ids=ids_1L).logits)
-                counts.append(counter.get_total_flops())
-            self._flops[L] = 2 * counts[0] - counts[1], counts[1] - counts[0]
-        return self._flops[L]
 
 
 Place = tuple[np.ndarray, np.ndarray]
@@ -311,13 +306,3 @@ def _fetch(parts: list[entropy.Reduced]) -> Any:
     """``Reduced`` of the chunks of a batch put together, with numpy arrays in place of tensors."""
     columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
     return entropy.Reduced(*columns)
-
-
-def _cut_decoder(model: Any) -> tuple[nn.Module, nn.Linear]:
-    """Take the vocabulary projection out of a masked LM, so that its ``logits`` are the projection's inputs."""
-    decoder = model.get_output_embeddings()
-    if decoder is None or model.base_model is model:
-        raise UsageError(f"{type(model).__name__} is not an encoder with an MLM head on top; use another teacher")
-    name = next(name for name, module in model.named_modules() if module is decoder)
-    model.set_submodule(name, nn.Identity())
-    return model, decoder

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from entropy_masking.models.flops import forward_flops, training_flops
-from entropy_masking.models.masked_lm import student_scores, with_masked_positions
+from entropy_masking.models.masked_positions import student_scores, with_masked_positions
 from train import watch
 from train.watch import MOST_POINTS, ProgressReport, curve
 
@@ -31,7 +31,7 @@ MODERN = ModernBertConfig(
 
 @pytest.fixture(scope="module")
 def student() -> BertForMaskedLM:
-    return with_masked_positions(BertForMaskedLM(BERT))
+    return with_masked_positions(BertForMaskedLM(BERT), L)
 
 
 def count(model: BertForMaskedLM, extra: str | None) -> int:
@@ -50,19 +50,19 @@ def count(model: BertForMaskedLM, extra: str | None) -> int:
 @pytest.mark.parametrize("extra", [None, "fresh", "chosen"])
 def test_a_step_costs_what_torch_counts(student: BertForMaskedLM, extra: str | None) -> None:
     predicted = {"fresh": {"predicted": K, "fresh": B, "length": L}, "chosen": {"predicted": P, "scored": K}}
-    expected = training_flops(*forward_flops(student, L), B, **predicted.get(extra or "", {"predicted": K}))
+    expected = training_flops(*forward_flops(student.masked_lm, L), B, **predicted.get(extra or "", {"predicted": K}))
     assert expected == pytest.approx(count(student, extra), rel=0.02)
 
 
 def test_of_another_architecture() -> None:
-    model = with_masked_positions(ModernBertForMaskedLM(MODERN))
-    expected = training_flops(*forward_flops(model, L), sequences=B, predicted=K)
+    model = with_masked_positions(ModernBertForMaskedLM(MODERN), L)
+    expected = training_flops(*forward_flops(model.masked_lm, L), sequences=B, predicted=K)
     assert expected == pytest.approx(count(model, None), rel=0.02)
 
 
 def test_a_forward_costs_what_the_formula_says(student: BertForMaskedLM) -> None:
     H, layers = BERT.hidden_size, BERT.num_hidden_layers
-    assert forward_flops(student, L) == (L * layers * (24 * H**2 + 4 * L * H), 2 * H**2 + 2 * H * V)
+    assert forward_flops(student.masked_lm, L) == (L * layers * (24 * H**2 + 4 * L * H), 2 * H**2 + 2 * H * V)
 
 
 def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:

@@ -53,7 +53,7 @@ def save_random_model(config: AutoConfig, directory: Path) -> Path:
 
 def teacher(directory: Path, **settings: object) -> Teacher:
     specials = {"mask_id": MASK, "pad_id": PAD, "special_ids": [PAD, UNK, CLS, SEP, MASK]}
-    defaults = specials | {"vocab_size": VOCAB, "top_k": TOP_K}
+    defaults = specials | {"vocab_size": VOCAB, "top_k": TOP_K, "length": LENGTH}
     return Teacher(directory, **(defaults | settings))
 
 

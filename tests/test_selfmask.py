@@ -19,7 +19,7 @@ from transformers import BertConfig
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.type_means import MOST_COUNTED, TypeMeans
-from entropy_masking.models.masked_lm import MEASURED_EVERY
+from entropy_masking.models.masked_positions import MEASURED_EVERY
 from entropy_masking.shards.manifests import read_manifest
 from train.trainer import MaskedLMTrainer
 from train.watch import LEAST_RISE, CollapseWatch, type_concentration

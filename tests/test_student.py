@@ -22,8 +22,9 @@ from entropy_masking.losses import distillation
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
-from entropy_masking.models.masked_lm import MEASURED_EVERY, student_scores, with_masked_positions
+from entropy_masking.models.masked_positions import MEASURED_EVERY, student_scores, with_masked_positions
 from entropy_masking.shards.manifests import read_manifest
+from train.student import build_student
 
 ROWS, TOP = 6, 5
 OTHERS = {
@@ -106,8 +107,8 @@ def model_of(name: str) -> torch.nn.Module:
 )
 def test_sparse_head_equals_full_head(name: str, alpha: float, T: float) -> None:
     plain = model_of(name)
-    sparse = with_masked_positions(copy.deepcopy(plain))
-    assert sparse.sparse_head == (name != "mixing")
+    sparse = with_masked_positions(copy.deepcopy(plain), LENGTH)
+    assert sparse.masked_lm.selective == (name != "mixing")
     batch = masked_batch(distil=True)
     if T == 1:
         del batch["temperature_lse_BP"]
@@ -137,7 +138,7 @@ def test_sparse_head_equals_full_head(name: str, alpha: float, T: float) -> None
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS, "mixing"])
 def test_without_positions_it_is_the_model_itself(name: str) -> None:
     plain = model_of(name)
-    sparse = with_masked_positions(copy.deepcopy(plain))
+    sparse = with_masked_positions(copy.deepcopy(plain), LENGTH)
     batch = masked_batch()
     sparse(**batch)
     ids, attention = batch["input_ids"], batch["attention_mask"]
@@ -148,7 +149,7 @@ def test_without_positions_it_is_the_model_itself(name: str) -> None:
 
 
 def test_a_failed_forward_leaves_no_positions_behind() -> None:
-    sparse = with_masked_positions(model_of("bert"))
+    sparse = with_masked_positions(model_of("bert"), LENGTH)
     batch = masked_batch()
     with pytest.raises(IndexError):
         sparse(**(batch | {"input_ids": batch["input_ids"] + VOCAB}))
@@ -160,9 +161,11 @@ def test_a_failed_forward_leaves_no_positions_behind() -> None:
 def test_student_scores_are_those_of_the_plain_forward(
     monkeypatch: pytest.MonkeyPatch, name: str, positions_at_a_time: int
 ) -> None:
-    monkeypatch.setattr("entropy_masking.models.masked_lm.LOGITS_PER_CHUNK", {"cpu": positions_at_a_time * VOCAB})
+    monkeypatch.setattr(
+        "entropy_masking.models.masked_positions.LOGITS_PER_CHUNK", {"cpu": positions_at_a_time * VOCAB}
+    )
     plain = model_of(name)
-    student = with_masked_positions(copy.deepcopy(plain)).train()
+    student = with_masked_positions(copy.deepcopy(plain), LENGTH).train()
     ids_BL = torch.from_numpy(sequences(ROWS).astype("int64"))
     attention_BL = (ids_BL != PAD).long()
     found = student_scores(student, ids_BL, attention_BL)
@@ -202,8 +205,8 @@ def highest(score_K: Tensor, real_K: Tensor, count: int) -> list[int]:
 def test_the_student_predicts_what_it_chooses(name: str, by: str) -> None:
     """Positions, loss and gradients are those of the full head at the highest scores alone."""
     plain = model_of(name)
-    student, batch, alpha, T = with_masked_positions(copy.deepcopy(plain)), choosing_batch(), 0.4, 2.0
-    assert student.parted_head == (name not in ("esm", "mixing"))
+    student, batch, alpha, T = with_masked_positions(copy.deepcopy(plain), LENGTH), choosing_batch(), 0.4, 2.0
+    assert (student.masked_lm.projection is None) == (name in ("esm", "mixing"))
     P = int(batch["predicted_B1"].max())
     losses = {"distill_weight": alpha, "distill_temperature": T}
     found = student(**batch, **losses, predict_by=by, predictions=P, measure=True)
@@ -236,7 +239,7 @@ def test_the_student_predicts_what_it_chooses(name: str, by: str) -> None:
 def test_a_share_of_the_predicted_positions_is_distilled(name: str, share: float, T: float) -> None:
     """Those of the student's highest entropies, at least one a row; the others have the cross-entropy alone."""
     plain = model_of(name)
-    student, batch, alpha = with_masked_positions(copy.deepcopy(plain)), masked_batch(distil=True), 0.4
+    student, batch, alpha = with_masked_positions(copy.deepcopy(plain), LENGTH), masked_batch(distil=True), 0.4
     if T == 1:
         del batch["temperature_lse_BP"]
     losses = {"distill_weight": alpha, "distill_temperature": T, "distill_share": share}
@@ -267,7 +270,7 @@ def test_a_share_of_the_predicted_positions_is_distilled(name: str, share: float
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS, "mixing"])
 def test_measuring_beside_training_changes_neither_loss_nor_gradients(name: str) -> None:
-    alone, beside, plain = (with_masked_positions(model_of(name)) for _ in range(3))
+    alone, beside, plain = (with_masked_positions(model_of(name), LENGTH) for _ in range(3))
     batch = masked_batch()
     expected, found = alone(**batch), beside(**batch, measure=True)
     assert torch.equal(found["loss"], expected["loss"])
@@ -283,15 +286,27 @@ def test_measuring_beside_training_changes_neither_loss_nor_gradients(name: str)
         assert theirs.grad is None or torch.equal(ours.grad, theirs.grad)
 
 
-def test_a_head_that_needs_whole_sequences_is_told(capsys: pytest.CaptureFixture) -> None:
-    with_masked_positions(model_of("bert").train())
+def test_the_trial_leaves_a_model_as_it_was() -> None:
+    for name in ("bert", "mixing"):
+        plain = model_of(name).train()
+        before, state = copy.deepcopy(plain.state_dict()), torch.get_rng_state()
+        student = with_masked_positions(plain, LENGTH)
+        assert student.training and torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(student.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_head_that_needs_whole_sequences_is_told(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    manifest = read_manifest(str(scored))
+    config = BertConfig(**SMALL | {"vocab_size": manifest.vocab_size}, intermediate_size=64)
+    config.save_pretrained(tmp_path)
+    build_student(str(tmp_path / "config.json"), manifest, 0)
     assert capsys.readouterr().err == ""
-    plain = model_of("mixing").train()
-    state = torch.get_rng_state()
-    student = with_masked_positions(plain)
+    monkeypatch.setattr(AutoModelForMaskedLM, "from_config", Mixing)
+    build_student(str(tmp_path / "config.json"), manifest, 0)
     message = capsys.readouterr().err
     assert message == "the head of Mixing needs whole sequences, so it runs at every position: training is slower\n"
-    assert student.training and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_without_logits_for_each_token_is_refused() -> None:
@@ -300,7 +315,7 @@ def test_a_model_without_logits_for_each_token_is_refused() -> None:
             return MaskedLMOutput(logits=super().forward(*args, **others).logits.mean(1))
 
     with pytest.raises(UsageError, match=r"Pooled gives no logits for each token .*\[2, 211\]"):
-        with_masked_positions(Pooled(ARCHITECTURES["bert"]))
+        with_masked_positions(Pooled(ARCHITECTURES["bert"]), LENGTH)
 
 
 # --- through the command line ----------------------------------------------------------------------------------------

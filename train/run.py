@@ -194,7 +194,7 @@ def flops_of(student: Any, options: Options, args: TrainingArguments, policy: Ma
     if options.entropy_source == "self" and options.self_refresh == "step" and not policy.uniform:
         fresh = args.max_steps - math.ceil(policy.warmup * args.max_steps)
     return training_flops(
-        *forward_flops(student, length),
+        *forward_flops(student.masked_lm, length),
         sequences=args.max_steps * batch,
         predicted=min(policy.predictions(length), length),
         scored=min(policy.positions(length), length) if chosen_by_student else 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from entropy_masking.models.checkpoints import (
     load_masked_lm,
     load_tokenizer,
     local_checkpoint,
-    max_length,
     weights_hash,
 )
-from entropy_masking.models.masked_lm import with_masked_positions
+from entropy_masking.models.masked_positions import with_masked_positions
 from entropy_masking.shards.manifests import Manifest, special_ids, tokenizer_hash
 
 # layers and hidden size of Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962)
@@ -27,7 +27,7 @@ PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT 
 
 
 def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> Any:
-    """A masked LM whose head runs on masked positions only (see ``MaskedPositions``).
+    """A masked LM whose head runs on masked positions only (see ``models.masked_positions``).
 
     Args:
         name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint by
@@ -57,10 +57,14 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
             f"--model {name} has {model.config.vocab_size} tokens, the shards {manifest.vocab_size}; "
             "use shards made with the model's tokenizer"
         )
-    longest = max_length(model.config)
-    if longest and manifest.sequence_length > longest:
-        raise UsageError(f"the shards have {manifest.sequence_length} tokens a sequence, --model {name} only {longest}")
-    return with_masked_positions(model)
+    model = with_masked_positions(model, manifest.sequence_length, f"--model {name}")
+    if not model.masked_lm.selective:
+        print(
+            f"the head of {type(model).__name__} needs whole sequences, so it runs at every position: training is "
+            "slower",
+            file=sys.stderr,
+        )
+    return model
 
 
 def model_identity(name: str) -> str:

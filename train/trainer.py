@@ -25,7 +25,7 @@ from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.type_means import TypeMeans
-from entropy_masking.models.masked_lm import student_scores
+from entropy_masking.models.masked_positions import student_scores
 from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.masks import input_crc32
 from entropy_masking.shards.read import Columns

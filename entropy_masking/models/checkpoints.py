@@ -26,9 +26,6 @@ from entropy_masking.errors import UsageError
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
-ROBERTA_LIKE = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "longformer", "mpnet"}
-
-
 def local_checkpoint(name: str) -> Path:
     """Directory of a checkpoint: a local one, or a Hub snapshot of its configuration, tokenizer and safetensors.
 
@@ -109,14 +106,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has only a slow tokenizer; save a fast one (tokenizer.json) there")
     return tokenizer
-
-
-def max_length(config: PretrainedConfig) -> int | None:
-    """Longest sequence that the model has positions for; RoBERTa's positions start behind the padding id."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and config.model_type in ROBERTA_LIKE:
-        return positions - (config.pad_token_id or 0) - 1
-    return positions
 
 
 def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -9,11 +9,12 @@ the architecture; for a BERT of l layers of width H and inner width 4·H it come
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from entropy_masking.models.masked_lm import MaskedLM
 
 
 def training_flops(
@@ -36,16 +37,27 @@ def training_flops(
 
 
 @torch.no_grad()
-def forward_flops(model: Any, length: int) -> tuple[int, int]:
-    """FLOPs of a student's forward (``models.masked_lm``): of its encoder on a sequence, and of its head at a position.
+def forward_flops(masked_lm: MaskedLM, length: int) -> tuple[int, int]:
+    """FLOPs of a forward: of the encoder on a sequence of L tokens, and of the head at a position.
 
-    A head that needs whole sequences counts as part of the encoder.
+    A head that needs whole sequences counts as part of the encoder. Where torch cannot count an architecture, two for
+    each weight and token.
     """
-    ids_1L = torch.zeros((1, length), dtype=torch.long, device=model.device)
-    counts = []
-    for positions in (1, 2):
-        # attention as plain products: torch counts those on any device
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(ids_1L, torch.ones_like(ids_1L), positions_BP=torch.arange(positions, device=model.device)[None])
-        counts.append(counter.get_total_flops())
+    try:
+        counts = [_count(masked_lm, length, positions) for positions in (1, 2)]
+    except Exception:  # counting uses tracing, which fails on scripted code, for one; a run must not fail by it
+        projection = 0 if masked_lm.projection is None else masked_lm.projection.weight.numel()
+        embedding = masked_lm.model.get_input_embeddings().weight.numel()
+        weights = sum(weight.numel() for weight in masked_lm.model.parameters()) - embedding
+        return 2 * length * max(0, weights - projection), 2 * (projection or embedding)
     return 2 * counts[0] - counts[1], counts[1] - counts[0]
+
+
+def _count(masked_lm: MaskedLM, length: int, positions: int) -> int:
+    device = masked_lm.model.device
+    ids_1L = torch.zeros((1, length), dtype=torch.long, device=device)
+    columns_N = torch.arange(positions, device=device)
+    # attention as plain products: torch counts those on any device
+    with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        masked_lm.logits(ids_1L, torch.ones_like(ids_1L), (torch.zeros_like(columns_N), columns_N))
+    return counter.get_total_flops()
