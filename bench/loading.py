@@ -45,7 +45,7 @@ from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.manifests import Manifest, check_shards, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP, Scores
 from entropy_masking.shards.read import Columns
-from pipeline.documents import Rejects
+from pipeline.corpus.readers import Rejects
 from pipeline.tokenizer import SPECIAL_TOKENS
 from train.data import WINDOW, TrainingSequences, masker_of, split_shards
 

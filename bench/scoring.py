@@ -43,9 +43,9 @@ from entropy_masking.models.checkpoints import load_masked_lm, load_tokenizer, l
 from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import read_manifest, read_table, special_ids
 from entropy_masking.shards.parquet import column_2d
-from pipeline.corpus import plan_corpus
-from pipeline.documents import Rejects, read_documents
-from pipeline.packing import pack, tokenize
+from pipeline.corpus.packing import pack, tokenize
+from pipeline.corpus.plan import plan_corpus
+from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.teacher import DTYPES, Teacher
 
 BATCH, TOP_K, TARGET_TOP_K = 32, 16, 12  # sequences of the straightforward script, as scripts have it

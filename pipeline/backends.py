@@ -17,7 +17,7 @@ from entropy_masking import storage
 from entropy_masking.commands import ray_cluster
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit, parquet
-from pipeline.documents import Piece
+from pipeline.corpus.readers import Piece
 from pipeline.job import Job
 
 STOP_SECONDS = 10.0

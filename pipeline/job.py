@@ -24,7 +24,7 @@ from entropy_masking.models.checkpoints import (
 from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.manifests import Manifest
-from pipeline.corpus import Corpus
+from pipeline.corpus.plan import Corpus
 
 
 @dataclass(frozen=True)

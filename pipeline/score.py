@@ -28,7 +28,7 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit, masks, parquet
 from entropy_masking.shards.parquet import shard_file
 from pipeline.backends import local_records, ray_records
-from pipeline.corpus import Corpus, plan_corpus
+from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.job import Job, choose_tokenizer, describe, try_teacher
 
 

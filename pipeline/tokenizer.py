@@ -21,8 +21,8 @@ from transformers import BertTokenizer
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
-from pipeline.corpus import Corpus, plan_corpus
-from pipeline.documents import Rejects, read_documents
+from pipeline.corpus.plan import Corpus, plan_corpus
+from pipeline.corpus.readers import Rejects, read_documents
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALPHABET = 1000  # characters; rarer ones become [UNK]

@@ -22,9 +22,9 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, masks, parquet
 from entropy_masking.shards.masks import MaskedRows
-from pipeline.documents import Piece, Rejects, read_documents
+from pipeline.corpus.packing import pack, tokenize
+from pipeline.corpus.readers import Piece, Rejects, read_documents
 from pipeline.job import Job
-from pipeline.packing import pack, tokenize
 from pipeline.teacher import Stopped, Teacher
 
 SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model

@@ -20,10 +20,10 @@ from transformers import AutoTokenizer
 from entropy_masking import docstrings, storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
-from pipeline import documents
-from pipeline.corpus import Corpus, plan_corpus
-from pipeline.documents import Piece, Rejects, read_documents
-from pipeline.packing import pack, tokenize
+from pipeline.corpus import readers
+from pipeline.corpus.packing import pack, tokenize
+from pipeline.corpus.plan import Corpus, plan_corpus
+from pipeline.corpus.readers import Piece, Rejects, read_documents
 
 TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
 
@@ -108,7 +108,7 @@ def test_far_into_a_file_rejects_are_numbered_from_a_byte(tmp_path: Path, monkey
     """To number a line those before it are counted: not all of a huge file for each of its thousands of shards."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n\ntwo\nthree\n\nfour\n")
-    monkeypatch.setattr(documents, "COUNTED_BYTES", 4)
+    monkeypatch.setattr(readers, "COUNTED_BYTES", 4)
     rejects = Rejects()
     pieces = [Piece(str(path), "text", 0, 5), Piece(str(path), "text", 5)]
     assert len(list(read_documents(pieces, "text", rejects))) == 4

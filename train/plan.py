@@ -36,7 +36,7 @@ from entropy_masking.shards import commit, manifests, masks, parquet
 from entropy_masking.shards.manifests import Manifest, ShardEntry, check_shards, read_manifest
 from entropy_masking.shards.masks import MaskedRows
 from entropy_masking.shards.read import Rows, read_rows, to_tensors
-from pipeline.documents import Rejects
+from pipeline.corpus.readers import Rejects
 from train.arguments import MOST_SEED
 from train.data import columns_of, masker_of
 from train.options import MaskOptions, check_scored, mask_policy

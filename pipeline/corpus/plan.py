@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from entropy_masking import docstrings, storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import Manifest, check_shards, read_manifest
-from pipeline.documents import COMPRESSIONS, Piece, Rejects, csv_rows, json_keys, read_documents
-from pipeline.files import compression_suffix, content_identity, file_kind, find_files
+from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
+from pipeline.corpus.readers import COMPRESSIONS, Piece, Rejects, csv_rows, json_keys, read_documents
 
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
 SHARD_TOKENS = 1 << 18

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.documents import Document, Rejects
+from pipeline.corpus.readers import Document, Rejects
 
 BATCH = 256  # documents the tokenizer takes at a time
 

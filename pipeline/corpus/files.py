@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from pipeline.documents import COMPRESSIONS
+from pipeline.corpus.readers import COMPRESSIONS
 
 KINDS = {
     ".parquet": "parquet",
