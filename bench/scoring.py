@@ -101,8 +101,8 @@ def read_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, tok
     if corpus.from_shards:
         raise UsageError(f"{args.corpus} is a shard directory; name texts, whose reading is measured too")
     texts, found = [], 0
-    for pieces in corpus.shards:
-        for document in read_documents(pieces, args.text_column, rejects):
+    for ranges in corpus.shards:
+        for document in read_documents(ranges, args.text_column, rejects):
             texts.append(document.text)
             found += sum(len(ids) + 1 for ids in tokenize([document], tokenizer, rejects))
             if found >= tokens:

@@ -17,12 +17,12 @@ from entropy_masking import storage
 from entropy_masking.commands import ray_cluster
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit, parquet
-from pipeline.corpus.readers import Piece
+from pipeline.corpus.readers import FileRange
 from pipeline.job import Job
 
 STOP_SECONDS = 10.0
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
-Shard = tuple[int, list[Piece]]
+Shard = tuple[int, list[FileRange]]
 
 
 def local_records(job: Job, todo: list[Shard]) -> Iterator[dict[str, Any]]:
@@ -73,7 +73,10 @@ def ray_records(
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         most = min(workers or len(todo), len(todo))
-        items = [{"index": index, "pieces": json.dumps([asdict(piece) for piece in pieces])} for index, pieces in todo]
+        items = [
+            {"index": index, "ranges": json.dumps([asdict(file_range) for file_range in ranges])}
+            for index, ranges in todo
+        ]
         records = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ScoreShard,
             fn_constructor_kwargs={"job": job},
@@ -118,8 +121,8 @@ class ScoreShard:
         self.last = time.monotonic()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        pieces = [Piece(**fields) for fields in json.loads(batch["pieces"][0])]
-        record = self.scorer(int(batch["index"][0]), pieces)
+        ranges = [FileRange(**fields) for fields in json.loads(batch["ranges"][0])]
+        record = self.scorer(int(batch["index"][0]), ranges)
         if tokens := record.get("scored_tokens") or record.get("tokens"):
             now = time.monotonic()
             self.tokens.inc(tokens)

@@ -166,7 +166,7 @@ def read_plan(uri: str, corpus: Corpus, sequences_hash: str) -> Manifest:
     manifests.check_shards(plan)
     if not corpus.from_shards:
         raise UsageError(f"--masks {uri} is a plan for a shard directory; name that directory as --corpus")
-    indices = {index for index, pieces in enumerate(corpus.shards) if pieces}
+    indices = {index for index, ranges in enumerate(corpus.shards) if ranges}
     if plan.sequences_hash != sequences_hash or indices != {entry.index for entry in plan.shards}:
         raise UsageError(f"--masks {uri} was made for other sequences than {corpus.from_shards.uri}; plan them anew")
     return plan

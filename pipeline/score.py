@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(job, corpus)
         return
     records = commit.done_records(job.output, len(corpus.shards), job.manifest.fingerprint_hash)
-    todo = [(index, pieces) for index, pieces in enumerate(corpus.shards) if pieces and index not in records]
+    todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     failed: dict[int, str] = {}
     if todo:
         try_teacher(job)  # fails here, before there are workers

@@ -77,8 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
     """The texts of the whole corpus, with progress by shard."""
     with console.Progress(len(corpus.shards), "shards", "reading") as progress:
-        for pieces in corpus.shards:
-            yield from (document.text for document in read_documents(pieces, corpus.text_column, rejects))
+        for ranges in corpus.shards:
+            yield from (document.text for document in read_documents(ranges, corpus.text_column, rejects))
             progress.advance(1)
 
 

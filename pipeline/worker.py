@@ -23,7 +23,7 @@ from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, masks, parquet
 from entropy_masking.shards.masks import MaskedRows
 from pipeline.corpus.packing import pack, tokenize
-from pipeline.corpus.readers import Piece, Rejects, read_documents
+from pipeline.corpus.readers import FileRange, Rejects, read_documents
 from pipeline.job import Job
 from pipeline.teacher import Stopped, Teacher
 
@@ -46,7 +46,7 @@ class ShardScorer:
         self.teacher: Teacher | None = None
         torch.set_num_threads(job.threads)
 
-    def __call__(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+    def __call__(self, index: int, ranges: list[FileRange]) -> dict[str, Any]:
         """Score and commit shard ``index``; returns its record (see docs/shards.md), or what went wrong.
 
         A shard that raises is tried again up to ``max_attempts`` times, and one that ended its process so often is
@@ -68,7 +68,7 @@ class ShardScorer:
             for attempt in range(failed + 1, most + 1):
                 try:
                     commit.begin_attempt(job.output, index, job.run, attempt, by_itself=failed > 0)
-                    record = self._score(index, pieces, attempt)
+                    record = self._score(index, ranges, attempt)
                     with contextlib.suppress(OSError):  # a note that stays does no harm to what is committed
                         commit.end_attempt(job.output, index)
                     return record
@@ -100,13 +100,13 @@ class ShardScorer:
                 time.sleep(2.0**patience)
         raise AssertionError
 
-    def _score(self, index: int, pieces: list[Piece], attempt: int) -> dict[str, Any]:
+    def _score(self, index: int, ranges: list[FileRange], attempt: int) -> dict[str, Any]:
         job, started = self.job, time.monotonic()
         if self.stopped.is_set():
             raise Stopped
         rejects, scored = Rejects(), {"forward_seconds": 0.0, "flops": 0}
         with self.deadlines.within(job.shard_timeout):
-            input_ids_NL = self._sequences(pieces, rejects)
+            input_ids_NL = self._sequences(ranges, rejects)
             plan = self._plan(index, input_ids_NL) if job.plan else None
         scores = targets = None
         if job.teacher:
@@ -145,17 +145,17 @@ class ShardScorer:
             }
             return commit.commit_shard(job.output, index, data, record, started)
 
-    def _sequences(self, pieces: list[Piece], rejects: Rejects) -> np.ndarray:
+    def _sequences(self, ranges: list[FileRange], rejects: Rejects) -> np.ndarray:
         """Token ids [N, L] of a shard: from text, or as they stand in the shard of another directory."""
         manifest = self.job.manifest
-        if pieces[0].kind == "shard":
-            filesystem, path = storage.resolve(pieces[0].path)
+        if ranges[0].kind == "shard":
+            filesystem, path = storage.resolve(ranges[0].path)
             table = pq.read_table(path, columns=["input_ids"], filesystem=filesystem)
             return parquet.column_2d(table, "input_ids", manifest.sequence_length)
         if self.tokenizer is None:
             self.tokenizer = manifests.load_tokenizer(self.job.output)
         ids = manifest.special_ids
-        token_lists = tokenize(read_documents(pieces, self.job.text_column, rejects), self.tokenizer, rejects)
+        token_lists = tokenize(read_documents(ranges, self.job.text_column, rejects), self.tokenizer, rejects)
         return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
 
     def _plan(self, index: int, input_ids_NL: np.ndarray) -> MaskedRows:

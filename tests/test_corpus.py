@@ -23,14 +23,14 @@ from entropy_masking.shards.commit import differences
 from pipeline.corpus import readers
 from pipeline.corpus.packing import pack, tokenize
 from pipeline.corpus.plan import Corpus, plan_corpus
-from pipeline.corpus.readers import Piece, Rejects, read_documents
+from pipeline.corpus.readers import FileRange, Rejects, read_documents
 
 TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
 
 
 def texts_of(corpus: Corpus, rejects: Rejects | None = None) -> list[str]:
     rejects = rejects or Rejects()
-    return [document.text for pieces in corpus.shards for document in read_documents(pieces, "text", rejects)]
+    return [document.text for ranges in corpus.shards for document in read_documents(ranges, "text", rejects)]
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -74,8 +74,8 @@ def test_any_cut_of_a_text_file_loses_and_doubles_nothing(tmp_path: Path, ending
     expected = ["first", "é", "two words", "x" * 20, "語"]
     for cut in range(1, len(data)):
         rejects = Rejects()
-        pieces = [Piece(str(path), "text", 0, cut), Piece(str(path), "text", cut, len(data))]
-        found = [document.text for document in read_documents(pieces, "text", rejects)]
+        ranges = [FileRange(str(path), "text", 0, cut), FileRange(str(path), "text", cut, len(data))]
+        found = [document.text for document in read_documents(ranges, "text", rejects)]
         assert found == expected, cut
         blank = [3, 7] if last == "\n\n" else [3]
         assert [(entry["line"], entry["reason"]) for entry in rejects.listed] == [(n, "empty text") for n in blank], cut
@@ -110,8 +110,8 @@ def test_far_into_a_file_rejects_are_numbered_from_a_byte(tmp_path: Path, monkey
     path.write_bytes(b"one\n\ntwo\nthree\n\nfour\n")
     monkeypatch.setattr(readers, "COUNTED_BYTES", 4)
     rejects = Rejects()
-    pieces = [Piece(str(path), "text", 0, 5), Piece(str(path), "text", 5)]
-    assert len(list(read_documents(pieces, "text", rejects))) == 4
+    ranges = [FileRange(str(path), "text", 0, 5), FileRange(str(path), "text", 5)]
+    assert len(list(read_documents(ranges, "text", rejects))) == 4
     near, far = rejects.listed
     assert near == {"file": str(path), "line": 2, "reason": "empty text"}
     assert far == {"file": str(path), "from_byte": 5, "line": 3, "reason": "empty text"}

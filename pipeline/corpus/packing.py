@@ -33,7 +33,7 @@ def tokenize(
             encodings = [_encode(backend, document, rejects) for document in batch]
         for document, encoding in zip(batch, encodings, strict=True):
             if encoding is not None and not encoding.ids:
-                rejects.add(document.piece, document.line, "no tokens")
+                rejects.add(document.file_range, document.line, "no tokens")
             elif encoding is not None:
                 yield np.array(encoding.ids, np.uint32)
 
@@ -42,7 +42,7 @@ def _encode(backend: Any, document: Document, rejects: Rejects) -> Any | None:
     try:
         return backend.encode(document.text, add_special_tokens=False)
     except Exception as error:
-        rejects.add(document.piece, document.line, f"tokenizer: {type(error).__name__}")
+        rejects.add(document.file_range, document.line, f"tokenizer: {type(error).__name__}")
         return None
 
 

@@ -20,7 +20,7 @@ from entropy_masking import docstrings, storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import Manifest, check_shards, read_manifest
 from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
-from pipeline.corpus.readers import COMPRESSIONS, Piece, Rejects, csv_rows, json_keys, read_documents
+from pipeline.corpus.readers import COMPRESSIONS, FileRange, Rejects, csv_rows, json_keys, read_documents
 
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
 SHARD_TOKENS = 1 << 18
@@ -32,7 +32,7 @@ class Corpus:
     """A planned corpus.
 
     Attributes:
-        shards: the pieces of each shard; the place in the list is the shard's index.
+        shards: the ranges of each shard; the place in the list is the shard's index.
         identity: what the corpus is, for the fingerprint: names and content hashes (remote: etags) of its files in
             order, and reading options.
         text_column: column or key of the text.
@@ -40,7 +40,7 @@ class Corpus:
         from_shards: the manifest, if the corpus is a shard directory, whose tokens, ids and shards are kept.
     """
 
-    shards: list[list[Piece]]
+    shards: list[list[FileRange]]
     identity: dict[str, Any]
     text_column: str
     shard_tokens: int
@@ -90,10 +90,10 @@ def plan_corpus(
         raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
     text_column, document, shard_tokens = text_column or "text", document or "line", shard_tokens or SHARD_TOKENS
     shard_bytes = shard_tokens * BYTES_PER_TOKEN
-    pieces = [piece for path, _ in files for piece in _cut_file(path, text_column, document, shard_bytes)]
+    ranges = [file_range for path, _ in files for file_range in _cut_file(path, text_column, document, shard_bytes)]
     if limit_documents:
-        pieces = list(_limit(pieces, limit_documents))
-    shards = _group(pieces, shard_bytes)
+        ranges = list(_limit(ranges, limit_documents))
+    shards = _group(ranges, shard_bytes)
     if not shards:
         raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
     identity = {
@@ -104,14 +104,14 @@ def plan_corpus(
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
     }
-    return Corpus([[piece for piece, _ in shard] for shard in shards], identity, text_column, shard_tokens)
+    return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
-# --- cutting files into pieces ---------------------------------------------------------------------------------------
+# --- cutting files into ranges ---------------------------------------------------------------------------------------
 
 
-def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> Iterator[tuple[Piece, int]]:
-    """(piece, estimated bytes) of one file, each piece of about ``shard_bytes`` where the file can be split."""
+def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
+    """(range, estimated bytes) of one file, each range of about ``shard_bytes`` where the file can be split."""
     kind, suffix = file_kind(path), compression_suffix(path)
     if kind == "parquet":
         yield from _cut_parquet(path, text_column, shard_bytes)
@@ -119,7 +119,7 @@ def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> I
     size = storage.size(path) or 0
     if kind == "text" and document == "file":
         kind = "file"
-    whole = Piece(path, kind or "text", compression=COMPRESSIONS[suffix] if suffix else None)
+    whole = FileRange(path, kind or "text", compression=COMPRESSIONS[suffix] if suffix else None)
     _check_text_column(whole, text_column)
     if suffix or kind in ("csv", "tsv", "file"):
         yield whole, size * (3 if suffix else 1)
@@ -131,7 +131,7 @@ def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> I
             yield replace(whole, start=start, stop=stop), stop - start
 
 
-def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tuple[Piece, int]]:
+def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
     filesystem, name = storage.resolve(path)
     try:
         with pq.ParquetFile(name, filesystem=filesystem) as file:
@@ -152,56 +152,56 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
     cuts = min(metadata.num_rows, max(1, round(size / shard_bytes)))
     edges = [metadata.num_rows * cut // cuts for cut in range(cuts + 1)] if cuts else []
     for start, stop in itertools.pairwise(edges):
-        yield Piece(path, "parquet", start, stop), size // cuts
+        yield FileRange(path, "parquet", start, stop), size // cuts
 
 
-def _check_text_column(piece: Piece, text_column: str) -> None:
+def _check_text_column(file_range: FileRange, text_column: str) -> None:
     """Find a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
-    if piece.kind not in ("csv", "tsv", "jsonl"):
+    if file_range.kind not in ("csv", "tsv", "jsonl"):
         return
     try:
-        if piece.kind == "jsonl":
-            names = json_keys(piece, JSON_LINES) or [text_column]  # broken lines only are rejected like any other
+        if file_range.kind == "jsonl":
+            names = json_keys(file_range, JSON_LINES) or [text_column]  # broken lines only are rejected like any other
         else:
-            names = next(csv_rows(piece), (1, [text_column]))[1] or []
+            names = next(csv_rows(file_range), (1, [text_column]))[1] or []
     except (OSError, EOFError) as error:
-        raise UsageError(f"cannot read {piece.path}: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"cannot read {file_range.path}: {' '.join(str(error).split())[:200]}") from None
     if text_column not in names:
-        raise UsageError(f"{piece.path} has no column {text_column!r}; name one of {names} with --text-column")
+        raise UsageError(f"{file_range.path} has no column {text_column!r}; name one of {names} with --text-column")
 
 
-def _limit(pieces: list[tuple[Piece, int]], documents: int) -> Iterator[tuple[Piece, int]]:
-    """The pieces that hold the first ``documents`` documents; text is read only as far as they reach."""
-    for piece, size in pieces:
+def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tuple[FileRange, int]]:
+    """The ranges that hold the first ``documents`` documents; text is read only as far as they reach."""
+    for file_range, size in ranges:
         if documents <= 0:
             return
-        if piece.kind == "parquet":
-            rows = (piece.stop or 0) - piece.start
+        if file_range.kind == "parquet":
+            rows = (file_range.stop or 0) - file_range.start
             count = min(rows, documents)
-            yield replace(piece, stop=piece.start + count), size * count // rows
+            yield replace(file_range, stop=file_range.start + count), size * count // rows
         else:
-            count = _count_documents(piece, documents)
-            yield replace(piece, limit=count), size
+            count = _count_documents(file_range, documents)
+            yield replace(file_range, limit=count), size
         documents -= count
 
 
-def _count_documents(piece: Piece, most: int) -> int:
-    """Number of documents in a piece of a text file, or ``most`` if there are more."""
+def _count_documents(file_range: FileRange, most: int) -> int:
+    """Number of documents in a range of a text file, or ``most`` if there are more."""
     rejects = Rejects()
-    for _ in read_documents([replace(piece, limit=most)], "", rejects):
+    for _ in read_documents([replace(file_range, limit=most)], "", rejects):
         pass
     return rejects.documents
 
 
-def _group(pieces: list[tuple[Piece, int]], shard_bytes: int) -> list[list[tuple[Piece, int]]]:
-    """Neighbouring pieces put together into shards of about ``shard_bytes``."""
-    shards: list[list[tuple[Piece, int]]] = []
+def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[tuple[FileRange, int]]]:
+    """Neighbouring ranges put together into shards of about ``shard_bytes``."""
+    shards: list[list[tuple[FileRange, int]]] = []
     filled = shard_bytes
-    for piece, size in pieces:
+    for file_range, size in ranges:
         if filled + size / 2 >= shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((piece, size))
+        shards[-1].append((file_range, size))
         filled += size
     return shards
 
@@ -224,14 +224,14 @@ def _is_shard_directory(spec: str) -> bool:
 def _plan_shard_directory(spec: str) -> Corpus:
     manifest = read_manifest(spec)
     check_shards(manifest)
-    pieces: list[list[Piece]] = [[] for _ in range(manifest.planned_shards)]  # no pieces: the shard was given up
+    ranges: list[list[FileRange]] = [[] for _ in range(manifest.planned_shards)]  # no ranges: the shard was given up
     for entry in manifest.shards:
-        pieces[entry.index] = [Piece(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
+        ranges[entry.index] = [FileRange(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
     # only the tokens count: scoring a scored directory again must be the same as scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
     tokens = sum(entry.tokens for entry in manifest.shards)
-    return Corpus(pieces, identity, "", tokens // max(1, len(pieces)), manifest)
+    return Corpus(ranges, identity, "", tokens // max(1, len(ranges)), manifest)
 
 
 def _materialise_hub_dataset(spec: str) -> Path:

@@ -28,7 +28,7 @@ DIALECTS: dict[str, Any] = {"csv": {"strict": True}, "tsv": {"delimiter": "\t", 
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileRange:
     """A range of whole documents in one file; plain data, made without reading the documents.
 
     Attributes:
@@ -50,10 +50,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it stands: ``line`` is 1-based within its piece (a row for Parquet)."""
+    """A text and where it stands: ``line`` is 1-based within its range (a row for Parquet)."""
 
     text: str
-    piece: Piece
+    file_range: FileRange
     line: int
 
 
@@ -72,47 +72,49 @@ class Rejects:
         self.reasons: Counter[str] = Counter()
         self.listed: list[dict[str, Any]] = []
 
-    def add(self, piece: Piece, line: int, reason: str) -> None:
-        """Reject the document at ``line`` of ``piece``; it is listed with its line in the file.
+    def add(self, file_range: FileRange, line: int, reason: str) -> None:
+        """Reject the document at ``line`` of ``file_range``; it is listed with its line in the file.
 
         Far into a large file it is the line among those that begin ``from_byte``.
         """
         self.reasons[reason] += 1
         if len(self.listed) == LISTED:
             return
-        far = piece.kind != "parquet" and piece.start > COUNTED_BYTES
-        where = {"from_byte": piece.start, "line": line} if far else {"line": line + lines_before(piece)}
-        self.listed.append({"file": piece.path, **where, "reason": reason})
+        far = file_range.kind != "parquet" and file_range.start > COUNTED_BYTES
+        where = {"from_byte": file_range.start, "line": line} if far else {"line": line + lines_before(file_range)}
+        self.listed.append({"file": file_range.path, **where, "reason": reason})
 
     def report(self) -> dict[str, Any]:
         """``count``, ``reasons`` with their counts, and the first hundred as ``listed``."""
         return {"count": self.reasons.total(), "reasons": dict(self.reasons), "listed": self.listed}
 
 
-def read_documents(pieces: list[Piece], text_column: str, rejects: Rejects) -> Iterator[Document]:
-    """The usable documents of ``pieces`` in order; memory is bounded by single documents and a few Parquet rows.
+def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) -> Iterator[Document]:
+    """The usable documents of ``ranges`` in order; memory is bounded by single documents and a few Parquet rows.
 
     Raises:
         UsageError: a file cannot be read to its end.
     """
-    for piece in pieces:
+    for file_range in ranges:
         try:
-            for number, (line, value) in enumerate(_values(piece, text_column)):
-                if number == piece.limit:
+            for number, (line, value) in enumerate(_values(file_range, text_column)):
+                if number == file_range.limit:
                     break
                 rejects.documents += 1
                 if reason := _why_unusable(value):
-                    rejects.add(piece, line, reason)
+                    rejects.add(file_range, line, reason)
                 else:
-                    yield Document(value, piece, line)
+                    yield Document(value, file_range, line)
         except (OSError, EOFError, pa.ArrowInvalid) as error:
             if (
                 isinstance(error, OSError)
-                and storage.is_remote(piece.path)
+                and storage.is_remote(file_range.path)
                 and not isinstance(error, FileNotFoundError)
             ):
                 raise  # a store may answer the next time
-            raise UsageError(f"cannot read {piece.path} to its end: {' '.join(str(error).split())[:200]}") from None
+            raise UsageError(
+                f"cannot read {file_range.path} to its end: {' '.join(str(error).split())[:200]}"
+            ) from None
 
 
 def _why_unusable(value: Any) -> str | None:
@@ -134,62 +136,62 @@ def _why_unusable(value: Any) -> str | None:
     return None
 
 
-def _values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
-    """(line, text) of a piece; in place of a text there may be ``Broken`` or any other value."""
-    if piece.kind == "parquet":
-        yield from _parquet_values(piece, text_column)
-    elif piece.kind == "file":
-        with open_binary(piece) as stream:
+def _values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
+    """(line, text) of a file_range; in place of a text there may be ``Broken`` or any other value."""
+    if file_range.kind == "parquet":
+        yield from _parquet_values(file_range, text_column)
+    elif file_range.kind == "file":
+        with open_binary(file_range) as stream:
             yield 1, _decode(stream.read())
-    elif piece.kind in ("csv", "tsv"):
-        yield from _csv_values(piece, text_column)
+    elif file_range.kind in ("csv", "tsv"):
+        yield from _csv_values(file_range, text_column)
     else:
-        for line, raw in enumerate(_lines(piece), start=1):
+        for line, raw in enumerate(_lines(file_range), start=1):
             value = _decode(raw)
-            yield line, _json_value(value, text_column) if piece.kind == "jsonl" else value
+            yield line, _json_value(value, text_column) if file_range.kind == "jsonl" else value
 
 
-def open_binary(piece: Piece, start: int = 0) -> BinaryIO:
+def open_binary(file_range: FileRange, start: int = 0) -> BinaryIO:
     """A buffered stream of a file's decompressed bytes from ``start`` on (0 if it is compressed)."""
-    filesystem, path = storage.resolve(piece.path)
-    if piece.compression:
-        stream = filesystem.open_input_stream(path, compression=piece.compression)
+    filesystem, path = storage.resolve(file_range.path)
+    if file_range.compression:
+        stream = filesystem.open_input_stream(path, compression=file_range.compression)
     else:
         stream = filesystem.open_input_file(path)
         stream.seek(start)
     return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
 
 
-def _lines(piece: Piece) -> Iterator[bytes]:
-    """The lines that begin within the piece, without their ends."""
-    position = max(0, piece.start - 1)
-    with open_binary(piece, position) as stream:
-        if piece.start:
-            position += len(stream.readline())  # the line that runs into the range belongs to the piece before
+def _lines(file_range: FileRange) -> Iterator[bytes]:
+    """The lines that begin within the file_range, without their ends."""
+    position = max(0, file_range.start - 1)
+    with open_binary(file_range, position) as stream:
+        if file_range.start:
+            position += len(stream.readline())  # the line that runs into the range belongs to the file_range before
         for raw in stream:
-            if piece.stop is not None and position >= piece.stop:
+            if file_range.stop is not None and position >= file_range.stop:
                 return
             position += len(raw)
             yield raw.rstrip(b"\r\n")
 
 
 @lru_cache(maxsize=64)
-def lines_before(piece: Piece) -> int:
-    """Number of lines (rows) of the file before the piece; the file is read up to there, so only when needed."""
-    if piece.kind == "parquet":
-        return piece.start
+def lines_before(file_range: FileRange) -> int:
+    """Number of lines (rows) of the file before the file_range; the file is read up to there, so only when needed."""
+    if file_range.kind == "parquet":
+        return file_range.start
     position, lines = 0, 0
-    with open_binary(piece) as stream:
-        while position < piece.start and (block := stream.read(min(1 << 20, piece.start - position))):
+    with open_binary(file_range) as stream:
+        while position < file_range.start and (block := stream.read(min(1 << 20, file_range.start - position))):
             position += len(block)
             lines += block.count(b"\n")
             ends_line = block.endswith(b"\n")
     return lines if not position or ends_line else lines + 1
 
 
-def json_keys(piece: Piece, lines: int) -> list[str]:
+def json_keys(file_range: FileRange, lines: int) -> list[str]:
     """The keys of the objects in the first so many lines of JSON lines."""
-    values = (_json_object(_decode(raw)) for raw in islice(_lines(piece), lines))
+    values = (_json_object(_decode(raw)) for raw in islice(_lines(file_range), lines))
     return list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
 
 
@@ -220,13 +222,13 @@ def _json_value(line: str | Broken, key: str) -> Any:
     return value[key] if key in value else Broken(f"no key {key!r}")
 
 
-def csv_rows(piece: Piece) -> Iterator[tuple[int, list[str] | None]]:
+def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | None]]:
     """(line that it begins on, cells) of each row, the header first; None for a row that is broken.
 
     A row ends at a line end outside quotes. A quotation mark that is not closed must not swallow the rows behind it: of
     a broken row only the first line is dropped, and the lines after it are read again.
     """
-    with open_binary(piece) as stream:
+    with open_binary(file_range) as stream:
         # bytes that are no UTF-8 become lone surrogates, which condemn their own row only
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         taken: list[str] = []
@@ -240,7 +242,7 @@ def csv_rows(piece: Piece) -> Iterator[tuple[int, list[str] | None]]:
         while True:
             taken.clear()
             try:
-                row = next(csv.reader(iter(take, ""), **DIALECTS[piece.kind]), None)
+                row = next(csv.reader(iter(take, ""), **DIALECTS[file_range.kind]), None)
             except csv.Error:
                 row = None
             if taken == [""]:
@@ -255,8 +257,8 @@ def csv_rows(piece: Piece) -> Iterator[tuple[int, list[str] | None]]:
             width = len(row or []) if width is None else width
 
 
-def _csv_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
-    rows = csv_rows(piece)
+def _csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
+    rows = csv_rows(file_range)
     _, header = next(rows, (1, None))
     column = header.index(text_column) if header and text_column in header else None
     for line, row in rows:
@@ -268,14 +270,14 @@ def _csv_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
             yield line, row[column] if row else ""
 
 
-def _parquet_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]:
-    filesystem, path = storage.resolve(piece.path)
+def _parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
+    filesystem, path = storage.resolve(file_range.path)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         ends = [0]
         for group in range(file.num_row_groups):
             ends.append(ends[-1] + file.metadata.row_group(group).num_rows)
-        stop = ends[-1] if piece.stop is None else piece.stop
-        groups = [g for g in range(file.num_row_groups) if ends[g] < stop and ends[g + 1] > piece.start]
+        stop = ends[-1] if file_range.stop is None else file_range.stop
+        groups = [g for g in range(file.num_row_groups) if ends[g] < stop and ends[g + 1] > file_range.start]
         row = ends[groups[0]] if groups else stop
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_column]):
             column = batch.column(0)
@@ -283,6 +285,6 @@ def _parquet_values(piece: Piece, text_column: str) -> Iterator[tuple[int, Any]]
                 column = column.dictionary_decode()
             binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
             for raw in column.cast(binary).to_pylist():  # as bytes: one bad text must not fail its batch
-                if piece.start <= row < stop:
-                    yield row - piece.start + 1, None if raw is None else _decode(raw)
+                if file_range.start <= row < stop:
+                    yield row - file_range.start + 1, None if raw is None else _decode(raw)
                 row += 1
