@@ -50,15 +50,21 @@ class MaskedLM:
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select) -> Tensor:
         """What goes into the vocabulary projection at the chosen positions: [*select, H]."""
-        return self._run(input_ids, attention_mask, select, cut=True)
+        return self._run_at(input_ids, attention_mask, select, cut=True)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select) -> Tensor:
         """The logits at the chosen positions: [*select, V]."""
         if self.projection is not None:
             return self.projection(self.features(input_ids, attention_mask, select))
         if self.selective:
-            return self._run(input_ids, attention_mask, select)
+            return self._run_at(input_ids, attention_mask, select)
         return self._run(input_ids, attention_mask)[select]
+
+    def _run_at(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select, cut: bool = False) -> Tensor:
+        if select[0].ndim > 1:
+            return self._run(input_ids, attention_mask, select, cut)
+        rows_1N, columns_1N = select[0][None], select[1][None]  # some heads take three dimensions only
+        return self._run(input_ids, attention_mask, (rows_1N, columns_1N), cut)[0]
 
     def _run(
         self, input_ids: Tensor, attention_mask: Tensor | None, select: Select | None = None, cut: bool = False
