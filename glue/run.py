@@ -35,14 +35,14 @@ from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import tokenizer_hash
 from glue import blimp, metrics
 from glue.batches import TaskTokens, encode_task
-from glue.cells import Cell, CellTokens, Outcome, work_here, work_on_ray
 from glue.finetune import check_model
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import check_result
 from glue.tasks import ZERO_SHOT, Task, TaskData, load
+from glue.trials import Outcome, Trial, TrialTokens, work_here, work_on_ray
 
-MOST_NAMED = 5  # of the cells that failed
+MOST_NAMED = 5  # of the trials that failed
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = {name: blimp.load(args.data, args.limit_pairs) for name in ZERO_SHOT if ZERO_SHOT[name] in args.tasks}
     if args.drop_overlap:
         data = {name: each.without_overlap() for name, each in data.items()}
-    cells = [
+    trials = [
         plan_scoring(args, model, task, pairs[task.name])
         if task.name in pairs
         else plan(args, model, data[task.name], seed)
@@ -83,33 +83,33 @@ def main(argv: list[str] | None = None) -> None:
         for seed in ([blimp.SEED] if task.name in pairs else args.seeds)
         for model in models.values()
     ]
-    todo = [cell for cell in cells if args.overwrite or not is_done(cell)]
+    todo = [trial for trial in trials if args.overwrite or not is_done(trial)]
     tokens_of = shared_tokens(models, data, pairs, args.pll)
     failed: dict[str, str] = {}
-    with console.Progress(sum(cell.rows for cell in todo), "rows", "fine-tuning" if data else "scoring") as progress:
+    with console.Progress(sum(trial.rows for trial in todo), "rows", "fine-tuning" if data else "scoring") as progress:
         if data:
-            progress.note(f"{args.protocol}: {describe_grid(cells)}")
+            progress.note(f"{args.protocol}: {describe_grid(trials)}")
         for each in filter(lambda each: each.overlap, data.values()):
             progress.note(describe_overlap(each))
-        if len(todo) < len(cells):
-            progress.note(f"{len(cells) - len(todo)} of {len(cells)} results are there already")
+        if len(todo) < len(trials):
+            progress.note(f"{len(trials) - len(todo)} of {len(trials)} results are there already")
         if args.num_workers > 1 and todo:
             work = work_on_ray(todo, tokens_of, progress.advance, args.num_workers, args.gpus_per_worker)
         else:
             work = work_here(todo, tokens_of, progress.advance)
-        for cell, outcome in work:
+        for trial, outcome in work:
             if outcome.failure:
-                failed[str(cell)] = outcome.failure
-                progress.note(f"{cell} failed: {outcome.failure}")
+                failed[str(trial)] = outcome.failure
+                progress.note(f"{trial} failed: {outcome.failure}")
                 continue
             if outcome.scores is None:
-                result = report(cell, outcome, models[cell.model], data[cell.task.name])
+                result = report(trial, outcome, models[trial.model], data[trial.task.name])
             else:
-                result = report_scores(cell, outcome, models[cell.model], pairs[cell.task.name])
-            storage.write_json(cell.file, result)
-            progress.note(f"{cell}: {describe(result)}")
+                result = report_scores(trial, outcome, models[trial.model], pairs[trial.task.name])
+            storage.write_json(trial.file, result)
+            progress.note(f"{trial}: {describe(result)}")
     for model in models.values():
-        done = [cell.file for cell in cells if cell.model == model.name and str(cell) not in failed]
+        done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failed]
         print_results(model.output, [storage.read_json(file) for file in done])
     if failed:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(failed.items())[:MOST_NAMED])
@@ -131,8 +131,8 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     return Model(name, path, directory, tokenizer, words, both, output)
 
 
-def plan(args: argparse.Namespace, model: Model, data: TaskData, seed: int) -> Cell:
-    """A cell under the protocol and the flags that override it."""
+def plan(args: argparse.Namespace, model: Model, data: TaskData, seed: int) -> Trial:
+    """A trial under the protocol and the flags that override it."""
     task = data.task
     changes = {
         "learning_rate": args.learning_rate,
@@ -155,11 +155,11 @@ def plan(args: argparse.Namespace, model: Model, data: TaskData, seed: int) -> C
     }
     file = storage.join(model.output, f"{task.name}-seed{seed}.json")
     rows = sum(settings.epochs * min(len(data.train.labels), settings.limit_train or sys.maxsize) for settings in grid)
-    return Cell(model.name, model.directory, task, seed, grid, rows, file, key)
+    return Trial(model.name, model.directory, task, seed, grid, rows, file, key)
 
 
-def plan_scoring(args: argparse.Namespace, model: Model, task: Task, pairs: blimp.Pairs) -> Cell:
-    """The one cell of a model and BLiMP, whatever the seeds."""
+def plan_scoring(args: argparse.Namespace, model: Model, task: Task, pairs: blimp.Pairs) -> Trial:
+    """The one trial of a model and BLiMP, whatever the seeds."""
     key = {
         "task": task.name,
         "seed": blimp.SEED,
@@ -170,13 +170,13 @@ def plan_scoring(args: argparse.Namespace, model: Model, task: Task, pairs: blim
         "model_hash": model.hash,
     }
     file = storage.join(model.output, f"{task.name}.json")
-    return Cell(model.name, model.directory, task, blimp.SEED, (), 2 * len(pairs.frame), file, key)
+    return Trial(model.name, model.directory, task, blimp.SEED, (), 2 * len(pairs.frame), file, key)
 
 
 def shared_tokens(
     models: dict[str, Model], data: dict[str, TaskData], pairs: dict[str, blimp.Pairs], form: str
-) -> Callable[[Cell], CellTokens]:
-    """The tokens of a cell, made once for all seeds, settings and models of the same tokenizer."""
+) -> Callable[[Trial], TrialTokens]:
+    """The tokens of a trial, made once for all seeds, settings and models of the same tokenizer."""
     tokenizers = {model.tokenizer_hash: model.tokenizer for model in models.values()}
 
     @cache
@@ -187,36 +187,36 @@ def shared_tokens(
     def sentences(tokenizer: str, task: str) -> blimp.Sentences:
         return blimp.encode(pairs[task], tokenizers[tokenizer], form)
 
-    def tokens_of(cell: Cell) -> CellTokens:
-        if cell.task.name in pairs:
-            return sentences(models[cell.model].tokenizer_hash, cell.task.name)
-        settings = cell.grid[0]  # a grid is over learning rates and epochs
-        return encoded(models[cell.model].tokenizer_hash, cell.task.name, settings.max_length, settings.limit_train)
+    def tokens_of(trial: Trial) -> TrialTokens:
+        if trial.task.name in pairs:
+            return sentences(models[trial.model].tokenizer_hash, trial.task.name)
+        settings = trial.grid[0]  # a grid is over learning rates and epochs
+        return encoded(models[trial.model].tokenizer_hash, trial.task.name, settings.max_length, settings.limit_train)
 
     return tokens_of
 
 
-def is_done(cell: Cell) -> bool:
+def is_done(trial: Trial) -> bool:
     """Whether the result is there.
 
     Raises:
         UsageError: in its place is a result of another model or of other settings, or what is no whole result.
     """
     try:
-        previous = storage.read_json(cell.file)
+        previous = storage.read_json(trial.file)
         check_result(previous)
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{cell.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
-    if differing := differences(previous["key"], cell.key):
+        raise UsageError(f"{trial.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
+    if differing := differences(previous["key"], trial.key):
         raise UsageError(
-            f"{cell.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
+            f"{trial.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
         )
     return True
 
 
-def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[str, Any]:
+def report(trial: Trial, outcome: Outcome, model: Model, data: TaskData) -> dict[str, Any]:
     """The result file: the first best of the grid by its dev score, and all of the grid beside it."""
     settings, best = max(outcome.found, key=lambda pair: pair[1].score)
     grid = [
@@ -224,7 +224,7 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
         for tried, result in outcome.found
     ]
     return {
-        **common(cell, outcome, model),
+        **common(trial, outcome, model),
         "settings": asdict(settings),
         "metrics": best.metrics,
         "score": best.score,
@@ -238,24 +238,24 @@ def report(cell: Cell, outcome: Outcome, model: Model, data: TaskData) -> dict[s
     }
 
 
-def report_scores(cell: Cell, outcome: Outcome, model: Model, pairs: blimp.Pairs) -> dict[str, Any]:
+def report_scores(trial: Trial, outcome: Outcome, model: Model, pairs: blimp.Pairs) -> dict[str, Any]:
     """BLiMP's result file."""
     assert outcome.scores is not None
-    settings = {name: cell.key[name] for name in ("pll", "limit_pairs")}
-    return {**common(cell, outcome, model), "settings": settings, **blimp.result(pairs, outcome.scores)}
+    settings = {name: trial.key[name] for name in ("pll", "limit_pairs")}
+    return {**common(trial, outcome, model), "settings": settings, **blimp.result(pairs, outcome.scores)}
 
 
-def common(cell: Cell, outcome: Outcome, model: Model) -> dict[str, Any]:
-    """What the result files of all tasks say: which cell, where and how long, and of which model."""
+def common(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
+    """What the result files of all tasks say: which trial, where and how long, and of which model."""
     return {
-        "task": cell.task.name,
-        "seed": cell.seed,
-        "protocol": cell.key["protocol"],
+        "task": trial.task.name,
+        "seed": trial.seed,
+        "protocol": trial.key["protocol"],
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
         "model": {"path": str(model.path), "hash": model.hash},
         "training": model.training,
-        "key": cell.key,
+        "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
     }
 
@@ -265,8 +265,8 @@ def describe_overlap(data: TaskData) -> str:
     return f"{data.task.name}: {data.overlap:,} of {rows:,} evaluation rows are training rows too; see --drop-overlap"
 
 
-def describe_grid(cells: list[Cell]) -> str:
-    size = max(len(cell.grid) for cell in cells)
+def describe_grid(trials: list[Trial]) -> str:
+    size = max(len(trial.grid) for trial in trials)
     if size == 1:
         return "one setting"
     return f"a grid of {size} settings; in each run of each model the best by its dev score counts"

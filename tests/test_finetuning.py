@@ -1,4 +1,4 @@
-"""Fine-tuning many cells: batches by length, paired seeds, shared tokens, several models, failed cells, Ray."""
+"""Fine-tuning many trials: batches by length, paired seeds, shared tokens, several models, failed trials, Ray."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-import glue.cells
 import glue.finetune
 import glue.run
+import glue.trials
 from entropy_masking.errors import RunError, UsageError
 from glue.batches import batches_by_length, encode, shuffled_batches
 from glue.finetune import load_classifier
@@ -164,19 +164,19 @@ def test_runs_that_collapse_are_counted(
 def test_a_cell_that_fails_is_named_and_tried_again(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finetune = glue.cells.finetune
+    finetune = glue.trials.finetune
 
     def fail(directory: Path, tokens: Any, settings: Any, seed: int, advance: Any) -> Any:
         if tokens.task.name == "cola" and seed == 2:
             raise torch.OutOfMemoryError("out of\nmemory")
         return finetune(directory, tokens, settings, seed, advance)
 
-    monkeypatch.setattr(glue.cells, "finetune", fail)
+    monkeypatch.setattr(glue.trials, "finetune", fail)
     flags = ["--model", work / "teacher", "--tasks", "cola,rte", "--data", data, "--seeds", "1,2", *QUICK]
     with pytest.raises(RunError, match=r"1 of 4 failed: cola seed 2 \(OutOfMemoryError: out of memory\); the same"):
         glue_here(tmp_path, *flags)
     assert set(read(tmp_path)) == {"cola-seed1.json", "rte-seed1.json", "rte-seed2.json"}
-    monkeypatch.setattr(glue.cells, "finetune", finetune)
+    monkeypatch.setattr(glue.trials, "finetune", finetune)
     assert len(glue_here(tmp_path, *flags)) == 4
 
 

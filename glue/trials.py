@@ -1,4 +1,4 @@
-"""The cells of a table, model × task × seed: what decides one, and working on many, in this process or on Ray."""
+"""The trials of a table, model × task × seed: what decides one, and working on many, in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ THREADS = torch.get_num_threads()  # one in a worker of Ray
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """A model, a task and a seed, tried with each setting of a grid; of BLiMP a model, without a grid.
 
     Attributes:
@@ -48,7 +48,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: the results of its grid, or BLiMP's scores of the sentences, or why it failed."""
+    """What became of a trial: the results of its grid, or BLiMP's scores of the sentences, or why it failed."""
 
     found: list[tuple[Settings, Result]] = field(default_factory=list)
     seconds: float = 0.0
@@ -57,23 +57,23 @@ class Outcome:
     scores: np.ndarray | None = None
 
 
-Work = Iterator[tuple[Cell, Outcome]]
-CellTokens = TaskTokens | blimp.Sentences
-TokensOf = Callable[[Cell], CellTokens]
+Work = Iterator[tuple[Trial, Outcome]]
+TrialTokens = TaskTokens | blimp.Sentences
+TokensOf = Callable[[Trial], TrialTokens]
 
 
-def work_on(cell: Cell, tokens: CellTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
-    """Fine-tune with each setting, or score sentences. What goes wrong is an outcome: the other cells go on."""
+def work_on(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
+    """Fine-tune with each setting, or score sentences. What goes wrong is an outcome: the other trials go on."""
     found, scores = [], None
     started = time.monotonic()
     try:
         if isinstance(tokens, blimp.Sentences):
             torch.set_num_threads(THREADS)
-            scores = blimp.score(cell.directory, tokens, advance)
+            scores = blimp.score(trial.directory, tokens, advance)
         else:
             torch.set_num_threads(1)  # several slow such small steps down; and sums come out the same beside any others
             found = [
-                (settings, finetune(cell.directory, tokens, settings, cell.seed, advance)) for settings in cell.grid
+                (settings, finetune(trial.directory, tokens, settings, trial.seed, advance)) for settings in trial.grid
             ]
     except Exception as error:
         kind = "" if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: "
@@ -82,18 +82,18 @@ def work_on(cell: Cell, tokens: CellTokens, advance: Callable[[int], None] = lam
     return Outcome(found, time.monotonic() - started, device, scores=scores)
 
 
-def work_here(cells: list[Cell], tokens_of: TokensOf, advance: Callable[[int], None]) -> Work:
-    """One cell after the other."""
-    for cell in cells:
-        yield cell, work_on(cell, tokens_of(cell), advance)
+def work_here(trials: list[Trial], tokens_of: TokensOf, advance: Callable[[int], None]) -> Work:
+    """One trial after the other."""
+    for trial in trials:
+        yield trial, work_on(trial, tokens_of(trial), advance)
 
 
 def work_on_ray(
-    cells: list[Cell], tokens_of: TokensOf, advance: Callable[[int], None], workers: int, gpus_per_worker: float
+    trials: list[Trial], tokens_of: TokensOf, advance: Callable[[int], None], workers: int, gpus_per_worker: float
 ) -> Work:
-    """The largest cells first, each to an actor that is up and free; yields them as they end.
+    """The largest trials first, each to an actor that is up and free; yields them as they end.
 
-    An actor has a GPU (or a share of one) where the cluster has any, else a CPU. One that dies costs its cell.
+    An actor has a GPU (or a share of one) where the cluster has any, else a CPU. One that dies costs its trial.
     Workers read the models where they are; the tokens come through Ray's object store, one copy a node.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -103,28 +103,28 @@ def work_on_ray(
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         actor_class: Any = ray.remote(**({"num_gpus": gpus_per_worker} if gpus else {"num_cpus": 1}))(_Worker)
-        waiting = sorted(cells, key=lambda cell: -cell.rows)
+        waiting = sorted(trials, key=lambda trial: -trial.rows)
         shared: dict[int, Any] = {}  # tokens that are in the object store
-        busy: dict[Any, tuple[Any, Cell | None]] = {}  # what an actor will return → it, and its cell
+        busy: dict[Any, tuple[Any, Trial | None]] = {}  # what an actor will return → it, and its trial
 
         def start_actor() -> None:
             actor = actor_class.remote()
             busy[actor.ready.remote()] = actor, None
 
-        for _ in range(min(workers, len(cells))):
+        for _ in range(min(workers, len(trials))):
             start_actor()
-        while waiting or any(cell for _, cell in busy.values()):
+        while waiting or any(trial for _, trial in busy.values()):
             (ended,), _ = ray.wait(list(busy), num_returns=1)
-            actor, cell = busy.pop(ended)
+            actor, trial = busy.pop(ended)
             try:
                 outcome = ray.get(ended)
             except ray.exceptions.RayError as error:
-                if cell is None:  # it could not even start: nor would another
+                if trial is None:  # it could not even start: nor would another
                     raise RunError(f"a worker did not start ({one_line(error)})") from None
                 outcome, actor = Outcome(failure=f"its worker died ({one_line(error)})"), None
-            if cell:
-                advance(cell.rows)
-                yield cell, outcome
+            if trial:
+                advance(trial.rows)
+                yield trial, outcome
             if waiting and actor is None:
                 start_actor()
             elif waiting:
@@ -138,7 +138,7 @@ def work_on_ray(
 
 
 class _Worker:
-    """An actor; its process keeps what it has imported for the next cell."""
+    """An actor; its process keeps what it has imported for the next trial."""
 
     def ready(self) -> None:
         from transformers.utils import logging
@@ -146,5 +146,5 @@ class _Worker:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
 
-    def work_on(self, cell: Cell, tokens: CellTokens) -> Outcome:
-        return work_on(cell, tokens)
+    def work_on(self, trial: Trial, tokens: TrialTokens) -> Outcome:
+        return work_on(trial, tokens)
