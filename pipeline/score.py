@@ -43,20 +43,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = describe(args, corpus, tokenizer)
-    commit.claim_directory(job.output, job.manifest.fingerprint, len(corpus.shards), write=not args.dry_run)
+    shards, fingerprint = len(corpus.shards), job.manifest.fingerprint
+    commit.claim_directory(job.output, fingerprint, shards, write=False)
+    records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
+    todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
+    if todo or args.dry_run:
+        try_teacher(job)  # fails here, before anything is written and before there are workers
     if args.dry_run:
-        try_teacher(job)
         print_plan(job, corpus)
         return
-    records = commit.done_records(job.output, len(corpus.shards), job.manifest.fingerprint_hash)
-    todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
+    commit.claim_directory(job.output, fingerprint, shards)
     failed: dict[int, str] = {}
     if todo:
-        try_teacher(job)  # fails here, before there are workers
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
         run = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(run, records, len(corpus.shards), corpus.shard_tokens, args.max_failed_shards)
+        failed = collect(run, records, shards, corpus.shard_tokens, args.max_failed_shards)
     finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 

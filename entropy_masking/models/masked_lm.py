@@ -113,6 +113,8 @@ class MaskedLM:
                 f"{name} gives no logits for each token of a batch (their shape is {list(logits_BLV.shape)}); use "
                 "another masked LM"
             )
+        if not logits_BLV.isfinite().all():
+            return  # nothing to compare with; whoever uses the logits sees it
         for projection, selective in ((self.projection, True), (None, True), (None, False)):
             self.projection, self.selective = projection, selective
             try:
