@@ -160,12 +160,14 @@ def test_by_surprisal(tokenizer: Any) -> None:
     rows = rows_of(tokenizer)
     by_entropy = EntropyMaskingCollator(tokenizer)(rows)
     renamed = [{"surprisal": row["entropy"]} | {n: row[n] for n in ("input_ids", "sequence_id")} for row in rows]
-    collator = EntropyMaskingCollator(tokenizer, MaskPolicy.paper(by="surprisal"))
+    collator = EntropyMaskingCollator(tokenizer, MaskPolicy(by="surprisal"))
     assert torch.equal(collator(renamed)["labels"], by_entropy["labels"])
     with pytest.raises(ValueError, match=r"no surprisal, only input_ids, entropy, sequence_id; .*remove_unused"):
         collator(rows)
     with pytest.raises(ValueError, match=r"a row has \d+ tokens and 2 numbers of surprisal"):
         collator([renamed[0] | {"surprisal": [1.0, 2.0]}])
+    with pytest.raises(ValueError, match=r"set the policy's warmup and ramp to 0"):
+        EntropyMaskingCollator(tokenizer, MaskPolicy(warmup=0.3))
     uniform = EntropyMaskingCollator(tokenizer, MaskPolicy.random())
     assert hidden(uniform([{"input_ids": row["input_ids"]} for row in rows]))
 
