@@ -300,7 +300,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
     cases: list[tuple[list[object], str]] = [
         ([], "needs --data: a directory with blimp/blimp.parquet"),
         (["--data", "hub"], "it is not read from hub"),
-        (["--data", tmp_path / "nothing"], "there is no directory .*nothing/blimp"),
+        (["--data", tmp_path / "nothing"], "nothing has no directory blimp; put blimp.parquet in"),
         (["--data", tmp_path / "bare"], "bare/blimp has no blimp as .parquet"),
         (holding("column", good.drop("field")), "has no column 'field', only"),
         (holding("empty", good.clear()), "has no rows"),

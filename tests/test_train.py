@@ -447,7 +447,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "parquet"], "has no scores"),
         (["--entropy-source", "random", "--distill-weight", 0.5], "no top-k"),
         (["--entropy-source", "random", "--mask-temperature", 1], "--mask-temperature needs scores, which"),
-        (["--entropy-source", "random", "--hard-share", 0], "--hard-share needs scores, which --entropy-source random"),
+        (["--entropy-source", "random", "--hard-share", 0], "--hard-share needs scores, and --entropy-source random"),
         (["--entropy-source", "random", "--mask-warmup", 0.1], "--mask-warmup needs scores"),
         (["--entropy-source", "random", "--mask-ramp", 0], "--mask-ramp needs scores"),
         (["--entropy-source", "random", "--recipe", "default"], "--recipe chooses by score"),

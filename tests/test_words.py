@@ -370,7 +370,7 @@ def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
     for shards, flags, sentence in (
         (scored, [*parquet, "--mask-ratio", 0], "mask ratio 0 is not above 0"),
         (scored, [*parquet, "--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
-        (scored, [*random, "--mask-by", "surprisal"], "--mask-by needs scores, which --entropy-source random"),
+        (scored, [*random, "--mask-by", "surprisal"], "--mask-by needs scores, and --entropy-source random"),
         (scored, [*parquet, "--mask-by", "entropy", "--hard-share", 0], "--mask-by has no use with --hard-share 0"),
         (scored, [*parquet, "--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
         (unscored, [*parquet, "--mask-by", "surprisal"], "has no scores"),
