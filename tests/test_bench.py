@@ -79,12 +79,12 @@ def screen(directory: Path, *flags: object) -> list[str]:
 
 def test_screen(tmp_path: Path) -> None:
     """A screen of the smallest size runs to its table; again, it trains nothing anew and prints the same."""
-    command = screen(tmp_path, "--rows", "parquet-rising-50-shuffled")
+    command = screen(tmp_path, "--rows", "parquet-h50-t0-rising-shuffled")
     *lines, last = subprocess.check_output(command, text=True).splitlines()
     found = json.loads(last)["rows"]
-    assert list(found) == ["random", "parquet-rising-50-shuffled"]
+    assert list(found) == ["random", "parquet-h50-t0-rising-shuffled"]
     assert all(len(row["loss"]) == 1 and row["loss"]["1"] > 0 for row in found.values())
-    assert any(line.startswith("| parquet-rising-50-shuffled | 1 | ") for line in lines)
+    assert any(line.startswith("| parquet-h50-t0-rising-shuffled | 1 | ") for line in lines)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("screen/branches-1/*/summary.json")}
     assert len(made) == 2 and subprocess.check_output(command, text=True).splitlines()[-1] == last
     assert all(path.stat().st_mtime_ns == written for path, written in made.items())
