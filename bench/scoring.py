@@ -141,6 +141,7 @@ def load_teacher(
         top_k=TOP_K,
         batch_tokens=args.batch_tokens,
         dtype=args.dtype,
+        length=args.sequence_length,
     )
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from transformers import BertForMaskedLM
 
-UNKNOWN = 1  # the id of [UNK] in tokenizers that pipeline/tokenizer.py trains
+UNKNOWN, CLS = 1, 2  # the ids of [UNK] and [CLS] in tokenizers that pipeline/tokenizer.py trains
 
 
 class TrapForMaskedLM(BertForMaskedLM):
     def forward(self, input_ids=None, **others):
         if not os.path.exists(self.config.hurry):
             time.sleep(self.config.seconds_a_forward)
-        if (input_ids == UNKNOWN).any():
+        # rows of text begin with [CLS], those of the trial when a model is loaded do not
+        if ((input_ids == UNKNOWN).any(1) & (input_ids[:, 0] == CLS)).any():
             if self.config.trap == "exit":
                 os._exit(7)
             elif self.config.trap == "hang":
