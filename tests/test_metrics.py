@@ -19,7 +19,7 @@ from glue.metrics import (
     evaluate,
     score,
 )
-from glue.tasks import GLUE
+from glue.tasks import TASKS
 
 
 def slow_counts(labels: list[int], predictions: list[int]) -> tuple[int, int, int, int]:
@@ -174,4 +174,4 @@ def test_an_average_lacks_no_task(name: str) -> None:
 
 
 def metric_names(task: str) -> list[str]:
-    return [metric + suffix for metric in GLUE[task].metrics for suffix in GLUE[task].evaluations]
+    return [metric + suffix for metric in TASKS[task].metrics for suffix in TASKS[task].evaluations]
