@@ -269,7 +269,8 @@ def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
             if name == baseline_of(name):
                 cells.append(f"{np.mean(list(row[measure].values())):.3f}")
             else:
-                cells.append(interval(difference(row[measure], measured[baseline_of(name)][measure])))
+                baseline = measured[baseline_of(name)][measure]
+                cells.append(interval(difference(row[measure], baseline)) if measure in row else "")
         base = np.mean(list(measured[baseline_of(name)]["flops"].values()))
         flops = [np.mean(list(row[each].values())) / base for each in ("training_flops", "flops")]
         lines.append(f"| {name} | {len(row['loss'])} | {' | '.join(cells)} | {flops[0]:.2f}, {flops[1]:.2f} |")
