@@ -3,7 +3,7 @@
 
     python bench/screen.py --articles articles.parquet --held-out ids.txt --output runs/screen
     python bench/screen.py … --rows random,parquet,self --trunks 5 --blimp DATA
-    python bench/screen.py … --size mini --rows random,parquet,random-30+kd --glue GLUE
+    python bench/screen.py … --size mini --rows random,parquet,random-r30+kd --glue GLUE
 
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
