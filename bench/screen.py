@@ -3,7 +3,7 @@
 
     python bench/screen.py --articles articles.parquet --held-out ids.txt --output runs/screen
     python bench/screen.py … --rows random,parquet,self --trunks 5 --blimp DATA
-    python bench/screen.py … --size mini --rows random,parquet,random-30+kd --glue GLUE
+    python bench/screen.py … --size mini --rows random,parquet,random-r30+kd --glue GLUE
 
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
@@ -271,7 +271,8 @@ def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
             if name == baseline_of(name):
                 cells.append(f"{np.mean(list(row[measure].values())):.3f}")
             else:
-                cells.append(interval(difference(row[measure], measured[baseline_of(name)][measure])))
+                baseline = measured[baseline_of(name)][measure]
+                cells.append(interval(difference(row[measure], baseline)) if measure in row else "")
         base = np.mean(list(measured[baseline_of(name)]["flops"].values()))
         flops = [np.mean(list(row[each].values())) / base for each in ("training_flops", "flops")]
         lines.append(f"| {name} | {len(row['loss'])} | {' | '.join(cells)} | {flops[0]:.2f}, {flops[1]:.2f} |")

@@ -30,9 +30,12 @@ from made_glue import write_glue
 from transformers import AutoTokenizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Scoring in a test's own process takes all cores, and would keep them from the tests beside it."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread, set before any fixture runs: another number of threads rounds sums differently.
+
+    Scoring in a test's own process takes all cores.
+    """
     torch.set_num_threads(1)
 
 
