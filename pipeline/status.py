@@ -11,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit, manifests, parquet
+from entropy_masking.shards.schema import Record
 
 RECENT_SECONDS = 300.0  # the rate now is that of the last five minutes, or of as long as two shards take
 NAMED = 20  # workers and shards at most that are listed
@@ -46,30 +46,26 @@ def status(directory: str, now: float) -> dict[str, Any]:
     Raises:
         UsageError: no shard directory, or one whose own account cannot be read.
     """
-    manifest = _read(manifests.manifest_uri(directory), ("planned_shards", "shards", "failed", "totals"))
-    run = _read(manifests.run_uri(directory), ("fingerprint", "shards"))
-    done = commit.done_records(directory, run["shards"], storage.sha256_json(run["fingerprint"])) if run else {}
-    if manifest:
-        planned, shards_done, totals = manifest["planned_shards"], len(manifest["shards"]), manifest["totals"]
-    elif run:
-        planned, shards_done, totals = run["shards"], len(done), commit.totals(list(done.values()))
-    else:
+    manifest, run = manifests.find_manifest(directory), manifests.read_run(directory)
+    if not manifest and not run:
         raise UsageError(f"{directory} is no shard directory; name the --output of a pipeline/score.py run")
-    # plans and targets hold no tokens of their own: there the work is counted in positions
-    unit = "positions" if done and not any(record["tokens"] for record in done.values()) else "tokens"
-    records = [record | {"tokens": record["tokens"] or record["scored_tokens"]} for record in done.values()]
+    done = commit.done_records(directory, run.shards, storage.sha256_json(run.fingerprint)) if run else {}
+    planned = manifest.planned_shards if manifest else run.shards if run else 0
+    shards_done = len(manifest.shards if manifest else done)
+    totals = manifest.totals if manifest else commit.totals(list(done.values()))
+    unit = "positions" if done and not any(record.tokens for record in done.values()) else "tokens"
+    records = [record.model_copy(update={"tokens": record.tokens_or_positions}) for record in done.values()]
     rate = recent_rate(records, now)
     tokens = totals["tokens"] or totals["scored_tokens"]
     left = tokens / shards_done * (planned - shards_done) if shards_done else None
-    ends = [finished_at(record) for record in records]
     return {
         "directory": directory,
         "finished": bool(manifest),
         "shards": planned,
         "done": shards_done,
-        "failed": manifest["failed"] if manifest else {},
+        "failed": manifest.failed if manifest else {},
         "unfinished_attempts": {} if manifest else unfinished_attempts(directory, set(done)),
-        "seconds_since_last_shard": round(max(0.0, now - max(ends)), 1) if ends else None,
+        "seconds_since_last_shard": round(max(0.0, now - max(r.ended for r in records)), 1) if records else None,
         "unit": unit,
         "tokens": tokens,
         "mean_entropy": totals["entropy_sum"] / totals["scored_tokens"] if totals["entropy_sum"] else None,
@@ -81,29 +77,14 @@ def status(directory: str, now: float) -> dict[str, Any]:
     }
 
 
-def _read(uri: str, needed: tuple[str, ...]) -> dict[str, Any] | None:
-    """The JSON object at ``uri``, if there is one. Raises UsageError if it lacks what is needed."""
-    try:
-        found = storage.read_json(uri)
-        return {name: found[name] for name in needed}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{uri} cannot be read as JSON of a scoring run; run pipeline/score.py again") from None
-
-
-def finished_at(record: dict[str, Any]) -> float:
-    return datetime.fromisoformat(record["finished_at"]).timestamp()
-
-
-def recent_rate(records: list[dict[str, Any]], now: float) -> float:
+def recent_rate(records: list[Record], now: float) -> float:
     """Tokens a second of the shards that were committed lately, from the start of the first of them until now."""
     if not records:
         return 0.0
-    window = max(RECENT_SECONDS, 2 * max(record["seconds"] for record in records))
-    recent = [record for record in records if now - finished_at(record) <= window]
-    started = max(now - window, min((finished_at(r) - r["seconds"] for r in recent), default=now))
-    return sum(record["tokens"] for record in recent) / max(now - started, 1e-3)
+    window = max(RECENT_SECONDS, 2 * max(record.seconds for record in records))
+    recent = [record for record in records if now - record.ended <= window]
+    started = max(now - window, min((record.ended - record.seconds for record in recent), default=now))
+    return sum(record.tokens for record in recent) / max(now - started, 1e-3)
 
 
 def unfinished_attempts(directory: str, done: set[int]) -> dict[str, int]:
@@ -111,14 +92,13 @@ def unfinished_attempts(directory: str, done: set[int]) -> dict[str, int]:
     infos = storage.list_files(storage.join(directory, "_attempts"))
     newest, attempts = "", {}
     for info in sorted(infos, key=lambda info: info.mtime_ns or 0, reverse=True):
-        try:
-            note = storage.read_json(storage.join(directory, "_attempts", info.base_name))
-            newest = newest or note["run"]
-            index = int(info.base_name.removeprefix("part-").removesuffix(".json"))
-            if note["run"] == newest and index not in done:
-                attempts[parquet.shard_file(index)] = int(note["attempts"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        attempt = commit.read_attempt(storage.join(directory, "_attempts", info.base_name))
+        if attempt is None:
             continue  # it ended meanwhile
+        newest = newest or attempt.run
+        index = int(info.base_name.removeprefix("part-").removesuffix(".json"))
+        if attempt.run == newest and index not in done:
+            attempts[parquet.shard_file(index)] = attempt.attempts
     return dict(sorted(attempts.items()))
 
 
