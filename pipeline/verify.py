@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         print_harmless(manifest)
         depth = Depth.VALUES if args.deep else Depth.TABLES
         with console.Progress(sum(entry.bytes for entry in manifest.shards), "B", "verifying") as progress:
-            faulty = print_faults(faults(manifest, depth, bool(finished), progress.advance))
+            faulty = print_faults(faults(manifest, depth, progress.advance))
         if teacher:
             sound = [entry for entry in manifest.shards if entry.file not in faulty]
-            faulty += print_faults(rescored_faults(manifest, sound, teacher.score, args.sample or SAMPLE))
+            faulty += print_faults(rescored_faults(manifest, sound, teacher.score, args.sample))
     except OSError as error:
         raise RunError(f"cannot read {directory}: {' '.join(str(error).split())[:300]}") from None
     print(summary(manifest, bool(finished), len(faulty), args))
@@ -66,26 +66,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("sample", "trust_remote_code"):
         if getattr(args, name) and not args.teacher:
             raise UsageError(f"--{name.replace('_', '-')} needs --teacher; name the one that scored the shards")
+    args.sample = args.sample or SAMPLE
     return args
 
 
 def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
-    """The teacher that scored the sequences, set as it was then.
-
-    Raises:
-        UsageError: nothing was scored that could be again, or the weights are others.
-    """
+    """The teacher that scored the sequences, set as it was then. Raises UsageError if there was none, or another."""
     from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
     from pipeline.teacher import Teacher
 
     if manifest.kind != "sequences" or not manifest.scored:
-        holds = f"holds {manifest.kind}, not sequences" if manifest.kind != "sequences" else "has no scores"
-        raise UsageError(f"{manifest.uri} {holds}; leave out --teacher")
+        raise UsageError(f"{manifest.uri} holds no sequences with scores; leave out --teacher")
     directory = local_checkpoint(args.teacher)
     if weights_hash(directory) != manifest.fingerprint["teacher"]:
-        raise UsageError(
-            f"{args.teacher} has other weights than the teacher of {manifest.uri}; name the one that scored it"
-        )
+        raise UsageError(f"{args.teacher} has other weights than the teacher of {manifest.uri}; name that one")
     return Teacher.of(manifest, directory, trust_remote_code=args.trust_remote_code)
 
 
@@ -109,15 +103,15 @@ def print_faults(faults: Iterable[Fault]) -> list[str]:
 
 
 def summary(manifest: Manifest, finished: bool, count: int, args: argparse.Namespace) -> str:
-    """What was looked at and what came of it, in a line."""
+    """What was checked and what came of it, in a line."""
     done, rows = len(manifest.shards), sum(entry.rows for entry in manifest.shards)
-    state = "" if finished else f"unfinished, {done:,} of {manifest.planned_shards:,} shards; "
-    state += f"{len(manifest.failed)} shards were given up; " if manifest.failed else ""
-    looked = "every value" if args.deep else "files"
-    looked += f" and {args.sample or SAMPLE} sequences with the teacher" if args.teacher else ""
-    mend = f"; delete the records of bad shards in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
-    outcome = f"{count:,} fault{'s' * (count != 1)}{mend}" if count else "no faults"
-    return f"{args.directory}: {state}{done:,} shards, {rows:,} rows of {manifest.kind}, checked {looked}: {outcome}"
+    state = f"{len(manifest.failed)} shards were given up; " if manifest.failed else ""
+    state = state if finished else f"unfinished, {done:,} of {manifest.planned_shards:,} shards; "
+    checked = "every value" if args.deep else "files"
+    checked += f" and {args.sample} sequences with the teacher" if args.teacher else ""
+    mend = f"delete the records of bad shards in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
+    outcome = f"{count:,} fault{'s' * (count != 1)}; {mend}" if count else "no faults"
+    return f"{args.directory}: {state}{done:,} shards, {rows:,} rows of {manifest.kind}, checked {checked}: {outcome}"
 
 
 if __name__ == "__main__":

@@ -9,19 +9,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import manifests
-from entropy_masking.shards.manifests import manifest_uri, record_file, run_uri
+from entropy_masking.shards.manifests import AnyModel, manifest_uri, record_file, run_uri
 from entropy_masking.shards.parquet import footer_rows, shard_file
 from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
 
@@ -29,14 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READERS = 16  # files read at a time: an object store answers many requests as fast as one
-
-
-def record_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_records", record_file(index))
-
-
-def attempt_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_attempts", record_file(index))
 
 
 # --- one shard -------------------------------------------------------------------------------------------------------
@@ -61,8 +50,12 @@ def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any]
     ended = datetime.now(UTC).isoformat(timespec="milliseconds")
     times = {"seconds": round(time.monotonic() - started, 3), "finished_at": ended}
     record = Record.model_validate(fields | named | times)
-    storage.write_json(record_uri(directory, index), record.to_json())
+    storage.write_json(storage.join(directory, record_file(index)), record.to_json())
     return record
+
+
+def attempt_uri(directory: str, index: int) -> str:
+    return storage.join(directory, "_attempts", f"part-{index:05d}.json")
 
 
 def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself: bool) -> None:
@@ -74,23 +67,23 @@ def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself:
     storage.write_json(attempt_uri(directory, index), begun.model_dump())
 
 
-def read_attempt(uri: str) -> Attempt | None:
-    """An attempt that has begun and not ended well, if there is one."""
-    try:
-        return manifests.read_model(Attempt, uri)
-    except ValidationError:
-        return None
-
-
 def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
     """How many attempts of this run on a shard have begun and not ended well, and whether the last was by itself."""
-    last = read_attempt(attempt_uri(directory, index))
+    last = read_if_sound(Attempt, attempt_uri(directory, index))
     return (last.attempts, last.by_itself) if last and last.run == run else (0, False)
 
 
 def end_attempt(directory: str, index: int) -> None:
     """The shard is committed: nothing more to remember of its attempts."""
     storage.delete(attempt_uri(directory, index))
+
+
+def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
+    """The file at ``uri``; None if there is none, or a damaged one, after which the work is done again."""
+    try:
+        return manifests.read_model(model, uri)
+    except UsageError:
+        return None
 
 
 # --- a directory -----------------------------------------------------------------------------------------------------
@@ -113,7 +106,7 @@ def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int, wr
     Raises:
         UsageError: the directory belongs to a run with another fingerprint; says what differs.
     """
-    previous = manifests.read_run(directory)
+    previous = manifests.read_model(Run, run_uri(directory))
     if previous is None:
         if storage.list_files(directory):
             raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output")
@@ -145,23 +138,20 @@ def _short(value: Any) -> str:
 
 def read_records(directory: str) -> dict[int, Record]:
     """All records of a directory that can be read, by index, whatever run they belong to."""
-    uris = [storage.join(directory, "_records", name) for name in manifests.record_files(directory)]
     with ThreadPoolExecutor(READERS) as pool:
-        return {record.index: record for record in pool.map(_read_record, uris) if record}
+        records = pool.map(lambda file: _read_record(directory, file), manifests.record_files(directory))
+        return {record.index: record for record in records if record}
 
 
-def _read_record(uri: str) -> Record | None:
-    try:
-        record = manifests.read_model(Record, uri)
-    except ValidationError:
-        return None
-    named = record and record.file == shard_file(record.index) and uri.endswith(record_file(record.index))
+def _read_record(directory: str, file: str) -> Record | None:
+    record = read_if_sound(Record, storage.join(directory, file))
+    named = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
     return record if named else None
 
 
 def done_record(directory: str, index: int, fingerprint_hash: str) -> Record | None:
     """The record of one shard if it is done (see ``done_records``)."""
-    record = _read_record(record_uri(directory, index))
+    record = _read_record(directory, record_file(index))
     if record is None or record.fingerprint_hash != fingerprint_hash:
         return None
     return record if storage.size(storage.join(directory, record.file)) == record.bytes else None
@@ -181,29 +171,28 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
 
 
 def unfinished_manifest(uri: str) -> Manifest:
-    """What the manifest of a scoring run would be if it ended now; ``teacher``, ``masks`` and ``totals`` are not known.
+    """What the manifest of a scoring run would be if it ended now; ``teacher`` and ``masks`` are not known.
 
     Raises:
         UsageError: there is no such run, no shard of it, or no tokenizer.
     """
-    run = manifests.read_run(uri)
+    run = manifests.read_model(Run, run_uri(uri))
     if run is None:
         raise UsageError(f"{uri} is no shard directory; name the --output of a pipeline/score.py run")
-    key = storage.sha256_json(run.fingerprint)
-    entries = [record.entry for _, record in sorted(read_records(uri).items()) if record.fingerprint_hash == key]
-    if not entries:
+    records = {i: record for i, record in read_records(uri).items() if record.fingerprint_hash == run.fingerprint_hash}
+    if not records:
         raise UsageError(f"{uri} is unfinished (none of {run.shards} shards); run the same command again")
     try:
-        manifest = manifests.new_manifest(uri, run, manifests.load_tokenizer(uri))
+        empty = manifests.new_manifest(uri, run, manifests.load_tokenizer(uri))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
-    return manifest.model_copy(update={"shards": entries})
+    return summed_up(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------
 
 
-def busy_seconds(records: Iterable[Record]) -> float:
+def busy_seconds(records: list[Record]) -> float:
     """Seconds in which at least one shard was worked on: the wall time of a run, however often it was resumed."""
     total, until = 0.0, float("-inf")
     for start, end in sorted((record.ended - record.seconds, record.ended) for record in records):
@@ -212,16 +201,14 @@ def busy_seconds(records: Iterable[Record]) -> float:
     return total
 
 
-def worker_costs(records: Iterable[Record]) -> dict[str, dict[str, float]]:
+def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
     """By worker: shards, tokens, ``seconds`` it was busy, ``forward_seconds`` of them inside the model, and its rate.
 
     A worker prepares one shard while it scores another, so its seconds are the union of its shards', not their sum.
     """
-    by_worker: dict[str, list[Record]] = {}
-    for record in records:
-        by_worker.setdefault(record.worker, []).append(record)
     costs = {}
-    for worker, own in sorted(by_worker.items()):
+    for worker in sorted({record.worker for record in records}):
+        own = [record for record in records if record.worker == worker]
         seconds, tokens = busy_seconds(own), sum(record.tokens for record in own)
         costs[worker] = {
             "shards": len(own),
@@ -254,14 +241,22 @@ def totals(records: list[Record]) -> dict[str, Any]:
 
 
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """Sum up the records of a run and write ``manifest.json``, which makes the directory a finished one.
+    """Write ``manifest.json``, which makes the directory a finished one. For the arguments see ``summed_up``."""
+    manifest = summed_up(empty, records, failed)
+    storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
+    delete_leftovers(empty.uri)
+    return manifest
+
+
+def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
+    """The manifest of the shards that have ``records``.
 
     Args:
         empty: all that is known of the directory before its shards.
-        failed: reasons of the shards that the run was allowed to end without, besides those that ``empty`` names.
+        failed: why the run goes without the other shards, besides those that ``empty`` names.
     """
     ordered = [records[index] for index in sorted(records)]
-    manifest = empty.model_copy(
+    return empty.model_copy(
         update={
             "shards": [record.entry for record in ordered],
             "failed": empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())},
@@ -269,9 +264,6 @@ def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int
             "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow", "ray")},
         }
     )
-    storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
-    delete_leftovers(empty.uri)
-    return manifest
 
 
 def delete_leftovers(uri: str) -> None:

@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import commit, manifests, masks, parquet, values
 from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
-from entropy_masking.shards.schema import Manifest, Record, ShardEntry
+from entropy_masking.shards.schema import Manifest, ShardEntry
 
+# of a manifest's totals; not the times, since a late writer may have done a shard again
 SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
+DENIED = "may not be read"
 
 Fault = tuple[str, str]  # a file of the directory, and a phrase that follows its name
 
@@ -34,57 +36,46 @@ class Depth(IntEnum):
 
 
 def check_shards(manifest: Manifest, contents: bool = True) -> None:
-    """Before shards are read: they are all there, and every byte is what was committed.
+    """Before shards are read: they are all there, every byte is what was committed, and the tokenizer made the ids.
 
-    Each shard of the run is named or known to have failed; each file has the manifest's size, SHA-256 and rows; its
-    record says what the manifest says (a copy may do without ``_records/``); the tokenizer is the one that made the
-    ids. Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
+    Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
 
     Args:
-        contents: False, where somebody has checked them already, looks at nothing that takes longer the more shards
-            there are than a list of their names and sizes, and at the tokenizer.
+        contents: False, where somebody has checked them already, looks at names, sizes and the tokenizer only.
 
     Raises:
         UsageError: names the first file that is missing, damaged, swapped, edited or not to be read.
     """
-    try:
-        fault = next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)
-    except PermissionError as error:
-        raise UsageError(f"{manifest.uri} may not be read ({error}); allow this user to read it") from None
-    if fault:
-        file, text = fault
-        mend = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
-        mend = "put back the one that made the shards" if file == "tokenizer" else mend
-        raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {mend}")
+    if (fault := next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)) is None:
+        return
+    file, text = fault
+    mend = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
+    if file == "tokenizer":
+        mend = "put back the one that made the shards"
+    if text.startswith(DENIED):
+        mend = "allow this user to read it"
+    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {mend}")
 
 
-def faults(
-    manifest: Manifest, depth: Depth, finished: bool = True, advance: Callable[[int], None] = lambda size: None
-) -> Iterator[Fault]:
-    """All faults of a directory, those that are found quickly first.
+def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
+    """All faults of a directory, those that show quickly first.
 
     Args:
-        finished: False for a run without a manifest, whose records make up ``manifest``.
         advance: called with the size of every shard whose content has been checked.
-
-    Raises:
-        PermissionError: something may not be read.
     """
-    if finished:
-        texts = manifest_faults(manifest) if depth >= Depth.TABLES else lacking_faults(manifest)
-        yield from (("manifest.json", text) for text in texts)
+    texts = manifest_faults(manifest) if depth >= Depth.TABLES else lacking(manifest)
+    yield from (("manifest.json", text) for text in texts)
     sizes = {info.base_name: info.size for info in storage.list_files(manifest.uri)}
-    for entry in manifest.shards:
-        if entry.file not in sizes:
-            yield entry.file, "is missing"
-        elif sizes[entry.file] != entry.bytes:
-            yield entry.file, f"has {sizes[entry.file]:,} bytes, its manifest says {entry.bytes:,}"
+    there = [entry for entry in manifest.shards if entry.file in sizes]
+    yield from ((entry.file, "is missing") for entry in manifest.shards if entry.file not in sizes)
+    for entry in there:
+        if (size := sizes[entry.file]) != entry.bytes:
+            yield entry.file, f"has {size:,} bytes, its manifest says {entry.bytes:,}"
     if text := tokenizer_fault(manifest):
         yield "tokenizer", text
     if depth == Depth.NAMES:
         return
-    yield from record_faults(manifest, depth) if finished else unused_records(manifest)
-    there = [entry for entry in manifest.shards if entry.file in sizes]
+    yield from record_faults(manifest, depth)
     with ThreadPoolExecutor(commit.READERS) as pool:
         texts_of = pool.map(lambda entry: content_faults(manifest, entry, sizes[entry.file], depth), there)
         for entry, texts in zip(there, texts_of, strict=True):
@@ -95,14 +86,15 @@ def faults(
 # --- manifest, records, tokenizer ------------------------------------------------------------------------------------
 
 
-def lacking_faults(manifest: Manifest) -> list[str]:
-    return [f"lacks {shard_file(index)}" for index in manifest.missing_shards()]
+def lacking(manifest: Manifest) -> list[str]:
+    """Shards of the run that the manifest neither holds nor names as failed."""
+    known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
+    return [f"lacks {file}" for file in map(shard_file, range(manifest.planned_shards)) if file not in known]
 
 
 def manifest_faults(manifest: Manifest) -> list[str]:
     """The manifest by itself: every planned shard accounted for once, names that fit, and hashes of what it says."""
-    texts = lacking_faults(manifest)
-    indices = [entry.index for entry in manifest.shards]
+    texts, indices = lacking(manifest), [entry.index for entry in manifest.shards]
     if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
         texts.append(f"its shards are not each once and in order among {manifest.planned_shards}")
     wrong = [entry for entry in manifest.shards if entry.file != shard_file(entry.index)]
@@ -115,13 +107,12 @@ def manifest_faults(manifest: Manifest) -> list[str]:
 
 
 def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
-    """Records against the manifest; a copy may do without any."""
-    if not manifests.record_files(manifest.uri):
+    """Records against the manifest, and its totals against their sums; a copy may do without any."""
+    if not (files := manifests.record_files(manifest.uri)):
         return
-    records = commit.read_records(manifest.uri)
-    intact: list[Record] = []
-    for entry in manifest.shards:
-        file = f"_records/{manifests.record_file(entry.index)}"
+    records, intact = commit.read_records(manifest.uri), []
+    by_file = {manifests.record_file(entry.index): entry for entry in manifest.shards}
+    for file, entry in by_file.items():
         expected = entry.model_dump() | {"fingerprint_hash": manifest.fingerprint_hash}
         if (record := records.get(entry.index)) is None:
             yield file, "is missing or unreadable"
@@ -129,30 +120,23 @@ def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
             yield file, f"differs from the manifest in {', '.join(differing)}"
         else:
             intact.append(record)
-    if depth >= Depth.TABLES and len(intact) == len(manifest.shards):
-        sums = commit.totals(intact)  # without the times: a late writer may have done a shard again
+    if depth < Depth.TABLES:
+        return
+    yield from ((file, "is unreadable, or of another run") for file in files if file not in by_file)
+    if len(intact) == len(manifest.shards):
+        sums = commit.totals(intact)
         if differing := [name for name in SUMMED if manifest.totals.get(name) != sums[name]]:
             yield "manifest.json", f"its totals differ from the records' in {', '.join(differing)}"
 
 
-def unused_records(manifest: Manifest) -> Iterator[Fault]:
-    """Records that do not count among those of an unfinished run."""
-    used = {manifests.record_file(entry.index) for entry in manifest.shards}
-    for name in manifests.record_files(manifest.uri):
-        if name not in used:
-            yield f"_records/{name}", "is unreadable, or of another run"
-
-
 def tokenizer_fault(manifest: Manifest) -> str | None:
-    """What is wrong with ``tokenizer/``; a plan may do without one. Raises PermissionError."""
+    """What is wrong with ``tokenizer/``; a plan may do without one."""
     if manifest.kind == "plan" and not storage.exists(storage.join(manifest.uri, "tokenizer")):
         return None
     try:
         own = manifests.tokenizer_hash(manifests.load_tokenizer(manifest.uri))
-    except PermissionError:
-        raise
     except Exception as error:  # tokenizers raises bare Exceptions
-        return f"cannot be loaded ({' '.join(str(error).split())[:200]})"
+        return unreadable(error)
     return None if own == manifest.tokenizer_hash else "is not the tokenizer that made the ids"
 
 
@@ -160,37 +144,45 @@ def tokenizer_fault(manifest: Manifest) -> str | None:
 
 
 def content_faults(manifest: Manifest, entry: ShardEntry, size: int, depth: Depth) -> list[str]:
-    """Faults of the bytes of a shard that has ``size`` of them. Raises PermissionError."""
+    """Faults of the bytes of a shard that has ``size`` of them."""
     uri, texts = manifest.shard_uri(entry), []
     try:
         if size == entry.bytes and storage.sha256(uri) != entry.sha256:
             texts.append("is not the file that was committed (its SHA-256 is another)")
         filesystem, path = storage.resolve(uri)
         with pq.ParquetFile(path, filesystem=filesystem) as file:
-            return texts + table_faults(manifest, entry, file, depth)
-    except PermissionError:
-        raise
+            # the values of damaged bytes say nothing
+            return texts + table_faults(manifest, entry, file, min(depth, Depth.TABLES) if texts else depth)
     except (pa.ArrowException, OSError) as error:
-        if texts or size != entry.bytes:
-            return texts  # no wonder
-        return [f"cannot be read ({' '.join(str(error).split())[:200]})"]
+        return texts if texts or size != entry.bytes else [unreadable(error)]
+
+
+def unreadable(error: Exception) -> str:
+    return f"{DENIED if isinstance(error, PermissionError) else 'cannot be read'} ({one_line(error)})"
 
 
 def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, depth: Depth) -> list[str]:
-    """Columns, number of rows, sequence ids, variants, row groups, which readers address by number, and values."""
-    masked, expected = manifest.kind != "sequences", contract(manifest)
+    """Columns, shard and number of rows, then the layout, then the values."""
+    expected = contract(manifest)
     if depth >= Depth.TABLES:
         if not file.schema_arrow.equals(expected):
             differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
             return [f"has other columns than the contract ({', '.join(differing) or 'in another order'})"]
-        table = file.read(["sequence_id", "variant"] if masked else ["sequence_id"])
-        ids_N = table["sequence_id"].to_numpy()
-        if foreign := sorted(set(np.unique(ids_N >> np.uint64(32)).tolist()) - {entry.index}):
+        table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
+        shards = np.unique(table["sequence_id"].to_numpy() >> np.uint64(32)).tolist()
+        if foreign := sorted({*shards} - {entry.index}):
             return [f"holds sequences of shard {foreign[0]}, not of {entry.index}"]
     if file.metadata.num_rows != entry.rows:
         return [f"has {file.metadata.num_rows:,} rows, its manifest says {entry.rows:,}"]
     if depth < Depth.TABLES or not entry.rows:
         return []
+    texts = layout_faults(manifest, entry, file, table)
+    return texts if texts or depth < Depth.VALUES else values.value_faults(manifest, entry, file)
+
+
+def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, table: pa.Table) -> list[str]:
+    """Sequence ids and variants, which are in ``table``, and row groups, which readers address by number."""
+    masked, ids_N = manifest.kind != "sequences", table["sequence_id"].to_numpy()
     # an unfinished run does not say how many variants there are: as many as its first sequence has
     variants = int(manifest.masks["variants"] if manifest.masks else (ids_N == ids_N[0]).sum()) if masked else 1
     if entry.rows % variants:
@@ -205,7 +197,7 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if groups != [len(rows) for rows, _ in blocks]:
         texts.append("its row groups are cut elsewhere than the contract says")
-    return texts if texts or depth < Depth.VALUES else values.value_faults(manifest, entry, file)
+    return texts
 
 
 def contract(manifest: Manifest) -> pa.Schema:

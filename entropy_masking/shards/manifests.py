@@ -33,49 +33,32 @@ def run_uri(directory: str) -> str:
 
 
 def record_file(index: int) -> str:
-    """``part-00000.json``: the record of a shard, in ``_records/``."""
-    return f"part-{index:05d}.json"
+    """``_records/part-00000.json``."""
+    return f"_records/part-{index:05d}.json"
 
 
 def record_files(directory: str) -> list[str]:
-    """The records that are there, by name: people copy shards without them."""
+    """The records that are there: people copy shards without them."""
     names = [info.base_name for info in storage.list_files(storage.join(directory, "_records"))]
-    return [name for name in names if name.startswith("part-")]
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
+    return [f"_records/{name}" for name in names if name.startswith("part-")]
 
 
 def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if there is none. Raises ValidationError if it holds anything else."""
+    """The file at ``uri``; None if there is none. Raises UsageError if it holds something else."""
     try:
         return model.model_validate_json(storage.read_bytes(uri))
     except FileNotFoundError:
         return None
-
-
-def first_error(error: ValidationError) -> str:
-    """The first thing that is wrong with a file, such as ``shards.0.rows: Field required``."""
-    first = error.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]))
-
-
-def read_run(directory: str) -> Run | None:
-    """The run that a directory belongs to; None if none has begun there. Raises UsageError if it cannot be read."""
-    try:
-        return read_model(Run, run_uri(directory))
     except ValidationError as error:
-        reason = first_error(error)
-        raise UsageError(f"{run_uri(directory)} cannot be read ({reason}); choose a new --output") from None
+        first = error.errors()[0]
+        reason = " ".join([*map(str, first["loc"]), first["msg"]])
+        title = model.model_config["title"]
+        raise UsageError(f"{uri} cannot be read: it is no {title} ({reason}); restore it, or make it anew") from None
 
 
 def find_manifest(uri: str) -> Manifest | None:
     """The manifest of a directory of any kind; None if no run has ended there. Raises UsageError if it is broken."""
-    try:
-        manifest = read_model(Manifest, manifest_uri(uri))
-    except ValidationError as error:
-        reason = first_error(error)
-        raise UsageError(f"{manifest_uri(uri)} is no shard manifest ({reason}); score the corpus again") from None
+    manifest = read_model(Manifest, manifest_uri(uri))
     return manifest and manifest.model_copy(update={"uri": uri})
 
 
@@ -89,7 +72,7 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
         if manifest.kind != kind:
             raise UsageError(f"{uri} holds {manifest.kind}, not {kind}; name a directory made by {MADE_BY[kind]}")
         return manifest
-    if run := read_run(uri):
+    if run := read_model(Run, run_uri(uri)):
         done = f"{len(record_files(uri))} of {run.shards} shards"
         raise UsageError(f"{uri} is unfinished ({done}); run the same {MADE_BY[kind]} command again to finish it")
     raise UsageError(f"{uri} is no shard directory (it has no manifest.json); make one with {MADE_BY[kind]}")
@@ -106,9 +89,6 @@ def read_table(
             row_groups = list(range(file.num_row_groups))
         # one thread: readers are loader workers, which are parallel already and may be forks
         return file.read_row_groups(row_groups, columns=columns, use_threads=False)
-
-
-# --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
@@ -139,9 +119,6 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return storage.sha256_json([tokenizer.get_vocab(), special_ids(tokenizer)])
 
 
-# --- before there are shards -----------------------------------------------------------------------------------------
-
-
 def new_manifest(
     uri: str,
     run: Run,
@@ -168,7 +145,7 @@ def new_manifest(
         masks=masks,
         sequences_hash=sequences_hash(fingerprint),
         fingerprint=fingerprint,
-        fingerprint_hash=storage.sha256_json(fingerprint),
+        fingerprint_hash=run.fingerprint_hash,
         tokenizer_hash=tokenizer_hash(tokenizer),
         planned_shards=run.shards,
         shards=[],

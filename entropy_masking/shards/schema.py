@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from entropy_masking import storage
-from entropy_masking.shards.parquet import SCHEMA_VERSION, shard_file
+from entropy_masking.shards.parquet import SCHEMA_VERSION
 
 
 def _check_file(file: str) -> str:
@@ -25,19 +25,23 @@ def _check_special_ids(special_ids: dict[str, int]) -> dict[str, int]:
 
 
 class Model(BaseModel):
-    """A file, or a part of one. A wrong type, a missing or an unknown field raises a ValidationError."""
+    """A file, which messages call by its title, or a part of one. An unknown field is as wrong as a wrong type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class Run(Model):
-    """``_records/run.json``, written first: all that decides the bytes of the shards, and how many are planned."""
+class Run(Model, title="record of a run"):
+    """``_records/run.json``, written first: the run that a directory belongs to."""
 
-    fingerprint: dict[str, Any]
-    shards: int
+    fingerprint: dict[str, Any]  # all that decides the bytes of the shards
+    shards: int  # that are planned
+
+    @property
+    def fingerprint_hash(self) -> str:
+        return storage.sha256_json(self.fingerprint)
 
 
-class Attempt(Model):
+class Attempt(Model, title="record of an attempt"):
     """``_attempts/part-00000.json``: a worker has begun a shard, for the ``attempts``-th time in this run."""
 
     run: str
@@ -46,50 +50,39 @@ class Attempt(Model):
 
 
 class ShardEntry(Model):
-    """One committed shard, as the manifest names it.
-
-    Attributes:
-        tokens: without padding; 0 in a plan and in targets.
-        scored_tokens: positions that a teacher scored (in a plan: that it is to score).
-        entropy_sum: of their predictive entropies, in nats.
-    """
+    """One committed shard, as the manifest names it."""
 
     index: int
     file: Annotated[str, AfterValidator(_check_file)]
     rows: int
-    tokens: int
-    scored_tokens: int
+    tokens: int  # without padding; 0 in a plan and in targets
+    scored_tokens: int  # positions that a teacher scored (in a plan: that it is to score)
     bytes: int
     sha256: str
-    entropy_sum: float
+    entropy_sum: float  # of the scored tokens, in nats
 
 
 class Rejected(Model):
-    """The documents of a shard that were not used: how many, for which reasons, and the first hundred of them."""
+    """The documents of a shard that were not used."""
 
     count: int
     reasons: dict[str, int]
-    listed: list[dict[str, Any]]
+    listed: list[dict[str, Any]]  # the first hundred
 
 
-class Record(ShardEntry):
-    """``_records/part-00000.json``, written after its shard: what the manifest says of it, and what it cost.
-
-    Attributes:
-        forward_seconds: inside the model; ``seconds`` are those from the first work on the shard to ``finished_at``.
-        batch_tokens: only where memory asked for smaller batches.
-    """
+class Record(ShardEntry, title="record of a shard"):
+    """``_records/part-00000.json``, written after its shard: what the manifest says of it, and what it cost."""
 
     fingerprint_hash: str
     attempt: int
-    forward_seconds: float
+    forward_seconds: float  # inside the model
     flops: int
-    batch_tokens: int | None = None
+    batch_tokens: int | None = None  # only where memory asked for smaller batches
     device: str
     worker: str
     documents: int
     rejected: Rejected
-    seconds: float
+    seconds: float  # from the first work on the shard until ``finished_at``
     finished_at: str
 
     @property
@@ -112,47 +105,32 @@ class Record(ShardEntry):
         return {name: fields[name] for name in ("index", "file", "bytes", "sha256")} | fields
 
 
-class Manifest(Model):
-    """``manifest.json``, written last: a finished shard directory.
+class Manifest(Model, title="shard manifest"):
+    """``manifest.json``, written last: a finished shard directory."""
 
-    Attributes:
-        uri: the directory; not in the file.
-        kind: ``sequences`` (tokens, and scores if a teacher was there), ``plan`` or ``targets`` (``shards.masks``).
-        special_ids: by role; ``special_token_ids`` are all ids that are never masked.
-        context, passes, top_k, temperatures: of the teacher; None, None, 0, [] without one.
-        masks: of a plan and its targets: ``source``, ``policy``, ``variants`` and ``positions`` (K).
-        sequences_hash: what the tokens are; equal in a shard directory and the plans and targets made for it.
-        planned_shards: shards of the run; ``shards`` lacks those in ``failed``, which says why.
-    """
-
-    uri: str = Field("", exclude=True)
+    uri: str = Field("", exclude=True)  # the directory; not in the file
     schema_version: Literal[2] = SCHEMA_VERSION
-    kind: Literal["sequences", "plan", "targets"]
+    kind: Literal["sequences", "plan", "targets"]  # tokens, and scores if a teacher was there; or see ``shards.masks``
     sequence_length: int
     vocab_size: int
-    special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]
-    special_token_ids: list[int]
+    special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]  # by role
+    special_token_ids: list[int]  # all ids that are never masked
     scored: bool
-    top_k: int
+    top_k: int  # of the teacher, as the next four; 0 without one
     temperatures: list[float]
     context: str | None
     passes: int | None
     teacher: str | None
-    masks: dict[str, Any] | None
-    sequences_hash: str
+    masks: dict[str, Any] | None  # of a plan and its targets: source, policy, variants and positions (K)
+    sequences_hash: str  # of what the tokens are; equal in sequences and the plans and targets made for them
     fingerprint: dict[str, Any]
     fingerprint_hash: str
     tokenizer_hash: str
     planned_shards: int
     shards: list[ShardEntry]
-    failed: dict[str, str]
+    failed: dict[str, str]  # planned shards that are not in ``shards``, and why
     totals: dict[str, Any]
     versions: dict[str, str] = {}
 
     def shard_uri(self, entry: ShardEntry) -> str:
         return storage.join(self.uri, entry.file)
-
-    def missing_shards(self) -> list[int]:
-        """Shards of the run that the manifest neither holds nor names as failed."""
-        known = {entry.file for entry in self.shards} | self.failed.keys()
-        return [index for index in range(self.planned_shards) if shard_file(index) not in known]
