@@ -21,7 +21,7 @@ from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit, manifests, masks, parquet
 from entropy_masking.shards.faults import Depth, check_shards, contract, manifest_faults, table_faults
-from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.schema import Manifest, Record, ShardEntry
 from entropy_masking.shards.values import list_lengths
 
 VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
@@ -36,6 +36,22 @@ def copy(scored: Path, tmp_path: Path) -> Path:
 
 def edit(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_files_are_what_the_models_write(scored: Path, copy: Path) -> None:
+    """Field by field in this order, so that directories of one version are alike to the byte."""
+    named, counted = ["index", "file", "bytes", "sha256"], ["rows", "tokens", "scored_tokens", "entropy_sum"]
+    cost = ["fingerprint_hash", "attempt", "forward_seconds", "flops", "device", "worker", "documents", "rejected"]
+    for file in sorted(scored.glob("_records/part-*.json")):
+        record = Record.model_validate_json(file.read_text())
+        assert list(json.loads(file.read_text())) == [*named, *counted, *cost, "seconds", "finished_at"]
+        storage.write_json(str(copy / "again.json"), record.to_json())
+        assert (copy / "again.json").read_text() == file.read_text()
+    manifest = json.loads((scored / "manifest.json").read_text())
+    assert list(manifest)[:2] == ["schema_version", "kind"] and list(manifest)[-2:] == ["totals", "versions"]
+    assert list(manifest["shards"][0]) == [*named[:2], *counted[:3], *named[2:], counted[3]]
+    storage.write_json(str(copy / "again.json"), manifests.read_manifest(str(scored)).model_dump())
+    assert (copy / "again.json").read_text() == (scored / "manifest.json").read_text()
 
 
 # --- damages ---------------------------------------------------------------------------------------------------------
