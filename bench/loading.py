@@ -42,9 +42,11 @@ from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards import commit, manifests, parquet
-from entropy_masking.shards.manifests import Manifest, check_shards, read_manifest
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.manifests import Manifest, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP, Scores
 from entropy_masking.shards.read import Columns
+from entropy_masking.shards.schema import Record
 from pipeline.corpus.readers import Rejects
 from pipeline.tokenizer import SPECIAL_TOKENS
 from train.data import WINDOW, TrainingSequences, masker_of, split_shards
@@ -231,7 +233,7 @@ def made_up(directory: Path) -> Manifest:
     return commit.write_manifest(empty, {index: made_up_shard(empty, index, rng) for index in range(SHARDS)}, {})
 
 
-def made_up_shard(manifest: Manifest, index: int, rng: np.random.Generator) -> dict[str, Any]:
+def made_up_shard(manifest: Manifest, index: int, rng: np.random.Generator) -> Record:
     """Write one; returns its record."""
     started, first = time.monotonic(), len(SPECIAL_TOKENS)
 
@@ -246,7 +248,7 @@ def made_up_shard(manifest: Manifest, index: int, rng: np.random.Generator) -> d
     logprobs_NLK = -0.5 - rng.exponential(0.5, (ROWS, LENGTH, TOP_K)).astype(np.float32).cumsum(-1)
     scores = Scores(entropy_NL, entropy_NL, tokens(ROWS, LENGTH, TOP_K), logprobs_NLK, {})
     table = parquet.to_table(index, ids_NL, scores, VOCABULARY, TOP_K)
-    record = parquet.counts(ids_NL, manifest.special_ids["pad"], scores) | {
+    fields = parquet.counts(ids_NL, manifest.special_ids["pad"], scores) | {
         "fingerprint_hash": manifest.fingerprint_hash,
         "attempt": 1,
         "forward_seconds": 0.0,
@@ -256,7 +258,7 @@ def made_up_shard(manifest: Manifest, index: int, rng: np.random.Generator) -> d
         "documents": 0,
         "rejected": Rejects().report(),
     }
-    return commit.commit_shard(manifest.uri, index, parquet.to_parquet(parquet.row_groups(table)), record, started)
+    return commit.commit_shard(manifest.uri, index, parquet.to_parquet(parquet.row_groups(table)), fields, started)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -281,8 +280,8 @@ def overhead(teacher: Teacher, texts: list[str], tokens: int, args: argparse.Nam
         teacher.score(ids_NL)
         seconds += time.perf_counter() - started
     records = list(commit.read_records(str(work / "job")).values())
-    ends = [(datetime.fromisoformat(record["finished_at"]).timestamp(), record["seconds"]) for record in records]
-    wall = max(end for end, _ in ends) - min(end - took for end, took in ends)  # of the one worker, its pauses included
+    begun = min(record.ended - record.seconds for record in records)
+    wall = max(record.ended for record in records) - begun  # of the one worker, its pauses included
     job_rate, loop_rate = totals["tokens"] / wall, totals["tokens"] / seconds
     return {
         "job_seconds": row(wall, "s"),

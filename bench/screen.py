@@ -22,7 +22,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -306,8 +306,9 @@ def shuffle_scores(source: str, target: str) -> None:
     manifest = read_manifest(source)
     fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
     hashed = storage.sha256_json(fingerprint)
-    copy = replace(manifest, uri=target, top_k=0, temperatures=[], fingerprint=fingerprint, fingerprint_hash=hashed)
-    copy = replace(copy, shards=[], totals={})
+    hashes = {"fingerprint": fingerprint, "fingerprint_hash": hashed}
+    empty = {"uri": target, "top_k": 0, "temperatures": [], "shards": [], "totals": {}}
+    copy = manifest.model_copy(update=empty | hashes)
     commit.claim_directory(target, fingerprint, copy.planned_shards)
     records = commit.done_records(target, copy.planned_shards, hashed)
     originals = commit.read_records(source)
@@ -327,11 +328,9 @@ def shuffle_scores(source: str, target: str) -> None:
         none = np.empty((*scored_NL.shape, 0), np.int64)
         scores = Scores(rows["entropy"], rows["surprisal"], none, none.astype(np.float32), {})
         parts = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
-        record = originals[entry.index] | {"fingerprint_hash": hashed}
-        for name in ("file", "bytes", "sha256", "seconds", "finished_at", "index"):
-            record.pop(name, None)
+        fields = originals[entry.index].model_dump() | {"fingerprint_hash": hashed}
         data = parquet.to_parquet(parquet.row_groups(parts))
-        records[entry.index] = commit.commit_shard(target, entry.index, data, record, started)
+        records[entry.index] = commit.commit_shard(target, entry.index, data, fields, started)
     commit.write_manifest(copy, records, {})
 
 

@@ -16,7 +16,8 @@ import psutil
 from entropy_masking import storage
 from entropy_masking.commands import ray_cluster
 from entropy_masking.errors import UsageError
-from entropy_masking.shards import commit, parquet
+from entropy_masking.shards import commit
+from entropy_masking.shards.schema import Record
 from pipeline.corpus.readers import FileRange
 from pipeline.job import Job
 
@@ -25,7 +26,7 @@ VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[FileRange]]
 
 
-def local_records(job: Job, todo: list[Shard]) -> Iterator[dict[str, Any]]:
+def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | dict[str, Any]]:
     """Score shards in this process; yields each record (or error) as its shard ends."""
     from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
@@ -45,7 +46,7 @@ def local_records(job: Job, todo: list[Shard]) -> Iterator[dict[str, Any]]:
 
 def ray_records(
     job: Job, todo: list[Shard], workers: int | None = None, gpus_per_worker: float | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record | dict[str, Any]]:
     """Score shards on Ray Data's actor pool, on the cluster that ``ray.init`` finds, else on a local one.
 
     The dataset's items are shard descriptors: an actor commits its own file and hands back the record only, so that
@@ -93,10 +94,13 @@ def ray_records(
         )
         records.set_name(f"score {job.output.rstrip('/').rpartition('/')[2]}")
         for row in records.iter_rows():
-            record = json.loads(row["record"])
-            if "error" not in record:
+            fields = json.loads(row["record"])
+            if "error" in fields:
+                yield fields
+            else:
+                record = Record.model_validate(fields)
                 _check_visible(job.output, record)
-            yield record
+                yield record
     finally:
         below = psutil.Process().children(recursive=True)  # a cluster of this run's own
         ray.shutdown()
@@ -123,12 +127,14 @@ class ScoreShard:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         ranges = [FileRange(**fields) for fields in json.loads(batch["ranges"][0])]
         record = self.scorer(int(batch["index"][0]), ranges)
-        if tokens := record.get("scored_tokens") or record.get("tokens"):
+        if isinstance(record, dict):
+            return {"record": [json.dumps(record)]}
+        if tokens := record.scored_tokens or record.tokens:
             now = time.monotonic()
             self.tokens.inc(tokens)
             self.rate.set(tokens / max(now - self.last, 1e-3))
             self.last = now
-        return {"record": [json.dumps(record)]}
+        return {"record": [json.dumps(record.to_json())]}
 
 
 def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
@@ -152,14 +158,14 @@ def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | N
     return sum(int(count / each) for count in cpus), {"num_cpus": each}
 
 
-def _check_visible(output: str, record: dict[str, Any]) -> None:
+def _check_visible(output: str, record: Record) -> None:
     """A worker on another node may have written to a disk of its own."""
-    uri = storage.join(output, parquet.shard_file(record["index"]))
+    uri = storage.join(output, record.file)
     until = time.monotonic() + VISIBLE_SECONDS
-    while not _has_size(uri, record["bytes"]):
+    while not _has_size(uri, record.bytes):
         if time.monotonic() > until:
             raise UsageError(
-                f"{uri}, committed by {record['worker']}, is not to be seen from here; "
+                f"{uri}, committed by {record.worker}, is not to be seen from here; "
                 "choose an --output on a path that all nodes share, or in an object store"
             )
         time.sleep(0.5)

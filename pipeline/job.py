@@ -23,7 +23,8 @@ from entropy_masking.models.checkpoints import (
 )
 from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
-from entropy_masking.shards.manifests import Manifest
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.schema import Manifest, Run
 from pipeline.corpus.plan import Corpus
 
 
@@ -116,28 +117,13 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         }
     if plan:
         fingerprint["plan"] = plan.fingerprint_hash
-    manifest = Manifest(
-        uri=args.output if storage.is_remote(args.output) else str(Path(args.output).absolute()),
-        kind="targets" if plan else "sequences",
-        sequence_length=length,
-        vocab_size=len(tokenizer),
-        special_ids=manifests.special_ids(tokenizer),
-        special_token_ids=sorted(set(tokenizer.all_special_ids)),
-        scored=teacher is not None,
-        top_k=fingerprint.get("top_k", 0),
-        temperatures=fingerprint.get("temperatures", []),
-        context=fingerprint.get("context"),
-        passes=fingerprint.get("passes"),
+    manifest = manifests.new_manifest(
+        args.output if storage.is_remote(args.output) else str(Path(args.output).absolute()),
+        Run(fingerprint=fingerprint, shards=len(corpus.shards)),
+        tokenizer,
         teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
         masks=plan.masks if plan else None,
-        sequences_hash=sequences_hash,
-        fingerprint=fingerprint,
-        fingerprint_hash=storage.sha256_json(fingerprint),
-        tokenizer_hash=manifests.tokenizer_hash(tokenizer),
-        planned_shards=len(corpus.shards),
-        shards=[],
         failed=corpus.from_shards.failed if corpus.from_shards else {},
-        totals={},
     )
     return Job(
         manifest=manifest,
@@ -163,7 +149,7 @@ def read_plan(uri: str, corpus: Corpus, sequences_hash: str) -> Manifest:
         UsageError: no plan, or one for other sequences.
     """
     plan = manifests.read_manifest(storage.absolute(uri), kind="plan")
-    manifests.check_shards(plan)
+    check_shards(plan)
     if not corpus.from_shards:
         raise UsageError(f"--masks {uri} is a plan for a shard directory; name that directory as --corpus")
     indices = {index for index, ranges in enumerate(corpus.shards) if ranges}

@@ -27,6 +27,7 @@ from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit, masks, parquet
 from entropy_masking.shards.parquet import shard_file
+from entropy_masking.shards.schema import Record
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.job import Job, choose_tokenizer, describe, try_teacher
@@ -150,7 +151,7 @@ def temperatures(text: str) -> list[float]:
 
 
 def collect(
-    run: Iterator[dict[str, Any]], records: dict[int, dict[str, Any]], shards: int, shard_tokens: int, allowed: int
+    run: Iterator[Record | dict[str, Any]], records: dict[int, Record], shards: int, shard_tokens: int, allowed: int
 ) -> dict[int, str]:
     """Add the records that a backend yields to ``records``, showing progress in tokens; returns what failed, and why.
 
@@ -158,25 +159,24 @@ def collect(
         UsageError: more shards failed than allowed, one for a reason that the user can mend; the others are done.
         RunError: nothing more can be written.
     """
-    tokens = sum(record["tokens"] or record["scored_tokens"] for record in records.values())
+    tokens = sum(record.tokens_or_positions for record in records.values())
     failed, usage = {}, []
     with console.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
         try:
             for record in run:
-                if "error" in record:
+                if isinstance(record, dict):
                     failed[record["index"]] = record["error"]
                     usage += [record["error"]] if record.get("usage") else []
                     progress.note(record.get("traceback") or f"shard {record['index']} failed: {record['error']}")
                     if record.get("fatal"):
                         raise RunError(f"{record['error']}; make room, then run the command again")
                     continue
-                records[record["index"]] = record
-                new = record["tokens"] or record["scored_tokens"]  # targets have no tokens of their own
-                tokens += new
+                records[record.index] = record
+                tokens += record.tokens_or_positions
                 progress.total = round(tokens / len(records) * shards)  # better known with every shard
-                progress.advance(new)
+                progress.advance(record.tokens_or_positions)
         except KeyboardInterrupt:
             progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command goes on")
             raise
@@ -185,7 +185,7 @@ def collect(
     return failed
 
 
-def finish(job: Job, records: dict[int, dict[str, Any]], failed: dict[int, str], allowed: int, scored_now: int) -> None:
+def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed: int, scored_now: int) -> None:
     """Write the manifest and print what the directory holds.
 
     Raises:
@@ -198,10 +198,10 @@ def finish(job: Job, records: dict[int, dict[str, Any]], failed: dict[int, str],
             f"{len(failed)} of {job.manifest.planned_shards} shards failed ({named}); the others are done. "
             "Run the command again to retry them, or with --max-failed-shards to end without them"
         )
-    if not any(record["rows"] for record in records.values()):
-        reasons = "; ".join(sorted({reason for record in records.values() for reason in record["rejected"]["reasons"]}))
+    if not any(record.rows for record in records.values()):
+        reasons = "; ".join(sorted({reason for record in records.values() for reason in record.rejected.reasons}))
         raise UsageError(f"the corpus holds no text: every document was rejected ({reasons or 'there are none'})")
-    if job.teacher and not any(record["scored_tokens"] for record in records.values()):
+    if job.teacher and not any(record.scored_tokens for record in records.values()):
         raise UsageError("no token of the corpus was scored, all are special to the tokenizer; use the teacher's own")
     totals = commit.write_manifest(job.manifest, records, failed).totals
     tokens = totals["scored_tokens"] if job.plan else totals["tokens"]

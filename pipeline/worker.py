@@ -22,6 +22,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, masks, parquet
 from entropy_masking.shards.masks import MaskedRows
+from entropy_masking.shards.schema import Record
 from pipeline.corpus.packing import pack, tokenize
 from pipeline.corpus.readers import FileRange, Rejects, read_documents
 from pipeline.job import Job
@@ -46,7 +47,7 @@ class ShardScorer:
         self.teacher: Teacher | None = None
         torch.set_num_threads(job.threads)
 
-    def __call__(self, index: int, ranges: list[FileRange]) -> dict[str, Any]:
+    def __call__(self, index: int, ranges: list[FileRange]) -> Record | dict[str, Any]:
         """Score and commit shard ``index``; returns its record (see docs/shards.md), or what went wrong.
 
         A shard that raises is tried again up to ``max_attempts`` times, and one that ended its process so often is
@@ -85,7 +86,7 @@ class ShardScorer:
                     error = {"index": index, "error": reason, "traceback": traceback.format_exc()}
         return error
 
-    def _known(self, index: int) -> tuple[dict[str, Any] | None, tuple[int, bool]]:
+    def _known(self, index: int) -> tuple[Record | None, tuple[int, bool]]:
         """The record of a shard that is done, and its failed attempts; a store that does not answer is asked again.
 
         A worker that died after its commit could not say so, and Ray gives the shard to another.
@@ -100,7 +101,7 @@ class ShardScorer:
                 time.sleep(2.0**patience)
         raise AssertionError
 
-    def _score(self, index: int, ranges: list[FileRange], attempt: int) -> dict[str, Any]:
+    def _score(self, index: int, ranges: list[FileRange], attempt: int) -> Record:
         job, started = self.job, time.monotonic()
         if self.stopped.is_set():
             raise Stopped
@@ -133,7 +134,7 @@ class ShardScorer:
                 table = parquet.to_table(index, input_ids_NL, scores, job.manifest.vocab_size, job.manifest.top_k)
                 data = parquet.to_parquet(parquet.row_groups(table))
                 counts = parquet.counts(input_ids_NL, job.manifest.special_ids["pad"], scores)
-            record = {
+            fields = {
                 **counts,
                 "fingerprint_hash": job.manifest.fingerprint_hash,
                 "attempt": attempt,
@@ -143,7 +144,7 @@ class ShardScorer:
                 "documents": rejects.documents,
                 "rejected": rejects.report(),
             }
-            return commit.commit_shard(job.output, index, data, record, started)
+            return commit.commit_shard(job.output, index, data, fields, started)
 
     def _sequences(self, ranges: list[FileRange], rejects: Rejects) -> np.ndarray:
         """Token ids [N, L] of a shard: from text, or as they stand in the shard of another directory."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +137,9 @@ def test_a_sample_is_spread_over_row_groups_and_reads_few(scored: Path) -> None:
     manifest = read_manifest(str(scored))
 
     def holding(*rows: int) -> Manifest:
-        entries = [replace(manifest.shards[0], index=index, rows=size) for index, size in enumerate(rows)]
-        return replace(manifest, shards=entries)
+        first = manifest.shards[0]
+        entries = [first.model_copy(update={"index": index, "rows": size}) for index, size in enumerate(rows)]
+        return manifest.model_copy(update={"shards": entries})
 
     for rows, limit in (((1500, 10, 2048), 300), ((1500, 10, 2048), 9_999), ((3 * ROW_GROUP,) * 300, 1000), ((5,), 2)):
         picks = sample.pick([holding(*rows)], limit)
@@ -205,7 +205,8 @@ def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest, target = read_manifest(str(scored)), str(tmp_path_factory.mktemp("later") / "later")
     fingerprint = manifest.fingerprint | {"teacher": "another"}
     hashed = storage.sha256_json(fingerprint)
-    copy = replace(manifest, uri=target, teacher="another", top_k=0, fingerprint=fingerprint, fingerprint_hash=hashed)
+    fields = {"uri": target, "teacher": "another", "top_k": 0, "fingerprint": fingerprint, "fingerprint_hash": hashed}
+    copy = manifest.model_copy(update=fields)
     commit.claim_directory(target, fingerprint, copy.planned_shards)
     commit.save_tokenizer(load_tokenizer(manifest.uri), target)
     records, originals = {}, commit.read_records(manifest.uri)
@@ -217,8 +218,7 @@ def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         entropy_NL = (entropy_NL + (ids_NL % 7) / 2 - 1.5).clip(0, np.log(manifest.vocab_size))
         scores = parquet.Scores(entropy_NL, np.full_like(entropy_NL, np.nan), none, none.astype(np.float32), {})
         parts = parquet.row_groups(parquet.to_table(entry.index, ids_NL, scores, manifest.vocab_size, top_k=0))
-        record = {name: value for name, value in originals[entry.index].items() if name not in ("bytes", "sha256")}
-        record |= {"fingerprint_hash": hashed}
+        record = originals[entry.index].model_dump() | {"fingerprint_hash": hashed}
         records[entry.index] = commit.commit_shard(target, entry.index, parquet.to_parquet(parts), record, 0.0)
     commit.write_manifest(copy, records, {})
     return Path(target)

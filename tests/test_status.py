@@ -14,6 +14,7 @@ import pytest
 from harness import ROOT, refused, run
 
 from entropy_masking.shards import manifests
+from entropy_masking.shards.schema import Record
 from pipeline.status import duration, recent_rate
 
 STATUS = [sys.executable, str(ROOT / "pipeline" / "status.py")]
@@ -114,9 +115,9 @@ def test_it_needs_neither_ray_nor_a_model(scored: Path) -> None:
 
 
 def test_the_rate_is_that_of_the_last_minutes() -> None:
-    def record(seconds_ago: float, seconds: float = 10.0) -> dict[str, Any]:
+    def record(seconds_ago: float, seconds: float = 10.0) -> Record:
         ended = (NOW - timedelta(seconds=seconds_ago)).isoformat()
-        return {"finished_at": ended, "seconds": seconds, "tokens": 1000}
+        return Record.model_construct(finished_at=ended, seconds=seconds, tokens=1000)
 
     now = NOW.timestamp()
     assert recent_rate([], now) == 0

@@ -418,6 +418,8 @@ def test_a_configuration_that_makes_no_model_is_refused(scored: Path, tmp_path: 
         {"vocab_size": "many"},
         {"shards": [{"index": 0}]},
         {"totals": []},
+        {"schema_version": 1},
+        {"unknown": 0},
     ],
 )
 def test_a_broken_manifest_is_refused(scored: Path, tmp_path: Path, broken: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,9 @@ import train.run
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit, manifests, masks, parquet
-from entropy_masking.shards.manifests import Manifest, ShardEntry
-from pipeline import checks
+from entropy_masking.shards.faults import Depth, check_shards, contract, manifest_faults, table_faults
+from entropy_masking.shards.schema import Manifest, Record, ShardEntry
+from entropy_masking.shards.values import list_lengths
 
 VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
 VARIANTS, HIDDEN = 2, 5
@@ -36,6 +36,22 @@ def copy(scored: Path, tmp_path: Path) -> Path:
 
 def edit(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_files_are_what_the_models_write(scored: Path, copy: Path) -> None:
+    """Field by field in this order, so that directories of one version are alike to the byte."""
+    named, counted = ["index", "file", "bytes", "sha256"], ["rows", "tokens", "scored_tokens", "entropy_sum"]
+    cost = ["fingerprint_hash", "attempt", "forward_seconds", "flops", "device", "worker", "documents", "rejected"]
+    for file in sorted(scored.glob("_records/part-*.json")):
+        record = Record.model_validate_json(file.read_text())
+        assert list(json.loads(file.read_text())) == [*named, *counted, *cost, "seconds", "finished_at"]
+        storage.write_json(str(copy / "again.json"), record.to_json())
+        assert (copy / "again.json").read_text() == file.read_text()
+    manifest = json.loads((scored / "manifest.json").read_text())
+    assert list(manifest)[:2] == ["schema_version", "kind"] and list(manifest)[-2:] == ["totals", "versions"]
+    assert list(manifest["shards"][0]) == [*named[:2], *counted[:3], *named[2:], counted[3]]
+    storage.write_json(str(copy / "again.json"), manifests.read_manifest(str(scored)).model_dump())
+    assert (copy / "again.json").read_text() == (scored / "manifest.json").read_text()
 
 
 # --- damages ---------------------------------------------------------------------------------------------------------
@@ -80,7 +96,11 @@ DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
     (truncate, "part-00002.parquet: has ", "part-00002.parquet has "),
     (lose_a_shard, "part-00002.parquet: is missing", "part-00002.parquet is missing"),
     (swap_two_shards, "part-00003.parquet: holds sequences of shard 2, not of 3", "part-00002.parquet"),
-    (edit_a_record, "_records/part-00002.json: differs from the manifest in entropy_sum", "differ in entropy_sum"),
+    (
+        edit_a_record,
+        "_records/part-00002.json: differs from the manifest in entropy_sum",
+        "differs from the manifest in entropy_sum",
+    ),
     (change_the_tokenizer, "tokenizer: is not the tokenizer that made the ids", "is not the tokenizer that made"),
 ]
 
@@ -102,36 +122,36 @@ def test_a_damage_is_named_and_not_trained_on(
 def test_the_mend_mends(work: Path, scored: Path, copy: Path) -> None:
     flip_a_byte(copy)
     with pytest.raises(UsageError, match=r"delete its record in _records/ and run pipeline/score.py again"):
-        manifests.check_shards(manifests.read_manifest(str(copy)))
+        check_shards(manifests.read_manifest(str(copy)))
     (copy / "_records" / "part-00002.json").unlink()
     assert "(1 scored now)" in run(*command(work, copy, "--backend", "local"))
-    manifests.check_shards(manifests.read_manifest(str(copy)))
+    check_shards(manifests.read_manifest(str(copy)))
     assert (copy / "part-00002.parquet").read_bytes() == (scored / "part-00002.parquet").read_bytes()
 
 
 def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = manifests.read_manifest(str(copy))
-    manifests.check_shards(manifest)
+    check_shards(manifest)
     with pytest.raises(UsageError, match=r"manifest\.json lacks part-00001"):
-        manifests.check_shards(replace(manifest, shards=[manifest.shards[0], *manifest.shards[2:]]))
-    manifests.check_shards(
-        replace(manifest, shards=manifest.shards[1:], failed={"part-00000.parquet": "it was given up"})
+        check_shards(manifest.model_copy(update={"shards": [manifest.shards[0], *manifest.shards[2:]]}))
+    check_shards(
+        manifest.model_copy(update={"shards": manifest.shards[1:], "failed": {"part-00000.parquet": "it was given up"}})
     )
     (copy / "_records" / "part-00001.json").write_text("{")
-    with pytest.raises(UsageError, match=r"part-00001\.parquet is missing or unreadable"):
-        manifests.check_shards(manifest)
+    with pytest.raises(UsageError, match=r"_records/part-00001\.json is missing or unreadable"):
+        check_shards(manifest)
     shutil.rmtree(copy / "_records")
-    manifests.check_shards(manifest)
-    rows = [replace(entry, rows=entry.rows + 1) for entry in manifest.shards]
+    check_shards(manifest)
+    rows = [entry.model_copy(update={"rows": entry.rows + 1}) for entry in manifest.shards]
     with pytest.raises(UsageError, match="rows, its manifest says"):
-        manifests.check_shards(replace(manifest, shards=rows))
+        check_shards(manifest.model_copy(update={"shards": rows}))
 
     def denied(uri: str) -> str:
         raise PermissionError(13, "Permission denied", uri)
 
     monkeypatch.setattr(storage, "sha256", denied)
     with pytest.raises(UsageError, match=r"may not be read .*allow this user"):
-        manifests.check_shards(manifest)
+        check_shards(manifest)
 
 
 def test_a_run_that_goes_on_trusts_the_bytes_that_its_start_checked(
@@ -191,9 +211,9 @@ def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
     edit(copy / "manifest.json", totals=totals | {"documents": 399, "worker_seconds": 1e9})
     assert "manifest.json: its totals differ from the records' in documents" in run(*VERIFY, copy, code=1)
     manifest = manifests.read_manifest(str(copy))
-    assert not checks.manifest_faults(manifest)
+    assert not manifest_faults(manifest)
     forged = manifest.fingerprint | {"top_k": 99}
-    renamed = [replace(manifest.shards[0], index=1), *manifest.shards[1:]]
+    renamed = [manifest.shards[0].model_copy(update={"index": 1}), *manifest.shards[1:]]
     for fields, fault in (
         ({"planned_shards": 99}, "lacks part-00098.parquet"),
         ({"fingerprint": forged}, "fingerprint does not have the hash"),
@@ -201,7 +221,7 @@ def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
         ({"shards": manifest.shards[::-1]}, "not each once and in order"),
         ({"sequences_hash": "0"}, "sequences_hash"),
     ):
-        assert any(fault in found for found in checks.manifest_faults(replace(manifest, **fields))), fault
+        assert any(fault in found for found in manifest_faults(manifest.model_copy(update=fields))), fault
 
 
 def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> None:
@@ -217,8 +237,8 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
         changed = replace_list(changed, name, parquet.column_2d(table, name, width) - np.float16(0.2))
     entry, data = recommitted(manifest.shards[1], changed)
     (copy / entry.file).write_bytes(data)
-    edit(copy / "_records" / "part-00001.json", **asdict(entry))
-    entries = [asdict(entry if e.index == 1 else e) for e in manifest.shards]
+    edit(copy / "_records" / "part-00001.json", **entry.model_dump())
+    entries = [(entry if e.index == 1 else e).model_dump() for e in manifest.shards]
     totals = manifest.totals | {"bytes": sum(e["bytes"] for e in entries)}
     edit(copy / "manifest.json", shards=entries, totals=totals)
     assert "no faults" in run(*VERIFY, copy)
@@ -240,7 +260,14 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
 def recommitted(entry: ShardEntry, table: pa.Table, groups: list[pa.Table] | None = None) -> tuple[ShardEntry, bytes]:
     """What a shard would be that was written so."""
     data = parquet.to_parquet(groups or parquet.row_groups(table))
-    return replace(entry, rows=len(table), bytes=len(data), sha256=storage.sha256_bytes(data)), data
+    fields = {"rows": len(table), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
+    return entry.model_copy(update=fields), data
+
+
+def file_faults(manifest: Manifest, entry: ShardEntry, data: bytes, deep: bool = False) -> list[str]:
+    """What is wrong with a shard that has these bytes."""
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        return table_faults(manifest, entry, file, Depth.VALUES if deep else Depth.TABLES)
 
 
 def replace_list(table: pa.Table, name: str, values: np.ndarray, lengths: np.ndarray | None = None) -> pa.Table:
@@ -294,18 +321,18 @@ def test_wrong_values_are_named(
     tempered: Path, name: str, width: int, place: tuple[int, int], value: float, fault: str
 ) -> None:
     manifest = manifests.read_manifest(str(tempered))
-    table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
     entry, data = recommitted(manifest.shards[0], table)
-    assert not checks.file_faults(manifest, entry, data, deep=True)
+    assert not file_faults(manifest, entry, data, deep=True)
     entry, data = recommitted(entry, changed(table, name, width, place, value))
-    assert not checks.file_faults(manifest, entry, data)
-    faults = checks.file_faults(manifest, entry, data, deep=True)
+    assert not file_faults(manifest, entry, data)
+    faults = file_faults(manifest, entry, data, deep=True)
     assert any(found.startswith(fault) for found in faults), faults
 
 
 def test_wrong_tables_are_named(tempered: Path) -> None:
     manifest = manifests.read_manifest(str(tempered))
-    table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
     topk_ids = parquet.column_2d(table, "topk_ids", L * K).copy()
     topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
     entropy = parquet.column_2d(table, "entropy", L)
@@ -323,14 +350,14 @@ def test_wrong_tables_are_named(tempered: Path) -> None:
     ]
     for bad, groups, fault in cases:
         entry, data = recommitted(manifest.shards[0], bad, groups)
-        faults = checks.file_faults(manifest, entry, data, deep=True)
+        faults = file_faults(manifest, entry, data, deep=True)
         assert any(found.startswith(fault) for found in faults), (fault, faults)
     entry, data = recommitted(manifest.shards[0], table)
     for field in ("tokens", "scored_tokens"):
-        short = replace(entry, **{field: getattr(entry, field) - 1})
-        assert f"{field.replace('_', ' ')}, not" in checks.file_faults(manifest, short, data, deep=True)[0]
-    less = replace(entry, entropy_sum=entry.entropy_sum * 0.99)
-    assert "its entropies sum to" in checks.file_faults(manifest, less, data, deep=True)[0]
+        short = entry.model_copy(update={field: getattr(entry, field) - 1})
+        assert f"{field.replace('_', ' ')}, not" in file_faults(manifest, short, data, deep=True)[0]
+    less = entry.model_copy(update={"entropy_sum": entry.entropy_sum * 0.99})
+    assert "its entropies sum to" in file_faults(manifest, less, data, deep=True)[0]
 
 
 # --- plans and targets -----------------------------------------------------------------------------------------------
@@ -362,14 +389,14 @@ def make_plan(source: Manifest, directory: Path) -> None:
         rows = masks.MaskedRows(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
         groups = masks.row_groups(masks.plan_table(rows, source.vocab_size), rows)
         record = masks.counts(rows) | {"fingerprint_hash": storage.sha256_json({"plan": 1}), "documents": 0, "flops": 0}
-        record |= {"forward_seconds": 0.0, "worker": "w:1"}
+        record |= {"attempt": 1, "forward_seconds": 0.0, "device": "cpu", "worker": "w:1"}
         record |= {"rejected": {"count": 0, "reasons": {}, "listed": []}}
         data = parquet.to_parquet(groups)
         records[entry.index] = commit.commit_shard(str(directory), entry.index, data, record, time.monotonic())
     fields = {"policy": "first words", "variants": VARIANTS, "positions": HIDDEN, "source": source.uri}
     fingerprint = {"fingerprint": {"plan": 1}, "fingerprint_hash": storage.sha256_json({"plan": 1})}
-    empty = replace(source, uri=str(directory), kind="plan", scored=False, top_k=0, masks=fields, **fingerprint)
-    commit.write_manifest(empty, records, {})
+    empty = {"uri": str(directory), "kind": "plan", "scored": False, "top_k": 0, "masks": fields}
+    commit.write_manifest(source.model_copy(update=empty | fingerprint), records, {})
 
 
 @pytest.fixture(scope="module")
@@ -427,23 +454,23 @@ def test_wrong_plans_and_targets_are_named(work: Path, targets: Path) -> None:
         ),
     ):
         manifest = manifests.read_manifest(str(directory), kind)
-        table = manifests.read_table(manifest, manifest.shards[0], checks.contract(manifest).names)
+        table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
         rows = masks.rows_of(table, HIDDEN)
 
         def faults(bad: pa.Table, manifest: Manifest = manifest, rows: masks.MaskedRows = rows) -> list[str]:
             entry, data = recommitted(manifest.shards[0], bad, masks.row_groups(bad, rows))
-            return checks.file_faults(manifest, entry, data, deep=True)
+            return file_faults(manifest, entry, data, deep=True)
 
         assert not faults(table)
         for name, place, value, fault in cases:
             flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
             flat[place] = value
-            found = faults(replace_list(table, name, flat, checks.list_lengths(table, name)))
+            found = faults(replace_list(table, name, flat, list_lengths(table, name)))
             assert any(text.startswith(fault) for text in found), (fault, found)
         numbers = table.schema.get_field_index("variant")
         same = table.set_column(numbers, table.schema.field("variant"), pa.array(np.zeros(len(table), np.uint16)))
         assert any("variants are not 0 … 1" in text for text in faults(same))
         short = replace_list(table, "positions", np.ones(len(table)))
         assert any("of another length than its positions" in text for text in faults(short))
-        narrow = replace(manifest, masks=(manifest.masks or {}) | {"positions": HIDDEN - 1})
+        narrow = manifest.model_copy(update={"masks": (manifest.masks or {}) | {"positions": HIDDEN - 1}})
         assert any(f"hides {HIDDEN} positions" in text for text in faults(table, narrow))

@@ -26,7 +26,8 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.words import apart_tokens, continuing_tokens
-from entropy_masking.shards.manifests import Manifest, check_shards, load_tokenizer, read_manifest
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
 from train import page, sample, uncertainty
 from train.arguments import MOST_SEED
 from train.data import masker_of

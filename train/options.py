@@ -12,7 +12,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
-from entropy_masking.shards.manifests import Manifest, check_shards
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.manifests import Manifest
 from train import arguments, resume
 from train.arguments import flag
 from train.data import masker_of

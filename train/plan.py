@@ -16,9 +16,9 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -33,9 +33,11 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards import commit, manifests, masks, parquet
-from entropy_masking.shards.manifests import Manifest, ShardEntry, check_shards, read_manifest
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.manifests import Manifest, ShardEntry, read_manifest
 from entropy_masking.shards.masks import MaskedRows
 from entropy_masking.shards.read import Rows, read_rows, to_tensors
+from entropy_masking.shards.schema import Record
 from pipeline.corpus.readers import Rejects
 from train.arguments import MOST_SEED
 from train.data import columns_of, masker_of
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = [entry for entry in sequences.shards if entry.index not in records]
     if todo:
         commit.save_tokenizer(manifests.load_tokenizer(sequences.uri), plan.uri)
-        done = sum(record["rows"] for record in records.values())
+        done = sum(record.rows for record in records.values())
         with console.Progress(
             sum(entry.rows for entry in sequences.shards) * variants_of(plan), "seq", "planning", done=done
         ) as progress:
@@ -81,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.note(f"{len(records)} of {len(sequences.shards)} shards are done already")
             for entry in todo:
                 records[entry.index] = plan_shard(sequences, entry, masker, policy, plan)
-                progress.advance(records[entry.index]["rows"])
+                progress.advance(records[entry.index].rows)
     print_summary(commit.write_manifest(plan, records, {}), len(todo))
 
 
@@ -118,32 +120,31 @@ def describe(options: Options, sequences: Manifest, policy: MaskPolicy) -> Manif
         "variants": variants,
     }
     length = sequences.sequence_length
-    return replace(
-        sequences,
-        uri=storage.absolute(options.output),
-        kind="plan",
-        scored=False,
-        top_k=0,
-        temperatures=[],
-        context=None,
-        passes=None,
-        teacher=None,
-        masks={
-            "source": options.entropy_source,
-            "policy": policy.to_json(),
-            "variants": variants,
-            "positions": min(policy.positions(length), length),
-        },
-        fingerprint=fingerprint,
-        fingerprint_hash=storage.sha256_json(fingerprint),
-        shards=[],
-        totals={},
+    return sequences.model_copy(
+        update={
+            "uri": storage.absolute(options.output),
+            "kind": "plan",
+            "scored": False,
+            "top_k": 0,
+            "temperatures": [],
+            "context": None,
+            "passes": None,
+            "teacher": None,
+            "masks": {
+                "source": options.entropy_source,
+                "policy": policy.to_json(),
+                "variants": variants,
+                "positions": min(policy.positions(length), length),
+            },
+            "fingerprint": fingerprint,
+            "fingerprint_hash": storage.sha256_json(fingerprint),
+            "shards": [],
+            "totals": {},
+        }
     )
 
 
-def plan_shard(
-    sequences: Manifest, entry: ShardEntry, masker: Masker, policy: MaskPolicy, plan: Manifest
-) -> dict[str, Any]:
+def plan_shard(sequences: Manifest, entry: ShardEntry, masker: Masker, policy: MaskPolicy, plan: Manifest) -> Record:
     """Plan and commit one shard; returns its record."""
     started = time.monotonic()
     assert plan.masks
@@ -153,7 +154,7 @@ def plan_shard(
     planned = [masked_rows(masker, policy, {n: a[where] for n, a in rows.items()}, v) for where, v in blocks]
     tables = [masks.plan_table(each, plan.vocab_size) for each in planned]
     data = parquet.to_parquet(tables or [masks.plan_schema(plan.vocab_size).empty_table()])
-    record = {
+    fields = {
         "rows": sum(len(table) for table in tables),
         "tokens": 0,
         "scored_tokens": sum(masks.counts(each)["scored_tokens"] for each in planned),
@@ -167,7 +168,7 @@ def plan_shard(
         "documents": 0,
         "rejected": Rejects().report(),
     }
-    return commit.commit_shard(plan.uri, entry.index, data, record, started)
+    return commit.commit_shard(plan.uri, entry.index, data, fields, started)
 
 
 def masked_rows(masker: Masker, policy: MaskPolicy, rows: Rows, variant: int) -> MaskedRows:

@@ -10,38 +10,33 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
-from entropy_masking.shards.manifests import READERS, Manifest, entry_of, manifest_uri, record_file, run_uri
-from entropy_masking.shards.parquet import SCHEMA_VERSION, footer_rows, shard_file
+from entropy_masking.errors import UsageError, one_line
+from entropy_masking.shards import manifests
+from entropy_masking.shards.manifests import AnyModel, manifest_uri, record_file, run_uri
+from entropy_masking.shards.parquet import footer_rows, shard_file
+from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-def record_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_records", record_file(index))
-
-
-def attempt_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_attempts", record_file(index))
+READERS = 16  # files read at a time: an object store answers many requests as fast as one
 
 
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
-def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any], started: float) -> dict[str, Any]:
+def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any], started: float) -> Record:
     """Put a shard whole under its name, read its footer back, then write its record, which makes the shard count.
 
     Args:
-        record: what the record says besides the file's name, size and hash and the time; ``rows`` is checked against
-            the footer.
+        fields: of the record, without the file's name, size and hash and the time; ``rows`` is checked against the
+            footer.
         started: ``time.monotonic()`` when work on the shard began.
 
     Raises:
@@ -49,35 +44,46 @@ def commit_shard(directory: str, index: int, data: bytes, record: dict[str, Any]
     """
     uri = storage.join(directory, shard_file(index))
     storage.write_bytes(uri, data)
-    if (found := footer_rows(uri)) != record["rows"]:
-        raise OSError(f"{uri} was written with {record['rows']} rows but reads back with {found}")
+    if (rows := footer_rows(uri)) != fields["rows"]:
+        raise OSError(f"{uri} was written with {fields['rows']} rows but reads back with {rows}")
     named = {"index": index, "file": shard_file(index), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
     ended = datetime.now(UTC).isoformat(timespec="milliseconds")
-    record = named | record | {"seconds": round(time.monotonic() - started, 3), "finished_at": ended}
-    storage.write_json(record_uri(directory, index), record)
+    times = {"seconds": round(time.monotonic() - started, 3), "finished_at": ended}
+    record = Record.model_validate(fields | named | times)
+    storage.write_json(storage.join(directory, record_file(index)), record.to_json())
     return record
 
 
-def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself: bool) -> None:
-    """Note that a worker starts on a shard.
+def attempt_uri(directory: str, index: int) -> str:
+    return storage.join(directory, "_attempts", f"part-{index:05d}.json")
 
-    A process that dies leaves the note behind, so it is known how often it died of this shard: Ray retries for ever.
+
+def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself: bool) -> None:
+    """Write down that a worker starts on a shard.
+
+    A process that dies leaves this behind, so it is known how often it died of this shard: Ray retries for ever.
     """
-    storage.write_json(attempt_uri(directory, index), {"run": run, "attempts": attempt, "by_itself": by_itself})
+    begun = Attempt(run=run, attempts=attempt, by_itself=by_itself)
+    storage.write_json(attempt_uri(directory, index), begun.model_dump())
 
 
 def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
     """How many attempts of this run on a shard have begun and not ended well, and whether the last was by itself."""
-    try:
-        note = storage.read_json(attempt_uri(directory, index))
-        return (int(note["attempts"]), bool(note["by_itself"])) if note["run"] == run else (0, False)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return 0, False
+    last = read_if_sound(Attempt, attempt_uri(directory, index))
+    return (last.attempts, last.by_itself) if last and last.run == run else (0, False)
 
 
 def end_attempt(directory: str, index: int) -> None:
     """The shard is committed: nothing more to remember of its attempts."""
     storage.delete(attempt_uri(directory, index))
+
+
+def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
+    """The file at ``uri``; None if there is none, or a damaged one, after which the work is done again."""
+    try:
+        return manifests.read_model(model, uri)
+    except UsageError:
+        return None
 
 
 # --- a directory -----------------------------------------------------------------------------------------------------
@@ -100,17 +106,13 @@ def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int, wr
     Raises:
         UsageError: the directory belongs to a run with another fingerprint; says what differs.
     """
-    try:
-        previous = storage.read_json(run_uri(directory))["fingerprint"]
-    except FileNotFoundError:
+    previous = manifests.read_model(Run, run_uri(directory))
+    if previous is None:
         if storage.list_files(directory):
-            raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output") from None
+            raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output")
         if write:
-            storage.write_json(run_uri(directory), {"fingerprint": fingerprint, "shards": shards})
-        return
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{run_uri(directory)} is no record of a run; choose a new --output") from None
-    if differing := differences(previous, fingerprint):
+            storage.write_json(run_uri(directory), Run(fingerprint=fingerprint, shards=shards).model_dump())
+    elif differing := differences(previous.fingerprint, fingerprint):
         raise UsageError(
             f"{directory} was made with other settings ({'; '.join(differing)}); "
             "choose a new --output, or delete this one, or repeat the old command"
@@ -119,14 +121,14 @@ def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int, wr
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """What differs between two fingerprints, as ``name: old → new``."""
-    found = []
+    differing = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{name}.")
+            differing += differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            found.append(f"{prefix}{name}: {_short(before)} → {_short(after)}")
-    return found
+            differing.append(f"{prefix}{name}: {_short(before)} → {_short(after)}")
+    return differing
 
 
 def _short(value: Any) -> str:
@@ -134,32 +136,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
-def read_records(directory: str) -> dict[int, dict[str, Any]]:
+def read_records(directory: str) -> dict[int, Record]:
     """All records of a directory that can be read, by index, whatever run they belong to."""
-    infos = [i for i in storage.list_files(storage.join(directory, "_records")) if i.base_name.startswith("part-")]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(_read_record, [storage.join(directory, "_records", info.base_name) for info in infos])
-        return {record["index"]: record for record in found if record is not None}
+        records = pool.map(lambda file: _read_record(directory, file), manifests.record_files(directory))
+        return {record.index: record for record in records if record}
 
 
-def _read_record(uri: str) -> dict[str, Any] | None:
-    try:
-        record = storage.read_json(uri)
-        named = record["file"] == shard_file(record["index"]) and uri.endswith(record_file(record["index"]))
-        return record if named and record["bytes"] and record["fingerprint_hash"] else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+def _read_record(directory: str, file: str) -> Record | None:
+    record = read_if_sound(Record, storage.join(directory, file))
+    named = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
+    return record if named else None
 
 
-def done_record(directory: str, index: int, fingerprint_hash: str) -> dict[str, Any] | None:
+def done_record(directory: str, index: int, fingerprint_hash: str) -> Record | None:
     """The record of one shard if it is done (see ``done_records``)."""
-    record = _read_record(record_uri(directory, index))
-    if record is None or record["fingerprint_hash"] != fingerprint_hash:
+    record = _read_record(directory, record_file(index))
+    if record is None or record.fingerprint_hash != fingerprint_hash:
         return None
-    return record if storage.size(storage.join(directory, record["file"])) == record["bytes"] else None
+    return record if storage.size(storage.join(directory, record.file)) == record.bytes else None
 
 
-def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int, dict[str, Any]]:
+def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int, Record]:
     """Records of the shards that are done, by index.
 
     A shard is done when its record is readable, carries the run's fingerprint, and the file has the record's size.
@@ -168,86 +166,104 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
     return {
         index: record
         for index, record in sorted(read_records(directory).items())
-        if index < shards
-        and record["fingerprint_hash"] == fingerprint_hash
-        and sizes.get(record["file"]) == record["bytes"]
+        if index < shards and record.fingerprint_hash == fingerprint_hash and sizes.get(record.file) == record.bytes
     }
+
+
+def unfinished_manifest(uri: str) -> Manifest:
+    """What the manifest of a scoring run would be if it ended now; ``teacher`` and ``masks`` are not known.
+
+    Raises:
+        UsageError: there is no such run, no shard of it, or no tokenizer.
+    """
+    run = manifests.read_model(Run, run_uri(uri))
+    if run is None:
+        raise UsageError(f"{uri} is no shard directory; name the --output of a pipeline/score.py run")
+    records = {i: record for i, record in read_records(uri).items() if record.fingerprint_hash == run.fingerprint_hash}
+    if not records:
+        raise UsageError(f"{uri} is unfinished (none of {run.shards} shards); run the same command again")
+    try:
+        empty = manifests.new_manifest(uri, run, manifests.load_tokenizer(uri))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
+    return summed_up(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------
 
 
-def busy_seconds(records: list[dict[str, Any]]) -> float:
+def busy_seconds(records: list[Record]) -> float:
     """Seconds in which at least one shard was worked on: the wall time of a run, however often it was resumed."""
-    ends = [datetime.fromisoformat(record["finished_at"]).timestamp() for record in records]
-    spans = sorted((end - record["seconds"], end) for end, record in zip(ends, records, strict=True))
     total, until = 0.0, float("-inf")
-    for start, end in spans:
+    for start, end in sorted((record.ended - record.seconds, record.ended) for record in records):
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
 
 
-def worker_costs(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
     """By worker: shards, tokens, ``seconds`` it was busy, ``forward_seconds`` of them inside the model, and its rate.
 
     A worker prepares one shard while it scores another, so its seconds are the union of its shards', not their sum.
     """
     costs = {}
-    for worker in sorted({record["worker"] for record in records}):
-        own = [record for record in records if record["worker"] == worker]
-        seconds, tokens = busy_seconds(own), sum(record["tokens"] for record in own)
+    for worker in sorted({record.worker for record in records}):
+        own = [record for record in records if record.worker == worker]
+        seconds, tokens = busy_seconds(own), sum(record.tokens for record in own)
         costs[worker] = {
             "shards": len(own),
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "forward_seconds": round(sum(record["forward_seconds"] for record in own), 3),
+            "forward_seconds": round(sum(record.forward_seconds for record in own), 3),
             "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
         }
     return costs
 
 
-def totals(records: list[dict[str, Any]]) -> dict[str, Any]:
+def totals(records: list[Record]) -> dict[str, Any]:
     """The sums that a manifest and a summary show."""
     workers = worker_costs(records)
     worker_seconds = sum(cost["seconds"] for cost in workers.values())
     forward = sum(cost["forward_seconds"] for cost in workers.values())
-    names = ("rows", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "flops")
-    sums = {name: sum(record[name] for record in records) for name in names}
-    sums["sequences"] = sums.pop("rows")
-    return sums | {
+    names = ("tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "flops")
+    return {name: sum(getattr(record, name) for record in records) for name in names} | {
+        "sequences": sum(record.rows for record in records),
         "seconds": round(busy_seconds(records), 3),
         "worker_seconds": round(worker_seconds, 3),
         "forward_seconds": round(forward, 3),
         "utilisation": round(forward / max(worker_seconds, 1e-3), 4),
         "workers": len(workers),
         "by_worker": workers,
-        "rescued_shards": sum("batch_tokens" in record for record in records),
-        "rejected": sum(record["rejected"]["count"] for record in records),
-        "rejected_reasons": dict(sum((Counter(r["rejected"]["reasons"]) for r in records), Counter())),
+        "rescued_shards": sum(record.batch_tokens is not None for record in records),
+        "rejected": sum(record.rejected.count for record in records),
+        "rejected_reasons": dict(sum((Counter(record.rejected.reasons) for record in records), Counter())),
     }
 
 
-def write_manifest(empty: Manifest, records: dict[int, dict[str, Any]], failed: dict[int, str]) -> Manifest:
-    """Sum up the records of a run and write ``manifest.json``, which makes the directory a finished one.
+def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
+    """Write ``manifest.json``, which makes the directory a finished one. For the arguments see ``summed_up``."""
+    manifest = summed_up(empty, records, failed)
+    storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
+    delete_leftovers(empty.uri)
+    return manifest
+
+
+def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
+    """The manifest of the shards that have ``records``.
 
     Args:
         empty: all that is known of the directory before its shards.
-        failed: reasons of the shards that the run was allowed to end without, besides those that ``empty`` names.
+        failed: why the run goes without the other shards, besides those that ``empty`` names.
     """
     ordered = [records[index] for index in sorted(records)]
-    manifest = replace(
-        empty,
-        shards=[entry_of(record) for record in ordered],
-        failed=empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())},
-        totals=totals(ordered),
+    return empty.model_copy(
+        update={
+            "shards": [record.entry for record in ordered],
+            "failed": empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())},
+            "totals": totals(ordered),
+            "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow", "ray")},
+        }
     )
-    fields = asdict(manifest)
-    del fields["uri"]
-    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow", "ray")}
-    storage.write_json(manifest_uri(empty.uri), {"schema_version": SCHEMA_VERSION, **fields, "versions": versions})
-    delete_leftovers(empty.uri)
-    return manifest
 
 
 def delete_leftovers(uri: str) -> None:

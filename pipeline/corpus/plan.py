@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from entropy_masking import docstrings, storage
 from entropy_masking.errors import UsageError
-from entropy_masking.shards.manifests import Manifest, check_shards, read_manifest
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.manifests import Manifest, read_manifest
 from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
 from pipeline.corpus.readers import COMPRESSIONS, FileRange, Rejects, csv_rows, json_keys, read_documents
 

@@ -1,0 +1,230 @@
+"""What is wrong with a shard directory: one list of faults, for the start of training and for pipeline/verify.py."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from itertools import accumulate
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entropy_masking import storage
+from entropy_masking.errors import UsageError, one_line
+from entropy_masking.shards import commit, manifests, masks, parquet, values
+from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
+from entropy_masking.shards.schema import Manifest, ShardEntry
+
+# of a manifest's totals; not the times, since a late writer may have done a shard again
+SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
+DENIED = "may not be read"
+
+Fault = tuple[str, str]  # a file of the directory, and a phrase that follows its name
+
+
+class Depth(IntEnum):
+    """How much is looked at: names and sizes; also every byte; also ids and row groups; also every value."""
+
+    NAMES = 0
+    BYTES = 1
+    TABLES = 2
+    VALUES = 3
+
+
+def check_shards(manifest: Manifest, contents: bool = True) -> None:
+    """Before shards are read: they are all there, every byte is what was committed, and the tokenizer made the ids.
+
+    Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
+
+    Args:
+        contents: False, where somebody has checked them already, looks at names, sizes and the tokenizer only.
+
+    Raises:
+        UsageError: names the first file that is missing, damaged, swapped, edited or not to be read.
+    """
+    if (fault := next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)) is None:
+        return
+    file, text = fault
+    mend = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
+    if file == "tokenizer":
+        mend = "put back the one that made the shards"
+    if text.startswith(DENIED):
+        mend = "allow this user to read it"
+    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {mend}")
+
+
+def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
+    """All faults of a directory, those that show quickly first.
+
+    Args:
+        advance: called with the size of every shard whose content has been checked.
+    """
+    texts = manifest_faults(manifest) if depth >= Depth.TABLES else lacking(manifest)
+    yield from (("manifest.json", text) for text in texts)
+    sizes = {info.base_name: info.size for info in storage.list_files(manifest.uri)}
+    there = [entry for entry in manifest.shards if entry.file in sizes]
+    yield from ((entry.file, "is missing") for entry in manifest.shards if entry.file not in sizes)
+    for entry in there:
+        if (size := sizes[entry.file]) != entry.bytes:
+            yield entry.file, f"has {size:,} bytes, its manifest says {entry.bytes:,}"
+    if text := tokenizer_fault(manifest):
+        yield "tokenizer", text
+    if depth == Depth.NAMES:
+        return
+    yield from record_faults(manifest, depth)
+    with ThreadPoolExecutor(commit.READERS) as pool:
+        texts_of = pool.map(lambda entry: content_faults(manifest, entry, sizes[entry.file], depth), there)
+        for entry, texts in zip(there, texts_of, strict=True):
+            yield from ((entry.file, text) for text in texts)
+            advance(entry.bytes)
+
+
+# --- manifest, records, tokenizer ------------------------------------------------------------------------------------
+
+
+def lacking(manifest: Manifest) -> list[str]:
+    """Shards of the run that the manifest neither holds nor names as failed."""
+    known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
+    return [f"lacks {file}" for file in map(shard_file, range(manifest.planned_shards)) if file not in known]
+
+
+def manifest_faults(manifest: Manifest) -> list[str]:
+    """The manifest by itself: every planned shard accounted for once, names that fit, and hashes of what it says."""
+    texts, indices = lacking(manifest), [entry.index for entry in manifest.shards]
+    if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
+        texts.append(f"its shards are not each once and in order among {manifest.planned_shards}")
+    wrong = [entry for entry in manifest.shards if entry.file != shard_file(entry.index)]
+    texts += [f"calls shard {entry.index} {entry.file}" for entry in wrong]
+    if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
+        texts.append("its fingerprint does not have the hash that stands beside it")
+    if manifest.kind == "sequences" and manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
+        texts.append("its sequences_hash is not that of its fingerprint")
+    return texts
+
+
+def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
+    """Records against the manifest, and its totals against their sums; a copy may do without any."""
+    if not (files := manifests.record_files(manifest.uri)):
+        return
+    records, intact = commit.read_records(manifest.uri), []
+    by_file = {manifests.record_file(entry.index): entry for entry in manifest.shards}
+    for file, entry in by_file.items():
+        expected = entry.model_dump() | {"fingerprint_hash": manifest.fingerprint_hash}
+        if (record := records.get(entry.index)) is None:
+            yield file, "is missing or unreadable"
+        elif differing := [name for name, value in expected.items() if getattr(record, name) != value]:
+            yield file, f"differs from the manifest in {', '.join(differing)}"
+        else:
+            intact.append(record)
+    if depth < Depth.TABLES:
+        return
+    yield from ((file, "is unreadable, or of another run") for file in files if file not in by_file)
+    if len(intact) == len(manifest.shards):
+        sums = commit.totals(intact)
+        if differing := [name for name in SUMMED if manifest.totals.get(name) != sums[name]]:
+            yield "manifest.json", f"its totals differ from the records' in {', '.join(differing)}"
+
+
+def tokenizer_fault(manifest: Manifest) -> str | None:
+    """What is wrong with ``tokenizer/``; a plan may do without one."""
+    if manifest.kind == "plan" and not storage.exists(storage.join(manifest.uri, "tokenizer")):
+        return None
+    try:
+        own = manifests.tokenizer_hash(manifests.load_tokenizer(manifest.uri))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        return unreadable(error)
+    return None if own == manifest.tokenizer_hash else "is not the tokenizer that made the ids"
+
+
+# --- a file ----------------------------------------------------------------------------------------------------------
+
+
+def content_faults(manifest: Manifest, entry: ShardEntry, size: int, depth: Depth) -> list[str]:
+    """Faults of the bytes of a shard that has ``size`` of them."""
+    uri, texts = manifest.shard_uri(entry), []
+    try:
+        if size == entry.bytes and storage.sha256(uri) != entry.sha256:
+            texts.append("is not the file that was committed (its SHA-256 is another)")
+        filesystem, path = storage.resolve(uri)
+        with pq.ParquetFile(path, filesystem=filesystem) as file:
+            # the values of damaged bytes say nothing
+            return texts + table_faults(manifest, entry, file, min(depth, Depth.TABLES) if texts else depth)
+    except (pa.ArrowException, OSError) as error:
+        return texts if texts or size != entry.bytes else [unreadable(error)]
+
+
+def unreadable(error: Exception) -> str:
+    return f"{DENIED if isinstance(error, PermissionError) else 'cannot be read'} ({one_line(error)})"
+
+
+def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, depth: Depth) -> list[str]:
+    """Columns, shard and number of rows, then the layout, then the values."""
+    expected = contract(manifest)
+    if depth >= Depth.TABLES:
+        if not file.schema_arrow.equals(expected):
+            differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
+            return [f"has other columns than the contract ({', '.join(differing) or 'in another order'})"]
+        table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
+        shards = np.unique(table["sequence_id"].to_numpy() >> np.uint64(32)).tolist()
+        if foreign := sorted({*shards} - {entry.index}):
+            return [f"holds sequences of shard {foreign[0]}, not of {entry.index}"]
+    if file.metadata.num_rows != entry.rows:
+        return [f"has {file.metadata.num_rows:,} rows, its manifest says {entry.rows:,}"]
+    if depth < Depth.TABLES or not entry.rows:
+        return []
+    texts = layout_faults(manifest, entry, file, table)
+    return texts if texts or depth < Depth.VALUES else values.value_faults(manifest, entry, file)
+
+
+def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, table: pa.Table) -> list[str]:
+    """Sequence ids and variants, which are in ``table``, and row groups, which readers address by number."""
+    masked, ids_N = manifest.kind != "sequences", table["sequence_id"].to_numpy()
+    # an unfinished run does not say how many variants there are: as many as its first sequence has
+    variants = int(manifest.masks["variants"] if manifest.masks else (ids_N == ids_N[0]).sum()) if masked else 1
+    if entry.rows % variants:
+        return [f"has {entry.rows} rows, which are not {variants} variants of every sequence"]
+    blocks, texts = masks.blocks(entry.rows // variants, variants), []
+    wrong_N = ids_N & np.uint64(0xFFFFFFFF) != np.concatenate([rows for rows, _ in blocks])
+    if wrong_N.any():
+        texts.append(f"its sequence ids are not contiguous (first at row {wrong_N.argmax()})")
+    variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
+    if masked and (wrong_N := table["variant"].to_numpy() != variants_N).any():
+        texts.append(f"its variants are not 0 … {variants - 1} of each block (first at row {wrong_N.argmax()})")
+    groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    if groups != [len(rows) for rows, _ in blocks]:
+        texts.append("its row groups are cut elsewhere than the contract says")
+    return texts
+
+
+def contract(manifest: Manifest) -> pa.Schema:
+    """The schema of every shard of a directory."""
+    if manifest.kind == "plan":
+        return masks.plan_schema(manifest.vocab_size)
+    if manifest.kind == "targets":
+        return masks.targets_schema(manifest.vocab_size, manifest.temperatures)
+    return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
+
+
+# --- scored again ----------------------------------------------------------------------------------------------------
+
+
+def rescored_faults(
+    manifest: Manifest, entries: list[ShardEntry], score: Callable[[np.ndarray], Scores], sample: int
+) -> Iterator[Fault]:
+    """Scores of ``sample`` sequences, the same ones for the same fingerprint, against what the teacher says now."""
+    from entropy_masking.shards.read import Columns, read_rows  # takes seconds, and so does a teacher
+
+    columns = Columns(entropy=True, surprisal=True, top_k=manifest.top_k > 0)
+    ends = [0, *accumulate(entry.rows for entry in entries)]
+    picked = random.Random(manifest.fingerprint_hash).sample(range(ends[-1]), min(sample, ends[-1]))
+    for number in sorted(picked):
+        shard = bisect_right(ends, number) - 1
+        block, row = divmod(number - ends[shard], ROW_GROUP)
+        rows = read_rows(manifest, entries[shard], columns, [block])
+        stored = {name: array[row] for name, array in rows.items()}
+        for text in values.rescored(stored, score(stored["input_ids"][None]), manifest.fingerprint["dtype"]):
+            yield entries[shard].file, f"{text} in sequence {stored['sequence_id']}"

@@ -1,0 +1,136 @@
+"""The JSON files of a shard directory as models, their fields in the order of the files. See docs/shards.md."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from entropy_masking import storage
+from entropy_masking.shards.parquet import SCHEMA_VERSION
+
+
+def _check_file(file: str) -> str:
+    if not re.fullmatch(r"part-\d{5,}\.parquet", file):
+        raise ValueError(f"{file!r} is not read, only part-NNNNN.parquet in its directory")
+    return file
+
+
+def _check_special_ids(special_ids: dict[str, int]) -> dict[str, int]:
+    if missing := {"pad", "cls", "sep", "mask"} - special_ids.keys():
+        raise ValueError(f"it has no {', '.join(sorted(missing))} token")
+    return special_ids
+
+
+class Model(BaseModel):
+    """A file, which messages call by its title, or a part of one. An unknown field is as wrong as a wrong type."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Run(Model, title="record of a run"):
+    """``_records/run.json``, written first: the run that a directory belongs to."""
+
+    fingerprint: dict[str, Any]  # all that decides the bytes of the shards
+    shards: int  # that are planned
+
+    @property
+    def fingerprint_hash(self) -> str:
+        return storage.sha256_json(self.fingerprint)
+
+
+class Attempt(Model, title="record of an attempt"):
+    """``_attempts/part-00000.json``: a worker has begun a shard, for the ``attempts``-th time in this run."""
+
+    run: str
+    attempts: int
+    by_itself: bool = False
+
+
+class ShardEntry(Model):
+    """One committed shard, as the manifest names it."""
+
+    index: int
+    file: Annotated[str, AfterValidator(_check_file)]
+    rows: int
+    tokens: int  # without padding; 0 in a plan and in targets
+    scored_tokens: int  # positions that a teacher scored (in a plan: that it is to score)
+    bytes: int
+    sha256: str
+    entropy_sum: float  # of the scored tokens, in nats
+
+
+class Rejected(Model):
+    """The documents of a shard that were not used."""
+
+    count: int
+    reasons: dict[str, int]
+    listed: list[dict[str, Any]]  # the first hundred
+
+
+class Record(ShardEntry, title="record of a shard"):
+    """``_records/part-00000.json``, written after its shard: what the manifest says of it, and what it cost."""
+
+    fingerprint_hash: str
+    attempt: int
+    forward_seconds: float  # inside the model
+    flops: int
+    batch_tokens: int | None = None  # only where memory asked for smaller batches
+    device: str
+    worker: str
+    documents: int
+    rejected: Rejected
+    seconds: float  # from the first work on the shard until ``finished_at``
+    finished_at: str
+
+    @property
+    def entry(self) -> ShardEntry:
+        return ShardEntry(**{name: getattr(self, name) for name in ShardEntry.model_fields})
+
+    @property
+    def ended(self) -> float:
+        """``finished_at`` in seconds of the epoch."""
+        return datetime.fromisoformat(self.finished_at).timestamp()
+
+    @property
+    def tokens_or_positions(self) -> int:
+        """The work of a shard. Plans and targets hold no tokens of their own: there it is counted in positions."""
+        return self.tokens or self.scored_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields in the order of the file, where name, size and hash come first."""
+        fields = self.model_dump(exclude_none=True)
+        return {name: fields[name] for name in ("index", "file", "bytes", "sha256")} | fields
+
+
+class Manifest(Model, title="shard manifest"):
+    """``manifest.json``, written last: a finished shard directory."""
+
+    uri: str = Field("", exclude=True)  # the directory; not in the file
+    schema_version: Literal[2] = SCHEMA_VERSION
+    kind: Literal["sequences", "plan", "targets"]  # tokens, and scores if a teacher was there; or see ``shards.masks``
+    sequence_length: int
+    vocab_size: int
+    special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]  # by role
+    special_token_ids: list[int]  # all ids that are never masked
+    scored: bool
+    top_k: int  # of the teacher, as the next four; 0 without one
+    temperatures: list[float]
+    context: str | None
+    passes: int | None
+    teacher: str | None
+    masks: dict[str, Any] | None  # of a plan and its targets: source, policy, variants and positions (K)
+    sequences_hash: str  # of what the tokens are; equal in sequences and the plans and targets made for them
+    fingerprint: dict[str, Any]
+    fingerprint_hash: str
+    tokenizer_hash: str
+    planned_shards: int
+    shards: list[ShardEntry]
+    failed: dict[str, str]  # planned shards that are not in ``shards``, and why
+    totals: dict[str, Any]
+    versions: dict[str, str] = {}
+
+    def shard_uri(self, entry: ShardEntry) -> str:
+        return storage.join(self.uri, entry.file)

@@ -1,0 +1,162 @@
+"""Pure: the values of a shard → their faults, each a phrase that follows the file's name.
+
+Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names; P stands for L or K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entropy_masking.shards import masks, parquet
+from entropy_masking.shards.masks import NO_POSITION
+from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores, temperature_column
+from entropy_masking.shards.schema import Manifest, ShardEntry
+
+PROBABILITY_SUM = 1.01  # float16 is good for a two-thousandth of a log-probability, and that of what it weighs
+ABOVE_ZERO = 1e-3  # nats that float32 may leave of a logarithm that ought to be 0
+RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # what other batches change
+RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # positions that they may change more
+
+BadValues = dict[str, np.ndarray]  # by fault where it is, [N, …]
+Sums = dict[str, float]
+
+
+def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) -> list[str]:
+    """Faults of every value of a file, a row group at a time, and of the sums that its entry gives of them."""
+    check = sequence_values if manifest.kind == "sequences" else masked_values
+    texts: list[str] = []
+    sums = {"tokens": 0.0, "scored_tokens": 0.0, "entropy_sum": 0.0}
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group)
+        if text := length_fault(manifest, table):
+            return [*texts, text]
+        with np.errstate(invalid="ignore"):
+            bad, group_sums = check(manifest, table)
+        for text, where in bad.items():
+            bad_N = where.reshape(len(table), -1).any(1)
+            if bad_N.any():
+                first = table["sequence_id"][int(bad_N.argmax())]
+                texts.append(f"{text} ({bad_N.sum()} rows, first sequence {first})")
+        sums = {name: value + group_sums.get(name, 0) for name, value in sums.items()}
+    if texts:
+        return texts
+    for name in ("tokens", "scored_tokens"):
+        if sums[name] != getattr(entry, name):
+            texts.append(f"has {sums[name]:,.0f} {name.replace('_', ' ')}, not {getattr(entry, name):,}")
+    rounding = entry.entropy_sum * np.finfo(np.float16).eps / 2  # if all entropies were rounded the same way
+    if not abs(sums["entropy_sum"] - entry.entropy_sum) <= rounding + 1e-6 * entry.scored_tokens:
+        texts.append(f"its entropies sum to {sums['entropy_sum']:.3f} nats, not {entry.entropy_sum:.3f}")
+    return texts
+
+
+def length_fault(manifest: Manifest, table: pa.Table) -> str | None:
+    """A list column that has not one value, or k, for each of a row's positions."""
+    masked = manifest.kind != "sequences"
+    positions_N = list_lengths(table, "positions") if masked else manifest.sequence_length
+    for field in table.schema:
+        width = manifest.top_k if field.name in TOP_K_COLUMNS else 1
+        if pa.types.is_list(field.type) and (list_lengths(table, field.name) != width * positions_N).any():
+            return f"has {field.name} of another length than {'its positions' if masked else width * positions_N}"
+    return None
+
+
+def list_lengths(table: pa.Table, name: str) -> np.ndarray:
+    """Number of values in each row of a list column [N]."""
+    return table[name].combine_chunks().value_lengths().to_numpy()
+
+
+def sequence_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]:
+    """Bad values of a table of sequences, and its sums."""
+    L, k, V = manifest.sequence_length, manifest.top_k, manifest.vocab_size
+    columns = {n: parquet.column_2d(table, n, L * k if n in TOP_K_COLUMNS else L) for n in table.column_names[1:]}
+    ids_NL = columns["input_ids"]
+    bad = {"has token ids outside the vocabulary": ids_NL >= V}
+    sums: Sums = {"tokens": int((ids_NL != manifest.special_ids["pad"]).sum())}
+    if not manifest.scored:
+        return bad, sums
+    scored_NL = ~np.isin(ids_NL, manifest.special_token_ids)
+    entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
+    for name in parquet.SCORE_COLUMNS:
+        bad[f"has {name} at a special token, or none elsewhere"] = np.isnan(columns[name]) == scored_NL
+    most = np.log(V) + float(np.spacing(np.float16(np.log(V))))
+    bad[f"has entropies outside 0 … {np.log(V):.2f} nats"] = (entropy_NL < -ABOVE_ZERO) | (entropy_NL > most)
+    bad["has surprisals below 0"] = surprisal_NL < -ABOVE_ZERO
+    if k:
+        ids_NLk, logprobs_NLk = (columns[name].reshape(-1, L, k) for name in TOP_K_COLUMNS)
+        lse = {t: columns[temperature_column(t)] for t in manifest.temperatures if t != 1}
+        bad |= top_k_values(V, scored_NL, ids_NLk, logprobs_NLk, lse)
+    entropy_M = entropy_NL[~np.isnan(entropy_NL)]
+    return bad, sums | {"scored_tokens": len(entropy_M), "entropy_sum": float(entropy_M.sum(dtype=np.float64))}
+
+
+def masked_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]:
+    """Bad values of rows of a plan or of targets, and how many positions they have."""
+    counts_N = list_lengths(table, "positions")
+    K = int(counts_N.max())
+    most = int(manifest.masks["positions"]) if manifest.masks else K
+    rows = masks.rows_of(table, K)
+    kept_NK = rows.positions_NK != NO_POSITION
+    bad = {
+        f"hides {K} positions of a sequence, more than {most}": counts_N > most,
+        "has positions past the end": rows.positions_NK >= manifest.sequence_length,
+        "has positions that do not ascend": (np.diff(rows.positions_NK, axis=1) <= 0) & kept_NK[:, 1:],
+    }
+    if manifest.kind == "plan":
+        bad["has ids outside the vocabulary"] = rows.corrupted_NK >= manifest.vocab_size
+    else:
+        targets = masks.targets_of(table, K, manifest.top_k, manifest.temperatures)
+        top_k = targets.topk_ids_NKT, targets.topk_logprobs_NKT, targets.temperature_lse_NK
+        bad |= top_k_values(manifest.vocab_size, kept_NK, *top_k)
+    return bad, {"scored_tokens": int(kept_NK.sum())}
+
+
+def top_k_values(
+    V: int, scored_NP: np.ndarray, ids_NPk: np.ndarray, logprobs_NPk: np.ndarray, lse: dict[float, np.ndarray]
+) -> BadValues:
+    """Bad values of the k most probable tokens, and of what they need at other temperatures [N, P]."""
+    scored_NP1, logprobs_NPk = scored_NP[..., None], logprobs_NPk.astype(np.float32)
+    sorted_NPk = np.sort(ids_NPk, axis=-1)
+    bad = {
+        "has top-k ids outside the vocabulary": ids_NPk >= V,
+        "has a top-k id twice at a position": (sorted_NPk[..., 1:] == sorted_NPk[..., :-1]) & scored_NP1,
+        "has log-probabilities where nothing is scored, or none elsewhere": np.isnan(logprobs_NPk) == scored_NP1,
+        "has log-probabilities above 0": logprobs_NPk > ABOVE_ZERO,
+        "has log-probabilities that are not sorted": logprobs_NPk[..., :-1] < logprobs_NPk[..., 1:],
+        "has probabilities that sum to more than 1": np.exp(logprobs_NPk).sum(-1) > PROBABILITY_SUM,
+    }
+    for temperature, lse_NP in lse.items():
+        text = f"has {temperature_column(temperature)} that is not finite exactly where it is scored"
+        bad[text] = np.isfinite(lse_NP) != scored_NP
+    return bad
+
+
+def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[str]:
+    """What a teacher says now of one sequence against what is stored: entropy, surprisal [L], topk_* [L, k].
+
+    The batch has another shape than the first time, so a few positions in a hundred may lie further apart in half
+    precision, and neighbours among the most probable tokens may have changed places.
+    """
+    nats, share, scored_L = RESCORED_NATS[dtype], RESCORED_SHARE[dtype], ~np.isnan(stored["entropy"])
+    if not scored_L.any():
+        return []
+    pairs = {
+        "entropies": (stored["entropy"], again.entropy_NL[0], nats),
+        "surprisals": (stored["surprisal"], again.surprisal_NL[0], 2 * nats),
+    }
+    if "topk_ids" in stored:  # in order of size: neighbours that changed places differ by little
+        pairs["log-probabilities"] = (stored["topk_logprobs"], again.topk_logprobs_NLK[0], 2 * nats)
+    texts = []
+    for name, (old, new, most) in pairs.items():
+        old_M, new_M = old[scored_L].astype(np.float16), new[scored_L]
+        apart_M = np.abs(old_M.astype(np.float32) - new_M)
+        if not (apart_M <= most + np.spacing(np.abs(old_M)).astype(np.float32)).mean() >= 1 - share:
+            texts.append(f"has {name} up to {apart_M.max():.3f} nats from what the teacher says")
+    if "topk_ids" in stored:
+        first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again.topk_logprobs_NLK[0][scored_L]
+        near_Mk = logprobs_Mk >= logprobs_Mk[:, :1] - 2 * nats
+        same_M = ((again.topk_ids_NLK[0][scored_L] == first_M1) & near_Mk).any(1)
+        if not same_M.mean() >= 1 - share:
+            texts.append(f"names another most probable token than the teacher at {(~same_M).sum()} positions")
+    return texts
