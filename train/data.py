@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order, hashes
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.manifests import Manifest, ShardEntry, load_tokenizer
+from entropy_masking.shards.masks import input_crc32
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
+from train.progress import score_sums
 
 WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded
 REMOTE_READS = 8  # row groups asked of an object store at a time: one answer takes long, eight no longer
@@ -204,3 +207,48 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             variant, T = self._mask_of(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
         return rows
+
+
+class PrepareBatch:
+    """What a loader worker does with a raw batch. A class, because workers that are not forked have to be sent it.
+
+    Args:
+        by_student: the batch is masked later, on the device, by the student's scores.
+    """
+
+    def __init__(self, masker: Masker, policy: MaskPolicy, by_student: bool, padded: bool | None) -> None:
+        self.masker, self.policy, self.by_student, self.padded = masker, policy, by_student, padded
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch["padded"] = self.masker.attention_mask(batch) is not None if self.padded is None else self.padded
+        if "excess" in (self.policy.by, self.policy.predict_by) and "surprisal" in batch:
+            batch["reference"] = batch["surprisal"]
+        if self.by_student:
+            batch.pop("surprisal", None)
+            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # known here, without a wait
+            # a GPU may not know every type of integer
+            return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+        masked: dict[str, Any] = self.masker(batch, self.policy)
+        if (by := self.policy.by) in batch and not self.policy.uniform:
+            candidates_BL = self.masker.candidates(batch["input_ids"])
+            masked["score_sums"] = score_sums(by, batch[by], candidates_BL, masked["positions_BP"])
+        return masked | _targets(batch, masked) if "input_crc32" in batch else masked
+
+
+def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The teacher's part of a batch that was joined with targets, once its input is known to be what the teacher saw.
+
+    Raises:
+        RunError: an input or its masked positions are not those of the targets.
+    """
+    crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
+    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["planned_positions"]).all(1)
+    if not same_B.all():
+        sequence = int(batch["sequence_id"][~same_B][0])
+        raise RunError(
+            f"the masked input of sequence {sequence} is not the one that its targets were made for; plan the masks of "
+            "these shards with train/plan.py and score them anew"
+        )
+    names = {"teacher_ids": "teacher_ids_BPT", "teacher_logprobs": "teacher_logprobs_BPT"}
+    names |= {"temperature_lse": "temperature_lse_BP"}
+    return {name: batch[raw] for raw, name in names.items() if raw in batch}

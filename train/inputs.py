@@ -1,11 +1,120 @@
-"""What a run reads besides its shards, opened, and refused where it does not fit them."""
+"""What a run reads, opened, and its flags refused where they contradict each other or what is read."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments
+
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import Manifest, read_manifest
-from train.options import RECIPES, Options, given_masks, mask_flag
+from entropy_masking.shards.manifests import Manifest, ShardEntry, check_shards, read_manifest
+from train import resume
+from train.arguments import flag
+from train.data import split_shards
+from train.masks import RECIPES, SCORE, check_scored, given_masks, mask_flag, mask_policy
+from train.options import Options
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data of a run.
+
+    Attributes:
+        manifest: the shards.
+        targets: the target directory that is distilled from, if there is one.
+        eval_shards: the directory that is evaluated on, if it is not that of the training.
+        policy: which positions to mask and to predict.
+        shards, held_out: those that are trained on, and those that are evaluated on.
+    """
+
+    manifest: Manifest
+    targets: Manifest | None
+    eval_shards: Manifest | None
+    policy: MaskPolicy
+    shards: list[ShardEntry]
+    held_out: list[ShardEntry]
+
+    @property
+    def evaluated(self) -> Manifest:
+        """The directory of ``held_out``."""
+        return self.eval_shards or self.manifest
+
+
+def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
+    """Open what the flags name, before anything is built.
+
+    Raises:
+        UsageError: something cannot be read, or flags contradict it or each other.
+    """
+    manifest = read_manifest(options.shards)
+    targets = open_targets(options, manifest) if options.targets else None
+    evaluated = open_eval_shards(options, manifest) if options.eval_shards else None
+    # every byte is checked when a run begins, by one process a machine; so it goes on at once, whatever the corpus
+    begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
+    for directory in filter(None, (manifest, targets, evaluated)):
+        check_shards(directory, contents=not (begun or args.local_process_index))
+    check_scored(options, options.entropy_source, manifest)
+    check_flags(options, args, targets or manifest)
+    policy = planned_policy(options, targets) if targets else mask_policy(options, options.entropy_source, args.seed)
+    shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
+    if evaluated:
+        held_out = [entry for entry in evaluated.shards if entry.rows]
+    return Inputs(manifest, targets, evaluated, policy, shards, held_out)
+
+
+def check_flags(options: Options, args: TrainingArguments, taught: Manifest) -> None:
+    """Refuse flags that contradict each other, or what is distilled from (``taught``). Raises UsageError."""
+    if options.entropy_source != "self" and options.self_refresh is not None:
+        raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
+    for name in ("muon_learning_rate", "muon_weight_decay"):
+        if not options.muon and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
+    _check_evaluation(options, args)
+    _check_distillation(options, taught)
+    if options.num_workers > 1 and args.world_size > 1:
+        raise UsageError(
+            f"--num-workers {options.num_workers} starts processes, and there are {args.world_size} already; use it "
+            "without torchrun, or leave it out"
+        )
+    if args.n_gpu > 1 and options.num_workers == 1:
+        raise UsageError(
+            f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
+            f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _check_evaluation(options: Options, args: TrainingArguments) -> None:
+    if options.eval_shards and options.eval_fraction:
+        raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
+    for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
+        if wanted and not (options.eval_shards or options.eval_fraction):
+            raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+    if args.load_best_model_at_end and args.save_steps != args.eval_steps:
+        raise UsageError(
+            "--load-best-model-at-end needs a checkpoint of each evaluation; set --save-steps to --eval-steps"
+        )
+    if args.load_best_model_at_end and args.save_total_limit == 1:
+        raise UsageError(
+            "--save-total-limit 1 keeps only the best checkpoint with --load-best-model-at-end, so the run could not "
+            "resume; use at least 2"
+        )
+
+
+def _check_distillation(options: Options, taught: Manifest) -> None:
+    if not options.distill_weight:
+        for name, unused in (("targets", None), ("distill_temperature", 1.0), ("distill_positions", 1.0)):
+            if getattr(options, name) != unused:
+                raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
+    elif not options.targets and not taught.top_k:
+        raise UsageError(f"{taught.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16")
+    elif (T := options.distill_temperature) not in (1.0, *taught.temperatures):
+        scored = ", ".join(f"{scored:g}" for scored in taught.temperatures)
+        raise UsageError(
+            f"--distill-temperature {T:g} was not scored: {taught.uri} has {scored}; use one of those, or score it "
+            "with pipeline/score.py --temperatures"
+        )
 
 
 def open_targets(options: Options, manifest: Manifest) -> Manifest:
@@ -57,7 +166,7 @@ def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
     return policy
 
 
-def open_evaluated(options: Options, manifest: Manifest) -> Manifest:
+def open_eval_shards(options: Options, manifest: Manifest) -> Manifest:
     """The directory that a run is evaluated on, if it is one of its own.
 
     Raises:

@@ -39,7 +39,7 @@ from entropy_masking.shards.read import Rows, read_rows, to_tensors
 from pipeline.documents import Rejects
 from train.arguments import MOST_SEED
 from train.data import columns_of, masker_of
-from train.options import MaskOptions, check_scored, mask_policy
+from train.masks import MaskOptions, check_scored, mask_policy
 
 VARIANTS = 4  # by default, where epochs differ
 MOST_VARIANTS = 1 << 16
