@@ -16,42 +16,41 @@ from transformers import TrainingArguments
 from entropy_masking.errors import UsageError, one_line
 
 
-def option(help: str, default: Any = MISSING, **settings: Any) -> Any:
-    """A field of a dataclass of flags; without a default the flag is required."""
+def option(help: str, default: Any = None, **settings: Any) -> Any:
+    """A field of a dataclass of flags, which is None where the flag is not given and has no default."""
     return field(default=default, metadata={"help": help, **settings})
 
 
-def optional(help: str) -> Any:
-    """A flag that is None where it is not given."""
-    return option(help, None)
+def required(help: str) -> Any:
+    return option(help, MISSING)
 
 
 def switch(help: str) -> Any:
-    """A flag that is true, false or, where it is not given, None."""
-    return option(help, None, nargs="?", const=True)
+    """True, false or, where it is not given, None."""
+    return option(help, nargs="?", const=True)
 
 
 @dataclass(kw_only=True)
 class TrainerFlags:
     """The flags of transformers.TrainingArguments that work here, with the defaults that pretraining wants."""
 
-    output_dir: str = option("directory of the trained model, its checkpoints and its summary")
-    max_steps: int | None = optional("steps of the run (default: those of the epochs)")
+    output_dir: str = required("directory of the trained model, its checkpoints and its summary")
+    max_steps: int | None = option("steps of the run (default: those of the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
-    per_device_train_batch_size: int | None = optional("sequences of a batch (default: by the model's size)")
+    per_device_train_batch_size: int | None = option("sequences of a batch (default: by the model's size)")
     gradient_accumulation_steps: int = option("batches of a step on each device (default: 1)", 1)
     per_device_eval_batch_size: int = option("sequences of a batch in an evaluation (default: 64)", 64)
 
-    optim: str | None = optional("muon (default for presets), or an optimizer of transformers by its name")
-    optim_args: str | None = optional("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = optional("peak learning rate of AdamW or its like (default: by the model's size)")
+    optim: str | None = option("muon (default for presets), or an optimizer of transformers by its name")
+    optim_args: str | None = option("arguments of the optimizer: name=value,…")
+    learning_rate: float | None = option("peak learning rate of AdamW or its like (default: by the model's size)")
     weight_decay: float = option("weight decay of AdamW or its like (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
     adam_epsilon: float = option("AdamW's ε (default: 1e-6)", 1e-6)
     max_grad_norm: float = option("clip gradients to this norm; 0 for no clipping (default: 1)", 1.0)
     lr_scheduler_type: str = option("learning-rate schedule of transformers by its name (default: linear)", "linear")
-    lr_scheduler_kwargs: str | None = optional("arguments of the schedule, as a JSON object")
+    lr_scheduler_kwargs: str | None = option("arguments of the schedule, as a JSON object")
     warmup_steps: float = option("steps of the learning-rate warm-up, or below 1 their share (default: 0.06)", 0.06)
 
     bf16: bool | None = switch("train in bfloat16 (default: where the hardware has it)")
@@ -60,34 +59,34 @@ class TrainerFlags:
     activation_checkpointing: bool | None = switch("compute activations twice, to save memory")
     gradient_checkpointing: bool | None = switch("the older name of --activation-checkpointing")
     torch_compile: bool = option("compile the model", False)
-    torch_compile_backend: str | None = optional("backend of the compiler")
+    torch_compile_backend: str | None = option("backend of the compiler")
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
-        optional("mode of the compiler")
+        option("mode of the compiler")
     )
 
     logging_strategy: Literal["no", "steps"] = option("whether to log the loss (default: steps)", "steps")
     logging_steps: float = option("log every N steps, or below 1 every such share of them (default: 50)", 50)
     logging_first_step: bool = option("log the first step, too", False)
     report_to: str = option("where else to log, e.g. tensorboard (default: none)", "none")
-    run_name: str | None = optional("name of the run there")
+    run_name: str | None = option("name of the run there")
     eval_strategy: Literal["no", "steps"] = option("whether to evaluate during training (default: no)", "no")
-    eval_steps: float | None = optional("evaluate every N steps, or such a share of them (default: --logging-steps)")
+    eval_steps: float | None = option("evaluate every N steps, or such a share of them (default: --logging-steps)")
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
     eval_on_start: bool = option("evaluate before the first step", False)
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
     save_steps: float = option("save a checkpoint every N steps, or such a share of them (default: 500)", 500)
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
     load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
-    metric_for_best_model: Literal["loss", "accuracy"] | None = optional("what makes it the best (default: loss)")
+    metric_for_best_model: Literal["loss", "accuracy"] | None = option("what makes it the best (default: loss)")
     greater_is_better: bool | None = switch("whether more of that is better (default: of accuracy)")
 
     seed: int = option("seed of the weights and of the masks (default: 42)", 42)
-    data_seed: int | None = optional("seed of the order of the sequences (default: --seed)")
+    data_seed: int | None = option("seed of the order of the sequences (default: --seed)")
     full_determinism: bool = option("use deterministic kernels only, which are slower", False)
     use_cpu: bool | None = switch("train on the CPU (default: where there is neither CUDA nor XPU)")
-    dataloader_num_workers: int | None = optional("processes that mask the next batches (default: 2; 0 on a CPU)")
-    dataloader_prefetch_factor: int | None = optional("batches that each of them keeps ready (default: 2)")
-    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = optional("what connects devices (default: by device)")
+    dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
+    dataloader_prefetch_factor: int | None = option("batches that each of them keeps ready (default: 2)")
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("what connects devices (default: by device)")
     # all ranks wait while one a machine checks every byte of the shards; an hour is some 2 TB, and so long, too, does a
     # rank that hangs hold up a cluster of GPUs
     ddp_timeout: int = option("seconds that a device waits for the others (default: 3600)", 3_600)

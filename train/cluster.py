@@ -47,9 +47,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     log, stop, overwrite = directory / RAY / "log", directory / guard.STOP, directory / resume.OVERWRITE
     for file in (log, stop, overwrite):
         file.unlink(missing_ok=True)
-    if options.overwrite:
-        # the workers drop the run that is there, once they know that theirs can begin; those that are started again
-        # don't
+    if options.overwrite:  # the workers drop the run, once they know that theirs can begin, and delete this file
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)

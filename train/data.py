@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,8 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
     """(train, evaluation) shards: ⌈fraction · n⌉ shards by hash, at least one on each side.
 
     Shards are ranked by a hash of their index, so that a reference, trained on tokens, and students, trained on the
-    same shards scored, hold out the same documents, even where a scoring run ended without some of its shards.
-
-    Raises:
-        UsageError: there are fewer than two shards.
+    same shards scored, hold out the same documents, even where a scoring run ended without some of its shards. Raises
+    UsageError where there are fewer than two.
     """
     entries = [entry for entry in manifest.shards if entry.rows]
     if not eval_fraction:
@@ -57,8 +56,7 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
 def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     """What masks the sequences of a shard directory, by tokens or by words.
 
-    Raises:
-        UsageError: by words, and the tokenizer does not say which tokens go on with one.
+    Raises UsageError if it is by words, and the tokenizer does not say which tokens continue one.
     """
     continues_V = None
     if unit == "word":
@@ -139,11 +137,11 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch at these positions of the run."""
         parts: list[Rows] = []
-        for epoch, window, offsets in self._runs(indices):
+        for (epoch, window), group in groupby(map(self._locate, indices), key=lambda place: place[:2]):
             self._decode(epoch, window)
-            rows = self._shuffled[offsets]
+            rows = self._shuffled[[offset for *_, offset in group]]
             part = {name: array[rows] for name, array in self._rows.items()}  # copied: the next window comes here
-            parts.append(part | {"epoch": np.full(len(offsets), self._mask_of(epoch), np.int64)})
+            parts.append(part | {"epoch": np.full(len(rows), self._mask_of(epoch), np.int64)})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         progress_B = torch.tensor(indices, dtype=torch.float64) / self.size
         return self.prepare(to_tensors(joined) | {"progress": progress_B})
@@ -151,21 +149,12 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def _mask_of(self, epoch: int) -> int:
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch
 
-    def _runs(self, indices: list[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, window, offsets in it) of the indices, neighbours in the same window together."""
-        current: tuple[int, int] | None = None
-        offsets: list[int] = []
-        for index in indices:
-            epoch, position = divmod(index, self.rows)
-            _, starts = self._epoch(epoch)
-            window = bisect_right(starts, position) - 1
-            if current != (epoch, window):
-                if current:
-                    yield *current, offsets
-                current, offsets = (epoch, window), []
-            offsets.append(position - starts[window])
-        if current:
-            yield *current, offsets
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """(epoch, window, offset in it) of a position of the run."""
+        epoch, position = divmod(index, self.rows)
+        _, starts = self._epoch(epoch)
+        window = bisect_right(starts, position) - 1
+        return epoch, window, position - starts[window]
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
         """(order of the row groups, first position of each window) of an epoch."""
@@ -194,8 +183,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         if not self._rows:
             place(*next(places))
         with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
-            for placed in [pool.submit(place, *each) for each in places]:
-                placed.result()
+            list(pool.map(lambda where: place(*where), places))  # raises what a read has raised
         self._shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=starts[-1]).numpy()
         self._decoded = epoch, window
 
@@ -236,10 +224,9 @@ class PrepareBatch:
 
 
 def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The teacher's part of a batch that was joined with targets, once its input is known to be what the teacher saw.
+    """The teacher's part of a batch that was joined with targets.
 
-    Raises:
-        RunError: an input or its masked positions are not those of the targets.
+    Raises RunError if an input or its masked positions are not those that the teacher saw.
     """
     crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
     same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["planned_positions"]).all(1)

@@ -98,11 +98,7 @@ def _in_main_thread() -> bool:
 
 
 def check_finite(model: torch.nn.Module, step: int, output: Path) -> None:
-    """Refuse to keep weights that are NaN or infinite; on all ranks alike, since they have the same.
-
-    Raises:
-        AllRanksFailed: some are.
-    """
+    """Raises AllRanksFailed for weights that are NaN or infinite: all ranks have the same."""
     with torch.no_grad():
         finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
     if not finite:
@@ -110,13 +106,11 @@ def check_finite(model: torch.nn.Module, step: int, output: Path) -> None:
 
 
 def _not_finite(what: str, step: int, output: Path) -> str:
-    return (
-        f"{what} at step {step}, so it ends here; {_standing(output)}. Train anew with a lower --learning-rate or a "
-        "longer --warmup-steps"
-    )
+    fix = "train again with a lower --learning-rate or a longer --warmup-steps"
+    return f"{what} at step {step}, so the run ends; {_last_good(output)}; {fix}"
 
 
-def _standing(output: Path) -> str:
+def _last_good(output: Path) -> str:
     checkpoint = resume.last_checkpoint(output)
     return f"the last good checkpoint is {checkpoint}" if checkpoint else "there was no checkpoint yet"
 
@@ -134,16 +128,14 @@ def writing(what: str, output: Path) -> Iterator[None]:
         reason = "it was cut short" if cut_short else one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
         fix = "make room, then run the command again" if full else "run the command again once it can be written"
-        raise RunError(f"cannot write {what} ({reason}); {_standing(output)}; {fix}") from None
+        raise RunError(f"cannot write {what} ({reason}); {_last_good(output)}; {fix}") from None
 
 
 @contextmanager
 def on_all_ranks(rank: int) -> Iterator[None]:
-    """What fails on one rank fails on all, and the first says so: nobody waits for those that have gone.
+    """What fails on one rank fails on all, so that none waits for those that have gone.
 
-    Raises:
-        UsageError, AllRanksFailed, OSError: on the first rank, the error of the lowest rank that has one.
-        SystemExit: on the others.
+    The first raises UsageError, AllRanksFailed or OSError, as the lowest rank that has failed; the others SystemExit.
     """
     own: Exception | None = None
     try:
@@ -166,10 +158,9 @@ def on_first_rank(rank: int, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def as_run_error(guard: Guard) -> Iterator[None]:
-    """Say in one sentence that a process was lost that training needs: one of its loader, or another rank.
+    """Say in one sentence that a process was lost which training needs: one of its loader, or another rank.
 
-    Raises:
-        RunError, Terminated: training failed, or a signal to all processes has ended the loader's.
+    Raises RunError, or Terminated where a signal to all processes has ended those of the loader.
     """
     report = sys.unraisablehook
     # torch says that a loader worker has died wherever the signal finds the process: in a destructor even, at its end
@@ -183,12 +174,11 @@ def as_run_error(guard: Guard) -> Iterator[None]:
         if _lost_loader(error):
             if guard.asked:
                 raise Terminated from None
-            raise RunError(
-                f"a loader worker was ended from outside, perhaps for want of memory ({last_line(error)}); "
-                f"{_standing(guard.output)}; run the command again, with fewer --dataloader-num-workers"
-            ) from None
+            reason = f"a loader worker was ended from outside, perhaps for lack of memory ({last_line(error)})"
+            fix = "run the command again, with fewer --dataloader-num-workers"
+            raise RunError(f"{reason}; {_last_good(guard.output)}; {fix}") from None
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise RunError(f"another rank has ended; {_standing(guard.output)}; run the command again") from None
+            raise RunError(f"another rank has ended; {_last_good(guard.output)}; run the command again") from None
         raise
     sys.unraisablehook = report
 

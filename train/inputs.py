@@ -43,87 +43,63 @@ class Inputs:
 
 
 def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
-    """Open what the flags name, before anything is built.
-
-    Raises:
-        UsageError: something cannot be read, or flags contradict it or each other.
-    """
-    manifest = read_manifest(options.shards)
-    targets = open_targets(options, manifest) if options.targets else None
-    evaluated = open_eval_shards(options, manifest) if options.eval_shards else None
+    """Open what the flags name. Raises UsageError where it cannot be read, or flags contradict it or each other."""
+    manifest, source = read_manifest(options.shards), options.entropy_source
+    targets = open_targets(options.targets, manifest, source) if options.targets else None
+    eval_shards = open_eval_shards(options.eval_shards, manifest) if options.eval_shards else None
     # every byte is checked when a run begins, by one process a machine; so it goes on at once, whatever the corpus
     begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
-    for directory in filter(None, (manifest, targets, evaluated)):
+    for directory in filter(None, (manifest, targets, eval_shards)):
         check_shards(directory, contents=not (begun or args.local_process_index))
-    check_scored(options, options.entropy_source, manifest)
-    check_flags(options, args, targets or manifest)
-    policy = planned_policy(options, targets) if targets else mask_policy(options, options.entropy_source, args.seed)
+    check_scored(options, source, manifest)
+    check_flags(options, args)
+    check_distillation(options, targets or manifest)
+    policy = planned_policy(options, targets) if targets else mask_policy(options, source, args.seed)
     shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
-    if evaluated:
-        held_out = [entry for entry in evaluated.shards if entry.rows]
-    return Inputs(manifest, targets, evaluated, policy, shards, held_out)
+    if eval_shards:
+        held_out = [entry for entry in eval_shards.shards if entry.rows]
+    return Inputs(manifest, targets, eval_shards, policy, shards, held_out)
 
 
-def check_flags(options: Options, args: TrainingArguments, taught: Manifest) -> None:
-    """Refuse flags that contradict each other, or what is distilled from (``taught``). Raises UsageError."""
+def check_flags(options: Options, args: TrainingArguments) -> None:
+    """Refuse flags that contradict each other. Raises UsageError."""
     if options.entropy_source != "self" and options.self_refresh is not None:
         raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
     for name in ("muon_learning_rate", "muon_weight_decay"):
         if not options.muon and getattr(options, name) is not None:
             raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
-    _check_evaluation(options, args)
-    _check_distillation(options, taught)
-    if options.num_workers > 1 and args.world_size > 1:
-        raise UsageError(
-            f"--num-workers {options.num_workers} starts processes, and there are {args.world_size} already; use it "
-            "without torchrun, or leave it out"
-        )
-    if args.n_gpu > 1 and options.num_workers == 1:
-        raise UsageError(
-            f"{args.n_gpu} GPUs are visible; use them with torchrun --nproc-per-node {args.n_gpu} train/run.py … or "
-            f"--num-workers {args.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES"
-        )
-
-
-def _check_evaluation(options: Options, args: TrainingArguments) -> None:
     if options.eval_shards and options.eval_fraction:
         raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
     for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
         if wanted and not (options.eval_shards or options.eval_fraction):
             raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
     if args.load_best_model_at_end and args.save_steps != args.eval_steps:
-        raise UsageError(
-            "--load-best-model-at-end needs a checkpoint of each evaluation; set --save-steps to --eval-steps"
-        )
+        raise UsageError("--load-best-model-at-end saves at each evaluation; set --save-steps to --eval-steps")
     if args.load_best_model_at_end and args.save_total_limit == 1:
-        raise UsageError(
-            "--save-total-limit 1 keeps only the best checkpoint with --load-best-model-at-end, so the run could not "
-            "resume; use at least 2"
-        )
+        raise UsageError("--save-total-limit 1 keeps only the best checkpoint, not the last; use at least 2")
+    workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
+    if workers > 1 and ranks > 1:
+        raise UsageError(f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out")
+    if workers == 1 and gpus > 1:
+        use = f"torchrun --nproc-per-node {gpus} train/run.py … or --num-workers {gpus}"
+        raise UsageError(f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES")
 
 
-def _check_distillation(options: Options, taught: Manifest) -> None:
+def check_distillation(options: Options, teacher: Manifest) -> None:
+    """Refuse flags of distillation without it, and what the scores of the teacher lack. Raises UsageError."""
     if not options.distill_weight:
         for name, unused in (("targets", None), ("distill_temperature", 1.0), ("distill_positions", 1.0)):
             if getattr(options, name) != unused:
                 raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
-    elif not options.targets and not taught.top_k:
-        raise UsageError(f"{taught.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16")
-    elif (T := options.distill_temperature) not in (1.0, *taught.temperatures):
-        scored = ", ".join(f"{scored:g}" for scored in taught.temperatures)
-        raise UsageError(
-            f"--distill-temperature {T:g} was not scored: {taught.uri} has {scored}; use one of those, or score it "
-            "with pipeline/score.py --temperatures"
-        )
+    elif not options.targets and not teacher.top_k:
+        raise UsageError(f"{teacher.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16")
+    elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
+        scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
+        raise UsageError(f"--distill-temperature {T:g} was not scored: {teacher.uri} has {scored}; use one of those")
 
 
-def open_targets(options: Options, manifest: Manifest) -> Manifest:
-    """The target directory of a run.
-
-    Raises:
-        UsageError: no target directory, or one for other shards or another source of entropy.
-    """
-    uri, source = str(options.targets), options.entropy_source
+def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
+    """A target directory. Raises UsageError if it is none, or was made for other shards or another entropy source."""
     if source == "self":
         raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
     targets = read_manifest(uri, kind="targets")
@@ -151,35 +127,24 @@ def _is_plan(targets: Manifest) -> bool:
 
 
 def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
-    """The masks that targets were made for, their seed among it.
-
-    Raises:
-        UsageError: a mask flag was given that differs.
-    """
+    """The masks that targets were made for, with their seed. Raises UsageError if a mask flag differs."""
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
     recipe = RECIPES["paper"] if options.recipe == "paper" else {}
     for name, value in (recipe | given_masks(options)).items():
         if value != (planned := getattr(policy, name)):
-            raise UsageError(
-                f"{mask_flag(name)} {value} is not {planned}, which {targets.uri} was planned with; leave it out"
-            )
+            raise UsageError(f"{mask_flag(name)} {value} is not {planned}, as in {targets.uri}; leave it out")
     return policy
 
 
-def open_eval_shards(options: Options, manifest: Manifest) -> Manifest:
-    """The directory that a run is evaluated on, if it is one of its own.
-
-    Raises:
-        UsageError: no shard directory, that of the training, or one of another tokenizer or length.
-    """
-    uri = str(options.eval_shards)
+def open_eval_shards(uri: str, manifest: Manifest) -> Manifest:
+    """Shards of other text to evaluate on. Raises UsageError if they are none, or have another tokenizer or length."""
     evaluated = read_manifest(uri)
     if evaluated.tokenizer_hash != manifest.tokenizer_hash:
         raise UsageError(f"--eval-shards {uri} was made with another tokenizer than {manifest.uri}; use that of both")
-    if evaluated.sequence_length != manifest.sequence_length:
+    own, length = evaluated.sequence_length, manifest.sequence_length
+    if own != length:
         raise UsageError(
-            f"--eval-shards {uri} has sequences of {evaluated.sequence_length} tokens, {manifest.uri} of "
-            f"{manifest.sequence_length}; make them alike"
+            f"--eval-shards {uri} has sequences of {own} tokens, {manifest.uri} of {length}; make them alike"
         )
     # however it was cut
     if evaluated.sequences_hash == manifest.sequences_hash or _files(evaluated) & _files(manifest):

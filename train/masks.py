@@ -8,7 +8,7 @@ from typing import Any, Literal
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.manifests import Manifest
-from train.arguments import flag, optional
+from train.arguments import flag, option
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
 
@@ -26,34 +26,34 @@ FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "tempera
 class MaskOptions:
     """Which tokens to mask and to predict; None where the flag was not given."""
 
-    recipe: Literal["default", "paper"] | None = optional(
+    recipe: Literal["default", "paper"] | None = option(
         "paper: mask the highest entropies alone, from the first step (2605.28526)"
     )
-    mask_ratio: float | None = optional(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
-    predict_ratio: float | None = optional("share to predict, at most the mask ratio (default: all that is masked)")
-    hard_share: float | None = optional(
+    mask_ratio: float | None = option(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
+    predict_ratio: float | None = option("share to predict, at most the mask ratio (default: all that is masked)")
+    hard_share: float | None = option(
         f"share of a mask that is chosen by score, the rest at random (default: {MaskPolicy.hard_share})"
     )
-    mask_warmup: float | None = optional(
+    mask_warmup: float | None = option(
         f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
     )
-    mask_ramp: float | None = optional(
+    mask_ramp: float | None = option(
         f"share of the run after it in which the hard share rises from 0 (default: {RECIPES['default']['ramp']})"
     )
-    mask_temperature: float | None = optional(
+    mask_temperature: float | None = option(
         f"τ: sample from softmax(rank/τ); 0 takes the highest scores (default: {MaskPolicy.temperature})"
     )
-    mask_by: Literal["entropy", "surprisal", "excess"] | None = optional(
+    mask_by: Literal["entropy", "surprisal", "excess"] | None = option(
         "score: entropy of the prediction (default), surprisal of the token, or excess of the student's surprisal over "
         "that of the shards (self only)"
     )
-    predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = optional(
+    predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
         "what chooses the predicted tokens among the masked ones (default: random)"
     )
-    corruption: Literal["bert", "mask-only"] | None = optional(
+    corruption: Literal["bert", "mask-only"] | None = option(
         "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"
     )
-    mask_unit: Literal["token", "word"] | None = optional("mask token by token (default), or word by word")
+    mask_unit: Literal["token", "word"] | None = option("mask token by token (default), or word by word")
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = False) -> MaskPolicy:

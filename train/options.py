@@ -11,7 +11,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.arguments import TrainerFlags, check_ranges, option, optional, training_arguments
+from train.arguments import TrainerFlags, check_ranges, option, required, training_arguments
 from train.masks import MaskOptions
 from train.student import SIZES
 
@@ -29,27 +29,27 @@ EVAL_FRACTION = 0.01
 class Options(MaskOptions):
     """What this trainer knows beyond TrainerFlags."""
 
-    shards: str = option("shard directory made by pipeline/score.py, a path or a URI")
-    entropy_source: Literal["random", "parquet", "self"] = option(
+    shards: str = required("shard directory made by pipeline/score.py, a path or a URI")
+    entropy_source: Literal["random", "parquet", "self"] = required(
         "mask at random, by the entropies of the shards, or by the student's own"
     )
     model: str = option("tiny (default), mini, small, medium, base; a config.json; or a checkpoint", "tiny")
-    targets: str | None = optional("distil from this target directory, with its masks (default: from the shards)")
+    targets: str | None = option("distil from this target directory, with its masks (default: from the shards)")
     distill_weight: float = option("α in (1 - α)·CE + α·T²·KL(teacher ‖ student) (default: 0)", 0.0)
     distill_temperature: float = option("T, one that the teacher's scores include (default: 1)", 1.0)
     distill_positions: float = option(
         "share of the predicted tokens to distil at, those with the highest student entropy (default: 1)", 1.0
     )
-    muon_learning_rate: float | None = optional(
+    muon_learning_rate: float | None = option(
         f"Muon's learning rate, for the hidden matrices (default: {MUON_LEARNING_RATE})"
     )
-    muon_weight_decay: float | None = optional(f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})")
-    self_refresh: Literal["means", "step"] | None = optional(
+    muon_weight_decay: float | None = option(f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})")
+    self_refresh: Literal["means", "step"] | None = option(
         "self: running means of the scores at masked tokens, by type (default), or a forward of its own on each batch "
         "(default of --recipe paper)"
     )
-    eval_fraction: float | None = optional("share of the shards held out (default: 0.01); 0 for no evaluation")
-    eval_shards: str | None = optional("evaluate on this shard directory (default: on the shards held out)")
+    eval_fraction: float | None = option("share of the shards held out (default: 0.01); 0 for no evaluation")
+    eval_shards: str | None = option("evaluate on this shard directory (default: on the shards held out)")
     trust_remote_code: bool = option("run model code that a checkpoint brings along", False)
     num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
     overwrite: bool = option("drop the run that the output directory holds", False)
@@ -64,14 +64,10 @@ class Parser(HfArgumentParser):
 
 
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
-    """Flags → options and training arguments, with the defaults that pretraining wants.
-
-    Raises:
-        UsageError: a flag is unknown, not supported here or out of range.
-    """
+    """Flags → options and training arguments. Raises UsageError for what is unknown, not supported or out of range."""
     parser = Parser(
         [Options, TrainerFlags],  # type: ignore[list-item]
-        prog="train/run.py",
+        usage="train/run.py --shards DIR --entropy-source SOURCE --output-dir DIR …",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -83,9 +79,7 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         raise UsageError(_unsupported(unknown[0]))
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
-        raise UsageError(
-            f"--output-dir {flags.output_dir} is a URI; use a path, because checkpoints need a file system"
-        )
+        raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")
     fill_in(options, flags)
     return options, training_arguments(flags)
 
@@ -102,24 +96,22 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     size = options.model.removeprefix("bert-")
     if flags.optim is None:  # other models (configurations, checkpoints) use AdamW
         flags.optim = MUON if size in SIZES else TrainingArguments.optim
-    if flags.optim == MUON:
-        options.muon, flags.optim = True, TrainingArguments.optim  # of the parameters that are no hidden matrices
-        if options.muon_learning_rate is None:
-            options.muon_learning_rate = MUON_LEARNING_RATE
-        if options.muon_weight_decay is None:
-            options.muon_weight_decay = MUON_WEIGHT_DECAY
-    if flags.learning_rate is None:
-        rates = LEARNING_RATES[MUON if options.muon else "adamw"]
-        flags.learning_rate = rates.get(size, rates["base"])
-    if flags.per_device_train_batch_size is None:
-        flags.per_device_train_batch_size = BATCH_SIZES.get(size, BATCH_SIZES["base"])
-    if flags.bf16 is None:
-        flags.bf16 = resolve_dtype("auto") == "bfloat16"
-    if flags.use_cpu is None:
-        flags.use_cpu = not (torch.cuda.is_available() or torch.xpu.is_available())
-    if flags.dataloader_num_workers is None:
-        flags.dataloader_num_workers = 0 if flags.use_cpu else 2
-    if options.eval_fraction is None:
-        options.eval_fraction = 0.0 if options.eval_shards else EVAL_FRACTION
-    if options.entropy_source == "self" and options.self_refresh is None:
-        options.self_refresh = "step" if options.recipe == "paper" else "means"  # step is the paper's
+    options.muon = flags.optim == MUON
+    if options.muon:
+        flags.optim = TrainingArguments.optim  # of the parameters that are no hidden matrices
+        _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
+    rates = LEARNING_RATES[MUON if options.muon else "adamw"]
+    _set_missing(flags, learning_rate=rates.get(size, rates["base"]))
+    _set_missing(flags, per_device_train_batch_size=BATCH_SIZES.get(size, BATCH_SIZES["base"]))
+    _set_missing(flags, bf16=resolve_dtype("auto") == "bfloat16")
+    _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
+    _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
+    _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
+    if options.entropy_source == "self":
+        _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # step is the paper's
+
+
+def _set_missing(flags: Options | TrainerFlags, **defaults: object) -> None:
+    for name, value in defaults.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)

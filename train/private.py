@@ -1,4 +1,4 @@
-"""The private parts of other libraries that training needs; pyproject.toml bounds their versions for it."""
+"""What training needs of other libraries that is private there; pyproject.toml bounds their versions for it."""
 
 from __future__ import annotations
 

@@ -31,13 +31,8 @@ VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     """Bind an output directory to the flags of a run; False if that run is finished already.
 
-    A run that has no checkpoint yet gives way to any other: nothing would be lost.
-
-    Args:
-        overwrite: drop the run that is there, its checkpoints included; files of no run are never dropped.
-
-    Raises:
-        UsageError: it belongs to a run with other flags (says which), or holds files of no run.
+    A run that has no checkpoint yet gives way to any other: nothing would be lost. With ``overwrite`` the run that is
+    there is dropped, with its checkpoints. Raises UsageError for a run with other flags, and for files of no run.
     """
     if _is_foreign(directory):
         raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
@@ -50,10 +45,8 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     shared = {name: value for name, value in flags.items() if name in previous}
     differing = differences({name: previous[name] for name in shared}, shared)
     if differing and not overwrite and (finished or last_checkpoint(directory)):
-        raise UsageError(
-            f"{directory} holds a run with other flags ({'; '.join(differing)}); "
-            "choose another --output-dir, or pass --overwrite to start afresh"
-        )
+        fix = "choose another --output-dir, or pass --overwrite to start afresh"
+        raise UsageError(f"{directory} holds a run with other flags ({'; '.join(differing)}); {fix}")
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
     if overwrite and (directory / FLAGS).exists():
         (directory / SUMMARY).unlink(missing_ok=True)
@@ -112,13 +105,8 @@ def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
 def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     """Keep other runs out of an output directory until the file that is returned is closed, or this process ends.
 
-    Nothing is locked in a directory that is no run's, nor where the file system knows no locks.
-
-    Args:
-        of_cluster: keep out what else would start workers on a cluster, not the workers.
-
-    Raises:
-        UsageError: another run is at work there.
+    Nothing is locked in a directory that is no run's, nor where the file system knows no locks. With ``of_cluster`` it
+    keeps out what else would start workers on a cluster, not the workers. Raises UsageError if a run is at work there.
     """
     if _is_foreign(directory):
         return None
@@ -135,11 +123,7 @@ def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
 
 
 def check_visible(directory: Path, checkpoint: Path | None) -> None:
-    """Refuse to train where a rank does not see what the first has just written.
-
-    Raises:
-        UsageError: the directory is not shared.
-    """
+    """Raises UsageError where a rank does not see what the first has just written."""
     needed = checkpoint or directory / FLAGS
     until = time.monotonic() + VISIBLE_SECONDS
     while not needed.exists():
@@ -149,11 +133,9 @@ def check_visible(directory: Path, checkpoint: Path | None) -> None:
 
 
 def complete(directory: Path, name: str, limit: int | None, best: str | None) -> None:
-    """Give a checkpoint that was written in ``UNFINISHED`` its name, and delete old ones.
+    """Give a checkpoint that was written in ``UNFINISHED`` its name, and delete all but ``limit`` and the best.
 
-    Args:
-        limit: how many to keep, None or 0 for all.
-        best: the name of one that is kept in any case.
+    A limit of None or 0 keeps all.
     """
     written, checkpoint = directory / UNFINISHED / name, directory / name
     files = sorted(path for path in written.rglob("*") if path.is_file())

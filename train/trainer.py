@@ -50,6 +50,7 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, model: Any, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
         self.options, self.inputs = options, inputs
         self.manifest, self.policy = inputs.manifest, inputs.policy
+        self.score = "entropy" if self.policy.by == "entropy" else "surprisal"  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which has to know what it decides
@@ -96,19 +97,16 @@ class MaskedLMTrainer(Trainer):
         if not self.options.muon or self.optimizer is not None:
             return super().create_optimizer(model)
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        hidden = hidden_matrices(model)
-        rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and all(p is not h for h in hidden)]
         decaying, (_, adamw) = self.get_decay_parameter_names(model), self.get_optimizer_cls_and_kwargs(self.args)
-        others = [
-            {
-                "params": [p for n, p in rest if (n in decaying) == decays],
-                "weight_decay": decays * self.args.weight_decay,
-            }
-            for decays in (True, False)
-        ]
+        hidden = hidden_matrices(model)
+        decayed: dict[str, Any] = {"params": [], "weight_decay": self.args.weight_decay}
+        others: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and all(parameter is not matrix for matrix in hidden):
+                (decayed if name in decaying else others)["params"].append(parameter)
         self.optimizer = MuonAdamW(
             hidden,
-            others,
+            [decayed, others],
             muon_learning_rate=self.options.muon_learning_rate or 0.0,
             muon_weight_decay=self.options.muon_weight_decay or 0.0,
             adamw=adamw,
@@ -139,12 +137,12 @@ class MaskedLMTrainer(Trainer):
             measure=self.means is not None,
         )
         if self.means:
-            self.means.add(self.state.global_step, output["tokens"], output[self._score_name()])
+            self.means.add(self.state.global_step, output["tokens"], output[self.score])
         return (output["loss"], output) if return_outputs else output["loss"]
 
     def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mask by the student's scores: running means, or of a forward of its own once the warm-up is over."""
-        ids_BL, name = batch["input_ids"], self._score_name()
+        ids_BL = batch["input_ids"]
         at_random = batch.pop("random")
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
         if self.means:
@@ -153,18 +151,14 @@ class MaskedLMTrainer(Trainer):
         elif not at_random:
             student = self.accelerator.unwrap_model(self.model)
             scores = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))
-            student_BL = scores[name].double()
+            student_BL = scores[self.score].double()
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
         candidates_BL = self.device_masker.candidates(ids_BL)
         if at_random:  # nothing is counted, but under a name: at the end of the warm-up ranks may differ
             candidates_BL = torch.zeros_like(candidates_BL)
-        masked["score_sums"] = score_sums(name, student_BL, candidates_BL, masked["positions_BP"])
+        masked["score_sums"] = score_sums(self.score, student_BL, candidates_BL, masked["positions_BP"])
         return masked
-
-    def _score_name(self) -> str:
-        """What of the student's predictions is its score."""
-        return "entropy" if self.policy.by == "entropy" else "surprisal"
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
@@ -224,11 +218,8 @@ class MaskedLMTrainer(Trainer):
         Raises:
             AllRanksFailed: the weights are not finite, or the checkpoint cannot be written.
         """
-        rank, name, unfinished = (
-            self.args.process_index,
-            f"checkpoint-{self.state.global_step}",
-            self.output / resume.UNFINISHED,
-        )
+        rank, unfinished = self.args.process_index, self.output / resume.UNFINISHED
+        name = f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step, self.output)
         self.log_seconds()  # for a run that is resumed
         means = self.means.state() if self.means else None
