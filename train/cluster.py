@@ -93,7 +93,9 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             name="run",
             storage_path=str(config["log"].parent),
             failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
-            logging_config=api.LoggingConfig(log_level="CRITICAL"),  # else the tracebacks of what is mended
+            logging_config=api.LoggingConfig(
+                log_level="CRITICAL"
+            ),  # else the tracebacks of failures that a restart cures
         ),
     )
     result: Future[Any] = Future()
@@ -139,7 +141,7 @@ def _absolute(options: Options, output: Path) -> list[str]:
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:
-    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray begins anew."""
+    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray starts all again."""
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:

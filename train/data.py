@@ -234,7 +234,7 @@ def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, T
         sequence = int(batch["sequence_id"][~same_B][0])
         raise RunError(
             f"the masked input of sequence {sequence} is not the one that its targets were made for; plan the masks of "
-            "these shards with train/plan.py and score them anew"
+            "these shards with train/plan.py and score them again"
         )
     names = {"teacher_ids": "teacher_ids_BPT", "teacher_logprobs": "teacher_logprobs_BPT"}
     names |= {"temperature_lse": "temperature_lse_BP"}

@@ -104,16 +104,16 @@ def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
         raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
     targets = read_manifest(uri, kind="targets")
     if not _is_plan(targets):
-        raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it anew")
+        raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it again")
     assert targets.masks
     if targets.sequences_hash != manifest.sequences_hash:
-        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; plan and score them anew")
+        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; plan and score them again")
     rows, variants = {entry.index: entry.rows for entry in targets.shards}, targets.masks["variants"]
     for entry in manifest.shards:
         if rows.get(entry.index, 0) != entry.rows * variants:
             raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; plan and score it")
     if (planned := targets.masks["source"]) != source:
-        raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan anew")
+        raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan again")
     return targets
 
 

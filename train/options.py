@@ -103,7 +103,7 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
     _set_missing(flags, learning_rate=rates.get(size, rates["base"]))
     _set_missing(flags, per_device_train_batch_size=BATCH_SIZES.get(size, BATCH_SIZES["base"]))
-    _set_missing(flags, bf16=resolve_dtype("auto") == "bfloat16")
+    _set_missing(flags, bf16=not flags.fp16 and resolve_dtype("auto") == "bfloat16")
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)

@@ -36,8 +36,8 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }
-    heeds_evaluation = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-    if args.load_best_model_at_end or heeds_evaluation:
+    by_evaluation = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    if args.load_best_model_at_end or by_evaluation:
         run["eval_shards"] = inputs.eval_shards and inputs.eval_shards.fingerprint_hash
     return own | masks | run | deciding_arguments(args)
 

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.try_out()
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
-    # where torchrun starts its processes anew, what they had trained is not to be overwritten
+    # torchrun may have started these processes again: then what they had trained is not overwritten
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
