@@ -141,7 +141,7 @@ def _absolute(options: Options, output: Path) -> list[str]:
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:
-    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray starts all again."""
+    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray starts again."""
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:
