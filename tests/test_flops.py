@@ -18,8 +18,9 @@ from transformers import (
 
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import student_scores, with_masked_positions
-from train import watch
-from train.watch import MOST_POINTS, ProgressReport, curve
+from train import progress
+from train.progress import ProgressReport
+from train.results import MOST_POINTS, curve
 
 B, L, K, P, V = 3, 64, 10, 4, 3000
 SIZES = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -80,7 +81,7 @@ def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:
 
 def test_an_evaluation_is_no_second_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
     report, events = ProgressReport(L), (TrainingArguments(), TrainerState(), TrainerControl())
     events[1].log_history.append({"step": 7, "train_seconds": 40.0})  # of the session before
     events[1].is_world_process_zero = False

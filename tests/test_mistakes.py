@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers.training_args
+from harness import ROOT
 
 import train.run
 from entropy_masking.errors import RunError, UsageError
 from train import cluster, guard
+from train.arguments import TrainerFlags
 from train.options import parse
 
 BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
 RANDOM = ["--entropy-source", "random"]
+UNSUPPORTED = "of transformers.TrainingArguments is not supported here; train/run.py --help lists what is"
 
 
 def refusal(shards: Path, output: object, *flags: object) -> str:
@@ -39,46 +44,67 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--save-total-limit", -1], "--save-total-limit -1 is out of range"),
         (["--per-device-train-batch-size", 10**7], "use at least 1 and at most 1000000"),
         (["--report-to", "wandb"], "wandb"),
-        (["--dataloader-persistent-workers", "true"], "--dataloader-persistent-workers needs workers"),
+        (["--dataloader-persistent-workers", "true"], f"--dataloader-persistent-workers {UNSUPPORTED}"),
         (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "--dataloader-prefetch-factor -1"),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
-        (["--lr-scheduler-kwargs", "nope"], "transformers takes no such flags"),
+        (["--lr-scheduler-kwargs", "nope"], "transformers refuses these flags"),
         (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),
-        (["--save-strategy", "best"], "use --load-best-model-at-end"),
-        (["--save-strategy", "epoch"], "--save-strategy epoch"),
-        (["--eval-strategy", "epoch"], "--eval-strategy epoch"),
-        (["--logging-strategy", "epoch"], "--logging-strategy epoch"),
+        (["--save-strategy", "best"], "--save-strategy: invalid choice: 'best' (choose from 'no', 'steps')"),
+        (["--save-strategy", "epoch"], "--save-strategy: invalid choice: 'epoch'"),
+        (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),
+        (["--logging-strategy", "epoch"], "--logging-strategy: invalid choice: 'epoch'"),
         (["--load-best-model-at-end", "--eval-strategy", "steps"], "set --save-steps to --eval-steps"),
         ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 keeps only"),
-        ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model foo"),
+        ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model: invalid choice: 'foo'"),
         (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
         (["--dataloader-prefetch-factor", 0], "--dataloader-prefetch-factor 0 is out of range"),
-        (["--torch-compile-mode", "foo"], "--torch-compile-mode foo is none of default"),
-        (["--debug", "underflow_overflow"], "--debug has no use here"),
-        (["--bf16-full-eval", "true"], "--bf16-full-eval has no use here"),
+        (["--torch-compile-mode", "foo"], "--torch-compile-mode: invalid choice: 'foo' (choose from 'default'"),
+        (["--debug", "underflow_overflow"], f"--debug {UNSUPPORTED}"),
+        (["--bf16-full-eval", "true"], f"--bf16-full-eval {UNSUPPORTED}"),
         (["--targets", ""], "--targets is empty"),
         (["--eval-shards", ""], "--eval-shards is empty"),
         (["--num-workers", 0], "--num-workers 0 is out of range; use at least 1"),
-        (["--fsdp", "full_shard"], "--fsdp has no use here"),
-        (["--deepspeed", "nowhere.json"], "--deepspeed has no use here"),
-        (["--use-liger-kernel", "true"], "--use-liger-kernel has no use here"),
-        (["--push-to-hub", "true"], "--push-to-hub has no use here"),
-        (["--optim-target-modules", "all"], "--optim-target-modules has no use here"),
+        (["--fsdp", "full_shard"], f"--fsdp {UNSUPPORTED}"),
+        (["--deepspeed", "nowhere.json"], f"--deepspeed {UNSUPPORTED}"),
+        (["--use-liger-kernel", "true"], f"--use-liger-kernel {UNSUPPORTED}"),
+        (["--push-to-hub", "true"], f"--push-to-hub {UNSUPPORTED}"),
+        (["--optim-target-modules", "all"], f"--optim-target-modules {UNSUPPORTED}"),
         (["--torch-compile-backend", "foo"], "FOO"),
         (["--distill-weight", 0.5, "--distill-positions", 0], "--distill-positions 0 is out of range; use more than 0"),
         (["--muon-learning-rate", 0.1, "--optim", "adamw_torch"], "--muon-learning-rate only applies to --optim muon"),
         (["--muon-learning-rate=-1"], "--muon-learning-rate -1 is out of range"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
-        (["--optim-args", "foo"], "transformers takes no such flags"),
-        (["--accelerator-config", '{"split_batches": true}'], "--accelerator-config may say non_blocking only"),
-        (["--accelerator-config", '{"dispatch_batches": true}'], "--accelerator-config may say non_blocking only"),
-        (["--accelerator-config", '{"nope": 1}'], "nope"),
+        (["--optim-args", "foo"], "transformers refuses these flags"),
+        (["--accelerator-config", '{"split_batches": true}'], f"--accelerator-config {UNSUPPORTED}"),
+        (["--accelerator_config={}"], f"--accelerator_config {UNSUPPORTED}"),
+        (["--no-dataloader-pin-memory"], f"--no-dataloader-pin-memory {UNSUPPORTED}"),
+        (["--maximal-steps", 3], "--maximal-steps is not a flag of train/run.py; --help lists those that are"),
+        (["--max-steps", "three"], "--max-steps: invalid int value: 'three'"),
         (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is a URI; use a path"),
     ],
 )
 def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:
     assert sentence in refusal(scored, tmp_path / "out", *RANDOM, *flags)
     assert not list(tmp_path.glob("out/*")), "nothing is written"
+
+
+def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        parse(["--help"], "about")
+    assert exited.value.code == 0
+    listed = set(re.findall(r"^  --\w+(?: \S+)?, --([a-z0-9-]+)|^  --(\w+)", capsys.readouterr().out, re.M))
+    names = {(long or short).replace("-", "_") for long, short in listed}
+    of_transformers = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    supported = {field.name for field in dataclasses.fields(TrainerFlags)}
+    assert names & of_transformers == supported and 40 <= len(supported) <= 50
+    _, _, section = (ROOT / "docs" / "training.md").read_text().partition("## Flags of transformers")
+    documented = re.findall(r"--([a-z0-9-]+)`", section.partition("\n## ")[0].partition("\n- ")[2])
+    assert {name.replace("-", "_") for name in documented} == supported
+    for name in of_transformers - supported:
+        with pytest.raises(UsageError, match=f"^--{name} {UNSUPPORTED}"):
+            parsed(f"--{name}", "1")
 
 
 def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path, tmp_path: Path) -> None:
@@ -104,7 +130,6 @@ def test_an_accelerator_is_not_waited_for() -> None:
         ([], 0, False),
         (["--use-cpu", "false"], 2, True),
         (["--use-cpu", "false", "--dataloader-num-workers", "0"], 0, True),
-        (["--use-cpu", "false", "--accelerator-config", '{"non_blocking": false}'], 2, False),
     ):
         args = parsed("--use-cpu", "true", *flags)
         assert args.dataloader_num_workers == workers

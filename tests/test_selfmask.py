@@ -21,8 +21,8 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.type_means import MOST_COUNTED, TypeMeans
 from entropy_masking.models.masked_positions import MEASURED_EVERY
 from entropy_masking.shards.manifests import read_manifest
+from train.progress import LEAST_RISE, CollapseWarnings, type_concentration
 from train.trainer import MaskedLMTrainer
-from train.watch import LEAST_RISE, CollapseWatch, type_concentration
 
 paper = MaskPolicy.paper
 
@@ -48,7 +48,7 @@ def test_the_means_do_what_their_formula_says() -> None:
     for step in range(12):
         tokens_BM, score_BM = measured(step)
         found.add(step, tokens_BM, score_BM)
-        found.absorb(before=step)  # not of a step that is not over
+        found.update(before=step)  # not of a step that is not over
         pairs = zip(tokens_BM.flatten().tolist(), score_BM.flatten().tolist(), strict=True)
         new = [(token, score) for token, score in pairs if token >= 0 and math.isfinite(score)]
         expected_V = [m if n else level for m, n in zip(mean, count, strict=True)]
@@ -59,7 +59,7 @@ def test_the_means_do_what_their_formula_says() -> None:
                 mean[token] += share * (sum(own) / len(own) - mean[token])
                 count[token] = min(MOST_COUNTED, count[token] + len(own))
         level = sum(score for _, score in new) / len(new)
-        found.absorb(before=step + 1)
+        found.update(before=step + 1)
     assert max(count) == MOST_COUNTED and count[V - 1] == 0, "a full one, and one that was never measured"
     assert float(found.of(torch.tensor([V - 1]))) == pytest.approx(level, abs=1e-6)
 
@@ -71,7 +71,7 @@ def test_the_means_are_the_same_however_a_batch_is_split_and_come_back() -> None
     for step in range(5):
         tokens_BM, score_BM = measured(step)
         for each in (whole, split, first):
-            each.absorb(before=step)
+            each.update(before=step)
         whole.add(step, tokens_BM, score_BM)
         for row in torch.randperm(6).tolist():
             split.add(step, tokens_BM[row : row + 1], score_BM[row : row + 1])
@@ -132,12 +132,12 @@ def test_a_run_masks_the_types_that_it_knew_least(
 def said(policy: MaskPolicy, losses: list[float], concentration: list[float], capsys: Any) -> tuple[list[str], str]:
     """The warnings on a history, and what was printed while it came about."""
     state = SimpleNamespace(log_history=[], max_steps=100, is_world_process_zero=True)
-    watch = CollapseWatch(policy, 1000)
+    watch = CollapseWarnings(policy, 1000)
     for step, values in enumerate(zip(losses, concentration, strict=True), start=1):
         for name, value in zip(("eval_loss", "mask_concentration"), values, strict=True):
             state.log_history.append({"step": 10 * step, name: value})
             watch.on_log(None, state, None)  # type: ignore[arg-type]
-    resumed = CollapseWatch(policy, 1000)
+    resumed = CollapseWarnings(policy, 1000)
     resumed.on_log(None, state, None)  # type: ignore[arg-type]
     assert resumed.warnings == watch.warnings
     return watch.warnings, capsys.readouterr().err

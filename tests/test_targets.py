@@ -22,14 +22,13 @@ from transformers import AutoTokenizer, BertForMaskedLM
 import pipeline.score
 import train.plan
 import train.run
-import train.trainer
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards import manifests, masks, parquet
 from entropy_masking.shards.read import Columns, read_rows, to_tensors
-from train.data import TrainingSequences, masker_of
+from train.data import PrepareBatch, TrainingSequences, masker_of
 from train.trainer import MaskedLMTrainer
 
 SEED, ALPHA, TOP_K = 3, 0.5, 8
@@ -269,8 +268,8 @@ def test_without_targets_the_scan_is_distilled(
         outputs.append(logits_of(model, inputs).detach().double())
         return loss_of(trainer, model, inputs, *args, **more)
 
-    masked_by, loss_of = train.trainer._Prepare.__call__, MaskedLMTrainer.compute_loss
-    monkeypatch.setattr(train.trainer._Prepare, "__call__", prepare)
+    masked_by, loss_of = PrepareBatch.__call__, MaskedLMTrainer.compute_loss
+    monkeypatch.setattr(PrepareBatch, "__call__", prepare)
     monkeypatch.setattr(MaskedLMTrainer, "compute_loss", compute_loss)
     summary = train_here(scan, tmp_path / "out", *PARQUET, *DISTIL, "--distill-temperature", T, "--max-steps", 1)
     batch, logits_BKV, manifest = batches[0], outputs[0], manifests.read_manifest(str(scan))

@@ -26,6 +26,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
+from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.read import Columns, read_rows, to_tensors
 from train import resume
 from train.data import masker_of, split_shards
@@ -83,7 +84,7 @@ def test_what_is_trained_on_and_hidden_and_what_is_held_out(
     original = Masker.__call__
     monkeypatch.setattr(Masker, "__call__", spy)
     train_here(scored, tmp_path / "out", *REGIMES["parquet"], "--recipe", "paper", "--num-train-epochs", 1)
-    manifest = train.run.read_manifest(str(scored))
+    manifest = read_manifest(str(scored))
     held_out = [sequence for sequence, *_ in seen.pop(EVALUATION)]
     ((policy, trained),) = seen.items()
     assert policy == MaskPolicy.paper(seed=3)
@@ -110,7 +111,7 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
     summary = train_here(scored, tmp_path / "out", *flags, "--eval-shards", other)
     sequences = json.loads((scored / "manifest.json").read_text())["totals"]["sequences"]
     assert summary["steps"] == math.ceil(sequences / 8)
-    manifest = train.run.read_manifest(str(other))
+    manifest = read_manifest(str(other))
     masks = MaskPolicy.paper().positions(LENGTH)
     padded = sum(entry.tokens < entry.rows * LENGTH for entry in manifest.shards)
     whole = sum(entry.rows for entry in manifest.shards) - padded
@@ -142,7 +143,7 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
 
 def test_deciles_are_of_the_shards_entropy(scored: Path, students: dict[str, Path]) -> None:
     """By hand: one sequence at a time, everything sorted in Python."""
-    manifest = train.run.read_manifest(str(scored))
+    manifest = read_manifest(str(scored))
     model = AutoModelForMaskedLM.from_pretrained(students["random"]).eval()
     found = []
     for entry in split_shards(manifest, 0.2)[1]:
@@ -172,7 +173,7 @@ def test_deciles_are_of_the_shards_entropy(scored: Path, students: dict[str, Pat
 
 
 def test_every_regime_learns_and_sums_up(students: dict[str, Path], scored: Path) -> None:
-    vocabulary = train.run.read_manifest(str(scored)).vocab_size
+    vocabulary = read_manifest(str(scored)).vocab_size
     for name, directory in students.items():
         summary = json.loads((directory / "summary.json").read_text())
         assert summary["regime"] == name
@@ -342,7 +343,7 @@ def test_self_masking_hides_what_the_student_is_least_sure_of(
 
 
 def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:
-    vocabulary = train.run.read_manifest(str(scored)).vocab_size
+    vocabulary = read_manifest(str(scored)).vocab_size
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertConfig(vocab_size=vocabulary, **sizes).save_pretrained(tmp_path / "shape")
     train_here(scored, tmp_path / "one", *REGIMES["random"], "--max-steps", 1, "--model", tmp_path / "shape")
@@ -455,7 +456,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "random", "--hard-share", 0], "--hard-share needs scores, and --entropy-source random"),
         (["--entropy-source", "random", "--mask-warmup", 0.1], "--mask-warmup needs scores"),
         (["--entropy-source", "random", "--mask-ramp", 0], "--mask-ramp needs scores"),
-        (["--entropy-source", "random", "--recipe", "default"], "--recipe needs scores"),
+        (["--entropy-source", "random", "--recipe", "default"], "--recipe needs scores, and"),
         (
             ["--entropy-source", "random", "--predict-ratio", 0.1, "--predict-by", "entropy"],
             "--predict-by needs scores, .*use --entropy-source parquet --hard-share 0",
@@ -495,15 +496,27 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "self", "--per-device-train-batch-size", 0], "--per-device-train-batch-size 0"),
         (["--entropy-source", "self", "--num-train-epochs", 0], "--num-train-epochs 0 is out of range; use more"),
         (["--entropy-source", "self", "--max-steps", 0], "--max-steps 0 is out of range; use at least 1"),
-        (["--entropy-source", "self", "--do-eval"], "--do-eval is not used here"),
-        (["--entropy-source", "self", "--disable-tqdm", "false"], "--disable-tqdm has no use here"),
-        (["--entropy-source", "self", "--save-only-model"], "--save-only-model has no use here"),
+        (
+            ["--entropy-source", "self", "--do-eval"],
+            "--do-eval of transformers.TrainingArguments is not supported here",
+        ),
+        (
+            ["--entropy-source", "self", "--disable-tqdm", "false"],
+            "--disable-tqdm of transformers.* is not supported here",
+        ),
+        (
+            ["--entropy-source", "self", "--save-only-model"],
+            "--save-only-model of transformers.* is not supported here",
+        ),
         (["--entropy-source", "self", "--eval-fraction", 1], "--eval-fraction"),
         (["--entropy-source", "self", "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out shards"),
-        (["--entropy-source", "self", "--label-smoothing-factor", 0.1], "--label-smoothing-factor has no use here"),
+        (
+            ["--entropy-source", "self", "--label-smoothing-factor", 0.1],
+            "--label-smoothing-factor of .* is not supported",
+        ),
         (["--entropy-source", "self", "--model", "huge"], "no preset"),
         (["--entropy-source", "self", "--model", "./nowhere"], "nowhere"),
-        (["--entropy-source", "self", "--output-dir", ""], "--output-dir is needed"),
+        (["--entropy-source", "self", "--output-dir", ""], "--output-dir is empty; give it a value"),
     ],
 )
 def test_mistakes_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:

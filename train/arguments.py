@@ -1,4 +1,4 @@
-"""Flags of transformers.TrainingArguments that have no use here, or are out of range, refused before they do harm."""
+"""The flags of transformers.TrainingArguments that work here, their ranges, and the settings that a run cannot vary."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,139 +15,173 @@ from transformers import TrainingArguments
 
 from entropy_masking.errors import UsageError, one_line
 
-# flags of TrainingArguments that have no use here, and the value that they keep
+
+def option(help: str, default: Any = None, **settings: Any) -> Any:
+    """A field of a dataclass of flags, which is None where the flag is not given and has no default."""
+    return field(default=default, metadata={"help": help, **settings})
+
+
+def required(help: str) -> Any:
+    return option(help, MISSING)
+
+
+def switch(help: str) -> Any:
+    """True, false or, where it is not given, None."""
+    return option(help, nargs="?", const=True)
+
+
+@dataclass(kw_only=True)
+class TrainerFlags:
+    """The flags of transformers.TrainingArguments that work here, with the defaults that pretraining wants."""
+
+    output_dir: str = required("directory of the trained model, its checkpoints and its summary")
+    max_steps: int | None = option("steps of the run (default: those of the epochs)")
+    num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
+    per_device_train_batch_size: int | None = option("sequences of a batch (default: by the model's size)")
+    gradient_accumulation_steps: int = option("batches of a step on each device (default: 1)", 1)
+    per_device_eval_batch_size: int = option("sequences of a batch in an evaluation (default: 64)", 64)
+
+    optim: str | None = option("muon (default for presets), or an optimizer of transformers by its name")
+    optim_args: str | None = option("arguments of the optimizer: name=value,…")
+    learning_rate: float | None = option("peak learning rate of AdamW or its like (default: by the model's size)")
+    weight_decay: float = option("weight decay of AdamW or its like (default: 0.01)", 0.01)
+    adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
+    adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
+    adam_epsilon: float = option("AdamW's ε (default: 1e-6)", 1e-6)
+    max_grad_norm: float = option("clip gradients to this norm; 0 for no clipping (default: 1)", 1.0)
+    lr_scheduler_type: str = option("learning-rate schedule of transformers by its name (default: linear)", "linear")
+    lr_scheduler_kwargs: str | None = option("arguments of the schedule, as a JSON object")
+    warmup_steps: float = option("steps of the learning-rate warm-up, or below 1 their share (default: 0.06)", 0.06)
+
+    bf16: bool | None = switch("train in bfloat16 (default: where the hardware has it)")
+    fp16: bool = option("train in float16", False)
+    tf32: bool | None = switch("multiply float32 matrices in TF32")
+    activation_checkpointing: bool | None = switch("compute activations twice, to save memory")
+    gradient_checkpointing: bool | None = switch("the older name of --activation-checkpointing")
+    torch_compile: bool = option("compile the model", False)
+    torch_compile_backend: str | None = option("backend of the compiler")
+    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
+        option("mode of the compiler")
+    )
+
+    logging_strategy: Literal["no", "steps"] = option("whether to log the loss (default: steps)", "steps")
+    logging_steps: float = option("log every N steps, or below 1 every such share of them (default: 50)", 50)
+    logging_first_step: bool = option("log the first step, too", False)
+    report_to: str = option("where else to log, e.g. tensorboard (default: none)", "none")
+    run_name: str | None = option("name of the run there")
+    eval_strategy: Literal["no", "steps"] = option("whether to evaluate during training (default: no)", "no")
+    eval_steps: float | None = option("evaluate every N steps, or such a share of them (default: --logging-steps)")
+    eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
+    eval_on_start: bool = option("evaluate before the first step", False)
+    save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
+    save_steps: float = option("save a checkpoint every N steps, or such a share of them (default: 500)", 500)
+    save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
+    load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
+    metric_for_best_model: Literal["loss", "accuracy"] | None = option("what makes it the best (default: loss)")
+    greater_is_better: bool | None = switch("whether more of that is better (default: of accuracy)")
+
+    seed: int = option("seed of the weights and of the masks (default: 42)", 42)
+    data_seed: int | None = option("seed of the order of the sequences (default: --seed)")
+    full_determinism: bool = option("use deterministic kernels only, which are slower", False)
+    use_cpu: bool | None = switch("train on the CPU (default: where there is neither CUDA nor XPU)")
+    dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
+    dataloader_prefetch_factor: int | None = option("batches that each of them keeps ready (default: 2)")
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("what connects devices (default: by device)")
+    # all ranks wait while one a machine checks every byte of the shards; an hour is some 2 TB, and so long, too, does a
+    # rank that hangs hold up a cluster of GPUs
+    ddp_timeout: int = option("seconds that a device waits for the others (default: 3600)", 3_600)
+
+
+# settings of transformers that a run cannot vary
 FIXED: dict[str, Any] = {
     "train_sampling_strategy": "sequential",  # the dataset knows the order
     "remove_unused_columns": False,
-    "label_smoothing_factor": 0.0,
-    "auto_find_batch_size": False,
-    "ignore_data_skip": False,
-    "resume_from_checkpoint": None,  # the same command resumes
-    "save_only_model": False,  # a run could not go on from it
-    "save_on_each_node": False,  # a checkpoint is one directory that all nodes see
-    "logging_nan_inf_filter": False,
-    "restore_callback_states_from_checkpoint": False,  # one that SIGTERM made says stop
     "disable_tqdm": True,  # the trainer draws its own bar
-    "do_train": False,
-    "do_predict": False,
-    "prediction_loss_only": False,
-    "eval_do_concat_batches": True,
-    "eval_use_gather_object": False,
-    "eval_accumulation_steps": None,
-    "include_for_metrics": [],
-    "batch_eval_metrics": False,
-    "label_names": None,
-    "length_column_name": "length",
-    "fsdp": None,  # encoders fit a device
-    "deepspeed": None,
-    "parallelism_config": None,
-    "optim_target_modules": None,  # for optimizers of low rank, to fine-tune with
-    "use_liger_kernel": False,  # it has none for the sparse head
-    "push_to_hub": False,
-    "debug": None,  # what it hooks into is not how this model is called
-    "bf16_full_eval": False,  # evaluation is computed as training is
-    "fp16_full_eval": False,
+    "logging_nan_inf_filter": False,  # it hides NaN, and waits for the device at each batch
+    "ddp_find_unused_parameters": False,  # a search at each step for what there is none of
 }
+# flags that do not decide what is learned, by prefix; the global batch counts, not how it is split
+FREE = (
+    *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
+    *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
+)
 # ranges of numbers that would fail late or, worse, not at all
 MOST_SEED = (1 << 32) - 1
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
+ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, MOST_SEED),
-    "data_seed": (0, MOST_SEED),
-    "learning_rate": (0, sys.float_info.max),
-    "weight_decay": (0, sys.float_info.max),
-    "muon_learning_rate": (0, sys.float_info.max),
-    "muon_weight_decay": (0, sys.float_info.max),
-    "adam_beta1": (0, math.nextafter(1, 0)),
-    "adam_beta2": (0, math.nextafter(1, 0)),
-    "adam_epsilon": (0, sys.float_info.max),
-    "max_grad_norm": (0, sys.float_info.max),
-    "num_train_epochs": (sys.float_info.min, 10**9),
+    **dict.fromkeys(("seed", "data_seed"), (0, MOST_SEED)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "muon_learning_rate", "muon_weight_decay"), (0, MOST)),
+    **dict.fromkeys(("adam_epsilon", "max_grad_norm"), (0, MOST)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "eval_fraction"), (0, BELOW_1)),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (ABOVE_0, MOST_STEPS)),
+    **dict.fromkeys(("warmup_steps", "save_total_limit", "eval_delay"), (0, MOST_STEPS)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MOST_BATCH)),
+    **dict.fromkeys(("gradient_accumulation_steps", "num_workers"), (1, MOST_BATCH)),
+    "num_train_epochs": (ABOVE_0, 10**9),
     "max_steps": (1, MOST_STEPS),
-    "warmup_steps": (0, MOST_STEPS),
-    "logging_steps": (sys.float_info.min, MOST_STEPS),
-    "save_steps": (sys.float_info.min, MOST_STEPS),
-    "eval_steps": (sys.float_info.min, MOST_STEPS),
-    "save_total_limit": (0, MOST_STEPS),
-    "per_device_train_batch_size": (1, MOST_BATCH),
-    "per_device_eval_batch_size": (1, MOST_BATCH),
-    "gradient_accumulation_steps": (1, MOST_BATCH),
     "dataloader_num_workers": (0, 1024),
     "dataloader_prefetch_factor": (1, 1024),
     "ddp_timeout": (1, 10**9),
-    "num_workers": (1, MOST_BATCH),
     "distill_weight": (0, 1),
-    "distill_temperature": (sys.float_info.min, sys.float_info.max),
-    "distill_positions": (sys.float_info.min, 1),
+    "distill_temperature": (ABOVE_0, MOST),
+    "distill_positions": (ABOVE_0, 1),
 }
-
-
-BEST_METRICS = ("loss", "accuracy")  # of an evaluation
 
 
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check(flags: dict[str, Any]) -> None:
-    """Refuse flags, as they were parsed, that have no use here or are out of range. Raises UsageError."""
-    for name, value in FIXED.items():
-        if flags[name] != value:
-            raise UsageError(f"{flag(name)} has no use here; leave it out")
-    for name in ("logging_strategy", "save_strategy", "eval_strategy"):
-        if flags[name] == "epoch":
-            raise UsageError(f"{flag(name)} epoch is at the end of the run, whatever its epochs; use steps")
-    if flags["save_strategy"] == "best":
-        raise UsageError("--save-strategy best leaves nothing to go on from; use --load-best-model-at-end")
-    if (metric := flags["metric_for_best_model"]) and metric.removeprefix("eval_") not in BEST_METRICS:
-        raise UsageError(f"--metric-for-best-model {metric} is none of {', '.join(BEST_METRICS)}; use one")
-    if mode := flags["torch_compile_mode"]:
-        from torch._inductor import list_mode_options  # takes seconds
-
-        if mode not in (modes := list_mode_options()):
-            raise UsageError(f"--torch-compile-mode {mode} is none of {', '.join(modes)}; use one")
-    for name in ("targets", "eval_shards"):
-        if flags[name] == "":
-            raise UsageError(f"{flag(name)} is empty; name a directory, or leave it out")
-    epochs = {"max_steps": TrainingArguments.max_steps}  # the value that says: by epochs
-    for name, (low, high) in RANGES.items():
-        value = flags[name]
-        if value not in (None, epochs.get(name)) and not low <= value <= high:
+def check_ranges(flags: dict[str, Any]) -> None:
+    """Refuse empty texts and numbers out of range. Raises UsageError."""
+    for name, value in flags.items():
+        if value == "":
+            raise UsageError(f"{flag(name)} is empty; give it a value, or leave it out")
+        low, high = RANGES.get(name, (0, 0))
+        if name in RANGES and value is not None and not low <= value <= high:
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise UsageError(f"{flag(name)} {shown} is out of range; use {_range(low, high)}")
+            least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
+            most = {MOST: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:.10g}")
+            raise UsageError(f"{flag(name)} {shown} is out of range; use {least}{most}")
 
 
-def _range(low: float, high: float) -> str:
-    """A range in words; its open ends are the nearest numbers of the machine."""
-    least = "more than 0" if low == sys.float_info.min else f"at least {low:g}"
-    if high == sys.float_info.max:
-        return least
-    return f"{least} and {'less than 1' if high == math.nextafter(1, 0) else f'at most {high:.10g}'}"
+def training_arguments(flags: TrainerFlags) -> TrainingArguments:
+    """What Trainer takes.
 
-
-def check_device(args: TrainingArguments) -> None:
-    """Refuse a device that cannot make the masks, and settings that change what a batch is. Raises UsageError."""
+    Raises:
+        UsageError: transformers refuses the flags, or the device cannot make the masks.
+    """
+    given = asdict(flags) | {"max_steps": flags.max_steps or TrainingArguments.max_steps}
+    # copies to a device, from pinned memory, do not hold up the host
+    given["accelerator_config"] = {"non_blocking": not flags.use_cpu}
+    with refused_by_transformers():  # TrainingArguments checks itself
+        args = TrainingArguments(**given, **FIXED)
     if args.device.type == "mps":
         raise UsageError("--use-cpu false would train on Apple's GPU, which has no float64 for the masks; leave it out")
-    config: Any = args.accelerator_config
-    allowed = type(config)(non_blocking=config.non_blocking).to_dict()
-    if any(value != allowed[name] for name, value in config.to_dict().items()):
-        raise UsageError("--accelerator-config may say non_blocking only; the rest changes what a batch is")
+    return args
+
+
+def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The flags of Trainer that decide what is learned."""
+    values = args.to_dict()
+    return {name: values[name] for name in TrainerFlags.__dataclass_fields__ if not name.startswith(FREE)}
+
+
+def global_batch(args: TrainingArguments) -> int:
+    """Sequences a step, over all devices."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 @contextmanager
-def taken() -> Iterator[None]:
-    """Say in one sentence what transformers, or what it leans on, has against a flag.
-
-    Raises:
-        UsageError: it has something.
-    """
+def refused_by_transformers() -> Iterator[None]:
+    """Say in one sentence why transformers, or a library below it, refuses a flag. Raises UsageError."""
     try:
         yield
     except (ValueError, ImportError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         if is_of_device(error):
             raise
-        raise UsageError(f"transformers takes no such flags: {one_line(error)}") from None
+        raise UsageError(f"transformers refuses these flags: {one_line(error)}") from None
 
 
 def is_of_device(error: Exception) -> bool:

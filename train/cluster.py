@@ -7,8 +7,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from train import guard, resume
 from train.options import Options
 
 MOST_FAILURES = 3  # of workers, in one call
-RELAY_SECONDS = 0.5
+LOOK_SECONDS = 0.5  # between two looks at what the first worker has written
 RAY = ".ray"  # what Ray Train writes for itself, in the output directory
 TERMINATED = 143  # exit code
 
@@ -36,76 +36,96 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     Raises:
         UsageError, RunError, Terminated: as the workers say.
     """
-    workers, output = options.num_workers, str(args.output_dir)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not Path(output).is_absolute():
+    output = Path(str(args.output_dir))
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
         raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
-    import ray.train.torch
+    import ray
 
-    api: Any = ray.train  # whose types are still those of its first version
-
-    directory = Path(storage.absolute(output))
+    directory = output.absolute()
     _lock = resume.lock(directory, of_cluster=True)  # until this function returns
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / guard.STOP).unlink(missing_ok=True)
-    # the workers drop the run that is there, once they know that theirs can begin; those that are started again don't
-    overwrite = directory / resume.OVERWRITE
-    overwrite.touch() if options.overwrite else overwrite.unlink(missing_ok=True)
-    log = directory / RAY / "log"
+    log, stop, overwrite = directory / RAY / "log", directory / guard.STOP, directory / resume.OVERWRITE
+    for file in (log, stop, overwrite):
+        file.unlink(missing_ok=True)
+    if options.overwrite:  # the workers drop the run, once they know that theirs can begin, and delete this file
+        overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    ray_cluster.connect("train", cpus=workers)
-
-    terminated = False
+    ray_cluster.connect("train", cpus=options.num_workers)
 
     def ask_to_stop(*_: object) -> None:
-        nonlocal terminated
-        if terminated := not log.exists():  # no worker is there yet
+        if not log.exists():  # no worker is there yet
             raise Terminated
-        (directory / guard.STOP).touch()
+        stop.touch()
 
-    log.unlink(missing_ok=True)
     on_sigterm = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        there = ray.cluster_resources()
-        gpus = there.get("GPU", 0)
-        if (found := gpus or there.get("CPU", 0)) < workers:
-            kind = "GPUs" if gpus else "CPUs"
-            print(f"waiting for {workers} {kind}; the cluster has {found:g} now", file=sys.stderr, flush=True)
-        trainer = api.torch.TorchTrainer(
-            _work,
-            train_loop_config={
-                "main": main,
-                "argv": [*argv, *_absolute(options, directory)],
-                "log": log,
-                "overwrite": overwrite,
-            },
-            torch_config=api.torch.TorchConfig(timeout_s=args.ddp_timeout),
-            scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=bool(gpus)),
-            run_config=api.RunConfig(
-                name="run",
-                storage_path=str(directory / RAY),
-                failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
-                logging_config=api.LoggingConfig(log_level="CRITICAL"),  # else the tracebacks of what is mended
-            ),
-        )
-        trainer._register_sigint_handler = lambda _: None  # that one ends as a failure, once the workers have ended
-        with _relayed(log):
-            result = trainer.fit()
-    except KeyboardInterrupt:  # Ray's, whatever the signal was
-        raise Terminated if terminated else KeyboardInterrupt from None
-    except api.TrainingFailedError as error:
-        raise RunError(_reason(error)) from None
+        config = {"main": main, "argv": [*argv, *_absolute(options, directory)], "log": log, "overwrite": overwrite}
+        code, message = _fit(config, options.num_workers, args.ddp_timeout)
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)
         ray.shutdown()
-        (directory / guard.STOP).unlink(missing_ok=True)
+        stop.unlink(missing_ok=True)
         overwrite.unlink(missing_ok=True)
-    code, message = result.return_value
     if code == TERMINATED:
         raise Terminated
     if code in (0, 2):
         shutil.rmtree(directory / RAY)
     if code:
         raise UsageError(message) if code == 2 else RunError(message)
+
+
+def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str]:
+    """What ``_work`` gives; meanwhile shows what the first worker writes. Raises RunError."""
+    import ray
+    import ray.train.torch
+
+    api: Any = ray.train  # whose types are still those of its first version
+    resources = ray.cluster_resources()
+    kind = "GPU" if resources.get("GPU") else "CPU"
+    if (available := resources.get(kind, 0)) < workers:
+        print(f"waiting for {workers} {kind}s; the cluster has {available:g} now", file=sys.stderr, flush=True)
+    trainer = api.torch.TorchTrainer(
+        _work,
+        train_loop_config=config,
+        torch_config=api.torch.TorchConfig(timeout_s=timeout),
+        scaling_config=api.ScalingConfig(num_workers=workers, use_gpu=kind == "GPU"),
+        run_config=api.RunConfig(
+            name="run",
+            storage_path=str(config["log"].parent),
+            failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
+            logging_config=api.LoggingConfig(
+                log_level="CRITICAL"
+            ),  # else the tracebacks of failures that a restart cures
+        ),
+    )
+    result: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            result.set_result(trainer.fit())
+        except Exception as error:
+            result.set_exception(error)
+
+    # called from the main thread, Ray Train would take over Ctrl-C
+    threading.Thread(target=fit, daemon=True).start()
+    _show(config["log"], result)
+    try:
+        return result.result().return_value
+    except api.TrainingFailedError as error:
+        raise RunError(_reason(error)) from None
+
+
+def _show(log: Path, result: Future[Any]) -> None:
+    """Print what is written to ``log`` until there is a result: what Ray itself would show has its news in between."""
+    shown, ended = 0, False
+    while not ended:
+        ended = bool(wait([result], LOOK_SECONDS).done)
+        if log.exists():  # the first worker makes it
+            with open(log) as lines:
+                lines.seek(shown)
+                sys.stderr.write(lines.read())
+                shown = lines.tell()
+            sys.stderr.flush()
 
 
 def _absolute(options: Options, output: Path) -> list[str]:
@@ -121,7 +141,7 @@ def _absolute(options: Options, output: Path) -> list[str]:
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:
-    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray begins anew."""
+    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray starts again."""
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:
@@ -131,38 +151,13 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
         config["main"]([*config["argv"], "--overwrite", str(config["overwrite"].exists())])
     except UsageError as error:
         return 2, str(error)
-    except guard.Agreed as error:
+    except guard.AllRanksFailed as error:
         return 1, str(error)
     except Terminated:
         return TERMINATED, ""
     except SystemExit as error:  # another rank says why
         return int(str(error.code)), ""
     return 0, ""
-
-
-@contextmanager
-def _relayed(log: Path) -> Iterator[None]:
-    """Show here what the first worker writes to ``log``: what Ray itself would show has the news of Ray in between."""
-    ended = threading.Event()
-
-    def relay() -> None:
-        while not log.exists():  # the first worker makes it
-            if ended.wait(RELAY_SECONDS) and not log.exists():
-                return
-        with open(log) as lines:
-            last = False
-            while not last:
-                last = ended.wait(RELAY_SECONDS)
-                sys.stderr.write(lines.read())
-                sys.stderr.flush()
-
-    thread = threading.Thread(target=relay)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _reason(error: Exception) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +15,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order, hashes
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.manifests import Manifest, ShardEntry, load_tokenizer
+from entropy_masking.shards.masks import input_crc32
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
+from train.progress import score_sums
 
 WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded
 REMOTE_READS = 8  # row groups asked of an object store at a time: one answer takes long, eight no longer
@@ -32,10 +36,8 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
     """(train, evaluation) shards: ⌈fraction · n⌉ shards by hash, at least one on each side.
 
     Shards are ranked by a hash of their index, so that a reference, trained on tokens, and students, trained on the
-    same shards scored, hold out the same documents, even where a scoring run ended without some of its shards.
-
-    Raises:
-        UsageError: there are fewer than two shards.
+    same shards scored, hold out the same documents, even where a scoring run ended without some of its shards. Raises
+    UsageError where there are fewer than two.
     """
     entries = [entry for entry in manifest.shards if entry.rows]
     if not eval_fraction:
@@ -54,8 +56,7 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
 def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     """What masks the sequences of a shard directory, by tokens or by words.
 
-    Raises:
-        UsageError: by words, and the tokenizer does not say which tokens go on with one.
+    Raises UsageError if it is by words, and the tokenizer does not say which tokens continue one.
     """
     continues_V = None
     if unit == "word":
@@ -136,11 +137,11 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch at these positions of the run."""
         parts: list[Rows] = []
-        for epoch, window, offsets in self._runs(indices):
+        for (epoch, window), group in groupby(map(self._locate, indices), key=lambda place: place[:2]):
             self._decode(epoch, window)
-            rows = self._shuffled[offsets]
+            rows = self._shuffled[[offset for *_, offset in group]]
             part = {name: array[rows] for name, array in self._rows.items()}  # copied: the next window comes here
-            parts.append(part | {"epoch": np.full(len(offsets), self._mask_of(epoch), np.int64)})
+            parts.append(part | {"epoch": np.full(len(rows), self._mask_of(epoch), np.int64)})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         progress_B = torch.tensor(indices, dtype=torch.float64) / self.size
         return self.prepare(to_tensors(joined) | {"progress": progress_B})
@@ -148,21 +149,12 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def _mask_of(self, epoch: int) -> int:
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch
 
-    def _runs(self, indices: list[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, window, offsets in it) of the indices, neighbours in the same window together."""
-        current: tuple[int, int] | None = None
-        offsets: list[int] = []
-        for index in indices:
-            epoch, position = divmod(index, self.rows)
-            _, starts = self._epoch(epoch)
-            window = bisect_right(starts, position) - 1
-            if current != (epoch, window):
-                if current:
-                    yield *current, offsets
-                current, offsets = (epoch, window), []
-            offsets.append(position - starts[window])
-        if current:
-            yield *current, offsets
+    def _locate(self, index: int) -> tuple[int, int, int]:
+        """(epoch, window, offset in it) of a position of the run."""
+        epoch, position = divmod(index, self.rows)
+        _, starts = self._epoch(epoch)
+        window = bisect_right(starts, position) - 1
+        return epoch, window, position - starts[window]
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
         """(order of the row groups, first position of each window) of an epoch."""
@@ -191,8 +183,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         if not self._rows:
             place(*next(places))
         with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
-            for placed in [pool.submit(place, *each) for each in places]:
-                placed.result()
+            list(pool.map(lambda where: place(*where), places))  # raises what a read has raised
         self._shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=starts[-1]).numpy()
         self._decoded = epoch, window
 
@@ -204,3 +195,47 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             variant, T = self._mask_of(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
         return rows
+
+
+class PrepareBatch:
+    """What a loader worker does with a raw batch. A class, because workers that are not forked have to be sent it.
+
+    Args:
+        by_student: the batch is masked later, on the device, by the student's scores.
+    """
+
+    def __init__(self, masker: Masker, policy: MaskPolicy, by_student: bool, padded: bool | None) -> None:
+        self.masker, self.policy, self.by_student, self.padded = masker, policy, by_student, padded
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch["padded"] = self.masker.attention_mask(batch) is not None if self.padded is None else self.padded
+        if "excess" in (self.policy.by, self.policy.predict_by) and "surprisal" in batch:
+            batch["reference"] = batch["surprisal"]
+        if self.by_student:
+            batch.pop("surprisal", None)
+            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # known here, without a wait
+            # a GPU may not know every type of integer
+            return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
+        masked: dict[str, Any] = self.masker(batch, self.policy)
+        if (by := self.policy.by) in batch and not self.policy.uniform:
+            candidates_BL = self.masker.candidates(batch["input_ids"])
+            masked["score_sums"] = score_sums(by, batch[by], candidates_BL, masked["positions_BP"])
+        return masked | _targets(batch, masked) if "input_crc32" in batch else masked
+
+
+def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The teacher's part of a batch that was joined with targets.
+
+    Raises RunError if an input or its masked positions are not those that the teacher saw.
+    """
+    crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
+    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["planned_positions"]).all(1)
+    if not same_B.all():
+        sequence = int(batch["sequence_id"][~same_B][0])
+        raise RunError(
+            f"the masked input of sequence {sequence} is not the one that its targets were made for; plan the masks of "
+            "these shards with train/plan.py and score them again"
+        )
+    names = {"teacher_ids": "teacher_ids_BPT", "teacher_logprobs": "teacher_logprobs_BPT"}
+    names |= {"temperature_lse": "temperature_lse_BP"}
+    return {name: batch[raw] for raw, name in names.items() if raw in batch}

@@ -53,21 +53,21 @@ def outcomes(
     entropy_N = entropy_BL.gather(1, positions_BP.clamp_min(0)).flatten()
     hit_N = logits_NV.argmax(1) == labels_N
     sequence_N = raw["sequence_id"].repeat_interleave(positions_BP.shape[1])
-    found = (sequence_N, positions_BP.flatten(), loss_N, hit_N, entropy_N)
-    return tuple(values_N[kept_N].numpy() for values_N in found)
+    columns = (sequence_N, positions_BP.flatten(), loss_N, hit_N, entropy_N)
+    return tuple(values_N[kept_N].numpy() for values_N in columns)
 
 
 def metrics(columns: Sequence[np.ndarray], scored: bool) -> dict[str, float]:
-    """What ``outcomes`` come to: loss (nats), accuracy, positions; and the loss by decile of the entropies known.
+    """The means of ``outcomes``: loss (nats), accuracy, positions; and the loss by decile of the entropies known.
 
     Summed by sequence and position, so that neither sums nor ties depend on the number of ranks.
     """
     order = np.lexsort((columns[1], columns[0]))
     loss_N, hit_N, entropy_N = (column[order] for column in columns[2:])
-    found = {"loss": float(loss_N.mean()), "accuracy": float(hit_N.mean()), "positions": len(loss_N)}
+    means = {"loss": float(loss_N.mean()), "accuracy": float(hit_N.mean()), "positions": len(loss_N)}
     if scored:
         order = entropy_N.argsort(kind="stable")[: (~np.isnan(entropy_N)).sum()]  # NaN comes last
         for decile, part in enumerate(np.array_split(order, DECILES), 1):
             if len(part):
-                found[f"loss_decile_{decile}"] = float(loss_N[part].mean())
-    return found
+                means[f"loss_decile_{decile}"] = float(loss_N[part].mean())
+    return means

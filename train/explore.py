@@ -31,7 +31,7 @@ from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_mani
 from train import page, sample, uncertainty
 from train.arguments import MOST_SEED
 from train.data import masker_of
-from train.options import MaskOptions, mask_policy
+from train.masks import MaskOptions, mask_policy
 from train.sample import Policy, Source
 from train.summary import print_summary
 

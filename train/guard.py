@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +28,11 @@ from train.arguments import is_of_device
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
 STOP_SECONDS = 1.0  # between two looks for it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 
 
-class Agreed(RunError):
-    """A failure that all ranks have come to know of at the same point."""
+class AllRanksFailed(RunError):
+    """A failure that all ranks know of at the same point."""
 
 
 class Guard(TrainerCallback):
@@ -46,31 +46,34 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, output: Path) -> None:
-        self.output, self.looked = output, 0.0
-        self.asked = self.stopped = self.by_file = False
+        self.output, self.last_look = output, 0.0
+        self.asked = self.stopped = False
         self.group: Any = None
-        self.previous: Any = None
 
-    def __enter__(self) -> Self:
-        self.by_file = threading.current_thread() is not threading.main_thread()  # Ray's workers train in another
-        if not self.by_file:
-            self.previous = signal.signal(signal.SIGTERM, self._ask)
-        return self
+    @contextmanager
+    def handling_sigterm(self) -> Iterator[None]:
+        """SIGTERM asks the run to stop; in Ray's workers, which train outside of the main thread, a file does."""
+        if not _in_main_thread():
+            yield
+            return
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+        def ask(*_: object) -> None:
+            self.asked = True
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+        previous = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.by_file and state.is_world_process_zero and time.monotonic() - self.looked > STOP_SECONDS:
-            self.looked = time.monotonic()
+        now = time.monotonic()
+        if not _in_main_thread() and state.is_world_process_zero and now - self.last_look > STOP_SECONDS:
+            self.last_look = now
             self.asked = self.asked or (self.output / STOP).exists()
         asked = torch.tensor(int(self.asked))
         if self.group is not None:
@@ -78,34 +81,36 @@ class Guard(TrainerCallback):
         if asked.item():
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         # a mean over all ranks: each of them comes to the same end
-        if logs and not math.isfinite(loss := logs.get("loss", 0.0)):
-            raise Agreed(_not_finite(f"the loss is {loss}", state.global_step, self.output))
+        if not math.isfinite(loss := event["logs"].get("loss", 0.0)):
+            raise AllRanksFailed(_not_finite(f"the loss is {loss}", state.global_step, self.output))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Trainer then loads the best checkpoint, which is known by its step, wherever the directory lies now."""
+        best = resume.best_checkpoint(args, state)
+        if best and not self.stopped and (self.output / best).exists():
+            state.best_model_checkpoint = str(self.output / best)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def check_finite(model: torch.nn.Module, step: int, output: Path) -> None:
-    """Refuse to keep weights that are NaN or infinite; on all ranks alike, since they have the same.
-
-    Raises:
-        Agreed: some are.
-    """
+    """Raises AllRanksFailed for weights that are NaN or infinite: all ranks have the same."""
     with torch.no_grad():
         finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
     if not finite:
-        raise Agreed(_not_finite("weights are NaN or infinite", step, output))
+        raise AllRanksFailed(_not_finite("weights are NaN or infinite", step, output))
 
 
 def _not_finite(what: str, step: int, output: Path) -> str:
-    return (
-        f"{what} at step {step}, so it ends here; {_standing(output)}. Train anew with a lower --learning-rate or a "
-        "longer --warmup-steps"
-    )
+    fix = "train again with a lower --learning-rate or a longer --warmup-steps"
+    return f"{what} at step {step}, so the run ends; {_last_good(output)}; {fix}"
 
 
-def _standing(output: Path) -> str:
+def _last_good(output: Path) -> str:
     checkpoint = resume.last_checkpoint(output)
     return f"the last good checkpoint is {checkpoint}" if checkpoint else "there was no checkpoint yet"
 
@@ -122,58 +127,65 @@ def writing(what: str, output: Path) -> Iterator[None]:
         cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
         reason = "it was cut short" if cut_short else one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
-        mend = "make room, then run the command again" if full else "run the command again once it can be written"
-        raise RunError(f"cannot write {what} ({reason}); {_standing(output)}; {mend}") from None
+        fix = "make room, then run the command again" if full else "run the command again once it can be written"
+        raise RunError(f"cannot write {what} ({reason}); {_last_good(output)}; {fix}") from None
 
 
 @contextmanager
-def together(rank: int) -> Iterator[None]:
-    """What fails on one rank fails on all, and the first says so: nobody waits for those that have gone.
+def on_all_ranks(rank: int) -> Iterator[None]:
+    """What fails on one rank fails on all, so that none waits for those that have gone.
 
-    Raises:
-        UsageError, Agreed, OSError: on the first rank, the error of the lowest rank that has one.
-        SystemExit: on the others.
+    The first raises UsageError, AllRanksFailed or OSError, as the lowest rank that has failed; the others SystemExit.
     """
-    error: Exception | None = None
+    own: Exception | None = None
     try:
         yield
-    except (UsageError, RunError, OSError) as failure:
-        error = failure
-    errors = [each for each in gather_object([error]) if each is not None]
+    except (UsageError, RunError, OSError) as error:
+        own = error
+    errors = [error for error in gather_object([own]) if error is not None]
     if errors and rank:
         raise SystemExit(2 if isinstance(errors[0], UsageError) else 1)
     if errors:
-        raise Agreed(str(errors[0])) if isinstance(errors[0], RunError) else errors[0]
+        raise AllRanksFailed(str(errors[0])) if isinstance(errors[0], RunError) else errors[0]
+
+
+def on_first_rank(rank: int, action: Callable[[], Any]) -> Any:
+    """What ``action`` gives on the first rank, on all of them. Errors as in ``on_all_ranks``."""
+    with on_all_ranks(rank):
+        result = action() if rank == 0 else None
+    return gather_object([result])[0]
 
 
 @contextmanager
-def in_one_sentence(guard: Guard) -> Iterator[None]:
-    """Errors of processes that training leans on: its loader's, and those of other ranks. Raises RunError."""
-    say = sys.unraisablehook
+def as_run_error(guard: Guard) -> Iterator[None]:
+    """Say in one sentence that a process was lost which training needs: one of its loader, or another rank.
+
+    Raises RunError, or Terminated where a signal to all processes has ended those of the loader.
+    """
+    report = sys.unraisablehook
     # torch says that a loader worker has died wherever the signal finds the process: in a destructor even, at its end
-    sys.unraisablehook = lambda what: None if "DataLoader worker (pid" in str(what.exc_value) else say(what)
+    sys.unraisablehook = lambda what: None if LOST_WORKER in str(what.exc_value) else report(what)
     try:
-        with guard:
+        with guard.handling_sigterm():
             yield
     except RunError as error:  # a loader worker's comes with its traceback
         raise type(error)(last_line(error)) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         if _lost_loader(error):
-            if guard.asked:  # a signal to all processes
+            if guard.asked:
                 raise Terminated from None
-            raise RunError(
-                f"a loader worker was ended from outside, perhaps for want of memory ({last_line(error)}); "
-                f"{_standing(guard.output)}; run the command again, with fewer --dataloader-num-workers"
-            ) from None
+            reason = f"a loader worker was ended from outside, perhaps for lack of memory ({last_line(error)})"
+            fix = "run the command again, with fewer --dataloader-num-workers"
+            raise RunError(f"{reason}; {_last_good(guard.output)}; {fix}") from None
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise RunError(f"another rank has ended; {_standing(guard.output)}; run the command again") from None
+            raise RunError(f"another rank has ended; {_last_good(guard.output)}; run the command again") from None
         raise
-    sys.unraisablehook = say
+    sys.unraisablehook = report
 
 
 def _lost_loader(error: Exception) -> bool:
     """Whether a loader worker has died; it may have been about to hand over a batch."""
-    return isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in str(error)
+    return isinstance(error, ConnectionError | EOFError) or LOST_WORKER in str(error)
 
 
 def last_line(error: Exception) -> str:
@@ -182,7 +194,7 @@ def last_line(error: Exception) -> str:
     return lines[-1].strip().removeprefix(f"{RunError.__module__}.RunError: ")
 
 
-def heed_parent_only(worker: int) -> None:
+def ignore_sigterm_of_group(worker: int) -> None:
     """In a loader worker: end at SIGTERM from the trainer, not at one that is sent to all processes of a run.
 
     The trainer still needs its batches then, up to the end of the step.
@@ -197,10 +209,3 @@ def heed_parent_only(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def on_first(rank: int, action: Callable[[], Any]) -> Any:
-    """What ``action`` gives on the first rank, on all of them. Errors as in ``together``."""
-    with together(rank):
-        result = action() if rank == 0 else None
-    return gather_object([result])[0]

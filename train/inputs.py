@@ -1,34 +1,121 @@
-"""What a run reads besides its shards, opened, and refused where it does not fit them."""
+"""What a run reads, opened, and its flags refused where they contradict each other or what is read."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TrainingArguments
+
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import Manifest, read_manifest
-from train.options import RECIPES, Options, given_masks, mask_flag
+from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.manifests import read_manifest
+from entropy_masking.shards.schema import Manifest, ShardEntry
+from train import resume
+from train.arguments import flag
+from train.data import split_shards
+from train.masks import RECIPES, SCORE, check_scored, given_masks, mask_flag, mask_policy
+from train.options import Options
 
 
-def open_targets(options: Options, manifest: Manifest) -> Manifest:
-    """The target directory of a run.
+@dataclass(frozen=True)
+class Inputs:
+    """The data of a run.
 
-    Raises:
-        UsageError: no target directory, or one for other shards or another source of entropy.
+    Attributes:
+        manifest: the shards.
+        targets: the target directory that is distilled from, if there is one.
+        eval_shards: the directory that is evaluated on, if it is not that of the training.
+        policy: which positions to mask and to predict.
+        shards, held_out: those that are trained on, and those that are evaluated on.
     """
-    uri, source = str(options.targets), options.entropy_source
+
+    manifest: Manifest
+    targets: Manifest | None
+    eval_shards: Manifest | None
+    policy: MaskPolicy
+    shards: list[ShardEntry]
+    held_out: list[ShardEntry]
+
+    @property
+    def evaluated(self) -> Manifest:
+        """The directory of ``held_out``."""
+        return self.eval_shards or self.manifest
+
+
+def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
+    """Open what the flags name. Raises UsageError where it cannot be read, or flags contradict it or each other."""
+    manifest, source = read_manifest(options.shards), options.entropy_source
+    targets = open_targets(options.targets, manifest, source) if options.targets else None
+    eval_shards = open_eval_shards(options.eval_shards, manifest) if options.eval_shards else None
+    # every byte is checked when a run begins, by one process a machine; so it goes on at once, whatever the corpus
+    begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
+    for directory in filter(None, (manifest, targets, eval_shards)):
+        check_shards(directory, contents=not (begun or args.local_process_index))
+    check_scored(options, source, manifest)
+    check_flags(options, args)
+    check_distillation(options, targets or manifest)
+    policy = planned_policy(options, targets) if targets else mask_policy(options, source, args.seed)
+    shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
+    if eval_shards:
+        held_out = [entry for entry in eval_shards.shards if entry.rows]
+    return Inputs(manifest, targets, eval_shards, policy, shards, held_out)
+
+
+def check_flags(options: Options, args: TrainingArguments) -> None:
+    """Refuse flags that contradict each other. Raises UsageError."""
+    if options.entropy_source != "self" and options.self_refresh is not None:
+        raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
+    for name in ("muon_learning_rate", "muon_weight_decay"):
+        if not options.muon and getattr(options, name) is not None:
+            raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
+    if options.eval_shards and options.eval_fraction:
+        raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
+    for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
+        if wanted and not (options.eval_shards or options.eval_fraction):
+            raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+    if args.load_best_model_at_end and args.save_steps != args.eval_steps:
+        raise UsageError("--load-best-model-at-end saves at each evaluation; set --save-steps to --eval-steps")
+    if args.load_best_model_at_end and args.save_total_limit == 1:
+        raise UsageError("--save-total-limit 1 keeps only the best checkpoint, not the last; use at least 2")
+    workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
+    if workers > 1 and ranks > 1:
+        raise UsageError(f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out")
+    if workers == 1 and gpus > 1:
+        use = f"torchrun --nproc-per-node {gpus} train/run.py … or --num-workers {gpus}"
+        raise UsageError(f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES")
+
+
+def check_distillation(options: Options, teacher: Manifest) -> None:
+    """Refuse flags of distillation without it, and what the scores of the teacher lack. Raises UsageError."""
+    if not options.distill_weight:
+        for name, unused in (("targets", None), ("distill_temperature", 1.0), ("distill_positions", 1.0)):
+            if getattr(options, name) != unused:
+                raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
+    elif not options.targets and not teacher.top_k:
+        raise UsageError(f"{teacher.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16")
+    elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
+        scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
+        raise UsageError(f"--distill-temperature {T:g} was not scored: {teacher.uri} has {scored}; use one of those")
+
+
+def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
+    """A target directory. Raises UsageError if it is none, or was made for other shards or another entropy source."""
     if source == "self":
         raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
     targets = read_manifest(uri, kind="targets")
     if not _is_plan(targets):
-        raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it anew")
+        raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it again")
     assert targets.masks
     if targets.sequences_hash != manifest.sequences_hash:
-        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; plan and score them anew")
+        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; plan and score them again")
     rows, variants = {entry.index: entry.rows for entry in targets.shards}, targets.masks["variants"]
     for entry in manifest.shards:
         if rows.get(entry.index, 0) != entry.rows * variants:
             raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; plan and score it")
     if (planned := targets.masks["source"]) != source:
-        raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan anew")
+        raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan again")
     return targets
 
 
@@ -42,35 +129,24 @@ def _is_plan(targets: Manifest) -> bool:
 
 
 def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
-    """The masks that targets were made for, their seed among it.
-
-    Raises:
-        UsageError: a mask flag was given that differs.
-    """
+    """The masks that targets were made for, with their seed. Raises UsageError if a mask flag differs."""
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
     recipe = RECIPES["paper"] if options.recipe == "paper" else {}
     for name, value in (recipe | given_masks(options)).items():
         if value != (planned := getattr(policy, name)):
-            raise UsageError(
-                f"{mask_flag(name)} {value} is not {planned}, which {targets.uri} was planned with; leave it out"
-            )
+            raise UsageError(f"{mask_flag(name)} {value} is not {planned}, as in {targets.uri}; leave it out")
     return policy
 
 
-def open_evaluated(options: Options, manifest: Manifest) -> Manifest:
-    """The directory that a run is evaluated on, if it is one of its own.
-
-    Raises:
-        UsageError: no shard directory, that of the training, or one of another tokenizer or length.
-    """
-    uri = str(options.eval_shards)
+def open_eval_shards(uri: str, manifest: Manifest) -> Manifest:
+    """Shards of other text to evaluate on. Raises UsageError if they are none, or have another tokenizer or length."""
     evaluated = read_manifest(uri)
     if evaluated.tokenizer_hash != manifest.tokenizer_hash:
         raise UsageError(f"--eval-shards {uri} was made with another tokenizer than {manifest.uri}; use that of both")
-    if evaluated.sequence_length != manifest.sequence_length:
+    own, length = evaluated.sequence_length, manifest.sequence_length
+    if own != length:
         raise UsageError(
-            f"--eval-shards {uri} has sequences of {evaluated.sequence_length} tokens, {manifest.uri} of "
-            f"{manifest.sequence_length}; make them alike"
+            f"--eval-shards {uri} has sequences of {own} tokens, {manifest.uri} of {length}; make them alike"
         )
     # however it was cut
     if evaluated.sequences_hash == manifest.sequences_hash or _files(evaluated) & _files(manifest):

@@ -41,7 +41,7 @@ from entropy_masking.shards.schema import Record
 from pipeline.corpus.readers import Rejects
 from train.arguments import MOST_SEED
 from train.data import columns_of, masker_of
-from train.options import MaskOptions, check_scored, mask_policy
+from train.masks import MaskOptions, check_scored, mask_policy
 
 VARIANTS = 4  # by default, where epochs differ
 MOST_VARIANTS = 1 << 16

@@ -13,6 +13,8 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
+from transformers import TrainerState, TrainingArguments
+
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
@@ -24,60 +26,48 @@ FILES = "files.json"  # written last into a checkpoint: size and CRC-32 of each 
 LOCK = ".lock"
 OVERWRITE = ".overwrite"  # while it is there, workers of a cluster have a run to drop
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
-# flags of TrainingArguments that do not decide what is learned, by prefix
-FREE = (
-    *("output_dir", "logging_", "log_", "save_", "eval_", "report_to", "run_name", "project", "trackio", "hub_"),
-    *("push_to_hub", "dataloader_", "disable_tqdm", "do_", "per_device_eval", "skip_memory", "include_"),
-    *("torch_empty_cache", "restore_callback", "num_train_epochs", "prediction_loss", "batch_eval", "max_steps"),
-    # the global batch counts, not how it is split
-    *("per_device_train", "gradient_accumulation", "local_rank", "ddp_", "parallelism", "accelerator_config"),
-)
-
-
-def deciding(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The flags among those of TrainingArguments that decide what is learned."""
-    return {name: value for name, value in arguments.items() if not name.startswith(FREE)}
 
 
 def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     """Bind an output directory to the flags of a run; False if that run is finished already.
 
-    A run that has no checkpoint yet gives way to any other: nothing would be lost.
-
-    Args:
-        overwrite: drop the run that is there, its checkpoints included; files of no run are never dropped.
-
-    Raises:
-        UsageError: it belongs to a run with other flags (says which), or holds files of no run.
+    A run that has no checkpoint yet gives way to any other: nothing would be lost. With ``overwrite`` the run that is
+    there is dropped, with its checkpoints. Raises UsageError for a run with other flags, and for files of no run.
     """
+    if _is_foreign(directory):
+        raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
     flags = json.loads(json.dumps(flags, default=str))
-    try:
-        previous = storage.read_json(str(directory / FLAGS))
-    except FileNotFoundError:
-        if _is_foreign(directory):
-            raise UsageError(f"{directory} holds files but no training run; choose another --output-dir") from None
-        previous = {}
-    except ValueError:
-        previous = None
-    if not isinstance(previous, dict):
+    previous = _read_flags(directory)
+    if previous is None:
         raise UsageError(f"{directory / FLAGS} does not hold the flags of a run; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
     # a flag that a library has added or removed since is no other flag
-    shared = {name: previous[name] for name in flags if name in previous}
-    differing = differences(shared, {name: flags[name] for name in shared})
+    shared = {name: value for name, value in flags.items() if name in previous}
+    differing = differences({name: previous[name] for name in shared}, shared)
     if differing and not overwrite and (finished or last_checkpoint(directory)):
-        raise UsageError(
-            f"{directory} holds a run with other flags ({'; '.join(differing)}); "
-            "choose another --output-dir, or pass --overwrite to start afresh"
-        )
+        fix = "choose another --output-dir, or pass --overwrite to start afresh"
+        raise UsageError(f"{directory} holds a run with other flags ({'; '.join(differing)}); {fix}")
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
-    if overwrite:
-        drop(directory)
+    if overwrite and (directory / FLAGS).exists():
+        (directory / SUMMARY).unlink(missing_ok=True)
+        for checkpoint in checkpoints(directory):
+            _delete(checkpoint)
     elif finished:
         return False
     storage.write_json(str(directory / FLAGS), flags)
     (directory / OVERWRITE).unlink(missing_ok=True)
     return True
+
+
+def _read_flags(directory: Path) -> dict[str, Any] | None:
+    """The flags of the run that is there, none where there is no run; None if the file holds something else."""
+    try:
+        flags = storage.read_json(str(directory / FLAGS))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return None
+    return flags if isinstance(flags, dict) else None
 
 
 def _is_foreign(directory: Path) -> bool:
@@ -89,27 +79,16 @@ def _is_foreign(directory: Path) -> bool:
 
 def has_begun(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
     """Whether there is a checkpoint of a run on these shards and targets, which were checked when it began."""
-    try:
-        flags = storage.read_json(str(directory / FLAGS))
-        same = flags["shards"] == shards.fingerprint_hash
-        same &= flags["targets"] == (targets and targets.fingerprint_hash)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
+    flags = _read_flags(directory) or {}
+    same = flags.get("shards") == shards.fingerprint_hash
+    same &= flags.get("targets") == (targets and targets.fingerprint_hash)
     return same and last_checkpoint(directory) is not None
-
-
-def drop(directory: Path) -> None:
-    """Drop the run that is in a directory: its checkpoints, and what says that it is finished."""
-    if (directory / FLAGS).exists():
-        (directory / SUMMARY).unlink(missing_ok=True)
-        for checkpoint in checkpoints(directory):
-            _delete(checkpoint)
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
-    found = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    paths = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
@@ -117,16 +96,17 @@ def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
     return next((path for path in reversed(checkpoints(directory)) if _is_whole(path, contents)), None)
 
 
+def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
+    """The name of the checkpoint that is to be the model in the end, if it need not be the last."""
+    step = state.best_global_step if args.load_best_model_at_end else None
+    return f"checkpoint-{step}" if step else None
+
+
 def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     """Keep other runs out of an output directory until the file that is returned is closed, or this process ends.
 
-    Nothing is locked in a directory that is no run's, nor where the file system knows no locks.
-
-    Args:
-        of_cluster: keep out what else would start workers on a cluster, not the workers.
-
-    Raises:
-        UsageError: another run is at work there.
+    Nothing is locked in a directory that is no run's, nor where the file system knows no locks. With ``of_cluster`` it
+    keeps out what else would start workers on a cluster, not the workers. Raises UsageError if a run is at work there.
     """
     if _is_foreign(directory):
         return None
@@ -143,25 +123,19 @@ def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
 
 
 def check_visible(directory: Path, checkpoint: Path | None) -> None:
-    """Refuse to train where a rank does not see what the first has just written.
-
-    Raises:
-        UsageError: the directory is not shared.
-    """
+    """Raises UsageError where a rank does not see what the first has just written."""
     needed = checkpoint or directory / FLAGS
     until = time.monotonic() + VISIBLE_SECONDS
     while not needed.exists():
         if time.monotonic() > until:
-            raise UsageError(f"{needed} is not to be seen from all nodes; choose an --output-dir on a path they share")
+            raise UsageError(f"{needed} is not visible from all nodes; choose an --output-dir on a path they share")
         time.sleep(0.5)
 
 
 def complete(directory: Path, name: str, limit: int | None, best: str | None) -> None:
-    """Give a checkpoint that was written in ``UNFINISHED`` its name, and delete old ones.
+    """Give a checkpoint that was written in ``UNFINISHED`` its name, and delete all but ``limit`` and the best.
 
-    Args:
-        limit: how many to keep, None or 0 for all.
-        best: the name of one that is kept in any case.
+    A limit of None or 0 keeps all.
     """
     written, checkpoint = directory / UNFINISHED / name, directory / name
     files = sorted(path for path in written.rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForMaskedLM, BertConfig, ModernBertConfig, PretrainedConfig, PreTrainedModel
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import (
     load_config,
     load_masked_lm,
@@ -68,11 +68,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
 
 
 def model_identity(name: str) -> str:
-    """What decides the initial weights besides the seed: a preset's name, else a hash of configuration and weights.
-
-    Raises:
-        UsageError: as ``build_student``, which is to be called first.
-    """
+    """What decides the initial weights besides the seed: a preset's name, else a hash of configuration and weights."""
     if name in PRESETS:
         return name
     path = Path(name) if Path(name).is_file() else local_checkpoint(name)
@@ -105,15 +101,13 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
 
 
 def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:
-    config.pad_token_id = manifest.special_ids[
-        "pad"
-    ]  # its embedding is not trained, and RoBERTa's position ids skip it
+    # its embedding is not trained, and RoBERTa's position ids skip it
+    config.pad_token_id = manifest.special_ids["pad"]
     torch.manual_seed(seed)
     try:
         return AutoModelForMaskedLM.from_config(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--model {name} is no configuration that a model can be made of: {reason}") from None
+        raise UsageError(f"--model {name} is no configuration that a model can be made of: {one_line(error)}") from None
 
 
 def _check_tokenizer(name: str, directory: Path, manifest: Manifest) -> None:

@@ -29,6 +29,8 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
     """
     import ray
+
+    # there is no public way to learn of a `ray start` here without joining what another run has started for itself
     from ray._private.services import find_bootstrap_address
 
     root = Path(__file__).resolve().parents[2]

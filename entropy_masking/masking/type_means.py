@@ -46,7 +46,7 @@ class TypeMeans:
         self._sums_2V[1].scatter_add_(0, token_N, kept_N.long())
         self._step = step
 
-    def absorb(self, before: int | None = None) -> None:
+    def update(self, before: int | None = None) -> None:
         """Add the sums to the means if they are of a step before ``before`` (None: of any step).
 
         All ranks call this at the same step.
@@ -68,7 +68,7 @@ class TypeMeans:
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        self.absorb()
+        self.update()
         return {"mean_V": self.mean_V, "count_V": self.count_V, "level": self.level}
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,129 @@
+"""Which tokens a run masks and predicts: the flags that say so, and the policy that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from entropy_masking.errors import UsageError
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.manifests import Manifest
+from train.arguments import flag, option
+
+SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
+
+# defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"warmup": 0.3, "ramp": 0.3},
+    "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},  # MaskPolicy.paper()
+}
+# the field of MaskOptions of each field of MaskPolicy
+FIELDS = {name: name for name in ("hard_share", "predict_ratio", "predict_by", "corruption")}
+FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "temperature", "by", "unit")}
+
+
+@dataclass(kw_only=True)
+class MaskOptions:
+    """Which tokens to mask and to predict; None where the flag was not given."""
+
+    recipe: Literal["default", "paper"] | None = option(
+        "paper: mask the highest entropies alone, from the first step (2605.28526)"
+    )
+    mask_ratio: float | None = option(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
+    predict_ratio: float | None = option("share to predict, at most the mask ratio (default: all that is masked)")
+    hard_share: float | None = option(
+        f"share of a mask that is chosen by score, the rest at random (default: {MaskPolicy.hard_share})"
+    )
+    mask_warmup: float | None = option(
+        f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
+    )
+    mask_ramp: float | None = option(
+        f"share of the run after it in which the hard share rises from 0 (default: {RECIPES['default']['ramp']})"
+    )
+    mask_temperature: float | None = option(
+        f"τ: sample from softmax(rank/τ); 0 takes the highest scores (default: {MaskPolicy.temperature})"
+    )
+    mask_by: Literal["entropy", "surprisal", "excess"] | None = option(
+        "score: entropy of the prediction (default), surprisal of the token, or excess of the student's surprisal over "
+        "that of the shards (self only)"
+    )
+    predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
+        "what chooses the predicted tokens among the masked ones (default: random)"
+    )
+    corruption: Literal["bert", "mask-only"] | None = option(
+        "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"
+    )
+    mask_unit: Literal["token", "word"] | None = option("mask token by token (default), or word by word")
+
+
+def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = False) -> MaskPolicy:
+    """The policy that the flags of a run name, or those of a plan, which has neither warm-up nor ramp.
+
+    Args:
+        planned: the masks are made without a run, so its progress is not known.
+
+    Raises:
+        UsageError: flags out of range, or that have no use with the others.
+    """
+    given = given_masks(options)
+    _check_uses(given, options.recipe, source, planned)
+    fields = {"hard_share": 0.0} if source == "random" else RECIPES[options.recipe or "default"]
+    if planned or given.get("hard_share") == 0:
+        fields = fields | {"warmup": 0.0, "ramp": 0.0}
+    try:
+        return MaskPolicy(seed=seed, **(fields | given))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_uses(given: dict[str, Any], recipe: str | None, source: str, planned: bool) -> None:
+    """Refuse mask flags that have no use with others, or contradict them. Raises UsageError."""
+    unscored = "{flag} needs scores, and --entropy-source random has none"
+    at_random = "{flag} has no use with --hard-share 0, which masks at random; leave it out"
+    recipes = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
+    length = "{flag} depends on the length of a run, which is not known here; leave it out"
+    all_predicted = "{flag} has no use in a plan, which predicts all that it masks; leave it out"
+    excess = "{flag} excess needs the student's own loss; use --entropy-source self"
+    part = "{flag} chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
+    of_scores = ("warmup", "ramp", "temperature", "by")
+    # (where a rule holds, the only value that a field may be given, or None for no value, the sentence)
+    rules: list[tuple[bool, dict[str, Any], str]] = [
+        (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
+        (source == "random", {"predict_by": "random"}, f"{unscored}; use --entropy-source parquet --hard-share 0"),
+        (recipe == "paper", RECIPES["paper"], recipes),
+        (planned, {"warmup": 0.0, "ramp": 0.0}, length),
+        (planned, {"predict_ratio": None}, all_predicted),
+        (given.get("by") == "excess" and source != "self", {"by": None}, excess),
+        ("predict_ratio" not in given, {"predict_by": None}, part),
+        (given.get("hard_share") == 0, dict.fromkeys(of_scores), at_random),
+    ]
+    given = given | ({"recipe": recipe} if recipe else {})
+    for holds, allowed, sentence in rules:
+        for name, value in allowed.items():
+            if holds and given.get(name, value) != value:
+                raise UsageError(sentence.format(flag=mask_flag(name), given=given[name], value=value))
+
+
+def given_masks(options: MaskOptions) -> dict[str, Any]:
+    """The mask flags that were given, by the name that a policy has for them."""
+    given = {name: getattr(options, field) for name, field in FIELDS.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def mask_flag(name: str) -> str:
+    """The flag of a field of MaskPolicy."""
+    return flag(FIELDS.get(name, name))
+
+
+def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
+    """Refuse to mask, or to choose what is predicted, by scores that the shards lack. Raises UsageError."""
+    if manifest.scored:
+        return
+    if source == "parquet":
+        raise UsageError(f"{manifest.uri} has no scores (made with --teacher none); {SCORE} for parquet")
+    for name in ("mask_by", "predict_by"):
+        if getattr(options, name) == "excess":
+            raise UsageError(
+                f"{flag(name)} excess subtracts the surprisal of a reference, which {manifest.uri} lacks (made with "
+                f"--teacher none); {SCORE}"
+            )

@@ -1,0 +1,23 @@
+"""What training needs of other libraries that is private there; pyproject.toml bounds their versions for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from transformers import Trainer
+
+
+def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Have a trainer save each of its checkpoints within a context.
+
+    There is no public way: the event ``on_save`` comes after a save, so no rank would learn that another one failed.
+    """
+    save = trainer._save_checkpoint
+
+    def save_checkpoint(model: Any, trial: Any) -> None:
+        with context():
+            save(model, trial)
+
+    trainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]

@@ -1,0 +1,174 @@
+"""What a run shows while it trains: its progress, its losses, and how its masks develop.
+
+Shapes: B rows, L tokens, K masked positions of a row, V vocabulary, N names.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from entropy_masking.commands import console
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.selection import IGNORED
+from train.arguments import global_batch
+
+RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
+MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
+
+
+class RunningMeans:
+    """Means as sums on the device that computes them: nobody waits for them until they are logged."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Count a (sum, count) [2] of each name."""
+        for name, sum_and_count in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + sum_and_count
+
+    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means of what has been counted; then start afresh.
+
+        Args:
+            reduce: from a rank's sums to those of all of them.
+        """
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums_N2 = reduce(torch.stack([self.sums[name] for name in names])).tolist()
+        self.sums = {}
+        return {name: total / count for name, (total, count) in zip(names, sums_N2, strict=True) if count}
+
+
+def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK: Tensor) -> dict[str, Tensor]:
+    """(sum, count) [2] float64 of the scores, of all candidates and, as ``masked_…``, of the masked positions."""
+    known_BL = candidates_BL & ~score_BL.isnan()
+    where_BK = positions_BK.clamp_min(0)
+    masked_BK = (positions_BK != IGNORED) & known_BL.gather(1, where_BK)
+    return {
+        name: _sum_and_count(score_BL, known_BL),
+        f"masked_{name}": _sum_and_count(score_BL.gather(1, where_BK), masked_BK),
+    }
+
+
+def _sum_and_count(values: Tensor, where: Tensor) -> Tensor:
+    return torch.stack([values.double().where(where, 0.0).sum(), where.sum().double()])
+
+
+def type_concentration(count_V: Tensor) -> float:
+    """Σ (n_t / n)² over the types of n tokens: the probability that two of them have the same type; 0 for none."""
+    share_V = count_V.double() / count_V.sum().clamp_min(1)
+    return float(share_V.square().sum())
+
+
+class CollapseWarnings(TrainerCallback):
+    """Warns when masking makes a run worse, once per sign.
+
+    Attributes:
+        warnings: those printed so far.
+    """
+
+    def __init__(self, policy: MaskPolicy, vocab_size: int) -> None:
+        self.policy, self.vocab_size = policy, vocab_size
+        self.warnings: list[str] = []
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Looks at the whole history, which a resumed run has too."""
+        if self.policy.uniform:
+            return
+        late = [entry for entry in state.log_history if entry["step"] >= self.policy.warmup * state.max_steps]
+        for sign in collapse_signs(late, self.vocab_size):
+            warning = f"{sign}; use a smaller --hard-share or a longer --mask-warmup"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+                if state.is_world_process_zero:
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> list[str]:
+    """The first time of each sign of a collapse, in the order of their steps.
+
+    The held-out loss stays above its lowest value for several evaluations; it is worse than a uniform guess; or the
+    masks concentrate on a few token types.
+
+    Args:
+        history: of Trainer, after the warm-up of the masks.
+    """
+    signs: dict[str, str] = {}
+    lowest, above, guess = math.inf, 0, math.log(vocab_size)
+    for entry in history:
+        step, loss, concentration = entry["step"], entry.get("eval_loss"), entry.get("mask_concentration", 0.0)
+        if loss is not None:
+            above = above + 1 if loss > lowest + LEAST_RISE else 0
+            lowest = min(lowest, loss)
+            if above == RISES:
+                sentence = (
+                    f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {RISES} evaluations in a row "
+                    f"up to step {step}"
+                )
+                signs.setdefault("rise", sentence)
+            if loss > guess + LEAST_RISE:
+                sentence = (
+                    f"the held-out loss at step {step}, {loss:.2f} nats, is worse than a uniform guess, {guess:.2f}"
+                )
+                signs.setdefault("guess", sentence)
+        if concentration > MOST_CONCENTRATED:
+            sentence = (
+                f"at step {step} two predicted tokens had the same type with a probability of {concentration:.0%}, so "
+                "the masks concentrate on a few types"
+            )
+            signs.setdefault("concentration", sentence)
+    return list(signs.values())
+
+
+class ProgressReport(TrainerCallback):
+    """A bar on a terminal, lines in a log, and the losses; counts a run's seconds of training, of all its sessions."""
+
+    def __init__(self, sequence_length: int) -> None:
+        self.sequence_length = sequence_length
+        self.before, self.started = 0.0, time.monotonic()
+        self.progress: console.Progress | None = None
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.before = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.monotonic()
+        self.tokens_per_step = global_batch(args) * self.sequence_length
+        if state.is_world_process_zero:
+            total, done = state.max_steps * self.tokens_per_step, state.global_step * self.tokens_per_step
+            self.progress = console.Progress(total, "tok", "training", done=done).__enter__()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        self.started += event["metrics"]["eval_seconds"]  # an evaluation is no training
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress:
+            self.progress.advance(self.tokens_per_step)
+        # a logged loss is a mean since the last one: logged at every checkpoint, it is the same after a resume
+        if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
+            control.should_log = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        if not self.progress:
+            return
+        logs, step = event["logs"], f"step {state.global_step}/{state.max_steps}"
+        if "loss" in logs:
+            self.progress.note(f"{step}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
+        elif "eval_loss" in logs:
+            accuracy = f"accuracy {logs['eval_accuracy']:.1%}"
+            self.progress.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress:
+            self.progress.__exit__(None, None, None)

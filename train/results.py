@@ -1,0 +1,138 @@
+"""What a run is and what it costs: its flags in ``run.json``, its results in ``summary.json``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import SchedulerType, TrainingArguments
+
+from entropy_masking.models.flops import forward_flops, training_flops
+from entropy_masking.shards.manifests import Manifest
+from train.arguments import deciding_arguments, global_batch
+from train.data import columns_of
+from train.evaluation import DECILES
+from train.inputs import Inputs
+from train.masks import FIELDS
+from train.options import Options
+from train.student import model_identity
+from train.trainer import MaskedLMTrainer
+
+MOST_POINTS = 200  # of a curve in a run's summary
+FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
+
+
+def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, Any]:
+    """Everything that decides what is learned; two runs with the same may share a directory."""
+    own = {name: value for name, value in asdict(options).items() if name not in FREE}
+    masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
+    run = {
+        "shards": inputs.manifest.fingerprint_hash,
+        "targets": inputs.targets and inputs.targets.fingerprint_hash,
+        "model": model_identity(options.model),
+        "steps": args.max_steps,
+        "global_batch": global_batch(args),
+    }
+    by_evaluation = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    if args.load_best_model_at_end or by_evaluation:
+        run["eval_shards"] = inputs.eval_shards and inputs.eval_shards.fingerprint_hash
+    return own | masks | run | deciding_arguments(args)
+
+
+def flops_of(student: Any, options: Options, args: TrainingArguments, inputs: Inputs) -> int:
+    """FLOPs of the whole run, on all devices."""
+    batch, length, policy = global_batch(args), inputs.manifest.sequence_length, inputs.policy
+    chosen_by_student = not policy.predicts_all and (
+        policy.predict_by == "excess" or (options.entropy_source == "self" and policy.predict_by != "random")
+    )
+    fresh_steps = 0
+    if options.self_refresh == "step" and not policy.uniform:
+        fresh_steps = args.max_steps - math.ceil(policy.warmup * args.max_steps)
+    return training_flops(
+        *forward_flops(student.masked_lm, length),
+        sequences=args.max_steps * batch,
+        predicted=min(policy.predictions(length), length),
+        scored=min(policy.positions(length), length) if chosen_by_student else 0,
+        fresh=fresh_steps * batch,
+        length=length,
+    )
+
+
+def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """The results of a run that has been trained and evaluated."""
+    options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
+    manifest, targets, seconds = inputs.manifest, inputs.targets, trainer.report.seconds()
+    tokens = args.max_steps * global_batch(args) * manifest.sequence_length
+    read = columns_of(inputs.policy, options.entropy_source, top_k=options.distill_weight > 0 and not targets)
+    reads_scores = read.entropy or read.surprisal or read.top_k
+    scored = [manifest] * reads_scores + ([targets] if targets else [])
+    deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
+    return {
+        "regime": options.entropy_source + ("+kd" if options.distill_weight else ""),
+        "model": options.model,
+        "steps": args.max_steps,
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "train_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        "eval_loss": metrics.get("eval_loss"),
+        "eval_accuracy": metrics.get("eval_accuracy"),
+        "eval_positions": metrics.get("eval_positions"),
+        "eval_loss_by_entropy_decile": deciles if any(deciles) else None,
+        "training_flops": flops,
+        "scoring_seconds": sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
+        "scoring_flops": sum(directory.totals["flops"] for directory in scored),
+        "shards": costs(manifest)
+        | {"context": manifest.context, "teacher": manifest.teacher, "scores_read": reads_scores},
+        "targets": targets and costs(targets) | (targets.masks or {}),
+        "eval_shards": inputs.eval_shards and costs(inputs.eval_shards),
+        "seed": args.seed,
+        "warnings": trainer.collapse.warnings,
+        "history": curve(log),
+        "flags": flags,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
+    }
+
+
+def costs(manifest: Manifest) -> dict[str, Any]:
+    """What a directory is, and what it cost: whoever compares runs may not have it at hand."""
+    return {
+        "uri": manifest.uri,
+        "fingerprint_hash": manifest.fingerprint_hash,
+        "sequences_hash": manifest.sequences_hash,
+        "passes": manifest.passes,
+        "sequence_length": manifest.sequence_length,
+        **{name: manifest.totals[name] for name in ("sequences", "bytes", "flops", "worker_seconds")},
+    }
+
+
+def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
+
+    Of each kind at most ``MOST_POINTS``, evenly among its steps, the last one included.
+    """
+    seconds: dict[int, float] = {}
+    for entry in log:
+        if "train_seconds" in entry:
+            seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # an evaluation does not count
+    points = []
+    for name in ("loss", "eval_loss"):
+        # the last step may be evaluated twice
+        losses = {entry["step"]: entry[name] for entry in log if name in entry and entry["step"] in seconds}
+        stride = max(1, math.ceil(len(losses) / MOST_POINTS))
+        for step in list(losses)[::-stride]:
+            points.append({"step": step, "seconds": seconds[step], name: losses[step]})
+    return sorted(points, key=lambda point: point["step"])
+
+
+def print_summary(output: Path, summary: dict[str, Any]) -> None:
+    print(f"{output}: {summary['regime']}, {summary['steps']} steps, {summary['tokens']:,} tokens")
+    print(f"  seconds     {summary['seconds']:,.1f}")
+    print(f"  tokens/s    {summary['tokens_per_second']:,.0f}")
+    if summary["eval_loss"] is not None:
+        print(f"  eval loss   {summary['eval_loss']:.4f} nats over {summary['eval_positions']:,} masked tokens")
+    if deciles := summary["eval_loss_by_entropy_decile"]:
+        print(f"  by decile   {' '.join(f'{loss:.2f}' for loss in deciles if loss is not None)} (easy → hard)")
