@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.left": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlelocation": "left"},
     **{"axes.titlesize": 11.5, "figure.labelsize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11},
-    **{"legend.frameon": False, "legend.handlelength": 2.2},
+    **{"legend.frameon": False, "legend.handlelength": 2.2, "lines.solid_capstyle": "butt"},
 }
 
 Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing, but the others keep their colours
@@ -123,16 +123,17 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
 @matplotlib.rc_context(STYLE)
 def lines(curves: Sequence[Line], x_label: str, y_label: str, log: bool = False) -> Figure:
     """Curves; ``log`` is of the horizontal axis."""
-    figure, axes = _new(x_label, y_label)
+    figure, axes, handles = _new(x_label, y_label)
     for curve in curves:
         look = _look(curve.style)
         for points in curve.faint:
             axes.plot(*zip(*points, strict=True), color=look["color"], alpha=0.35, linewidth=1)
         dash = "--" if curve.dashed else "-"
-        axes.plot(*zip(*curve.points, strict=True), dash, **look, linewidth=2, markevery=[-1], label=curve.name)
+        (line,) = axes.plot(*zip(*curve.points, strict=True), dash, **look, linewidth=2, markevery=[-1])
+        handles[curve.name] = line
         for x, y in curve.dots:
             axes.plot(x, y, **look | {"markersize": 9})
-    return _finished(figure, axes, log)
+    return _finished(figure, axes, handles, log)
 
 
 @matplotlib.rc_context(STYLE)
@@ -141,7 +142,7 @@ def scatter(rows: Sequence[Row], costs: Sequence[tuple[float, float]], x_label: 
 
     Of rows of equal cost each stands a little to the right of the last, so that all intervals can be seen.
     """
-    figure, axes = _new(x_label, y_label)
+    figure, axes, handles = _new(x_label, y_label)
     low, high = axes.set_ylim(*_limits(rows))
     edge = max(map(max, costs)) / CHEAPER
     for number, (row, (full, training)) in enumerate(zip(rows, costs, strict=True)):
@@ -152,49 +153,48 @@ def scatter(rows: Sequence[Row], costs: Sequence[tuple[float, float]], x_label: 
         if training < full:
             axes.plot([max(edge, training), x], [row.mean] * 2, ":", color=look["color"])
             axes.plot(max(edge, training), row.mean, **look | {"markerfacecolor": CARD})
-        axes.plot(x, row.mean, **look, linestyle="", label=row.name)
-    return _finished(figure, axes, log=True)
+        (handles[row.name],) = axes.plot(x, row.mean, **look, linestyle="")
+    return _finished(figure, axes, handles, log=True)
 
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def bars(labels: Sequence[str], series: Series, x_label: str) -> Figure:
     """A group of level bars for each label, a bar for each series, each with its value."""
     thick = 0.84 / len(series)
-    figure, axes = _new(x_label, height=0.6 + 0.24 * len(labels) * max(1.3, len(series)))
+    figure, axes, handles = _new(x_label, height=0.6 + 0.24 * len(labels) * max(1.3, len(series)))
     for style, (name, values) in enumerate(series.items()):
-        known = [(place, value) for place, value in enumerate(values) if value is not None]
-        for number, (place, value) in enumerate(known):
-            y, label = place + thick * (style + 0.5) - 0.42, "" if number else name
-            axes.barh(y, value, 0.9 * thick, color=COLOURS[style], alpha=0.7, label=label)
-            axes.annotate(f"{value:.2f}", (value, y), (3, 0), textcoords="offset points", va="center_baseline")
+        for place, value in enumerate(values):
+            if value is not None:
+                y = place + thick * (style + 0.5) - 0.42
+                handles[name] = axes.barh(y, value, 0.9 * thick, color=COLOURS[style], alpha=0.7)
+                axes.annotate(f"{value:.2f}", (value, y), (3, 0), textcoords="offset points", va="center_baseline")
     axes.set_yticks(range(len(labels)), labels, color=INK)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    return _finished(figure, axes)
+    return _finished(figure, axes, handles)
 
 
 @matplotlib.rc_context(STYLE)
 def histogram(edges: Sequence[float], series: Series, x_label: str, y_label: str) -> Figure:
     """Percents by bins: an area for the first series, a line over it for the second; nothing for one without bins."""
-    figure, axes = _new(x_label, y_label)
+    figure, axes, handles = _new(x_label, y_label)
     for style, (name, values) in enumerate(series.items()):
-        percents, look = [100 * (value or 0) for value in values], {"color": COLOURS[style], "label": name}
-        if values and style == 0:
-            axes.stairs(percents, edges, fill=True, alpha=0.7, **look)
-        elif values:
-            axes.stairs(percents, edges, baseline=None, linewidth=2, **look)
+        if values:
+            look: dict[str, Any] = {"linewidth": 2, "baseline": None} if style else {"fill": True, "alpha": 0.7}
+            percents = [100 * (value or 0) for value in values]
+            handles[name] = axes.stairs(percents, edges, color=COLOURS[style], **look)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
-    return _finished(figure, axes)
+    return _finished(figure, axes, handles)
 
 
 @matplotlib.rc_context(STYLE)
 def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: str, y_label: str) -> Figure:
     """Shares at places (x, y) of two like axes as squares of that area, with the diagonal."""
-    figure, axes = _new(x_label, y_label, height=4.6)
+    figure, axes, handles = _new(x_label, y_label, height=4.6)
     x, y, shares = zip(*squares, strict=True)
     axes.scatter(x, y, [150 * share / max(shares) for share in shares], color=COLOURS[0], marker="s", linewidths=0)
     axes.plot([0, end], [0, end], "--", color=DIM, linewidth=1)
     axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
-    return _finished(figure, axes)
+    return _finished(figure, axes, handles)
 
 
 @matplotlib.rc_context(STYLE)
@@ -229,33 +229,34 @@ def _themed(tag: re.Match[str]) -> str:
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: VARIABLES.get(colour[0], colour[0]), text)
 
 
-def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, Axes]:
-    """A figure and its axes, the label of the vertical one above it."""
+def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, Axes, dict[str, Any]]:
+    """A figure, its axes with the label of the vertical one above it, and artists by name for the legend."""
     figure = Figure((WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
     axes.set_title(y_label, color=DIM)
-    return figure, axes
+    return figure, axes, {}
 
 
-def _finished(figure: Figure, axes: Axes, log: bool = False) -> Figure:
-    """The figure of these axes, with few ticks, and with a legend below where there is more than one name."""
+def _finished(figure: Figure, axes: Axes, handles: dict[str, Any], log: bool = False) -> Figure:
+    """The figure with few ticks, and with a legend below where there is more than one name."""
     if log:
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,), numticks=6))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    else:
+        axes.locator_params(axis="x", nbins=6)
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_view_interval()[1] >= 10_000:
             axis.set_major_formatter(EngFormatter())
-    handles, names = axes.get_legend_handles_labels()
-    if len(names) > 1:
-        names = [textwrap.fill(name, 46) for name in names]
-        columns = max(1, min(3, 56 // (max(map(len, names)) + 6)))
+    if len(handles) > 1:
+        names = [textwrap.fill(name, 42) for name in handles]
+        columns = max(1, min(3, 340 // (7 * max(map(len, names)) + 40)))
         height = 0.24 * sum(len(name.splitlines()) for name in names[::columns])
         figure.set_figheight(figure.get_figheight() + height)
-        figure.legend(handles, names, loc="outside lower left", ncols=columns)
+        figure.legend(list(handles.values()), names, loc="outside lower left", ncols=columns)
     return figure
 
 
