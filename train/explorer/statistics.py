@@ -89,9 +89,8 @@ def by_position(frame: pl.DataFrame) -> pl.DataFrame:
 
 def by_third(frame: pl.DataFrame) -> pl.DataFrame:
     """``means`` by third of the sequence."""
-    L = frame["position"].n_unique()
-    third = pl.col("position").cut([L / 3, 2 * L / 3], labels=THIRDS, left_closed=True)
-    return means(frame, third.cast(pl.Enum(THIRDS)))
+    third = pl.col("position") * 3 // frame["position"].n_unique()
+    return means(frame, third.replace_strict(range(3), THIRDS, return_dtype=pl.Enum(THIRDS)))
 
 
 def by_part(frame: pl.DataFrame) -> pl.DataFrame:
@@ -110,7 +109,8 @@ def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
     scored = frame.drop_nulls("entropy")
     counts = scored.group_by("token").len().sort("len", "token", descending=[True, False])
     names = [f"{low + 1:,}–{high:,}" for low, high in pairwise((0, *RANKS))] + [f"over {RANKS[-1]:,}"]
-    group = pl.col("rank").cut(RANKS, labels=names).cast(pl.Enum(names))
+    above = pl.sum_horizontal([pl.col("rank") > last for last in RANKS])
+    group = above.replace_strict(range(len(names)), names, return_dtype=pl.Enum(names))
     return means(scored.join(counts.with_row_index("rank", 1), on="token"), group)
 
 
