@@ -20,7 +20,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 LIGHT = {
     **{"paper": "#f7f7f5", "ink": "#1c1e21", "dim": "#5d636b", "rule": "#dcdfe3", "card": "#fefefe"},
@@ -32,20 +32,25 @@ DARK = {
     **{"c0": "#56a9e0", "c1": "#f2a33d", "c2": "#35c79d", "c3": "#e59bc6"},
     **{"c4": "#9ad6fb", "c5": "#d9cb52", "c6": "#ff8b70", "c7": "#bfc4ca"},
 }
-VARIABLES = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
-INK, DIM, RULE, CARD = (LIGHT[name] for name in ("ink", "dim", "rule", "card"))
+INK, DIM, CARD = LIGHT["ink"], LIGHT["dim"], LIGHT["card"]
 COLOURS = [LIGHT[f"c{number}"] for number in range(8)]
 MARKERS = "osD^vPX"  # one fewer than the colours, so that 56 pairs differ
 WIDTH = 5.0  # inches of 72 units
 WIDER = 4  # an interval that is wider than the narrowest by this factor leaves the figure
 CHEAPER = 300  # a cost that is smaller than the largest by this factor stands at the left edge
 STYLE: dict[Any, Any] = {
-    **{"svg.fonttype": "none", "text.parse_math": False, "text.color": INK, "font.size": 11.5},
-    **{"axes.edgecolor": DIM, "axes.labelcolor": DIM, "xtick.color": DIM, "ytick.color": DIM, "grid.color": RULE},
+    **{"svg.fonttype": "none", "text.parse_math": False, "text.color": INK, "font.size": 11.5, "legend.frameon": False},
+    **{
+        "axes.edgecolor": DIM,
+        "axes.labelcolor": DIM,
+        "xtick.color": DIM,
+        "ytick.color": DIM,
+        "grid.color": LIGHT["rule"],
+    },
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.left": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlelocation": "left"},
     **{"axes.titlesize": 11.5, "figure.labelsize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11},
-    **{"legend.frameon": False, "legend.handlelength": 2.2, "lines.solid_capstyle": "butt"},
+    **{"errorbar.capsize": 4, "lines.linewidth": 2, "lines.markeredgewidth": 1.5, "lines.solid_capstyle": "butt"},
 }
 
 Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing, but the others keep their colours
@@ -65,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Rows, with a line through them at ``line`` and a dashed one at ``dashed``, where that is in sight."""
+    """Rows about a line, and a dashed line where that is in sight."""
 
     title: str
     rows: Sequence[Row]
@@ -75,13 +80,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; ``faint`` are the curves that it is the mean of, ``dots`` are points of it that matter."""
+    """A curve; ``faint`` are the curves that it is the mean of."""
 
     style: int
     name: str
     points: Sequence[tuple[float, float]]
     faint: Sequence[Sequence[tuple[float, float]]] = ()
-    dots: Sequence[tuple[float, float]] = ()
     dashed: bool = False
 
 
@@ -90,32 +94,22 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
     """Panels of dots with their intervals; a hollow dot has none. With a caption, the panels have their titles."""
     columns = min(3, len(panels))
     down = math.ceil(len(panels) / columns)
-    caption = textwrap.fill(caption, 55 * columns)
-    height = (0.6 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
-    size = WIDTH * columns, height * down + 0.25 * len(caption.splitlines())
-    figure = Figure(size, layout=ConstrainedLayoutEngine(w_pad=0.12 if caption else 0.04))
-    figure.supxlabel(caption, color=DIM)
+    height = (0.7 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
+    figure = Figure((WIDTH * columns, height * down), layout=ConstrainedLayoutEngine(w_pad=0.12 if caption else 0.04))
+    figure.supxlabel(textwrap.fill(caption, 55 * columns), color=DIM)
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(down, columns, number)
-        low, high = _limits(panel.rows, panel.line)
-        axes.set(xlim=(low, high), ylim=(len(panel.rows) - 0.5, -0.65), yticks=[])
+        axes.set(xlim=_limits(panel.rows, panel.line), ylim=(len(panel.rows) - 0.5, -0.65), yticks=[])
         axes.set_title(panel.title if caption else "", fontweight="bold")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.locator_params(axis="x", nbins=5)
         axes.axvline(panel.line, color=DIM, linewidth=1)
-        if panel.dashed is not None and low <= panel.dashed <= high:
+        if panel.dashed is not None:
             axes.axvline(panel.dashed, color=INK, linewidth=1, linestyle="--")
         for place, row in enumerate(panel.rows):
-            look = _look(row.style)
-            if row.low is None or row.high is None:
-                look["markerfacecolor"] = CARD
-            else:
-                ends, seen = [max(low, row.low), min(high, row.high)], [low <= row.low, row.high <= high]
-                cap: dict[str, Any] = {"marker": "|", "markevery": seen, "markersize": 9, "markeredgewidth": 2}
-                axes.plot(ends, [place, place], color=look["color"], linewidth=2, **cap)
-            axes.plot(row.mean, place, **look)
+            axes.errorbar(row.mean, place, xerr=_error(row), **_look(row.style, hollow=row.low is None))
             box = {"facecolor": CARD, "linewidth": 0, "pad": 1}  # words stay legible where a line crosses them
             above: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom", "bbox": box}
-            axes.text(0, place - 0.2, _short(row.name), **above)
+            axes.text(0, place - 0.2, row.name if len(row.name) < 25 else f"{row.name[:12]}…{row.name[-11:]}", **above)
             axes.text(1, place - 0.2, row.text, ha="right", **above)
     return figure
 
@@ -123,17 +117,13 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
 @matplotlib.rc_context(STYLE)
 def lines(curves: Sequence[Line], x_label: str, y_label: str, log: bool = False) -> Figure:
     """Curves; ``log`` is of the horizontal axis."""
-    figure, axes, handles = _new(x_label, y_label)
+    figure, axes, legend = _new(x_label, y_label)
     for curve in curves:
-        look = _look(curve.style)
+        look, dash = _look(curve.style), "--" if curve.dashed else "-"
         for points in curve.faint:
             axes.plot(*zip(*points, strict=True), color=look["color"], alpha=0.35, linewidth=1)
-        dash = "--" if curve.dashed else "-"
-        (line,) = axes.plot(*zip(*curve.points, strict=True), dash, **look, linewidth=2, markevery=[-1])
-        handles[curve.name] = line
-        for x, y in curve.dots:
-            axes.plot(x, y, **look | {"markersize": 9})
-    return _finished(figure, axes, handles, log)
+        (legend[curve.name],) = axes.plot(*zip(*curve.points, strict=True), dash, **look, markevery=[-1])
+    return _finished(figure, axes, legend, log)
 
 
 @matplotlib.rc_context(STYLE)
@@ -142,72 +132,67 @@ def scatter(rows: Sequence[Row], costs: Sequence[tuple[float, float]], x_label: 
 
     Of rows of equal cost each stands a little to the right of the last, so that all intervals can be seen.
     """
-    figure, axes, handles = _new(x_label, y_label)
-    low, high = axes.set_ylim(*_limits(rows))
-    edge = max(map(max, costs)) / CHEAPER
+    figure, axes, legend = _new(x_label, y_label)
+    known = [cost for pair in costs for cost in pair]
+    edge = 0.85 * min(cost for cost in known if cost * CHEAPER > max(known))
     for number, (row, (full, training)) in enumerate(zip(rows, costs, strict=True)):
-        look = _look(row.style)
         x = max(edge, full) * 1.03 ** costs[:number].count((full, training))
-        if row.low is not None and row.high is not None:
-            axes.plot([x, x], [max(low, row.low), min(high, row.high)], color=look["color"], linewidth=2)
         if training < full:
-            axes.plot([max(edge, training), x], [row.mean] * 2, ":", color=look["color"])
-            axes.plot(max(edge, training), row.mean, **look | {"markerfacecolor": CARD})
-        (handles[row.name],) = axes.plot(x, row.mean, **look, linestyle="")
-    return _finished(figure, axes, handles, log=True)
+            axes.plot([max(edge, training), x], [row.mean] * 2, ":", **_look(row.style, hollow=True))
+        legend[row.name] = axes.errorbar(x, row.mean, yerr=_error(row), linestyle="", **_look(row.style))
+    axes.set_ylim(*_limits(rows))
+    return _finished(figure, axes, legend, log=True)
 
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def bars(labels: Sequence[str], series: Series, x_label: str) -> Figure:
     """A group of level bars for each label, a bar for each series, each with its value."""
     thick = 0.84 / len(series)
-    figure, axes, handles = _new(x_label, height=0.6 + 0.24 * len(labels) * max(1.3, len(series)))
+    figure, axes, legend = _new(x_label, height=0.6 + 0.24 * len(labels) * max(1.3, len(series)))
     for style, (name, values) in enumerate(series.items()):
         for place, value in enumerate(values):
             if value is not None:
                 y = place + thick * (style + 0.5) - 0.42
-                handles[name] = axes.barh(y, value, 0.9 * thick, color=COLOURS[style], alpha=0.7)
+                legend[name] = axes.barh(y, value, 0.9 * thick, color=COLOURS[style], alpha=0.7)
                 axes.annotate(f"{value:.2f}", (value, y), (3, 0), textcoords="offset points", va="center_baseline")
     axes.set_yticks(range(len(labels)), labels, color=INK)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    return _finished(figure, axes, handles)
+    return _finished(figure, axes, legend)
 
 
 @matplotlib.rc_context(STYLE)
 def histogram(edges: Sequence[float], series: Series, x_label: str, y_label: str) -> Figure:
     """Percents by bins: an area for the first series, a line over it for the second; nothing for one without bins."""
-    figure, axes, handles = _new(x_label, y_label)
+    figure, axes, legend = _new(x_label, y_label)
     for style, (name, values) in enumerate(series.items()):
         if values:
             look: dict[str, Any] = {"linewidth": 2, "baseline": None} if style else {"fill": True, "alpha": 0.7}
             percents = [100 * (value or 0) for value in values]
-            handles[name] = axes.stairs(percents, edges, color=COLOURS[style], **look)
+            legend[name] = axes.stairs(percents, edges, color=COLOURS[style], **look)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
-    return _finished(figure, axes, handles)
+    return _finished(figure, axes, legend)
 
 
 @matplotlib.rc_context(STYLE)
 def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: str, y_label: str) -> Figure:
     """Shares at places (x, y) of two like axes as squares of that area, with the diagonal."""
-    figure, axes, handles = _new(x_label, y_label, height=4.6)
+    figure, axes, legend = _new(x_label, y_label, height=4.6)
     x, y, shares = zip(*squares, strict=True)
     axes.scatter(x, y, [150 * share / max(shares) for share in shares], color=COLOURS[0], marker="s", linewidths=0)
     axes.plot([0, end], [0, end], "--", color=DIM, linewidth=1)
     axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
-    return _finished(figure, axes, handles)
+    return _finished(figure, axes, legend)
 
 
 @matplotlib.rc_context(STYLE)
 def svg(figure: Figure, label: str) -> str:
     """The figure as an element of a page: words as text, colours as CSS variables; the same bytes each time."""
-    for artist in figure.findobj():
-        artist.set_clip_on(False)  # nothing sticks out, and clip paths would need addresses
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # elements with equal ids are equal
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"\n\s*", " ", buffer.getvalue())
     text = re.sub(r"^.*?</defs>", "", text)  # the head: sizes, metadata, a style that would apply to the whole page
-    text = re.sub(r"<[^>]*>", _themed, text)
+    text = re.sub(r"<[^>]*>", lambda tag: _themed(tag[0]), text)
     width, height = (72 * inches for inches in figure.get_size_inches())
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{text}'
 
@@ -223,10 +208,12 @@ def png(figure: Figure) -> bytes:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _themed(tag: re.Match[str]) -> str:
+def _themed(tag: str) -> str:
     """A tag with variables for colours, without fonts and without ids that another figure has too."""
-    text = re.sub(r' id="[\w.]*_\d+"| font-family: [^;"]*;', "", tag[0].replace("xlink:href", "href"))
-    return re.sub(r"#[0-9a-f]{6}\b", lambda colour: VARIABLES.get(colour[0], colour[0]), text)
+    tag = re.sub(r' id="[\w.]*_\d+"| font-family: [^;"]*;', "", tag.replace("xlink:href", "href"))
+    for name, colour in LIGHT.items():
+        tag = tag.replace(colour, f"var(--{name})")
+    return tag
 
 
 def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, Axes, dict[str, Any]]:
@@ -238,7 +225,7 @@ def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, 
     return figure, axes, {}
 
 
-def _finished(figure: Figure, axes: Axes, handles: dict[str, Any], log: bool = False) -> Figure:
+def _finished(figure: Figure, axes: Axes, legend: dict[str, Any], log: bool = False) -> Figure:
     """The figure with few ticks, and with a legend below where there is more than one name."""
     if log:
         axes.set_xscale("log")
@@ -251,12 +238,12 @@ def _finished(figure: Figure, axes: Axes, handles: dict[str, Any], log: bool = F
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_view_interval()[1] >= 10_000:
             axis.set_major_formatter(EngFormatter())
-    if len(handles) > 1:
-        names = [textwrap.fill(name, 42) for name in handles]
+    if len(legend) > 1:
+        names = [textwrap.fill(name, 42) for name in legend]
         columns = max(1, min(3, 340 // (7 * max(map(len, names)) + 40)))
         height = 0.24 * sum(len(name.splitlines()) for name in names[::columns])
         figure.set_figheight(figure.get_figheight() + height)
-        figure.legend(list(handles.values()), names, loc="outside lower left", ncols=columns)
+        figure.legend(list(legend.values()), names, loc="outside lower left", ncols=columns)
     return figure
 
 
@@ -270,10 +257,11 @@ def _limits(rows: Sequence[Row], *others: float) -> tuple[float, float]:
     return min(ends) - margin, max(ends) + margin
 
 
-def _look(style: int) -> dict[str, Any]:
-    return {"color": COLOURS[style % len(COLOURS)], "marker": MARKERS[style % len(MARKERS)]}
+def _error(row: Row) -> list[list[float]] | None:
+    """How far the interval reaches to both sides of the mean."""
+    return None if row.low is None or row.high is None else [[row.mean - row.low], [row.high - row.mean]]
 
 
-def _short(name: str) -> str:
-    """A name that fits beside its numbers: of a longer one, its ends tell more than its start."""
-    return name if len(name) <= 24 else f"{name[:12]}…{name[-11:]}"
+def _look(style: int, hollow: bool = False) -> dict[str, Any]:
+    colour = COLOURS[style % len(COLOURS)]
+    return {"color": colour, "marker": MARKERS[style % len(MARKERS)], "markerfacecolor": CARD if hollow else colour}
