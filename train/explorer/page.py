@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import polars as pl
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
@@ -21,8 +19,6 @@ from train.explorer.summary import mask_words
 
 HERE = Path(__file__).parent
 BIN, WIDE_BIN = 0.25, 0.5  # nats, of a distribution and of the density of two sources
-
-Draw = Callable[[list[Source], str], Figure]  # a figure of a measure
 
 
 def render(
@@ -40,24 +36,23 @@ def render(
     low, high = min(spread["low"] for spread in spreads), max(spread["high"] for spread in spreads)
     high = max(high, low + 0.5)
     names = [source.name for source in sources]
-    data = {"sources": names, "tokens": [asdict(token) for text in texts for token in text]}
     return pages.render(
         HERE / "page.html",
         (HERE / "page.js").read_text(encoding="utf-8"),
         names=names,
-        most=math.log(sources[0].manifest.vocab_size),
-        vocabulary=sources[0].manifest.vocab_size,
+        vocab_size=sources[0].manifest.vocab_size,
+        log_vocab_size=math.log(sources[0].manifest.vocab_size),
         summary=summary,
         mask=mask_words(mask),
         texts=texts,
+        data={"sources": names, "tokens": [asdict(token) for text in texts for token in text]},
         low=low,
         high=high,
         look=partial(look, low=low, high=high),
-        data=Markup(json.dumps(data).replace("<", "\\u003c")),  # or a token could end the element
-        distribution=by_measure(sources, distribution),
-        frequency=by_measure(sources, partial(bars, statistics.by_frequency)),
-        part=by_measure(sources, partial(bars, statistics.by_part)) if sources[0].frame["part"].count() else {},
-        position=by_measure(sources, curves),
+        distribution=by_measure(distribution, sources),
+        frequency=by_measure(partial(bars, statistics.by_frequency), sources),
+        part=by_measure(partial(bars, statistics.by_part), sources) if sources[0].frame["part"].count() else {},
+        position=by_measure(curves, sources),
         two=two_sources(*sources) if len(sources) > 1 else {},
     )
 
@@ -70,17 +65,17 @@ def look(token: Token, low: float, high: float) -> tuple[str, str]:
             style.append(f"--{view}:{min(1.0, max(0.0, (entropy - low) / (high - low))):.2f}")
         if seen is not None:
             classes.append(f"m{view}")
-    if len(token.entropy) > 1 and token.entropy[0] is not None and token.entropy[1] is not None:
-        rise = token.entropy[1] - token.entropy[0]
-        style.append(f"--d:{min(1.0, 2 * abs(rise) / (high - low)):.2f}")
-        classes += ["less"] if rise < 0 else []
+    first, second = token.entropy if len(token.entropy) > 1 else (None, None)
+    if first is not None and second is not None:
+        style.append(f"--d:{min(1.0, 2 * abs(second - first) / (high - low)):.2f}")
+        classes += ["less"] if second < first else []
     return " ".join(classes), ";".join(style)
 
 
-def by_measure(sources: list[Source], draw: Draw) -> dict[str, Figure]:
+def by_measure(draw: Callable[[list[Source], str], Figure], sources: list[Source]) -> dict[str, Figure]:
     """A figure for each measure that a source has at all: kept self-scores have no surprisals."""
-    measures = [m for m in statistics.MEASURES if any(source.frame[m].count() for source in sources)]
-    return {measure: draw(sources, measure) for measure in measures}
+    known = [name for name in statistics.MEASURES if any(source.frame[name].count() for source in sources)]
+    return {measure: draw(sources, measure) for measure in known}
 
 
 def distribution(sources: list[Source], measure: str) -> Figure:
@@ -90,7 +85,7 @@ def distribution(sources: list[Source], measure: str) -> Figure:
 
 
 def bars(by: Callable[[pl.DataFrame], pl.DataFrame], sources: list[Source], measure: str) -> Figure:
-    means = [by(source.frame).with_columns(pl.col("label").cast(pl.String)) for source in sources]
+    means = [by(source.frame) for source in sources]
     groups = dict(max(means, key=len).select("label", "share").iter_rows())
     values = [dict(each.select("label", measure).iter_rows()) for each in means]
     series = {source.name: [own.get(name) for name in groups] for source, own in zip(sources, values, strict=True)}
@@ -98,11 +93,9 @@ def bars(by: Callable[[pl.DataFrame], pl.DataFrame], sources: list[Source], meas
 
 
 def curves(sources: list[Source], measure: str) -> Figure:
-    drawn = []
-    for style, source in enumerate(sources):
-        points = statistics.by_position(source.frame).select("label", measure).drop_nulls().rows()
-        drawn += [figures.Line(style, source.name, points)] if points else []
-    figure = figures.lines(drawn, "position in the sequence", "mean, nats")
+    points = [statistics.by_position(source.frame).select("label", measure).drop_nulls().rows() for source in sources]
+    lines = [figures.Line(style, source.name, points[style]) for style, source in enumerate(sources) if points[style]]
+    figure = figures.lines(lines, "position in the sequence", "mean, nats")
     figure.axes[0].set_ylim(bottom=0)
     return figure
 
@@ -112,10 +105,10 @@ def two_sources(first: Source, second: Source) -> dict[str, Figure]:
     bins = round(math.log(first.manifest.vocab_size) / WIDE_BIN) + 1
     joint = statistics.joint(first.frame, second.frame, WIDE_BIN, bins)
     squares = [(WIDE_BIN * (x + 0.5), WIDE_BIN * (y + 0.5), share) for x, y, share in joint.iter_rows()]
-    names = f"{first.name}, nats", f"{second.name}, nats"
     agreement = statistics.agreement(first.frame, second.frame)
     shares = statistics.histogram(agreement, "correlation", 0.1, 20, start=-1.0)
     edges = [edge / 10 for edge in range(-10, 11)]
+    names = f"{first.name}, nats", f"{second.name}, nats"
     return {
         "entropy by both": figures.density(squares, WIDE_BIN * bins, *names),
         "rank correlation": figures.histogram(edges, {"": shares}, "within a sequence", "% of sequences"),
