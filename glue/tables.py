@@ -153,8 +153,10 @@ def difference_table(table: dict[str, Any]) -> Table:
 def set_apart_table(table: dict[str, Any]) -> Table:
     """How each regime was pretrained otherwise than the baseline."""
     unknown = ["not known: not both were pretrained by train/run.py"]
-    flags = {name: unknown if flags is None else flags or ["nothing"] for name, flags in table["set_apart"].items()}
-    rows = [[name, "; ".join(each)] for name, each in flags.items()]
+    rows = [
+        [name, "; ".join(unknown if flags is None else flags or ["nothing"])]
+        for name, flags in table["set_apart"].items()
+    ]
     note = "As the summaries of the models say; seeds apart. What is not named is the same on both sides."
     return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, [note], words=True)
 

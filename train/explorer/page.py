@@ -87,7 +87,7 @@ def distribution(sources: list[Source], measure: str) -> Figure:
 def bars(by: Callable[[pl.DataFrame], pl.DataFrame], sources: list[Source], measure: str) -> Figure:
     means = [by(source.frame) for source in sources]
     groups = dict(max(means, key=len).select("label", "share").iter_rows())
-    values = [dict(each.select("label", measure).iter_rows()) for each in means]
+    values = [dict(table.select("label", measure).iter_rows()) for table in means]
     series = {source.name: [own.get(name) for name in groups] for source, own in zip(sources, values, strict=True)}
     return figures.bars([f"{name} ({share:.0%})" for name, share in groups.items()], series, "mean, nats")
 

@@ -109,10 +109,9 @@ def read(manifest: Manifest, pick: Pick, policy: Policy, top_k: bool = False) ->
     batch = to_tensors({name: array for name, array in columns.items() if not name.startswith("topk")})
     masked = policy.masker(batch | {"epoch": torch.zeros(len(rows_N), dtype=torch.long)}, policy.mask)
     N, L = batch["input_ids"].shape
-    places_NK = masked["positions_BP"].where(
-        masked["positions_BP"] != IGNORED, L
-    )  # those of no position behind the end
-    masked_NL = torch.zeros(N, L + 1, dtype=torch.bool).scatter_(1, places_NK, True)[:, :-1]
+    positions_NK = masked["positions_BP"]
+    places_NK = positions_NK.where(positions_NK != IGNORED, L)  # a column that is cut off
+    masked_NL = torch.zeros(N, L + 1, dtype=torch.bool).scatter_(1, places_NK, True)[:, :L]
     return columns | {"masked": masked_NL.numpy(), "student_ids": masked["input_ids"].numpy()}
 
 
@@ -133,20 +132,20 @@ def text(pick: Pick, sources: list[Source], policy: Policy, label: Label) -> lis
     for position, token in enumerate(reads[0]["input_ids"][0].tolist()):
         if token == policy.masker.pad_id:
             continue
-        columns = [{name: array[0, position] for name, array in each.items() if array.ndim > 1} for each in reads]
+        rows = [{name: columns[name][0, position] for name in columns if name != "sequence_id"} for columns in reads]
         words, name = label(token)
-        entropy, surprisal = ([known(each[measure]) for each in columns] for measure in MEASURES)
-        seen = [label(int(each["student_ids"]))[1] if each["masked"] else None for each in columns]
-        top = [top_of(each, label) for each in columns]
+        entropy, surprisal = ([known(row[measure]) for row in rows] for measure in MEASURES)
+        seen = [label(int(row["student_ids"]))[1] if row["masked"] else None for row in rows]
+        top = [top_of(row, label) for row in rows]
         shown.append(Token(words, name, token in special, name != words, entropy, surprisal, seen, top))
     return shown
 
 
-def top_of(columns: dict[str, np.ndarray], label: Label) -> list[tuple[str, float]]:
-    if "topk_ids" not in columns or np.isnan(columns["topk_logprobs"]).any():
+def top_of(row: dict[str, np.ndarray], label: Label) -> list[tuple[str, float]]:
+    if "topk_ids" not in row or np.isnan(row["topk_logprobs"]).any():
         return []
-    p_K = np.exp(columns["topk_logprobs"].astype(np.float64)).round(4)
-    pairs = zip(columns["topk_ids"].tolist(), p_K.tolist(), strict=True)
+    p_K = np.exp(row["topk_logprobs"].astype(np.float64)).round(4)
+    pairs = zip(row["topk_ids"].tolist(), p_K.tolist(), strict=True)
     return [(label(token)[1], p) for token, p in pairs][:MOST_PREDICTIONS]
 
 
