@@ -27,26 +27,28 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from glue import tables
-from glue.chart import draw
 from glue.costs import break_evens, cost, number
-from glue.intervals import Estimate, Scores, estimate, paired_difference, seed_means
-from glue.metrics import AVERAGES, IncompleteAverage, average, require_tasks, tasks_of
-from glue.page import page
+from glue.intervals import Scores, estimate, paired_difference, seed_means
+from glue.metrics import AVERAGES, IncompleteAverage, averages_by_seed, require_tasks, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tasks import TASKS, ZERO_SHOT
+
+Row = dict[str, dict[str, Any]]  # what is compared, by regime: its estimate, with the difference to the baseline
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    from glue import report  # after --help: matplotlib is slow to import
+
     regimes = read_regimes(args.regimes)
     table = compare(regimes, args.baseline, args.average, teacher_flops(args.teacher))
-    curves = {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
+    summaries = {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
     markdown = tables.to_markdown(table)
     files = {
         "table.md": markdown.encode(),
         "table.csv": tables.to_csv(table).encode(),
-        "page.html": page(table, curves).encode(),
-        "chart.png": draw(table),
+        "page.html": report.page(table, summaries).encode(),
+        "chart.png": report.chart(table),
     }
     storage.write_json(storage.join(args.output, "table.json"), table)
     for name, data in files.items():
@@ -60,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="glue/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime, and a directory of glue/run.py a seed of it")
+    add("regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime, and a directory of glue/run.py for each seed")
     add("--output", required=True, help="directory of the comparison")
     add("--baseline", metavar="NAME", help="regime that the others are compared with (default: the first)")
     add("--average", action="append", choices=AVERAGES, default=[], help="must be computed; the first is plotted")
@@ -78,10 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def teacher_flops(directory: str | None) -> float | None:
-    """What training the teacher took, scores that it read itself included; None if nobody asked.
+    """FLOPs of training the teacher, scores that it read itself included; None without a directory.
 
     Raises:
-        UsageError: it does not say.
+        UsageError: the directory does not say.
     """
     if directory is None:
         return None
@@ -106,13 +108,12 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         UsageError: a required average lacks tasks.
     """
     reference = regimes[baseline][0]
-    tasks = [task for task in TASKS if task in reference.results]
-    of_task = {task: next(iter(reference.results[task].values())) for task in tasks}
+    results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
     table: dict[str, Any] = {
-        "protocol": of_task[tasks[0]]["protocol"],
+        "protocol": next(iter(results.values()))["protocol"],
         "baseline": baseline,
         "regimes": list(regimes),
-        "runs": {name: [runs_of(run) for run in runs] for name, runs in regimes.items()},
+        "runs": {name: [sources(run) for run in runs] for name, runs in regimes.items()},
         "set_apart": {name: set_apart(runs[0], reference) for name, runs in regimes.items() if name != baseline},
         "averages": {},
         "not_computed": {},
@@ -121,16 +122,15 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     }
     for name in dict.fromkeys([*required, *AVERAGES]):
         try:
-            table["averages"][name] = cells(regimes, baseline, partial(averages, name))
-            count_collapsed(table["averages"][name], regimes, tasks_of(name))
+            row = compare_one(regimes, baseline, partial(averages, name))
+            table["averages"][name] = with_collapsed(row, regimes, tasks_of(name))
         except IncompleteAverage as error:
             if name in required:
                 raise UsageError(f"{error}; run what is missing, or leave out --average {name}") from None
-            if any(task in tasks for task in tasks_of(name)):
+            if any(task in results for task in tasks_of(name)):
                 table["not_computed"][name] = str(error)
-    for task, result in of_task.items():
-        row = cells(regimes, baseline, partial(scores, task))
-        count_collapsed(row, regimes, [task])
+    for task, result in results.items():
+        row = with_collapsed(compare_one(regimes, baseline, partial(scores, task)), regimes, [task])
         kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "overlap", "constant_score")}
         how = {"zero_shot": result["settings"]} if task in ZERO_SHOT else {}
         table["tasks"][task] = kept | how | {"scores": row}
@@ -146,7 +146,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     return table
 
 
-def runs_of(run: Run) -> dict[str, Any]:
+def sources(run: Run) -> dict[str, Any]:
     seeds = {task: sorted(results) for task, results in run.results.items()}
     return {"directory": run.directory, "pretraining_seed": run.seed, "fine_tuning_seeds": seeds}
 
@@ -159,50 +159,50 @@ def scores(task: str, run: Run) -> dict[int, float]:
 def averages(name: str, run: Run) -> dict[int, float]:
     """A named average of one model, by the fine-tuning seeds that all of its tasks have."""
     require_tasks(name, run.results)
-    own = {task: run.results[task] for task in tasks_of(name)}
-    seeds = set.intersection(*(set(by_seed) for by_seed in own.values()))
-    if not seeds:
-        raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
-    return {seed: average(name, {task: by[seed]["metrics"] for task, by in own.items()}) for seed in sorted(seeds)}
+    metrics = {task: {seed: result["metrics"] for seed, result in by.items()} for task, by in run.results.items()}
+    if by_seed := averages_by_seed(name, metrics):
+        return by_seed
+    raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
 
 
-def count_collapsed(row: dict[str, dict[str, Any]], regimes: Regimes, tasks: Iterable[str]) -> None:
-    """Add to each cell how many of its fine-tunings say the same of every row."""
-    for name, runs in regimes.items():
-        found = [each for run in runs for task in tasks for each in run.results[task].values()]
-        row[name]["collapsed"] = sum(each["collapsed"] for each in found)
-
-
-def losses(regimes: Regimes, baseline: str) -> dict[str, dict[str, Any]] | None:
+def losses(regimes: Regimes, baseline: str) -> Row | None:
     """The held-out loss of pretraining, in nats; None unless every summary has one, all on the same text."""
-    trained = [run.training or {} for runs in regimes.values() for run in runs]
-    if None in [number(each.get("eval_loss")) for each in trained] or len(set(map(evaluated_on, trained))) > 1:
+    summaries = [run.training or {} for runs in regimes.values() for run in runs]
+    known = all(number(summary.get("eval_loss")) is not None for summary in summaries)
+    if not known or len(set(map(evaluated_on, summaries))) > 1:
         return None
-    return cells(regimes, baseline, lambda run: {0: float((run.training or {})["eval_loss"])})
+    return compare_one(regimes, baseline, lambda run: {0: float((run.training or {})["eval_loss"])})
 
 
-def cells(regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]]) -> dict[str, dict[str, Any]]:
-    """A row of the table: for each regime what it scores, and by how much it differs from the baseline.
+def with_collapsed(row: Row, regimes: Regimes, tasks: Iterable[str]) -> Row:
+    """Add to each regime how many of its fine-tunings predict the same for every row."""
+    for name, runs in regimes.items():
+        results = [result for run in runs for task in tasks for result in run.results[task].values()]
+        row[name]["collapsed"] = sum(result["collapsed"] for result in results)
+    return row
+
+
+def compare_one(regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]]) -> Row:
+    """The estimates of one score, average or loss.
 
     Args:
-        value: what counts, by fine-tuning seed.
+        value: the score of a run, by fine-tuning seed.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
-    row = {name: cell(found) for name, found in by_regime.items()}
-    for name, found in by_regime.items():
-        difference = None if name == baseline else paired_difference(found, by_regime[baseline])
+    row = {name: estimated(values) for name, values in by_regime.items()}
+    for name, values in by_regime.items():
+        difference = None if name == baseline else paired_difference(values, by_regime[baseline])
         row[name]["difference"] = difference and asdict(difference)
     return row
 
 
-def cell(found: Scores) -> dict[str, Any]:
+def estimated(values: Scores) -> dict[str, Any]:
     """Mean, deviation and interval over pretraining seeds; and the deviation that fine-tuning seeds alone make."""
-    means = seed_means(found)
-    estimated: Estimate = estimate(list(means.values()))
-    variances = [statistics.variance(by.values()) for by in found.values() if len(by) > 1]
-    return asdict(estimated) | {
+    means = seed_means(values)
+    variances = [statistics.variance(by.values()) for by in values.values() if len(by) > 1]
+    return asdict(estimate(list(means.values()))) | {
         "values": {str(seed): mean for seed, mean in means.items()},
-        "fine_tuning_seeds": min(len(by) for by in found.values()),
+        "fine_tuning_seeds": min(len(by) for by in values.values()),
         "fine_tuning_sd": statistics.fmean(variances) ** 0.5 if variances else None,
     }
 

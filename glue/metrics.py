@@ -6,15 +6,13 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda labels, predictions: accuracy_score(labels, predictions),
-    "f1": lambda labels, predictions: f1_score(labels, predictions, zero_division=0),
-    "matthews": lambda labels, predictions: matthews_corrcoef(labels, predictions),
-    "pearson": lambda labels, predictions: _correlation(stats.pearsonr, labels, predictions),
-    "spearman": lambda labels, predictions: _correlation(stats.spearmanr, labels, predictions),
+    "accuracy": lambda labels, predictions: _of_sklearn("accuracy_score", labels, predictions),
+    "f1": lambda labels, predictions: _of_sklearn("f1_score", labels, predictions, zero_division=0),
+    "matthews": lambda labels, predictions: _of_sklearn("matthews_corrcoef", labels, predictions),
+    "pearson": lambda labels, predictions: _correlation("pearsonr", labels, predictions),
+    "spearman": lambda labels, predictions: _correlation("spearmanr", labels, predictions),
 }
 
 # Averages differ between papers, hence names. A part is a task, scored by the mean of its metrics, or task:metric.
@@ -113,9 +111,17 @@ def averages_by_seed(name: str, results: Mapping[str, Mapping[int, Mapping[str, 
     return {seed: average(name, {task: results[task][seed] for task in tasks_of(name)}) for seed in shared}
 
 
-def _correlation(function: Callable[..., tuple[float, float]], labels: np.ndarray, predictions: np.ndarray) -> float:
+def _of_sklearn(name: str, labels: np.ndarray, predictions: np.ndarray, **options: int) -> float:
+    from sklearn import metrics  # slow to import, and a comparison computes none
+
+    return float(getattr(metrics, name)(labels, predictions, **options))
+
+
+def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    from scipy import stats  # slow to import
+
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nearly constant predictions give a nan, which counts as no correlation
-        return float(np.nan_to_num(function(labels, predictions)[0]))
+        return float(np.nan_to_num(getattr(stats, name)(labels, predictions)[0]))

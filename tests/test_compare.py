@@ -21,6 +21,7 @@ from scipy import stats
 
 import glue.compare
 from entropy_masking.errors import UsageError
+from glue import report
 from glue.tasks import GLUE
 
 COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
@@ -164,28 +165,81 @@ def svgs(text: str) -> list[ElementTree.Element]:
     return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg .*?</svg>", text, re.S)]
 
 
+def words(svg: ElementTree.Element) -> list[str]:
+    return [text.text or "" for text in svg.iter("text")]
+
+
 def test_the_page_stands_alone_and_shows_it_all(compared: Path) -> None:
     text = (compared / "page.html").read_text()
-    page = Page(text)
+    page, table = Page(text), json.loads((compared / "table.json").read_text())
     assert page.open == [] and not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert "http" not in text and "url(" not in text and "prefers-color-scheme:dark" in text and "viewport" in text
-    for words in ("What is gained", "Scores, task by task", "Quality against cost", "When offline scores pay"):
-        assert words in page.text
+    assert "default-src 'none'" in text and "script-src" not in text, "the browser refuses the rest"
+    assert not re.search(r"https?:|//|url\((?!#)|@import|\ssrc=|href=\"(?!#)", text)
+    assert "prefers-color-scheme:dark" in text and "viewport" in text
+    for title in ("What is gained", "Scores, task by task", "Quality against cost", "When offline scores pay"):
+        assert title in page.text
     for panel in ("at equal steps", "at equal seconds", "scoring included"):
         assert f"training loss {panel}" in page.text
     # differences; an average and six tasks; quality against cost; break-even; three of curves
     found = svgs(text)
     assert len(found) == 1 + 7 + 1 + 1 + 3
-    assert len(found[0].findall(".//circle")) == 3 and len(found[0].findall(".//circle[@class='hollow']")) == 1
-    assert len(found[0].findall(".//line[@class='whisker']")) == 2 * 3, "none for the anecdote"
-    assert all(re.search(r"n = \d", each.text or "") for each in found[1].findall(".//text[@class='value']"))
-    for each in found:
-        width, height = map(float, each.attrib["viewBox"].split()[2:])
-        for circle in each.findall(".//circle"):
-            assert 0 <= float(circle.attrib["cx"]) <= width and 0 <= float(circle.attrib["cy"]) <= height
-        for line in each.findall(".//polyline"):
-            places = [tuple(map(float, place.split(","))) for place in line.attrib["points"].split()]
-            assert len(places) > 1 and all(0 <= x <= width and 0 <= y <= height for x, y in places)
+    for name, svg in zip(table["averages"] | table["tasks"], found[1:], strict=False):
+        row = (table["averages"] | {task: each["scores"] for task, each in table["tasks"].items()})[name]
+        for regime in SEEDS:
+            at = words(svg).index(regime)
+            assert words(svg)[at + 1].startswith(f"{row[regime]['mean']:.1f}"), "its value beside its name"
+            assert words(svg)[at + 1].endswith(f"n = {len(SEEDS[regime])}")
+    for svg in found[8:]:
+        assert all(any(regime in word for word in words(svg)) for regime in SEEDS), "each is named in each legend"
+    for svg in found:
+        width, height = map(float, svg.attrib["viewBox"].split()[2:])
+        clips = [[float(rect.attrib[name]) for name in ("x", "y", "width", "height")] for rect in svg.iter("rect")]
+        places = [place for x, y, w, h in clips for place in ((x, y), (x + w, y + h))]
+        for parent in list(svg.iter()):
+            for child in [child for child in parent if "clip-path" in child.attrib]:
+                parent.remove(child)  # it ends at one of these rectangles
+        drawn = [path.attrib["d"] for path in svg.iter("path") if "id" not in path.attrib]
+        places += [tuple(map(float, pair)) for d in drawn for pair in re.findall(r"(-?[\d.]+) (-?[\d.]+)", d)]
+        places += [(float(mark.attrib["x"]), float(mark.attrib["y"])) for mark in (*svg.iter("use"), *svg.iter("text"))]
+        assert len(places) > 9 and all(-1 <= x <= width + 1 and -1 <= y <= height + 1 for x, y in places)
+    assert len(re.findall(r"#[0-9a-f]{6}\b", text.partition("</style>")[2])) == 0, "all colours are of the theme"
+
+
+def test_intervals_are_drawn_where_the_table_has_them(compared: Path) -> None:
+    """Of the differences: about zero, with two ends and a filled dot; without an interval a hollow dot."""
+    table = json.loads((compared / "table.json").read_text())
+    (axes,) = report.differences(table)["local6"].axes
+    assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2] == [[0, 0]]
+    low, high = axes.get_xlim()
+    for regime, (dot, ends, bars) in zip(("parquet", "parquet+kd", "self"), axes.containers, strict=True):
+        difference = table["averages"]["local6"][regime]["difference"]
+        interval = [difference["low"], difference["high"]]
+        assert list(dot.get_xdata()) == [difference["mean"]] and low < difference["mean"] < high
+        hollow = dot.get_markerfacecolor() != dot.get_color()
+        if regime == "self":
+            assert hollow and interval == [None, None] and not ends and not bars
+        else:
+            assert not hollow and low < interval[0] < interval[1] < high
+            assert [end.get_xdata()[0] for end in ends] == pytest.approx(interval)
+            assert [x for x, _ in bars[0].get_segments()[0]] == pytest.approx(interval)
+    assert len({(dot.get_marker(), dot.get_color()) for dot, *_ in axes.containers}) == 3
+
+
+def test_the_same_numbers_are_the_same_bytes(compared: Path, results: Path, tmp_path: Path) -> None:
+    names = [f"{regime}={results / regime / str(seed)}" for regime, seeds in SEEDS.items() for seed in seeds]
+    compare_here(tmp_path, *names)
+    for file in sorted(compared.iterdir()):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("module", ["glue.compare", "train.explore"])
+def test_help_does_not_wait_for_what_draws(module: str) -> None:
+    lines = [
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; import {module}",
+        f"try: {module}.main(['--help'])",
+        "except SystemExit: print('matplotlib' in sys.modules)",
+    ]
+    assert run(sys.executable, "-c", "\n".join(lines)).endswith("False\n")
 
 
 def test_the_training_of_the_teacher_is_shown_with_and_without(results: Path, tmp_path: Path) -> None:
@@ -205,11 +259,14 @@ def test_names_are_text_and_the_baseline_is_a_choice(results: Path, tmp_path: Pa
     """Several directories by commas are as the name several times."""
     several = ",".join(str(results / "parquet" / str(seed)) for seed in SEEDS["parquet"])
     first = [f"<b>a & b</b>={several}", f"random={results / 'random' / '2'}", f"random={results / 'random' / '3'}"]
+    first += [f"_$x_1$ #0072b2={results / 'self' / '4'}"]
     table = compare_here(tmp_path, *first, "--baseline", "random")
     assert table["averages"]["local6"]["<b>a & b</b>"]["difference"]["n"] == 2
     text = (tmp_path / "page.html").read_text()
     assert "<b>a & b</b>" not in text and "<b>a & b</b>" in Page(text).text
     assert len(svgs(text)) == 1 + 7 + 1 + 1 + 3
+    for svg in svgs(text)[1:]:
+        assert {"<b>a & b</b>", "_$x_1$ #0072b2"} <= {name for word in words(svg) for name in word.split(", ")}
 
 
 def test_models_that_nobody_here_pretrained(tmp_path: Path) -> None:
@@ -256,8 +313,18 @@ def test_curves_that_may_be_compared_are_drawn_where_they_are(tmp_path: Path) ->
     text = (tmp_path / "out" / "page.html").read_text()
     assert "held-out loss at equal seconds" in text and "scoring included" not in text
     assert "rte not told apart from random: self +0.0 (all alike), n = 2" in Page(text).text
-    assert len(svgs(text)[-1].findall(".//polyline[@class='line']")) == 2
-    assert len(svgs(text)[-1].findall(".//polyline[@class='faint']")) == 4
+    (axes,) = curves(tmp_path, "at equal seconds", random="random", self="self").axes
+    assert sorted(line.get_alpha() or 1 for line in axes.lines) == [0.35] * 4 + [1, 1], "seeds are faint, means are not"
+    for line in axes.lines:
+        assert list(zip(*line.get_data(), strict=True)) == [(step * 1.5, 9 / step) for step in (1, 2, 3)]
+
+
+def curves(root: Path, panel: str, **regimes: str) -> Any:
+    """The figure of curves of the comparison in ``root``/out; summaries are read from each regime's results."""
+    table = json.loads((root / "out" / "table.json").read_text())
+    files = {name: (root / each).rglob("rte-seed1.json") for name, each in regimes.items()}
+    summaries = {name: [json.loads(file.read_text())["training"] for file in each] for name, each in files.items()}
+    return next(figure for heading, figure in report.curves(table, summaries).items() if panel in heading)
 
 
 def test_curves_of_a_longer_run_begin_where_the_others_do(tmp_path: Path) -> None:
@@ -269,13 +336,12 @@ def test_curves_of_a_longer_run_begin_where_the_others_do(tmp_path: Path) -> Non
         ]
         write_results(tmp_path / name, {"rte": {1: 0.6}}, summary("random", 1, steps=last, history=history))
     compare_here(tmp_path / "out", *(f"{name}={tmp_path / name}" for name in ("random", "longer")))
-    curves = svgs((tmp_path / "out" / "page.html").read_text())[-2]
-    points = [line.attrib["points"].split() for line in curves.findall(".//polyline[@class='line']")]
-    assert [len(each) for each in points] == [81, 100]
-    starts = [float(each[0].partition(",")[0]) for each in points]
-    assert starts[0] == pytest.approx(starts[1], abs=1), "both from step 20"
-    widths = [float(each[-1].partition(",")[0]) - start for each, start in zip(points, starts, strict=True)]
-    assert widths[0] / widths[1] == pytest.approx(np.log(100 / 20) / np.log(2000 / 20), rel=0.05)
+    (axes,) = curves(tmp_path, "at equal steps", random="random", longer="longer").axes
+    steps = [list(line.get_xdata()) for line in axes.lines]
+    assert [len(each) for each in steps] == [81, 100] and axes.get_xscale() == "log"
+    assert steps[0][0] == steps[1][0] == 20, "both from step 20"
+    low, high = axes.get_xlim()
+    assert low < 20 and high > 2000
 
 
 def test_losses_on_other_text_are_not_compared(tmp_path: Path) -> None:

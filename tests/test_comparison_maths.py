@@ -1,16 +1,20 @@
-"""What a comparison is computed with: intervals against scipy, costs by hand, axes of plots."""
+"""What a comparison is computed with: intervals against scipy, costs by hand, axes of figures."""
 
 from __future__ import annotations
 
 import statistics
-from xml.etree import ElementTree
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from made_results import LENGTH, SEQUENCES, TOKENS, summary
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
-from glue import costs, plots
+from entropy_masking.commands import figures
+from entropy_masking.commands.figures import Line, Panel, Row
+from glue import costs
 from glue.intervals import estimate, paired_difference, seed_means
 from glue.tables import amount
 
@@ -108,25 +112,47 @@ def test_when_offline_scores_pay() -> None:
     assert rows["parquet", "self"]["seconds"]["tokens"] is None, "self-masking took no longer"
 
 
-# --- plots -----------------------------------------------------------------------------------------------------------
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def ticks(figure: Any) -> list[Any]:
+    """Where the labels of the horizontal axis are, in pixels, from left to right."""
+    FigureCanvasAgg(figure).draw()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    shown = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return sorted((label.get_window_extent() for label in shown if label.get_text()), key=lambda box: box.x0)
+
+
+def apart(boxes: list[Any], room: float) -> bool:
+    return all(left.x1 + room <= right.x0 for left, right in pairwise(boxes))
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-1, 2), (0, 100), (3.9, 4.1), (1e9, 3e12), (52, 52.5)])
-@pytest.mark.parametrize("log", [False, True])
-def test_ticks_are_within_and_few(low: float, high: float, log: bool) -> None:
-    axis = plots.axis([low, high], 0, 100, log)
-    ticks = axis.ticks()
-    assert 1 <= len(ticks) <= 7 and all(-0.1 <= axis(tick) <= 100.1 for tick in ticks)
-    assert axis(high) > axis(max(low, 1e-3 if log and low <= 0 else low)) - 1e-9
+def test_ticks_are_few_and_have_room(low: float, high: float) -> None:
+    found = ticks(figures.lines([Line(0, "a", [(low, 1), (high, 2)])], "x", "y"))
+    assert 2 <= len(found) <= 10 and apart(found, 4)
+    rows = [Row(0, "a", low, None, None, ""), Row(1, "b", high, None, None, "")]
+    found = ticks(figures.intervals([Panel("", rows, low)]))
+    assert 2 <= len(found) <= 7 and apart(found, 4)
 
 
-def test_an_interval_that_is_too_wide_leaves_the_plot() -> None:
-    """It has no end there, and the others are seen."""
-    rows = [plots.Row(0, "a", 1.0, 0.0, 2.0, ""), plots.Row(1, "b", 2.0, -60.0, 64.0, "")]
-    svg = ElementTree.fromstring(plots.forest(rows))
-    narrow, wide = ([line.attrib for line in group.findall("line")] for group in svg.findall("g"))
-    assert len(narrow) == 3 and float(narrow[0]["x2"]) - float(narrow[0]["x1"]) > plots.WIDTH / 3
-    assert len(wide) == 1 and (float(wide[0]["x1"]), float(wide[0]["x2"])) == (8, plots.WIDTH - 12)
+@pytest.mark.parametrize("low, high", [(400, 9900), (6e9, 6e13), (1, 64), (9e12, 6e13), (1, 3), (1e-3, 1), (52, 53)])
+def test_ticks_of_an_axis_by_decades_have_room(low: float, high: float) -> None:
+    found = ticks(figures.lines([Line(0, "a", [(low, 1), (high, 2)])], "x", "y", log=True))
+    assert 1 <= len(found) <= 7 and apart(found, 4)
+
+
+def test_an_interval_that_is_too_wide_leaves_the_figure() -> None:
+    """It has no end there, and the others can be seen."""
+    rows = [Row(0, "a", 1.0, 0.0, 2.0, ""), Row(1, "b", 2.0, -60.0, 64.0, "")]
+    (axes,) = figures.intervals([Panel("", rows, 0.0)]).axes
+    low, high = axes.get_xlim()
+    (_, ends, narrow), (_, beyond, wide) = axes.containers
+    assert [x for x, _ in narrow[0].get_segments()[0]] == [0, 2] and (high - low) / 3 < 2
+    assert all(low < end.get_xdata()[0] < high for end in ends)
+    assert [x for x, _ in wide[0].get_segments()[0]] == [-60, 64] and wide[0].get_clip_on()
+    assert all(not low < end.get_xdata()[0] < high and end.get_clip_on() for end in beyond)
 
 
 def test_numbers_for_people() -> None:
@@ -135,29 +161,39 @@ def test_numbers_for_people() -> None:
     assert amount(512_000, exact=True) == "512,000"
 
 
-def test_labels_keep_their_order_and_a_distance() -> None:
-    heights = sorted(np.random.default_rng(0).uniform(60, 218, 12).tolist())
-    found = plots._apart(heights)
-    assert (np.diff(found) >= plots.LINE - 1e-9).all()
-    assert found[-1] < plots.BOTTOM and plots._apart([50.0, 100.0]) == [50.0, 100.0]
-    assert plots._apart([100.0, 101.0]) == [95.0, 106.0]
-    assert plots._apart([6.0] * 3)[0] > plots.LINE / 2, "below the top"
-    assert plots._apart([50.0, *[plots.BOTTOM - 1] * 3])[0] == 50.0, "the axis pushes up those above it, and no other"
-
-
-def test_ticks_of_an_axis_by_decades_have_room() -> None:
-    for low, high in ((400, 9900), (6e9, 6e13), (1, 64), (9e12, 6e13), (1, 3)):
-        axis = plots.axis([low, high], plots.LEFT, plots.RIGHT, log=True, margin=0)
-        assert min(np.diff([axis(tick) for tick in axis.ticks()])) > 35, (low, high)
+@pytest.mark.parametrize("length", [3, 20, 70])
+def test_names_of_curves_keep_their_order_and_a_distance(length: int) -> None:
+    names = [f"{number:02} {'word ' * (length // 5)}".strip() for number in range(12)]
+    curves = [Line(number, name, [(0, number), (1, number / 2)]) for number, name in enumerate(names)]
+    figure = figures.lines(curves, "x", "y")
+    FigureCanvasAgg(figure).draw()
+    texts = figure.legends[0].get_texts()
+    assert [text.get_text().replace("\n", " ") for text in texts] == names
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 for box in boxes), "within the figure"
+    assert all(box.y1 <= figure.axes[0].bbox.y0 for box in boxes), "below the axes"
+    assert not any(one.overlaps(two) for number, one in enumerate(boxes) for two in boxes[:number])
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == len(names), "no two look alike"
 
 
 def test_what_costs_next_to_nothing_leaves_room_for_the_rest() -> None:
     costs = {"a": 1e9, "b": 1e13, "c": 5e13}
-    points = [
-        plots.Point(plots.Row(style, name, style, None, None, ""), cost, cost)
-        for style, (name, cost) in enumerate(costs.items())
+    rows = [Row(style, name, style, None, None, "") for style, name in enumerate(costs)]
+    figure = figures.scatter(rows, [(cost, cost) for cost in costs.values()], "FLOPs", "local6")
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    places = [
+        axes.transAxes.inverted().transform(axes.transData.transform(line.get_xydata()[0]))
+        for line, *_ in axes.containers
     ]
-    svg = ElementTree.fromstring(plots.scatter(points, "FLOPs", "local6", str))
-    places = [float(circle.attrib["cx"]) for circle in svg.iter("circle")]
-    assert places[0] < places[1] and places[2] - places[1] > plots.WIDTH / 3
-    assert [text.text for text in svg.iter("text") if "number" in text.attrib["class"]] == ["3", "2", "1"]
+    across, up = zip(*places, strict=True)
+    assert 0 <= across[0] < across[1] and across[2] - across[1] > 1 / 3
+    assert list(up) == sorted(up) and [text.get_text() for text in figure.legends[0].get_texts()] == list(costs)
+
+
+def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page() -> None:
+    one, two = (figures.svg(figures.lines([Line(0, "a", [(1, 2), (3, 4)])], "x", "y"), "a line") for _ in range(2))
+    assert one == two and "var(--c0)" in one and ": #" not in one
+    one, two = (figures.png(figures.lines([Line(0, "a", [(1, 2), (3, 4)])], "x", "y")) for _ in range(2))
+    assert one == two

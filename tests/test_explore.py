@@ -27,7 +27,7 @@ from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows
-from train import sample, uncertainty
+from train.explorer import sample, statistics
 
 WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3", "--seed", "3"]
 
@@ -42,12 +42,12 @@ def made(seed: int) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     ids = np.random.default_rng(0).zipf(1.4, (N, L)).clip(1, V - 1)
     arrays = {"ids": ids, "masked": rng.random((N, L)) < 0.2}
-    for name in uncertainty.MEASURES:
+    for name in statistics.MEASURES:
         arrays[name] = rng.gamma(1.0, 2.0, (N, L)).astype(np.float16).astype(np.float32) + ids / 20
         arrays[name][:, 0] = np.nan
         arrays[name][3, 50:] = np.nan
-    scores = {name: arrays[name] for name in uncertainty.MEASURES}
-    return uncertainty.tokens(ids, scores, arrays["masked"], np.arange(V) >= 12, np.arange(V) % 9 == 4), arrays
+    scores = {name: arrays[name] for name in statistics.MEASURES}
+    return statistics.tokens(ids, scores, arrays["masked"], np.arange(V) >= 12, np.arange(V) % 9 == 4), arrays
 
 
 def by(found: pl.DataFrame, column: str = "label") -> dict[Any, dict[str, float]]:
@@ -59,24 +59,24 @@ def test_a_frames_statistics_are_those_of_its_arrays() -> None:
     ids, entropy = arrays["ids"], arrays["entropy"].astype(np.float64)
     scored = ~np.isnan(entropy)
 
-    found = uncertainty.spread(frame, "surprisal")
+    found = statistics.spread(frame, "surprisal")
     values = arrays["surprisal"][scored].astype(np.float64)
     expected = dict(zip(("low", "median", "high"), np.quantile(values, [0.1, 0.5, 0.9]), strict=True))
     assert found == pytest.approx(expected | {"mean": values.mean()})
-    assert uncertainty.spread(frame.with_columns(surprisal=pl.lit(None, pl.Float32)), "surprisal") == {}
+    assert statistics.spread(frame.with_columns(surprisal=pl.lit(None, pl.Float32)), "surprisal") == {}
 
-    shares = uncertainty.histogram(frame, "entropy", 0.5, 12)["share"].to_numpy()
+    shares = np.array(statistics.histogram(frame, "entropy", 0.5, 12))
     counts = np.histogram(entropy[scored].clip(0, 5.9), bins=12, range=(0, 6))[0]
     assert np.allclose(shares, counts / counts.sum()) and shares[-1] > 0
 
     def check(row: dict[str, float], where: np.ndarray) -> None:
         assert row["count"] == (where & scored).sum() and row["share"] == pytest.approx(row["count"] / scored.sum())
-        for name in uncertainty.MEASURES:
+        for name in statistics.MEASURES:
             assert row[name] == pytest.approx(arrays[name][where & scored].astype(np.float64).mean())
 
     counted = sorted(((np.sum((ids == t) & scored), -t) for t in range(V)), reverse=True)
     rank = {-t: place for place, (count, t) in enumerate(counted, 1) if count}
-    found = by(uncertainty.by_frequency(frame))
+    found = by(statistics.by_frequency(frame))
     assert list(found) == ["1–10", "11–30", "31–100"]
     for label, row in found.items():
         low, high = map(int, label.split("–"))
@@ -85,25 +85,25 @@ def test_a_frames_statistics_are_those_of_its_arrays() -> None:
     apart = ids % 9 == 4
     continues = (ids >= 12) & ~apart & ~np.pad(apart[:, :-1], ((0, 0), (1, 0)))
     followed = np.pad(continues[:, 1:], ((0, 0), (0, 1)))
-    found = by(uncertainty.by_piece(frame))
+    found = by(statistics.by_part(frame))
     check(found["continuation"], continues)
-    check(found["first piece"], ~continues & followed)
+    check(found["first token"], ~continues & followed)
     check(found["whole word"], ~continues & ~followed)
 
-    found = by(uncertainty.by_position(frame), "position")
-    assert len(found) <= uncertainty.MOST_POSITIONS and set(np.diff(list(found))) == {3}
+    found = by(statistics.by_position(frame))
+    assert len(found) <= statistics.MOST_POSITIONS and set(np.diff(list(found))) == {3}
     for start, row in found.items():
         check(row, (np.arange(L) // 3 == start // 3)[None].repeat(N, 0))
-    found = by(uncertainty.by_third(frame))
+    found = by(statistics.by_third(frame))
     check(found["last"], (np.arange(L) >= 100)[None].repeat(N, 0))
-    found = by(uncertainty.by_mask(frame))
+    found = by(statistics.by_mask(frame))
     check(found["masked"], arrays["masked"])
 
-    found = uncertainty.by_token(frame, 20)
+    found = statistics.by_token(frame, 20)
     assert found["entropy"].is_sorted(descending=True)
-    assert set(found["token"]) == {t for t in range(V) if np.sum((ids == t) & scored) >= 20}
+    assert set(found["label"]) == {t for t in range(V) if np.sum((ids == t) & scored) >= 20}
     for row in found.iter_rows(named=True):
-        check(row, ids == row["token"])
+        check(row, ids == row["label"])
 
 
 def test_two_frames_are_compared_where_both_are_scored() -> None:
@@ -111,7 +111,7 @@ def test_two_frames_are_compared_where_both_are_scored() -> None:
     b["entropy"][5, 20:] = b["entropy"][7] = np.nan
     second = second.with_columns(entropy=pl.Series(b["entropy"].ravel()).fill_nan(None))
     both = ~np.isnan(a["entropy"]) & ~np.isnan(b["entropy"])
-    found = by(uncertainty.agreement(first, second), "sequence")
+    found = by(statistics.agreement(first, second), "sequence")
     assert list(found) == list(range(N)) and found[7]["correlation"] is None
     for row in set(range(N)) - {7}:
         rho = spearmanr(a["entropy"][row][both[row]], b["entropy"][row][both[row]]).statistic
@@ -120,16 +120,16 @@ def test_two_frames_are_compared_where_both_are_scored() -> None:
 
     rises = {t: b["entropy"][both & (a["ids"] == t)] - a["entropy"][both & (a["ids"] == t)] for t in range(V)}
     expected = {t: rise.astype(np.float64).mean() for t, rise in rises.items() if len(rise) >= 20}
-    rose, fell = uncertainty.movements(first, second, 20)
+    rose, fell = statistics.movements(first, second, 20)
     moved = pl.concat([rose, fell])
-    assert dict(zip(moved["token"], moved["rise"], strict=True)) == pytest.approx(expected, abs=1e-6)
+    assert dict(zip(moved["label"], moved["rise"], strict=True)) == pytest.approx(expected, abs=1e-6)
     assert rose["rise"].is_sorted(descending=True) and rose["rise"].min() > 0  # type: ignore[operator]
     assert fell["rise"].is_sorted() and fell["rise"].max() < 0  # type: ignore[operator]
     higher = first.with_columns(pl.col("entropy") + 1)
-    assert uncertainty.movements(first, higher, 20)[1].is_empty(), "where all rise, none falls"
+    assert statistics.movements(first, higher, 20)[1].is_empty(), "where all rise, none falls"
 
     cells = np.histogram2d(*(x["entropy"][both].clip(0, 5.9) for x in (a, b)), bins=6, range=[(0, 6)] * 2)[0]
-    for x, y, share in uncertainty.joint(first, second, 1.0, 6).rows():
+    for x, y, share in statistics.joint(first, second, 1.0, 6).rows():
         assert share == pytest.approx(cells[x, y] / both.sum())
 
 
@@ -172,7 +172,7 @@ def explore(*arguments: object) -> None:
 
 
 def test_words_of_a_byte_level_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Punctuation is no piece of a word; the first of a text, in a bracket or on a line begins without a mark."""
+    """Punctuation is no part of a word; the first of a text, in a bracket or on a line begins without a mark."""
     text = 'Hello cats, believers (mats)\n"naïve cats": $300!'
     backend = ByteLevelBPETokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -184,16 +184,16 @@ def test_words_of_a_byte_level_tokenizer(tmp_path: Path, monkeypatch: pytest.Mon
     flags = ["--corpus", tmp_path / "corpus.jsonl", "--teacher", tmp_path / "teacher", "--output", tmp_path / "scored"]
     pipeline.score.main([str(flag) for flag in (*flags, "--sequence-length", 64, "--backend", "local")])
     seen: list[sample.Source] = []
-    monkeypatch.setattr(train.explore, "print_summary", lambda sources, *_: seen.extend(sources))
+    monkeypatch.setattr(train.explore, "summarise", lambda sources, *_: seen.extend(sources) or {})
     explore(tmp_path / "scored")
 
     groups: list[list[tuple[int, str]]] = []
-    for token, piece in seen[0].frame.select("token", "piece").iter_rows():
-        if piece != "continuation":
+    for token, part in seen[0].frame.select("token", "part").iter_rows():
+        if part != "continuation":
             groups.append([])
-        groups[-1].append((token, piece))
-    for (_, piece), *others in groups:
-        assert piece == ("first piece" if others else "whole word")
+        groups[-1].append((token, part))
+    for (_, part), *others in groups:
+        assert part == ("first token" if others else "whole word")
     words = [tokenizer.decode([token for token, _ in group], skip_special_tokens=True).strip() for group in groups]
     assert [word for word in words if re.search(r"\w", word)] == re.findall(r"\w+", text) * 2
     assert max(map(len, groups)) > 3
@@ -244,7 +244,7 @@ def test_it_shows_the_masks_of_a_run(scored: Path, tmp_path: Path, monkeypatch: 
     train.plan.main(["--shards", str(scored), "--output", str(tmp_path / "plan"), *flags])
     planned = pl.read_parquet(tmp_path / "plan" / "part-*.parquet").filter(pl.col("variant") == 0)
     seen: list[sample.Source] = []
-    monkeypatch.setattr(train.explore, "print_summary", lambda sources, *_: seen.extend(sources))
+    monkeypatch.setattr(train.explore, "summarise", lambda sources, *_: seen.extend(sources) or {})
     explore(scored, *flags)
     masked = seen[0].frame.filter("masked").group_by("sequence", maintain_order=True).agg("position")
     assert masked["position"].to_list() == planned.sort("sequence_id")["positions"].to_list()
@@ -301,15 +301,21 @@ def test_the_page_shows_the_numbers(
     assert mean and float(mean[1]) == pytest.approx(
         manifest.totals["entropy_sum"] / manifest.totals["scored_tokens"], abs=0.006
     )
-    assert re.search(rf"entropy\s+{mean[1]}\s", text) and "30% of a sequence's tokens, whole words" in text
-    titles = browser.js("[...document.querySelectorAll('svg title')].map(title => title.textContent)")
-    for group, value in re.findall(r"(\d+–\d+) ([\d.]+)", next(x for x in printed.splitlines() if "by frequency" in x)):
-        assert any(title.startswith(f"{group} · scored: {value} nats, ") for title in titles)
-    for group in uncertainty.PIECES:
-        assert any(title.startswith(f"{group} · scored: ") for title in titles)
-    tables = browser.js("[...document.querySelectorAll('h3 + div table')].map(table => table.innerText)")
-    first = re.search(r"uncertain +(\S+) ([\d.]+)", printed)
-    assert first and tables[0].split()[4] == first[1] and first[2] in tables[0].split()[:9]
+    assert f"mean {mean[1]} nats" in text and "30% of a sequence's tokens, whole words" in text
+    lines = {line[2:14].strip(): line[15:] for line in printed.splitlines() if line.startswith("  ")}
+    assert {"entropy", "surprisal", "by frequency", "by position", "uncertain", "certain"} <= set(lines)
+    for line in lines.values():
+        assert " ".join(line.split()) in " ".join(text.split()), "what the terminal says is on the page"
+    drawn = browser.js(
+        "[...document.querySelectorAll('svg')]"
+        ".map(svg => [svg.ariaLabel, [...svg.querySelectorAll('text')].map(text => text.textContent)])"
+    )
+    for title, name in (("By frequency", "by frequency"), ("By part of a word", "by word part")):
+        groups = [group.rpartition(" ")[::2] for group in lines[name].split(", ")]
+        words = dict(drawn)[f"{title}: entropy"]
+        shown = [word.rpartition(" (")[0] for word in words if word.endswith("%)")]
+        values = [word for word in words if re.fullmatch(r"\d+\.\d\d", word)][-len(shown) :]  # the axis' come first
+        assert len(groups) > 2 and list(zip(shown, values, strict=True)) == groups, "each group has its value"
 
 
 @needs_browser
@@ -338,7 +344,7 @@ def test_a_token_says_what_the_teacher_predicted(browser: Browser, scored: Path,
     label = tokenizer.convert_ids_to_tokens(int(read["input_ids"][position]))
     assert card.split("\n")[0].startswith(label)
     assert f"entropy {read['entropy'][position]:.2f} · surprisal {read['surprisal'][position]:.2f}" in card
-    assert "hidden: the student sees " in card or "hidden, and left as it is" in card
+    assert "masked: the student sees " in card or "masked, and left as it is" in card
     top = browser.js("[...document.querySelectorAll('#card li')].map(row => [...row.children].map(x => x.textContent))")
     tokens = tokenizer.convert_ids_to_tokens(read["topk_ids"][position].tolist())
     probabilities = np.exp(read["topk_logprobs"][position].astype(np.float64))
@@ -368,7 +374,7 @@ def test_two_sources_and_their_difference(
 ) -> None:
     explore(scored, later, "--output", tmp_path / "page.html")
     printed = capsys.readouterr().out
-    agreement = next(line.strip() for line in printed.splitlines() if "rank correlation" in line)
+    agreement = next(line for line in printed.splitlines() if "rank correlation" in line).split(maxsplit=1)[1]
     browser.open(tmp_path / "page.html", 390, touch=True)
     assert browser.js("document.documentElement.scrollWidth") == 390
     assert agreement in browser.js("document.body.innerText")
@@ -392,7 +398,7 @@ def test_a_source_keeps_its_colour(scored: Path, later: Path, tmp_path: Path) ->
     """Where the first has no surprisals, those of the second are drawn as the second's."""
     explore(later, scored, "--output", tmp_path / "page.html")
     drawn = re.findall(r"<h3>surprisal</h3>(<svg.*?</svg>)", (tmp_path / "page.html").read_text())
-    assert len(drawn) == 4 and all('s1"' in chart and 's0"' not in chart for chart in drawn)
+    assert len(drawn) == 4 and all("var(--c1)" in chart and "var(--c0)" not in chart for chart in drawn)
 
 
 @needs_browser

@@ -27,13 +27,14 @@ from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.words import apart_tokens, continuing_tokens
 from entropy_masking.shards.faults import check_shards
-from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
-from train import page, sample, uncertainty
+from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.schema import Manifest
 from train.arguments import MOST_SEED
 from train.data import masker_of
+from train.explorer import sample, statistics
+from train.explorer.sample import Policy, Source
+from train.explorer.summary import summarise
 from train.masks import MaskOptions, mask_policy
-from train.sample import Policy, Source
-from train.summary import print_summary
 
 
 @dataclass(kw_only=True)
@@ -69,10 +70,16 @@ def main(argv: list[str] | None = None) -> None:
         for name, manifest in zip(names(directories), manifests, strict=True)
     ]
     check_scored(sources)
-    print_summary(sources, mask, label)
+    summary = summarise(sources, mask, label)
+    for title, lines in summary.items():
+        print(title)
+        for name, text in lines.items():
+            print(f"  {name:12} {text}")
     if options.output:
+        from train.explorer.page import render  # matplotlib is slow to import
+
         texts = sample.texts(sources, picks, options.sequences, policy, label)
-        storage.write_bytes(options.output, page.render(sources, mask, texts, label).encode())
+        storage.write_bytes(options.output, render(sources, mask, summary, texts).encode())
         print(f"written to {options.output}")
 
 
@@ -128,7 +135,7 @@ def check_scored(sources: list[Source]) -> None:
         UsageError: one has no score in the sample, or two have other tokens, or no scores of the same positions.
     """
     for source in sources:
-        if not uncertainty.spread(source.frame, "entropy"):
+        if not source.frame["entropy"].count():
             raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
     if len(sources) > 1:
         first, second = (source.frame for source in sources)
@@ -136,7 +143,7 @@ def check_scored(sources: list[Source]) -> None:
             raise UsageError(
                 "the two directories hold different tokens; pipeline/verify.py says what is wrong with them"
             )
-        if uncertainty.side_by_side(first, second).is_empty():
+        if statistics.side_by_side(first, second).is_empty():
             raise UsageError("the two directories have scored no position in common; name others")
 
 

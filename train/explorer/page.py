@@ -1,0 +1,115 @@
+"""The page of train/explore.py: its figures, and the colours of its text. Its words are in page.html."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+from matplotlib.figure import Figure
+
+from entropy_masking.commands import figures, pages
+from entropy_masking.masking.policy import MaskPolicy
+from train.explorer import statistics
+from train.explorer.sample import Source, Token
+from train.explorer.summary import mask_words
+
+HERE = Path(__file__).parent
+BIN, WIDE_BIN = 0.25, 0.5  # nats, of a distribution and of the density of two sources
+
+
+def render(
+    sources: list[Source], mask: MaskPolicy, summary: dict[str, dict[str, str]], texts: list[list[Token]]
+) -> str:
+    """The page.
+
+    Args:
+        sources: one, or two with frames of the same positions.
+        mask: what the frames and texts were masked by.
+        summary: of ``summary.summarise``.
+        texts: sequences to show.
+    """
+    spreads = [statistics.spread(source.frame, "entropy") for source in sources]
+    low, high = min(spread["low"] for spread in spreads), max(spread["high"] for spread in spreads)
+    high = max(high, low + 0.5)
+    names = [source.name for source in sources]
+    return pages.render(
+        HERE / "page.html",
+        (HERE / "page.js").read_text(encoding="utf-8"),
+        names=names,
+        vocab_size=sources[0].manifest.vocab_size,
+        log_vocab_size=math.log(sources[0].manifest.vocab_size),
+        summary=summary,
+        mask=mask_words(mask),
+        texts=texts,
+        data={"sources": names, "tokens": [asdict(token) for text in texts for token in text]},
+        low=low,
+        high=high,
+        look=partial(look, low=low, high=high),
+        distribution=by_measure(distribution, sources),
+        frequency=by_measure(partial(bars, statistics.by_frequency), sources),
+        part=by_measure(partial(bars, statistics.by_part), sources) if sources[0].frame["part"].count() else {},
+        position=by_measure(curves, sources),
+        two=two_sources(*sources) if len(sources) > 1 else {},
+    )
+
+
+def look(token: Token, low: float, high: float) -> tuple[str, str]:
+    """Classes and style of a token: its colours for each source and for their difference, 0 to 1 on the scale."""
+    classes, style = ["t"], []
+    for view, entropy, seen in zip("ab", token.entropy, token.seen, strict=False):
+        if entropy is not None:
+            style.append(f"--{view}:{min(1.0, max(0.0, (entropy - low) / (high - low))):.2f}")
+        if seen is not None:
+            classes.append(f"m{view}")
+    first, second = token.entropy if len(token.entropy) > 1 else (None, None)
+    if first is not None and second is not None:
+        style.append(f"--d:{min(1.0, 2 * abs(second - first) / (high - low)):.2f}")
+        classes += ["less"] if second < first else []
+    return " ".join(classes), ";".join(style)
+
+
+def by_measure(draw: Callable[[list[Source], str], Figure], sources: list[Source]) -> dict[str, Figure]:
+    """A figure for each measure that a source has at all: kept self-scores have no surprisals."""
+    known = [name for name in statistics.MEASURES if any(source.frame[name].count() for source in sources)]
+    return {measure: draw(sources, measure) for measure in known}
+
+
+def distribution(sources: list[Source], measure: str) -> Figure:
+    bins = round(math.log(sources[0].manifest.vocab_size) / BIN) + 1
+    shares = {source.name: statistics.histogram(source.frame, measure, BIN, bins) for source in sources}
+    return figures.histogram([BIN * edge for edge in range(bins + 1)], shares, "nats", "% of tokens")
+
+
+def bars(by: Callable[[pl.DataFrame], pl.DataFrame], sources: list[Source], measure: str) -> Figure:
+    means = [by(source.frame) for source in sources]
+    groups = dict(max(means, key=len).select("label", "share").iter_rows())
+    values = [dict(table.select("label", measure).iter_rows()) for table in means]
+    series = {source.name: [own.get(name) for name in groups] for source, own in zip(sources, values, strict=True)}
+    return figures.bars([f"{name} ({share:.0%})" for name, share in groups.items()], series, "mean, nats")
+
+
+def curves(sources: list[Source], measure: str) -> Figure:
+    points = [statistics.by_position(source.frame).select("label", measure).drop_nulls().rows() for source in sources]
+    lines = [figures.Line(style, source.name, points[style]) for style, source in enumerate(sources) if points[style]]
+    figure = figures.lines(lines, "position in the sequence", "mean, nats")
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
+def two_sources(first: Source, second: Source) -> dict[str, Figure]:
+    """Both entropies of the tokens, and how alike both rank the tokens of a sequence."""
+    bins = round(math.log(first.manifest.vocab_size) / WIDE_BIN) + 1
+    joint = statistics.joint(first.frame, second.frame, WIDE_BIN, bins)
+    squares = [(WIDE_BIN * (x + 0.5), WIDE_BIN * (y + 0.5), share) for x, y, share in joint.iter_rows()]
+    agreement = statistics.agreement(first.frame, second.frame)
+    shares = statistics.histogram(agreement, "correlation", 0.1, 20, start=-1.0)
+    edges = [edge / 10 for edge in range(-10, 11)]
+    names = f"{first.name}, nats", f"{second.name}, nats"
+    return {
+        "entropy by both": figures.density(squares, WIDE_BIN * bins, *names),
+        "rank correlation": figures.histogram(edges, {"": shares}, "within a sequence", "% of sequences"),
+    }

@@ -1,0 +1,98 @@
+"""The summary of train/explore.py in words: the sources, the masks, how far two sources agree."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from entropy_masking.masking.policy import MaskPolicy
+from train.explorer import statistics
+from train.explorer.sample import Label, Source
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_TOKENS = 8
+CONTEXTS = {
+    "masked": "each position was masked when the model was asked about it",
+    "full": "nothing was masked, so the model saw the tokens that it was asked about and is surer than it would be",
+}
+
+
+def summarise(sources: list[Source], mask: MaskPolicy, label: Label) -> dict[str, dict[str, str]]:
+    """For each source, and for the step from one to the other: what is said, by what it is about."""
+    summary = {f"{source.manifest.uri}: {describe(source)}": of_source(source.frame, mask, label) for source in sources}
+    if len(sources) > 1:
+        first, second = (source.frame for source in sources)
+        rose, fell = statistics.movements(first, second, statistics.often_enough(first))
+        lines = {"agreement": agreement_words(first, second)}
+        lines |= {"rose most": token_words(rose, "rise", label), "fell most": token_words(fell, "rise", label)}
+        summary[f"{sources[0].name} → {sources[1].name}"] = {name: text for name, text in lines.items() if text}
+    return summary
+
+
+def of_source(frame: pl.DataFrame, mask: MaskPolicy, label: Label) -> dict[str, str]:
+    lines = {}
+    for measure in statistics.MEASURES:
+        if numbers := statistics.spread(frame, measure):
+            lines[measure] = (
+                f"mean {numbers['mean']:.2f} nats, median {numbers['median']:.2f}, 80 % between {numbers['low']:.2f} "
+                f"and {numbers['high']:.2f}   0 {sparkline(statistics.histogram(frame, measure, 0.5, 20))} 10"
+            )
+    by_token = statistics.by_token(frame, statistics.often_enough(frame))
+    lines |= {
+        "by frequency": mean_words(statistics.by_frequency(frame)),
+        "by position": mean_words(statistics.by_third(frame)),
+        "by word part": mean_words(statistics.by_part(frame)),
+        "uncertain": token_words(by_token, "entropy", label),
+        "certain": token_words(by_token.reverse(), "entropy", label),
+        "by mask": f"{mean_words(statistics.by_mask(frame))} ({mask_words(mask)})",
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def mean_words(means: pl.DataFrame) -> str:
+    return ", ".join(f"{name} {entropy:.2f}" for name, entropy in means.select("label", "entropy").iter_rows())
+
+
+def token_words(tokens: pl.DataFrame, column: str, label: Label) -> str:
+    rows = tokens.select("label", column).head(MOST_TOKENS).iter_rows()
+    return ", ".join(f"{label(token)[1]} {value:.2f}" for token, value in rows)
+
+
+def sparkline(shares: list[float]) -> str:
+    most = max(shares) or 1.0
+    return "".join(BLOCKS[min(7, int(8 * share / most))] for share in shares)
+
+
+def describe(source: Source) -> str:
+    """What was scored, by which model, and how much of it was sampled."""
+    manifest, frame = source.manifest, source.frame
+    sampled, total = frame["sequence"].n_unique(), sum(entry.rows for entry in manifest.shards)
+    scored = len(frame) - frame["entropy"].null_count()
+    context = f"{manifest.context} ({CONTEXTS.get(str(manifest.context), 'unknown')})"
+    return (
+        f"entropies by {manifest.teacher}, context {context}; {sampled:,} of {total:,} sequences of "
+        f"{manifest.sequence_length} tokens, {scored:,} scored"
+    )
+
+
+def mask_words(mask: MaskPolicy) -> str:
+    """Which tokens a policy masks, in words."""
+    share = f"{mask.ratio:.0%} of a sequence's {'tokens, whole words' if mask.unit == 'word' else 'tokens'}"
+    if mask.uniform:
+        return f"{share}, any"
+    chosen = f"sampled by {mask.by} at τ = {mask.temperature:g}" if mask.temperature else f"those of highest {mask.by}"
+    return f"{share}, {chosen}" + (f", {1 - mask.hard_share:.0%} of them at random" if mask.hard_share < 1 else "")
+
+
+def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:
+    """How far two sources agree: ranks within a sequence, and masks."""
+    agreement, words = statistics.agreement(first, second), []
+    if rho := statistics.spread(agreement, "correlation"):
+        words.append(
+            f"rank correlation within a sequence {rho['mean']:.2f} (below {rho['low']:.2f} in a tenth of them)"
+        )
+    if overlap := statistics.spread(agreement, "overlap"):
+        by_chance = second["masked"].sum() / max(1, len(second) - second["entropy"].null_count())
+        words.append(
+            f"of what the first masks {overlap['mean']:.0%} is masked by the second too ({by_chance:.0%} by chance)"
+        )
+    return "; ".join(words)
