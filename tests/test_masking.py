@@ -17,7 +17,7 @@ from train.noise import noise
 
 paper = MaskPolicy.paper
 
-RANDOM = MaskPolicy.random()
+RANDOM = MaskPolicy.random(ratio=0.15)
 SETTINGS = [
     {},
     {"hard_share": 0.0},

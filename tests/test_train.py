@@ -180,7 +180,7 @@ def test_every_regime_learns_and_sums_up(students: dict[str, Path], scored: Path
             summary["train_loss"]
             == json.loads((directory / "checkpoint-12" / "trainer_state.json").read_text())["log_history"][-2]["loss"]
         )
-        assert summary["seed"] == 3 and summary["flags"]["mask_ratio"] == 0.15
+        assert summary["seed"] == 3 and summary["flags"]["mask_ratio"] == 0.3
         assert (summary["scoring_seconds"] > 0) == (name not in ("random", "self")), "charged to who reads scores"
         assert summary["shards"]["context"] == "masked" and summary["shards"]["bytes"] > 0
         cheapest = json.loads((students["random"] / "summary.json").read_text())["training_flops"]
@@ -270,8 +270,8 @@ def test_flags_that_decide_nothing_may_change_others_not(students: dict[str, Pat
     same = ["--shards", scored, *SMALL, *REGIMES["random"], "--max-steps", 12, "--output-dir", directory]
     changed = ["--logging-steps", 2, "--dataloader-num-workers", 1, "--save-steps", 3]
     assert "finished already" in run(*TRAIN, *same, *changed)
-    message = refused(*TRAIN, *same, "--mask-ratio", 0.3, "--learning-rate", 0.5)
-    assert "mask_ratio: 0.15 → 0.3" in message and "learning_rate" in message and "--overwrite" in message
+    message = refused(*TRAIN, *same, "--mask-ratio", 0.2, "--learning-rate", 0.5)
+    assert "mask_ratio: 0.3 → 0.2" in message and "learning_rate" in message and "--overwrite" in message
     # half the batch and twice the accumulation is the same batch
     assert "finished already" in run(
         *TRAIN, *same, "--per-device-train-batch-size", 4, "--gradient-accumulation-steps", 2

@@ -33,7 +33,8 @@ EVAL_FRACTION = 0.01
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"warmup": 0.3, "ramp": 0.3},
-    "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},  # MaskPolicy.paper()
+    # MaskPolicy.paper(); only the ratio may be set otherwise
+    "paper": {"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
 }
 
 
@@ -333,7 +334,7 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
         recipe = RECIPES[options.recipe or "default"]
     if options.recipe == "paper":
         for name, value in recipe.items():
-            if given.get(name, value) != value:
+            if name != "ratio" and given.get(name, value) != value:
                 raise UsageError(
                     f"{mask_flag(name)} {given[name]} contradicts --recipe paper, which sets {value}; leave one out"
                 )
