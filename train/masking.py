@@ -106,7 +106,7 @@ class MaskPolicy:
 
     @classmethod
     def paper(cls, **fields: Any) -> Self:
-        """15 % of the tokens, those with the highest scores: the selection of arXiv 2605.28526. Fields that are given win."""
+        """The 15 % with the highest scores: the selection of arXiv 2605.28526. Fields that are given win."""
         return cls(**({"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0} | fields))
 
     def to_json(self) -> dict[str, Any]:
