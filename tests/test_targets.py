@@ -112,7 +112,7 @@ def test_a_plan_holds_what_the_trainer_would_mask(scan: Path, planned: Path) -> 
     assert manifest.masks and manifest.masks["variants"] == 4
     assert manifest.sequences_hash == sequences.sequences_hash
     assert [entry.index for entry in manifest.shards] == [entry.index for entry in sequences.shards]
-    masker, policy = masker_of(sequences), MaskPolicy.paper(temperature=1.0, seed=SEED)
+    masker, policy = masker_of(sequences), MaskPolicy.paper(ratio=0.3, temperature=1.0, seed=SEED)
     for entry, whole in zip(manifest.shards, sequences.shards, strict=True):
         table = pq.read_table(planned / entry.file)
         assert table.schema == masks.plan_schema(sequences.vocab_size)
