@@ -123,9 +123,12 @@ class Screen:
         parts |= {"branches": training[:first], "trunks": training[first:]}
         self.output.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
-            if not (path := self.output / f"{name}.jsonl").exists():
-                part.write_ndjson(path.with_suffix(".part"))
+            path, text = self.output / f"{name}.jsonl", part.write_ndjson()
+            if not path.exists():
+                path.with_suffix(".part").write_text(text)
                 path.with_suffix(".part").rename(path)  # whole, or not there
+            elif path.read_text() != text:
+                raise UsageError(f"{path} was made from other articles or ids; use another --output")
 
     def prepare(self) -> None:
         """Tokenizer, tokens, the reference and its scores."""
@@ -152,6 +155,7 @@ class Screen:
 
     def train(self, name: str, seed: int, steps: int, *flags: object) -> None:
         step = ("--max-steps", steps, "--per-device-train-batch-size", self.size.batch, "--data-seed", seed)
+        step += ("--eval-strategy", "no")  # at the end only
         seeded = () if "--seed" in flags else ("--seed", seed)
         where = ("--output-dir", self.output / name)
         self.commands.run(name.replace("/", "-"), "train/run.py", *flags, *step, *seeded, *where)

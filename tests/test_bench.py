@@ -101,7 +101,7 @@ def test_screen_with_tasks(tmp_path: Path, data: Path) -> None:
     """The tasks' dev rows stay unseen: a part of the training rows is the dev set of a screen."""
     command = screen(tmp_path, "--rows", "scratch-self", "--glue", data)
     found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])["rows"]
-    assert list(found) == ["scratch-random", "scratch-self"]
+    assert list(found) == ["scratch-random", "scratch-random-r30", "scratch-self"]
     assert all(0 < row["glue"]["1"] < 100 for row in found.values())
     rows = pl.read_parquet(data / "qqp" / "train.parquet").rows()
     for split, count in (("train", 32), ("dev", 16)):

@@ -398,7 +398,7 @@ def test_targets_that_do_not_fit_are_refused(
         (scan, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.2], "--mask-ratio 0.2 is not 0.3"),
         (scan, [*PARQUET, *DISTIL, *targets, "--mask-temperature", 0], "--mask-temperature 0.0 is not 1.0"),
         (scan, [*PARQUET, *DISTIL, *targets, "--hard-share", 0.3], "--hard-share 0.3 is not 1.0"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-temperature 0.0 is not 1.0"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 is not 0.3"),
         (scan, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only is not bert"),
         (scan, ["--entropy-source", "random", *DISTIL, *targets], "planned with --entropy-source parquet"),
         (scan, ["--entropy-source", "self", *DISTIL, *targets], "masks that are known beforehand"),

@@ -18,7 +18,15 @@ import torch
 from harness import LENGTH, SCORE, TRAIN, command, refused, run
 from safetensors.torch import load_file
 from test_masking import slow_paper
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, ModernBertForMaskedLM, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    FunnelConfig,
+    FunnelForMaskedLM,
+    ModernBertForMaskedLM,
+    pipeline,
+)
 
 import train.run
 from pipeline.cli import UsageError
@@ -27,6 +35,7 @@ from train import resume
 from train.data import Columns, masker_of, read_rows, split_shards, to_tensors
 from train.evaluation import EVALUATION
 from train.masking import IGNORED, Masker, MaskPolicy
+from train.optimizer import hidden_matrices
 from train.options import LEARNING_RATES, MUON, parse
 from train.trainer import MaskedLMTrainer
 
@@ -368,6 +377,17 @@ def test_presets_bring_defaults_the_last_model_counts() -> None:
         assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
 
 
+def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
+    """Schedulers that ask the optimizer for its rate; biases and tables that are matrices belong to AdamW."""
+    for schedule in (["polynomial"], ["cosine_with_min_lr", "--lr-scheduler-kwargs", '{"min_lr": 1e-5}']):
+        flags = [*REGIMES["random"], "--max-steps", 2, "--lr-scheduler-type", *schedule]
+        assert train_here(scored, tmp_path / schedule[0], *flags)["flags"]["muon"]
+    config = FunnelConfig(vocab_size=50, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
+    model = FunnelForMaskedLM(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in hidden_matrices(model)} == {"weight"}
+
+
 def test_a_model_is_known_by_its_weights(scored: Path, students: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(students["random"], tmp_path / "start")
     flags = [*REGIMES["random"], "--max-steps", 1, "--model", tmp_path / "start"]
@@ -463,7 +483,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "self", "--mask-ramp", 5], "mask ramp 5 is not between 0 and 1"),
         (["--entropy-source", "self", "--mask-temperature", "inf"], "use hard share 0 for random masks"),
         (["--entropy-source", "self", "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no use with"),
-        (["--entropy-source", "self", "--predict-ratio", 0.2], "predict ratio 0.2 is not above 0 and at most the mask"),
+        (["--entropy-source", "self", "--predict-ratio", 0.4], "predict ratio 0.4 is not above 0 and at most the mask"),
         (["--entropy-source", "self", "--predict-by", "entropy"], "--predict-by chooses among the masked tokens"),
         (
             ["--entropy-source", "self", "--mask-by", "excess"],
@@ -476,6 +496,18 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (
             ["--entropy-source", "self", "--recipe", "paper", "--hard-share", 0.3],
             "--hard-share 0.3 contradicts --recipe paper, which sets 1",
+        ),
+        (
+            ["--entropy-source", "self", "--recipe", "paper", "--predict-ratio", 0.05],
+            "--predict-ratio contradicts --recipe paper",
+        ),
+        (
+            ["--entropy-source", "self", "--recipe", "paper", "--self-refresh", "means"],
+            "--self-refresh means contradicts --recipe paper",
+        ),
+        (
+            ["--entropy-source", "self", "--predict-ratio", 0.3, "--predict-by", "entropy"],
+            "set --predict-ratio below the mask ratio",
         ),
         (["--entropy-source", "random", "--self-refresh", "step"], "--self-refresh only applies to --entropy-source"),
         (["--entropy-source", "self", "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),

@@ -126,6 +126,11 @@ class MaskPolicy:
     def predicts_all(self) -> bool:
         return self.predict_ratio is None or self.predict_ratio == self.ratio
 
+    @property
+    def uses_scores(self) -> bool:
+        """Whether scores choose what is masked, or what is predicted."""
+        return not self.uniform or not (self.predicts_all or self.predict_by == "random")
+
     def repeats(self) -> bool:
         """Whether every epoch masks the same positions: only ties are drawn."""
         return self.hard_share == 1 and self.temperature == self.warmup == self.ramp == 0 and self.predicts_all

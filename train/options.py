@@ -28,7 +28,7 @@ BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}
 DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay schedule
 
 SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
-EVAL_FRACTION = 0.01
+EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, Any]] = {
@@ -165,6 +165,7 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         per_device_train_batch_size=None,
         dataloader_num_workers=None,
         accelerator_config=None,
+        eval_strategy=None,
         per_device_eval_batch_size=64,
         num_train_epochs=1.0,
         warmup_steps=0.06,  # below 1 it is a share of all steps
@@ -213,6 +214,10 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         )
     if flags["eval_fraction"] is None:
         flags["eval_fraction"] = 0.0 if flags["eval_shards"] else EVAL_FRACTION
+    if flags["eval_strategy"] is None:  # often enough to see that a run collapses
+        flags["eval_strategy"] = "steps" if flags["eval_fraction"] or flags["eval_shards"] else "no"
+        flags["eval_on_start"] = flags["eval_on_start"] or flags["eval_strategy"] == "steps"
+        flags["eval_steps"] = flags["eval_steps"] or EVAL_STEPS
     arguments.check(flags)
     with arguments.taken():  # TrainingArguments checks itself
         options, args = parser.parse_dict(flags)
@@ -249,6 +254,8 @@ def check(
         raise UsageError(f"--eval-fraction {fraction:g} is not at least 0 and below 1")
     if evaluated and fraction:
         raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
+    if options.recipe == "paper" and options.self_refresh == "means":
+        raise UsageError("--self-refresh means contradicts --recipe paper, which sets step; leave one out")
     if source != "self" and options.self_refresh is not None:
         raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
     if options.num_workers > 1 and args.world_size > 1:
@@ -333,6 +340,8 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
     else:
         recipe = RECIPES[options.recipe or "default"]
     if options.recipe == "paper":
+        if "predict_ratio" in given:
+            raise UsageError("--predict-ratio contradicts --recipe paper, which predicts all that is masked")
         for name, value in recipe.items():
             if name != "ratio" and given.get(name, value) != value:
                 raise UsageError(
@@ -349,7 +358,8 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
         recipe = recipe | {"warmup": 0.0, "ramp": 0.0}
     if given.get("by") == "excess" and source != "self":
         raise UsageError("--mask-by excess needs the student's own loss; use --entropy-source self")
-    if "predict_by" in given and "predict_ratio" not in given:
+    ratio = given.get("ratio", recipe.get("ratio", MaskPolicy.ratio))
+    if "predict_by" in given and given.get("predict_ratio", ratio) == ratio:
         raise UsageError(
             "--predict-by chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
         )

@@ -95,8 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = on_first(rank, lambda: resume.last_checkpoint(output, contents=True))
     with together(rank):
         resume.check_visible(output, checkpoint)
-    if checkpoint and rank == 0:
-        print(f"resuming from {checkpoint}", file=sys.stderr)
+    if checkpoint:
+        args.eval_on_start = False  # it was evaluated when the run began
+        if rank == 0:
+            print(f"resuming from {checkpoint}", file=sys.stderr)
     with in_one_sentence(trainer.guard):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.guard.stopped:

@@ -190,7 +190,7 @@ class MaskedLMTrainer(Trainer):
         if "loss" in logs:
             self._note_seconds()
             logs |= self.watch.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-            if not self.policy.uniform:
+            if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self._sum_over_ranks(self.masked_V.clone()))
             self.masked_V.zero_()
         super().log(logs, start_time)

@@ -18,6 +18,7 @@ from train.masking import IGNORED, MaskPolicy
 MOST_POINTS = 200  # of a curve in a run's summary
 RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
 MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
+LEAST_TOKENS = 100  # to estimate it from
 
 
 class Watch:
@@ -59,9 +60,12 @@ def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK:
 
 
 def type_concentration(count_V: Tensor) -> float:
-    """Σ (n_t / n)² over the types of n tokens: the probability that two of them have the same type; 0 for none."""
-    share_V = count_V.double() / count_V.sum().clamp_min(1)
-    return float(share_V.square().sum())
+    """Σ n_t (n_t − 1) / (n (n − 1)) over the types of n tokens: the probability that two of them have the same type.
+
+    0 for fewer than ``LEAST_TOKENS`` tokens, which tell nothing.
+    """
+    n, count_V = int(count_V.sum()), count_V.double()
+    return float((count_V * (count_V - 1)).sum()) / (n * (n - 1)) if n >= LEAST_TOKENS else 0.0
 
 
 def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -108,7 +112,7 @@ class CollapseWatch(TrainerCallback):
 
     def found(self, history: list[dict[str, Any]], max_steps: int) -> list[str]:
         """The warnings for a history of Trainer, at most one per sign."""
-        if self.policy.uniform:
+        if not self.policy.uses_scores:
             return []
         late = [entry for entry in history if entry["step"] >= self.policy.warmup * max_steps]
         signs: dict[str, str] = {}
@@ -124,7 +128,7 @@ class CollapseWatch(TrainerCallback):
                         f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {RISES} evaluations in a "
                         f"row up to step {step}",
                     )
-                if loss > self.guess + LEAST_RISE:
+                if step and loss > self.guess + LEAST_RISE:  # random weights start a little above it
                     signs.setdefault(
                         "guess",
                         f"the held-out loss at step {step}, {loss:.2f} nats, is worse than a uniform guess, "
