@@ -84,7 +84,7 @@ def test_screen(tmp_path: Path) -> None:
     found = json.loads(last)["rows"]
     assert list(found) == ["random", "parquet-h50-t0-rising-shuffled"]
     assert all(len(row["loss"]) == 1 and row["loss"]["1"] > 0 for row in found.values())
-    assert any(line.startswith("| parquet-h50-t0-rising-shuffled | 1 | ") for line in lines)
+    assert any(line.startswith("| parquet-h50-t0-rising-shuffled | random | 1 | ") for line in lines)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("screen/branches-1/*/summary.json")}
     assert len(made) == 2 and subprocess.check_output(command, text=True).splitlines()[-1] == last
     assert all(path.stat().st_mtime_ns == written for path, written in made.items())

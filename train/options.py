@@ -214,6 +214,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         )
     if flags["eval_fraction"] is None:
         flags["eval_fraction"] = 0.0 if flags["eval_shards"] else EVAL_FRACTION
+    if flags["do_eval"]:
+        raise UsageError("--do-eval is not used here; leave it out and set --eval-strategy")
     if flags["eval_strategy"] is None:  # often enough to see that a run collapses
         flags["eval_strategy"] = "steps" if flags["eval_fraction"] or flags["eval_shards"] else "no"
         flags["eval_on_start"] = flags["eval_on_start"] or flags["eval_strategy"] == "steps"
@@ -282,8 +284,6 @@ def check(
         )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UsageError("--dataloader-persistent-workers needs workers; set --dataloader-num-workers above 0")
-    if args.do_eval and args.eval_strategy == "no":
-        raise UsageError("--do-eval is not used here; leave it out and set --eval-strategy")
     for name in ("muon_learning_rate", "muon_weight_decay"):
         if not options.muon and getattr(options, name) is not None:
             raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
