@@ -7,9 +7,9 @@
 
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
-table is the mean over trunks of (recipe - random), with its 95 % interval by the paired t. A row from random weights is
-compared with random masks from random weights. One row reads scores that were shuffled within each sequence: if it
-differs from random by more than its interval, suspect the screen.
+table is the mean over trunks of (recipe - baseline), with its 95 % interval by the paired t. Baselines mask at random.
+One row reads scores that were shuffled within each sequence: if it differs from random by more than its interval,
+suspect the screen.
 
 Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). What is done is skipped, so the same line
 goes on after a break. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
@@ -43,7 +43,6 @@ from glue.intervals import Estimate, paired_difference
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
 
-BASELINE, SCRATCH_BASELINE = "random", "scratch-random"
 DECILES = 10
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
@@ -91,13 +90,9 @@ def parse() -> argparse.Namespace:
     if unknown := [name for name in args.rows if name not in RECIPES]:
         raise UsageError(f"--rows names {unknown[0]!r}, which is none of {', '.join(RECIPES)}")
     for name in list(args.rows):
-        if (baseline := baseline_of(name)) not in args.rows:
-            args.rows.insert(0, baseline)
+        while (name := RECIPES[name].baseline) not in args.rows:
+            args.rows.insert(0, name)
     return args
-
-
-def baseline_of(name: str) -> str:
-    return SCRATCH_BASELINE if RECIPES[name].scratch else BASELINE
 
 
 class Screen:
@@ -130,9 +125,12 @@ class Screen:
         parts |= {"branches": training[:first], "trunks": training[first:]}
         self.output.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
-            if not (path := self.output / f"{name}.jsonl").exists():
-                part.write_ndjson(path.with_suffix(".part"))
+            path, text = self.output / f"{name}.jsonl", part.write_ndjson()
+            if not path.exists():
+                path.with_suffix(".part").write_text(text)
                 path.with_suffix(".part").rename(path)  # whole, or not there
+            elif path.read_text() != text:
+                raise UsageError(f"{path} was made from other articles or ids; use another --output")
 
     def prepare(self) -> None:
         """Tokenizer, tokens, the reference and its scores."""
@@ -159,6 +157,7 @@ class Screen:
 
     def train(self, name: str, seed: int, steps: int, *flags: object) -> None:
         step = ("--max-steps", steps, "--per-device-train-batch-size", self.size.batch, "--data-seed", seed)
+        step += ("--eval-strategy", "no")  # at the end only
         seeded = () if "--seed" in flags else ("--seed", seed)
         where = ("--output-dir", self.output / name)
         self.commands.run(name.replace("/", "-"), "train/run.py", *flags, *step, *seeded, *where)
@@ -208,7 +207,7 @@ class Screen:
 
     def choose_rate(self) -> float:
         """The learning rate of fine-tuning that is best for the baseline's first trunk."""
-        baseline = baseline_of(self.args.rows[0])
+        baseline = RECIPES[self.args.rows[0]].baseline
         for rate in RATES:
             self.tune(baseline, 1, rate, f"rate-{rate:g}")
         return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / baseline))
@@ -262,20 +261,20 @@ def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
     measured = {name: with_parts(row) for name, row in rows.items()}
     shown = [measure for measure in measures if measure in measured[next(iter(rows))]]
     lines = [
-        f"| minus {BASELINE} | n | {' | '.join(measures[each] for each in shown)} | FLOPs, with scores |",
-        f"|---|---:|{'---:|' * (len(shown) + 1)}",
+        f"| recipe | minus | n | {' | '.join(measures[each] for each in shown)} | FLOPs, with scores |",
+        f"|---|---|---:|{'---:|' * (len(shown) + 1)}",
     ]
     for name, row in measured.items():
-        cells = []
+        minus, baseline, cells = RECIPES[name].baseline, measured[RECIPES[name].baseline], []
         for measure in shown:
-            if name == baseline_of(name):
+            if name == minus:
                 cells.append(f"{np.mean(list(row[measure].values())):.3f}")
             else:
-                baseline = measured[baseline_of(name)][measure]
-                cells.append(interval(difference(row[measure], baseline)) if measure in row else "")
-        base = np.mean(list(measured[baseline_of(name)]["flops"].values()))
-        flops = [np.mean(list(row[each].values())) / base for each in ("training_flops", "flops")]
-        lines.append(f"| {name} | {len(row['loss'])} | {' | '.join(cells)} | {flops[0]:.2f}, {flops[1]:.2f} |")
+                cells.append(interval(difference(row[measure], baseline[measure])) if measure in row else "")
+        base = np.mean(list(baseline["flops"].values()))
+        flops = ", ".join(f"{np.mean(list(row[each].values())) / base:.2f}" for each in ("training_flops", "flops"))
+        minus = "" if name == minus else minus
+        lines.append(f"| {name} | {minus} | {len(row['loss'])} | {' | '.join(cells)} | {flops} |")
     return "\n".join(lines) + "\n"
 
 

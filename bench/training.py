@@ -201,7 +201,8 @@ def train_stock(flags: list[str], clock: Clock, same_masks: bool) -> None:
     student = build_student(options.model, manifest, arguments.seed)
     files = [manifest.shard_uri(entry) for entry in manifest.shards]
     rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=["input_ids"])
-    collate: Callable[..., Any] = DataCollatorForLanguageModeling(load_tokenizer(manifest.uri), mlm_probability=0.15)
+    tokenizer = load_tokenizer(manifest.uri)
+    collate: Callable[..., Any] = DataCollatorForLanguageModeling(tokenizer, mlm_probability=MaskPolicy.ratio)
     if same_masks:
         rows, collate = our_masks(manifest, arguments, clock.whole), lambda batch: batch
     else:

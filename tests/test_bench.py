@@ -85,7 +85,7 @@ def test_screen(tmp_path: Path) -> None:
     found = json.loads(last)["rows"]
     assert list(found) == ["random", "parquet-h50-t0-rising-shuffled"]
     assert all(len(row["loss"]) == 1 and row["loss"]["1"] > 0 for row in found.values())
-    assert any(line.startswith("| parquet-h50-t0-rising-shuffled | 1 | ") for line in lines)
+    assert any(line.startswith("| parquet-h50-t0-rising-shuffled | random | 1 | ") for line in lines)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("screen/branches-1/*/summary.json")}
     assert len(made) == 2 and subprocess.check_output(command, text=True).splitlines()[-1] == last
     assert all(path.stat().st_mtime_ns == written for path, written in made.items())
@@ -102,7 +102,7 @@ def test_screen_with_tasks(tmp_path: Path, data: Path) -> None:
     """The tasks' dev rows stay unseen: a part of the training rows is the dev set of a screen."""
     command = screen(tmp_path, "--rows", "scratch-self", "--glue", data)
     found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])["rows"]
-    assert list(found) == ["scratch-random", "scratch-self"]
+    assert list(found) == ["scratch-random", "scratch-random-r30", "scratch-self"]
     assert all(0 < row["glue"]["1"] < 100 for row in found.values())
     rows = pl.read_parquet(data / "qqp" / "train.parquet").rows()
     for split, count in (("train", 32), ("dev", 16)):

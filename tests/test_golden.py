@@ -29,21 +29,25 @@ from entropy_masking.shards.manifests import read_manifest
 FILE = Path(__file__).with_name("golden.json")
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
 STEPS = 20
+MILD = {"ratio": 0.15, "hard_share": 0.3, "temperature": 1.0}
 POLICIES = {
-    "random": MaskPolicy.random(seed=1),
+    "random": MaskPolicy.random(ratio=0.15, seed=1),
     "default": MaskPolicy(seed=1),
+    "mild": MaskPolicy(**MILD, seed=1),
     "paper": MaskPolicy.paper(seed=2),
     "rising": MaskPolicy(ratio=0.3, hard_share=0.5, temperature=0.2, warmup=0.2, ramp=0.5),
-    "words": MaskPolicy(unit="word", by="surprisal", corruption="mask-only"),
-    "predicted": MaskPolicy(ratio=0.4, predict_ratio=0.2, predict_by="entropy"),
+    "words": MaskPolicy(**MILD, unit="word", by="surprisal", corruption="mask-only"),
+    "predicted": MaskPolicy(**MILD | {"ratio": 0.4}, predict_ratio=0.2, predict_by="entropy"),
 }
+R15, R30 = ["--mask-ratio", 0.15], ["--mask-ratio", 0.3]
+H30 = ["--hard-share", 0.3, "--mask-temperature", 1]
 SOURCES = {
-    "random": ["--entropy-source", "random"],
-    "parquet": ["--entropy-source", "parquet"],
+    "random": ["--entropy-source", "random", *R15],
+    "parquet": ["--entropy-source", "parquet", *R15, *H30],
     "paper": ["--entropy-source", "parquet", "--recipe", "paper"],
-    "self": ["--entropy-source", "self", "--mask-warmup", 0.1],
-    "step": ["--entropy-source", "self", "--self-refresh", "step", "--mask-warmup", 0.1],
-    "excess": ["--entropy-source", "parquet", "--mask-ratio", 0.3, "--predict-ratio", 0.15, "--predict-by", "excess"],
+    "self": ["--entropy-source", "self", "--mask-warmup", 0.1, *R15, *H30],
+    "step": ["--entropy-source", "self", "--self-refresh", "step", "--mask-warmup", 0.1, *R15, *H30],
+    "excess": ["--entropy-source", "parquet", *R30, *H30, "--predict-ratio", 0.15, "--predict-by", "excess"],
 }
 
 
@@ -117,7 +121,7 @@ def test_losses_and_gradient_norms(source: str, distilled: bool, scored: Path, t
 
 @own_machine
 def test_targets(work: Path, scored: Path, tmp_path: Path) -> None:
-    plan(scored, tmp_path / "plan", "--entropy-source", "parquet", "--variants", 2, "--seed", 3)
+    plan(scored, tmp_path / "plan", "--entropy-source", "parquet", *R15, *H30, "--variants", 2, "--seed", 3)
     score(scored, work / "teacher", tmp_path / "targets", "--masks", tmp_path / "plan", "--top-k", 4)
     names = ("sequence_id", "variant", "positions", "topk_ids", "topk_logprobs", "input_crc32")
     assert len(read_manifest(str(tmp_path / "targets"), kind="targets").shards) > 1

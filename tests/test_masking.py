@@ -19,7 +19,7 @@ from entropy_masking.masking.selection import IGNORED, select_positions
 
 paper = MaskPolicy.paper
 
-RANDOM = MaskPolicy.random()
+RANDOM = MaskPolicy.random(ratio=0.15)
 SETTINGS = [
     {},
     {"hard_share": 0.0},

@@ -171,6 +171,10 @@ def test_by_surprisal(tokenizer: Any) -> None:
         collator([renamed[0] | {"surprisal": [1.0, 2.0]}])
     with pytest.raises(ValueError, match=r"set the policy's warmup and ramp to 0"):
         EntropyMaskingCollator(tokenizer, MaskPolicy(warmup=0.3))
+    chosen = MaskPolicy.random(ratio=0.5, predict_ratio=0.1, predict_by="entropy")
+    labels_BL = EntropyMaskingCollator(tokenizer, chosen)(rows)["labels"]
+    few = EntropyMaskingCollator(tokenizer, MaskPolicy.random(ratio=0.1))(rows)["labels"]
+    assert torch.equal((labels_BL != -100).sum(1), (few != -100).sum(1)), "a tenth is predicted, of a half"
     uniform = EntropyMaskingCollator(tokenizer, MaskPolicy.random())
     assert hidden(uniform([{"input_ids": row["input_ids"]} for row in rows]))
 

@@ -147,5 +147,5 @@ def test_sigterm_reaches_the_workers_and_a_mistake_the_user(flags: list[object],
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 143, output
     assert "the same command goes on" in output and "Traceback" not in output
-    refusal = run(*TRAIN, *argv, "--mask-ratio", 0.3, code=2)
-    assert "mask_ratio: 0.15 → 0.3" in refusal and "Traceback" not in refusal
+    refusal = run(*TRAIN, *argv, "--mask-ratio", 0.2, code=2)
+    assert "mask_ratio: 0.3 → 0.2" in refusal and "Traceback" not in refusal

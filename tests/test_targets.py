@@ -114,7 +114,7 @@ def test_a_plan_holds_what_the_trainer_would_mask(scan: Path, planned: Path) -> 
     assert manifest.masks and manifest.masks["variants"] == 4
     assert manifest.sequences_hash == sequences.sequences_hash
     assert [entry.index for entry in manifest.shards] == [entry.index for entry in sequences.shards]
-    masker, policy = masker_of(sequences), MaskPolicy.paper(temperature=1.0, seed=SEED)
+    masker, policy = masker_of(sequences), MaskPolicy.paper(ratio=0.3, temperature=1.0, seed=SEED)
     for entry, whole in zip(manifest.shards, sequences.shards, strict=True):
         table = pq.read_table(planned / entry.file)
         assert table.schema == masks.plan_schema(sequences.vocab_size)
@@ -397,10 +397,10 @@ def test_targets_that_do_not_fit_are_refused(
     (vague / "manifest.json").write_text(json.dumps(manifest | {"masks": {"variants": 4}}))
     targets = ["--targets", sparse]
     for sequences, flags, sentence in (
-        (scan, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.3], "--mask-ratio 0.3 is not 0.15"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.2], "--mask-ratio 0.2 is not 0.3"),
         (scan, [*PARQUET, *DISTIL, *targets, "--mask-temperature", 0], "--mask-temperature 0.0 is not 1.0"),
         (scan, [*PARQUET, *DISTIL, *targets, "--hard-share", 0.3], "--hard-share 0.3 is not 1.0"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-temperature 0.0 is not 1.0"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 is not 0.3"),
         (scan, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only is not bert"),
         (scan, ["--entropy-source", "random", *DISTIL, *targets], "planned with --entropy-source parquet"),
         (scan, ["--entropy-source", "self", *DISTIL, *targets], "masks that are known beforehand"),
@@ -418,7 +418,7 @@ def test_targets_that_do_not_fit_are_refused(
         with pytest.raises(UsageError, match=sentence) as caught:
             train_here(sequences, tmp_path / "out", *flags, "--max-steps", 1)
         assert "\n" not in str(caught.value)
-    same = ["--mask-temperature", 1, "--mask-ratio", 0.15, *AT_ONCE, "--corruption", "bert"]
+    same = ["--mask-temperature", 1, "--mask-ratio", 0.3, *AT_ONCE, "--corruption", "bert"]
     summary = train_here(scan, tmp_path / "out", *PARQUET, *DISTIL, *targets, *same, "--max-steps", 1)
     assert summary["flags"]["mask_temperature"] == 1
     assert summary["flags"]["targets"] == manifests.read_manifest(str(sparse), kind="targets").fingerprint_hash

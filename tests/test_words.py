@@ -346,7 +346,7 @@ def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, mask
         known_BL = warm_up[0].get("reference", torch.zeros(1))
         assert not (warm_up[0]["score"] + known_BL).nan_to_num().any() and len(later) == 2
         for batch, masked, policy in later:
-            assert policy == paper(by=by, warmup=0.3, seed=42) and "padded" in batch
+            assert policy == paper(ratio=0.3, by=by, warmup=0.3, seed=42) and "padded" in batch
             assert ("reference" in batch) == (by == "excess")
             special_BL = batch["input_ids"] < 5
             for row, chosen in enumerate(as_sets(masked["positions_BP"])):

@@ -69,7 +69,9 @@ class TrainerFlags:
     logging_first_step: bool = option("log the first step, too", False)
     report_to: str = option("where else to log, e.g. tensorboard (default: none)", "none")
     run_name: str | None = option("name of the run there")
-    eval_strategy: Literal["no", "steps"] = option("whether to evaluate during training (default: no)", "no")
+    eval_strategy: Literal["no", "steps"] | None = option(
+        "whether to evaluate during training (default: at its start and after each fifth of it)"
+    )
     eval_steps: float | None = option("evaluate every N steps, or such a share of them (default: --logging-steps)")
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
     eval_on_start: bool = option("evaluate before the first step", False)

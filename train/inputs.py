@@ -65,6 +65,8 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
 
 def check_flags(options: Options, args: TrainingArguments) -> None:
     """Refuse flags that contradict each other. Raises UsageError."""
+    if options.recipe == "paper" and options.self_refresh == "means":
+        raise UsageError("--self-refresh means contradicts --recipe paper, which sets step; leave one out")
     if options.entropy_source != "self" and options.self_refresh is not None:
         raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
     for name in ("muon_learning_rate", "muon_weight_decay"):

@@ -15,7 +15,8 @@ SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"warmup": 0.3, "ramp": 0.3},
-    "paper": {"hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},  # MaskPolicy.paper()
+    # MaskPolicy.paper(); only the ratio may be set otherwise
+    "paper": {"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
 }
 # the field of MaskOptions of each field of MaskPolicy
 FIELDS = {name: name for name in ("hard_share", "predict_ratio", "predict_by", "corruption")}
@@ -81,20 +82,23 @@ def _check_uses(given: dict[str, Any], recipe: str | None, source: str, planned:
     unscored = "{flag} needs scores, and --entropy-source random has none"
     at_random = "{flag} has no use with --hard-share 0, which masks at random; leave it out"
     recipes = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
+    papers = "{flag} contradicts --recipe paper, which predicts all that is masked"
     length = "{flag} depends on the length of a run, which is not known here; leave it out"
     all_predicted = "{flag} has no use in a plan, which predicts all that it masks; leave it out"
     excess = "{flag} excess needs the student's own loss; use --entropy-source self"
     part = "{flag} chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
     of_scores = ("warmup", "ramp", "temperature", "by")
+    ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
     # (where a rule holds, the only value that a field may be given, or None for no value, the sentence)
     rules: list[tuple[bool, dict[str, Any], str]] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
         (source == "random", {"predict_by": "random"}, f"{unscored}; use --entropy-source parquet --hard-share 0"),
-        (recipe == "paper", RECIPES["paper"], recipes),
+        (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
+        (recipe == "paper", {"predict_ratio": None}, papers),
         (planned, {"warmup": 0.0, "ramp": 0.0}, length),
         (planned, {"predict_ratio": None}, all_predicted),
         (given.get("by") == "excess" and source != "self", {"by": None}, excess),
-        ("predict_ratio" not in given, {"predict_by": None}, part),
+        (given.get("predict_ratio", ratio) == ratio, {"predict_by": None}, part),
         (given.get("hard_share") == 0, dict.fromkeys(of_scores), at_random),
     ]
     given = given | ({"recipe": recipe} if recipe else {})

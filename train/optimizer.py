@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers.pytorch_utils import Conv1D
 
 
 class MuonAdamW(Optimizer):
@@ -34,7 +35,7 @@ class MuonAdamW(Optimizer):
     ) -> None:
         self.adamw = AdamW(others, **adamw)
         self.muon = Muon(hidden, lr=muon_learning_rate, weight_decay=muon_weight_decay)
-        super().__init__(self._groups(), defaults={})
+        super().__init__(self._groups(), defaults={"lr": adamw["lr"]})  # some schedulers read it
 
     def _groups(self) -> list[dict[str, Any]]:
         # AdamW's groups first, because Trainer logs the learning rate of the first group
@@ -56,9 +57,10 @@ class MuonAdamW(Optimizer):
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable 2-D weights between hidden layers: neither an embedding nor the vocabulary projection."""
+    """The trainable weights of the linear layers between hidden layers: no embedding, no vocabulary projection."""
     outer: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     if (projection := model.get_output_embeddings()) is not None:  # type: ignore[operator]
         outer.append(projection.weight)
     ends = {id(weight) for weight in outer}
-    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in ends]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)} - ends
+    return [p for p in model.parameters() if p.requires_grad and id(p) in linear]

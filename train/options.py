@@ -22,7 +22,7 @@ LEARNING_RATES = {
     "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
 }
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # sequences a step
-EVAL_FRACTION = 0.01
+EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
 
 
 @dataclass(kw_only=True)
@@ -107,6 +107,10 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
+    if flags.eval_strategy is None:  # often enough to see that a run collapses
+        held_out = bool(options.eval_fraction or options.eval_shards)
+        flags.eval_strategy, flags.eval_on_start = "steps" if held_out else "no", flags.eval_on_start or held_out
+        _set_missing(flags, eval_steps=EVAL_STEPS)
     if options.entropy_source == "self":
         _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # step is the paper's
 

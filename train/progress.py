@@ -22,6 +22,7 @@ from train.arguments import global_batch
 
 RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
 MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
+LEAST_TOKENS = 100  # to estimate it from
 
 
 class RunningMeans:
@@ -65,9 +66,12 @@ def _sum_and_count(values: Tensor, where: Tensor) -> Tensor:
 
 
 def type_concentration(count_V: Tensor) -> float:
-    """Σ (n_t / n)² over the types of n tokens: the probability that two of them have the same type; 0 for none."""
-    share_V = count_V.double() / count_V.sum().clamp_min(1)
-    return float(share_V.square().sum())
+    """Σ n_t (n_t − 1) / (n (n − 1)) over the types of n tokens: the probability that two of them have the same type.
+
+    0 for fewer than ``LEAST_TOKENS`` tokens, which tell nothing.
+    """
+    n, count_V = int(count_V.sum()), count_V.double()
+    return float((count_V * (count_V - 1)).sum()) / (n * (n - 1)) if n >= LEAST_TOKENS else 0.0
 
 
 class CollapseWarnings(TrainerCallback):
@@ -83,7 +87,7 @@ class CollapseWarnings(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Looks at the whole history, which a resumed run has too."""
-        if self.policy.uniform:
+        if not self.policy.uses_scores:
             return
         late = [entry for entry in state.log_history if entry["step"] >= self.policy.warmup * state.max_steps]
         for sign in collapse_signs(late, self.vocab_size):
@@ -116,7 +120,7 @@ def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> list[str]:
                     f"up to step {step}"
                 )
                 signs.setdefault("rise", sentence)
-            if loss > guess + LEAST_RISE:
+            if step and loss > guess + LEAST_RISE:  # random weights start a little above it
                 sentence = (
                     f"the held-out loss at step {step}, {loss:.2f} nats, is worse than a uniform guess, {guess:.2f}"
                 )

@@ -94,8 +94,10 @@ def train(trainer: MaskedLMTrainer) -> None:
     checkpoint = on_first_rank(rank, lambda: resume.last_checkpoint(output, contents=True))
     with on_all_ranks(rank):
         resume.check_visible(output, checkpoint)
-    if checkpoint and rank == 0:
-        print(f"resuming from {checkpoint}", file=sys.stderr)
+    if checkpoint:
+        trainer.args.eval_on_start = False  # it was evaluated when the run began
+        if rank == 0:
+            print(f"resuming from {checkpoint}", file=sys.stderr)
     with as_run_error(trainer.guard):
         trainer.train_from(checkpoint)
     if trainer.guard.stopped:

@@ -168,7 +168,7 @@ class MaskedLMTrainer(Trainer):
         if "loss" in logs:
             self.log_seconds()
             logs |= self.scores.take(self.sum_over_ranks)
-            if not self.policy.uniform:
+            if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
             self.predicted_V.zero_()
         super().log(logs, start_time)

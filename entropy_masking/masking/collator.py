@@ -87,7 +87,7 @@ class EntropyMaskingCollator(TrainerCallback):
         attended_BL = ids_BL != self.masker.pad_id
         batch = {"input_ids": ids_BL, "sequence_id": self._sequence_ids(rows, ids_BL, attended_BL)}
         batch["epoch"] = torch.full((len(rows),), self.epoch)
-        if not self.policy.uniform:
+        if self.policy.uses_scores:
             scores_BL = self._scores(rows)
             batch[self.policy.by] = F.pad(scores_BL, (0, length + 2 - L), value=torch.nan)
         masked = self.masker(batch, self.policy)

@@ -32,9 +32,9 @@ class MaskPolicy:
         ValueError: a value is out of range.
     """
 
-    ratio: float = 0.15
-    hard_share: float = 0.3
-    temperature: float = 1.0
+    ratio: float = 0.3
+    hard_share: float = 0.5
+    temperature: float = 0.3
     warmup: float = 0.0
     ramp: float = 0.0
     by: str = "entropy"
@@ -77,8 +77,8 @@ class MaskPolicy:
 
     @classmethod
     def paper(cls, **fields: Any) -> Self:
-        """The highest scores, all of the mask: the selection of arXiv 2605.28526. Fields that are given win."""
-        return cls(**({"hard_share": 1.0, "temperature": 0.0} | fields))
+        """The 15 % with the highest scores: the selection of arXiv 2605.28526. Fields that are given win."""
+        return cls(**({"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0} | fields))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,6 +96,11 @@ class MaskPolicy:
     @property
     def predicts_all(self) -> bool:
         return self.predict_ratio is None or self.predict_ratio == self.ratio
+
+    @property
+    def uses_scores(self) -> bool:
+        """Whether scores choose what is masked, or what is predicted."""
+        return not self.uniform or not (self.predicts_all or self.predict_by == "random")
 
     def repeats(self) -> bool:
         """Whether every epoch masks the same positions: only ties are drawn."""
