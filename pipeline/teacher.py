@@ -1,4 +1,4 @@
-"""A masked LM as a teacher: scoring sequences in a chosen context, or at planned positions. See docs/scoring.md."""
+"""A masked LM as a teacher: scoring sequences in a chosen context, or given positions. See docs/scoring.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.models.masked_lm import MaskedLM, Select
 from entropy_masking.shards.manifests import Manifest
-from entropy_masking.shards.masks import Targets
 from entropy_masking.shards.parquet import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -121,22 +120,38 @@ class Teacher:
         The batches are a function of (N, L, P) alone, so the same sequences always give the same bits on the same
         hardware, whoever scores them.
         """
-        N, L = input_ids_NL.shape
-        results = Scores(
-            entropy_NL=np.full((N, L), np.nan, np.float32),
-            surprisal_NL=np.full((N, L), np.nan, np.float32),
-            topk_ids_NLK=np.zeros((N, L, self.top_k), np.int32),
-            topk_logprobs_NLK=np.full((N, L, self.top_k), np.nan, np.float32),
-            temperature_lse_NL={t: np.full((N, L), np.nan, np.float32) for t in self.temperatures},
+        return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
+
+    def score_positions(
+        self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
+    ) -> Scores:
+        """Score given positions of inputs that are masked already.
+
+        Args:
+            positions_NK: negative where a row has fewer than K.
+
+        Returns:
+            Scores of shape [N, K]. There is no actual token to be known, so the surprisals are those of token 0.
+        """
+        return self._gather(self._given(inputs_NL, positions_NK, batch_tokens), positions_NK.shape)
+
+    def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
+        """The results of all batches in their places [N, P]."""
+        scores = Scores(
+            entropy_NL=np.full(shape, np.nan, np.float32),
+            surprisal_NL=np.full(shape, np.nan, np.float32),
+            topk_ids_NLK=np.zeros((*shape, self.top_k), np.int32),
+            topk_logprobs_NLK=np.full((*shape, self.top_k), np.nan, np.float32),
+            temperature_lse_NL={t: np.full(shape, np.nan, np.float32) for t in self.temperatures},
         )
-        for (rows, columns), found in self._run(self._scan(input_ids_NL, batch_tokens), L):
-            results.entropy_NL[rows, columns] = found.entropy_N
-            results.surprisal_NL[rows, columns] = found.surprisal_N
-            results.topk_ids_NLK[rows, columns] = found.topk_ids_NK
-            results.topk_logprobs_NLK[rows, columns] = found.topk_logprobs_NK
-            for lse_NL, lse_N in zip(results.temperature_lse_NL.values(), found.lse_NT.T, strict=True):
-                lse_NL[rows, columns] = lse_N
-        return results
+        for place, reduced in self._run(batches):
+            scores.entropy_NL[place] = reduced.entropy_N
+            scores.surprisal_NL[place] = reduced.surprisal_N
+            scores.topk_ids_NLK[place] = reduced.topk_ids_NK
+            scores.topk_logprobs_NLK[place] = reduced.topk_logprobs_NK
+            for lse_NL, lse_N in zip(scores.temperature_lse_NL.values(), reduced.lse_NT.T, strict=True):
+                lse_NL[place] = lse_N
+        return scores
 
     def _scan(self, input_ids_NL: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         """(sequence, pass) pairs in order, cut into forwards of at most ``batch_tokens`` tokens."""
@@ -155,30 +170,7 @@ class Teacher:
                 ids_RL[rows, columns] = self.mask_id
             yield Batch(ids_RL, rows, columns, targets, (sequences_R[rows], columns), size)
 
-    def score_positions(
-        self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
-    ) -> Targets:
-        """What the model predicts at the given positions of inputs that are corrupted already (``shards.masks``).
-
-        Args:
-            inputs_NL: ids as the student will see them.
-            positions_NK: positions to score, negative where a row has fewer than K.
-        """
-        N, K = positions_NK.shape
-        L = inputs_NL.shape[1]
-        results = Targets(
-            topk_ids_NKT=np.zeros((N, K, self.top_k), np.int32),
-            topk_logprobs_NKT=np.full((N, K, self.top_k), np.nan, np.float32),
-            temperature_lse_NK={t: np.full((N, K), np.nan, np.float32) for t in self.temperatures},
-        )
-        for (rows, places), found in self._run(self._planned(inputs_NL, positions_NK, batch_tokens), L):
-            results.topk_ids_NKT[rows, places] = found.topk_ids_NK
-            results.topk_logprobs_NKT[rows, places] = found.topk_logprobs_NK
-            for lse_NK, lse_N in zip(results.temperature_lse_NK.values(), found.lse_NT.T, strict=True):
-                lse_NK[rows, places] = lse_N
-        return results
-
-    def _planned(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
+    def _given(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         N, L = inputs_NL.shape
         size = max(1, (batch_tokens or self.batch_tokens) // L)
         for rows_R in _cut(N, size):
@@ -187,7 +179,7 @@ class Teacher:
             columns = positions_NK[rows_R][rows, places]
             yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
 
-    def _run(self, batches: Iterator[Batch], L: int) -> Iterator[tuple[Place, Any]]:
+    def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, Any]]:
         """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
         pending: tuple[Place, list[entropy.Reduced]] | None = None
         for batch in batches:
@@ -201,7 +193,7 @@ class Teacher:
                 ready, pending = pending, None
             result = (ready[0], _fetch(ready[1])) if ready else None
             self.forward_seconds += time.monotonic() - started
-            if L not in self._flops:
+            if (L := batch.ids_RL.shape[1]) not in self._flops:
                 self._flops[L] = forward_flops(self.masked_lm, L)
             encoder, head = self._flops[L]
             self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head

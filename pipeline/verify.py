@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Read a shard directory again (sequences, a mask plan or targets) and name every fault of it.
+"""Read a shard directory again (sequences or targets) and name every fault of it.
 
     python pipeline/verify.py runs/scored
     python pipeline/verify.py runs/scored --deep

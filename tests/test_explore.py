@@ -19,7 +19,6 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import pipeline.score
 import train.explore
-import train.plan
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.words import continuing_tokens
@@ -29,7 +28,8 @@ from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows
 from train.explorer import sample, statistics
 
-WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3", "--seed", "3"]
+WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3"]
+SEED = "3"
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -239,15 +239,15 @@ def test_the_summary_is_that_of_the_shards(scored: Path, tmp_path: Path, capsys:
     assert not list(tmp_path.iterdir()) and "written" not in printed and "<" not in printed
 
 
-def test_it_shows_the_masks_of_a_run(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--entropy-source", "parquet", *WORDS]
-    train.plan.main(["--shards", str(scored), "--output", str(tmp_path / "plan"), *flags])
-    planned = pl.read_parquet(tmp_path / "plan" / "part-*.parquet").filter(pl.col("variant") == 0)
+def test_it_shows_the_masks_of_a_run(work: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = ["--corpus", scored, "--teacher", work / "teacher", "--output", tmp_path / "targets", "--backend", "local"]
+    pipeline.score.main([str(flag) for flag in (*named, "--mask-source", "parquet", "--mask-seed", SEED, *WORDS)])
+    targets = pl.read_parquet(tmp_path / "targets" / "part-*.parquet").filter(pl.col("variant") == 0)
     seen: list[sample.Source] = []
     monkeypatch.setattr(train.explore, "summarise", lambda sources, *_: seen.extend(sources) or {})
-    explore(scored, *flags)
+    explore(scored, "--entropy-source", "parquet", "--seed", SEED, *WORDS)
     masked = seen[0].frame.filter("masked").group_by("sequence", maintain_order=True).agg("position")
-    assert masked["position"].to_list() == planned.sort("sequence_id")["positions"].to_list()
+    assert masked["position"].to_list() == targets.sort("sequence_id")["positions"].to_list()
 
 
 def test_a_limit_bounds_what_is_read(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +291,7 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
 def test_the_page_shows_the_numbers(
     browser: Browser, scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], width: int, dark: bool
 ) -> None:
-    explore(scored, "--output", tmp_path / "page.html", *WORDS)
+    explore(scored, "--output", tmp_path / "page.html", "--seed", SEED, *WORDS)
     printed = capsys.readouterr().out
     browser.open_alone(tmp_path / "page.html", width, dark)
 

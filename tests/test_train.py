@@ -27,9 +27,9 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, read_rows, to_tensors
+from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
 from train import resume
-from train.data import masker_of, split_shards
+from train.data import split_shards
 from train.evaluation import EVALUATION
 from train.options import LEARNING_RATES, MUON, parse
 from train.trainer import MaskedLMTrainer

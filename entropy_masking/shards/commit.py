@@ -58,19 +58,19 @@ def attempt_uri(directory: str, index: int) -> str:
     return storage.join(directory, "_attempts", f"part-{index:05d}.json")
 
 
-def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself: bool) -> None:
+def begin_attempt(directory: str, index: int, run: str, attempt: int, alone: bool) -> None:
     """Write down that a worker starts on a shard.
 
     A process that dies leaves this behind, so it is known how often it died of this shard: Ray retries for ever.
     """
-    begun = Attempt(run=run, attempts=attempt, by_itself=by_itself)
+    begun = Attempt(run=run, attempts=attempt, alone=alone)
     storage.write_json(attempt_uri(directory, index), begun.model_dump())
 
 
 def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
-    """How many attempts of this run on a shard have begun and not ended well, and whether the last was by itself."""
+    """How many attempts of this run on a shard have begun and not ended well, and whether it was alone in the last."""
     last = read_if_sound(Attempt, attempt_uri(directory, index))
-    return (last.attempts, last.by_itself) if last and last.run == run else (0, False)
+    return (last.attempts, last.alone) if last and last.run == run else (0, False)
 
 
 def end_attempt(directory: str, index: int) -> None:
@@ -171,7 +171,7 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
 
 
 def unfinished_manifest(uri: str) -> Manifest:
-    """What the manifest of a scoring run would be if it ended now; ``teacher`` and ``masks`` are not known.
+    """What the manifest of a scoring run would be if it ended now; ``teacher`` is not known.
 
     Raises:
         UsageError: there is no such run, no shard of it, or no tokenizer.

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from entropy_masking.shards import commit, manifests, masks, parquet, values
+from entropy_masking.shards import commit, manifests, parquet, targets, values
 from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
@@ -130,9 +130,7 @@ def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
 
 
 def tokenizer_fault(manifest: Manifest) -> str | None:
-    """What is wrong with ``tokenizer/``; a plan may do without one."""
-    if manifest.kind == "plan" and not storage.exists(storage.join(manifest.uri, "tokenizer")):
-        return None
+    """What is wrong with ``tokenizer/``."""
     try:
         own = manifests.tokenizer_hash(manifests.load_tokenizer(manifest.uri))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -182,17 +180,15 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
 
 def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, table: pa.Table) -> list[str]:
     """Sequence ids and variants, which are in ``table``, and row groups, which readers address by number."""
-    masked, ids_N = manifest.kind != "sequences", table["sequence_id"].to_numpy()
-    # an unfinished run does not say how many variants there are: as many as its first sequence has
-    variants = int(manifest.masks["variants"] if manifest.masks else (ids_N == ids_N[0]).sum()) if masked else 1
+    ids_N, variants = table["sequence_id"].to_numpy(), int(manifest.masks["variants"]) if manifest.masks else 1
     if entry.rows % variants:
         return [f"has {entry.rows} rows, which are not {variants} variants of every sequence"]
-    blocks, texts = masks.blocks(entry.rows // variants, variants), []
+    blocks, texts = targets.blocks(entry.rows // variants, variants), []
     wrong_N = ids_N & np.uint64(0xFFFFFFFF) != np.concatenate([rows for rows, _ in blocks])
     if wrong_N.any():
         texts.append(f"its sequence ids are not contiguous (first at row {wrong_N.argmax()})")
     variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
-    if masked and (wrong_N := table["variant"].to_numpy() != variants_N).any():
+    if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
         texts.append(f"its variants are not 0 … {variants - 1} of each block (first at row {wrong_N.argmax()})")
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if groups != [len(rows) for rows, _ in blocks]:
@@ -202,10 +198,8 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, t
 
 def contract(manifest: Manifest) -> pa.Schema:
     """The schema of every shard of a directory."""
-    if manifest.kind == "plan":
-        return masks.plan_schema(manifest.vocab_size)
     if manifest.kind == "targets":
-        return masks.targets_schema(manifest.vocab_size, manifest.temperatures)
+        return targets.targets_schema(manifest.vocab_size, manifest.temperatures)
     return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
 
 
