@@ -309,7 +309,7 @@ def shuffle_scores(source: str, target: str) -> None:
     hashes = {"fingerprint": fingerprint, "fingerprint_hash": hashed}
     empty = {"uri": target, "top_k": 0, "temperatures": [], "shards": [], "totals": {}}
     copy = manifest.model_copy(update=empty | hashes)
-    commit.claim_directory(target, fingerprint, copy.planned_shards)
+    commit.begin_run(target, fingerprint, copy.planned_shards)
     records = commit.done_records(target, copy.planned_shards, hashed)
     originals = commit.read_records(source)
     commit.save_tokenizer(load_tokenizer(source), target)

@@ -62,6 +62,17 @@ class Job:
         return self.manifest.fingerprint
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a shard was not committed: ``usage`` if the user can correct it, ``fatal`` if every other shard fails too."""
+
+    index: int
+    error: str
+    usage: bool = False
+    fatal: bool = False
+    traceback: str = ""
+
+
 def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> PreTrainedTokenizerBase:
     """The tokenizer of a run: the corpus' own if that is a shard directory, else the one given, else the teacher's.
 

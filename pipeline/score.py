@@ -15,7 +15,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -26,9 +25,10 @@ from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record
 from entropy_masking.shards.targets import targets_schema
 from pipeline.backends import local_records, ray_records
-from pipeline.corpus.plan import Corpus, plan_corpus
-from pipeline.job import Job, choose_tokenizer, new_job, try_teacher
+from pipeline.corpus.plan import plan_corpus
+from pipeline.job import Failure, Job, choose_tokenizer, new_job, try_teacher
 from pipeline.options import parse
+from pipeline.status import line, totals_lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,15 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
     shards, fingerprint = len(corpus.shards), job.manifest.fingerprint
-    commit.claim_directory(job.output, fingerprint, shards, write=False)
+    commit.begin_run(job.output, fingerprint, shards, write=False)
     records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     if todo or args.dry_run:
         try_teacher(job)  # fails here, before anything is written and before there are workers
     if args.dry_run:
-        print_plan(job, corpus)
+        print_plan(job, len(corpus.shards), len(records))
         return
-    commit.claim_directory(job.output, fingerprint, shards)
+    commit.begin_run(job.output, fingerprint, shards)
     failed: dict[int, str] = {}
     if todo:
         commit.save_tokenizer(tokenizer, job.output)
@@ -62,38 +62,37 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def collect(
-    run: Iterator[Record | dict[str, Any]], records: dict[int, Record], shards: int, shard_tokens: int, allowed: int
+    run: Iterator[Record | Failure], records: dict[int, Record], shards: int, shard_tokens: int, allowed: int
 ) -> dict[int, str]:
     """Add the records that a backend yields to ``records``, showing progress in tokens; returns what failed, and why.
 
     Raises:
-        UsageError: more shards failed than allowed, one for a reason that the user can mend; the others are done.
+        UsageError: more shards failed than allowed, one for a reason that the user can correct; the others are done.
         RunError: nothing more can be written.
     """
     tokens = sum(record.tokens_or_positions for record in records.values())
-    failed, usage = {}, []
+    failures: list[Failure] = []
     with console.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
         try:
-            for record in run:
-                if isinstance(record, dict):
-                    failed[record["index"]] = record["error"]
-                    usage += [record["error"]] if record.get("usage") else []
-                    progress.note(record.get("traceback") or f"shard {record['index']} failed: {record['error']}")
-                    if record.get("fatal"):
-                        raise RunError(f"{record['error']}; make room, then run the command again")
+            for outcome in run:
+                if isinstance(outcome, Failure):
+                    failures.append(outcome)
+                    progress.note(outcome.traceback or f"shard {outcome.index} failed: {outcome.error}")
+                    if outcome.fatal:
+                        raise RunError(f"{outcome.error}; make room, then run the command again")
                     continue
-                records[record.index] = record
-                tokens += record.tokens_or_positions
+                records[outcome.index] = outcome
+                tokens += outcome.tokens_or_positions
                 progress.total = round(tokens / len(records) * shards)  # better known with every shard
-                progress.advance(record.tokens_or_positions)
+                progress.advance(outcome.tokens_or_positions)
         except KeyboardInterrupt:
             progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command goes on")
             raise
-    if usage and len(failed) > allowed:
-        raise UsageError(f"{len(failed)} of {shards} shards failed, the first with: {usage[0]}")
-    return failed
+    if len(failures) > allowed and (usage := [failure.error for failure in failures if failure.usage]):
+        raise UsageError(f"{len(failures)} of {shards} shards failed, the first with: {usage[0]}")
+    return {failure.index: failure.error for failure in failures}
 
 
 def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed: int, scored_now: int) -> None:
@@ -115,32 +114,16 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed
     if job.manifest.teacher and not any(record.scored_tokens for record in records.values()):
         raise UsageError("no token of the corpus was scored, all are special to the tokenizer; use the teacher's own")
     totals = commit.write_manifest(job.manifest, records, failed).totals
-    tokens = totals["scored_tokens"] if job.manifest.masks else totals["tokens"]
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
     if failed:
-        print(f"  given up            {len(failed)} shards ({named})")
-    print(f"  sequences           {totals['sequences']:,} of {job.manifest.sequence_length} tokens")
-    print(f"  {'scored positions' if job.manifest.masks else 'tokens          '}    {tokens:,}")
-    if totals["entropy_sum"]:
-        print(f"  mean entropy        {totals['entropy_sum'] / totals['scored_tokens']:.3f} nats")
-    workers = f"{totals['worker_seconds']:,.1f} of {totals['workers']} workers"
-    print(f"  seconds             {totals['seconds']:,.1f} ({workers})")
-    rates = sorted(cost["tokens_per_second"] for cost in totals["by_worker"].values())
-    by_worker = f" ({rates[0]:,.0f} to {rates[-1]:,.0f} by worker)" if len(rates) > 1 and rates[-1] else ""
-    print(f"  tokens/s            {tokens / max(totals['seconds'], 1e-3):,.0f}{by_worker}")
-    if totals["flops"]:
-        print(f"  in the model        {totals['utilisation']:.0%} of the workers' seconds, {totals['flops']:.3g} FLOPs")
-    if totals["rescued_shards"]:
-        print(f"  smaller batches     {totals['rescued_shards']} shards, for want of memory")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())
-    print(f"  rejected documents  {totals['rejected']:,}{f' ({reasons}), listed in _records/' if reasons else ''}")
-    print(f"  bytes per token     {totals['bytes'] / tokens:.2f}")
+        print(line("given up", f"{len(failed)} shards ({named})"))
+    print(line("sequences", f"{totals['sequences']:,} of {job.manifest.sequence_length} tokens"))
+    print("\n".join(totals_lines(totals)))
 
 
-def print_plan(job: Job, corpus: Corpus) -> None:
+def print_plan(job: Job, shards: int, done: int) -> None:
     """What a run would do, without doing it."""
     manifest, masks = job.manifest, job.manifest.masks
-    done = len(commit.done_records(job.output, len(corpus.shards), manifest.fingerprint_hash))
     schema = parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
     inputs, scoring = f"{manifest.context} context, {manifest.passes} passes", "none: tokens only"
     if masks:
@@ -148,7 +131,7 @@ def print_plan(job: Job, corpus: Corpus) -> None:
         inputs = f"{masks['variants']} masks of each sequence by --mask-source {masks['source']}"
     if manifest.teacher:
         scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {job.fingerprint['dtype']}"
-    print(f"would write {job.output}: {len(corpus.shards)} shards, {done} of them done")
+    print(f"would write {job.output}: {shards} shards, {done} of them done")
     print(f"  teacher    {scoring}")
     print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
     print(f"  columns    {', '.join(schema.names)}")

@@ -38,10 +38,10 @@ class Teacher:
         pad_id: the padding token.
         special_ids: tokens that are never scored.
         vocab_size: tokens of the tokenizer; logits beyond (rows that only pad the embedding) are cut off.
-        context: ``masked`` (a position is scored in the pass that hides it) or ``full`` (nothing is hidden).
-        passes: P; pass g hides the positions i with i mod P = g.
+        context: ``masked`` (a position is scored in the pass that masks it) or ``full`` (nothing is masked).
+        passes: P; pass g masks the positions i with i mod P = g.
         top_k: how many log-probabilities to keep.
-        temperatures: T at which they are to be known; 1 is always.
+        temperatures: T at which the log-probabilities can be computed later; 1 is always among them.
         batch_tokens: tokens in one forward.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         compile: compile the encoder and the reduction with ``torch.compile``.
@@ -50,7 +50,7 @@ class Teacher:
     Attributes:
         forward_seconds, flops: spent so far in forwards (encoder, head and reduction); multiplications and additions of
             matrix products and attention, counted by torch on one sequence and one position.
-        stopped: set it, and the next forward raises ``Stopped`` instead.
+        stopped: once it is set, the next forward raises ``Stopped`` instead.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Teacher:
         self._chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // model.config.vocab_size)
         self._reduce: Callable[..., entropy.Reduced] = entropy.score
         if compile:
-            # the forward alone: what the hook selects differs from batch to batch
+            # the forward alone: the number of positions differs from batch to batch
             model.base_model.forward = torch.compile(model.base_model.forward, dynamic=False)
             self._reduce = torch.compile(entropy.score, dynamic=False)
         self.compiled = compile
@@ -165,10 +165,10 @@ class Teacher:
             if self.context == "masked":
                 scored_RL = scored_RL & (np.arange(L) % self.passes == passes_R[:, None])
             rows, columns = np.nonzero(scored_RL)
-            targets = ids_RL[rows, columns]
+            actual = ids_RL[rows, columns]
             if self.context == "masked":
                 ids_RL[rows, columns] = self.mask_id
-            yield Batch(ids_RL, rows, columns, targets, (sequences_R[rows], columns), size)
+            yield Batch(ids_RL, rows, columns, actual, (sequences_R[rows], columns), size)
 
     def _given(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         N, L = inputs_NL.shape
@@ -209,20 +209,22 @@ class Teacher:
     def _forward(self, batch: Batch) -> list[entropy.Reduced]:
         """Entropy, surprisal, top-k ids and log-probabilities of the batch's positions, in chunks, on the device."""
         ids_RL = batch.ids_RL
-        if self.compiled and len(ids_RL) < batch.size:  # one shape for all: code for others would depend on the past
+        if (
+            self.compiled and len(ids_RL) < batch.size
+        ):  # one shape for all: what is compiled must not depend on the past
             ids_RL = np.concatenate([ids_RL, np.repeat(ids_RL[-1:], batch.size - len(ids_RL), axis=0)])
         ids = self._to_device(ids_RL)
         padding_RL = ids_RL == self.pad_id
         attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
-        targets_N = self._to_device(batch.targets)
+        actual_N = self._to_device(batch.actual)
         select = self._to_device(batch.rows), self._to_device(batch.columns)
         parts = []
         for start, logits_CV in self._logits(ids, attention, select):
-            targets_C = targets_N[start : start + self._chunk]
-            if missing := (self._chunk - len(targets_C)) * self.compiled:
-                logits_CV, targets_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(targets_C, (0, missing))
-            reduced = self._reduce(logits_CV, targets_C, self.top_k, self.temperatures)
-            parts.append(entropy.Reduced(*(column[: len(targets_N) - start] for column in reduced)))
+            actual_C = actual_N[start : start + self._chunk]
+            if missing := (self._chunk - len(actual_C)) * self.compiled:
+                logits_CV, actual_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(actual_C, (0, missing))
+            reduced = self._reduce(logits_CV, actual_C, self.top_k, self.temperatures)
+            parts.append(entropy.Reduced(*(column[: len(actual_N) - start] for column in reduced)))
         return parts
 
     def _logits(self, ids_RL: Tensor, attention_RL: Tensor | None, select: Select) -> Iterator[tuple[int, Tensor]]:
@@ -260,17 +262,17 @@ Place = tuple[np.ndarray, np.ndarray]
 
 
 class Stopped(BaseException):
-    """The teacher was told to stop before it was done."""
+    """The teacher was stopped before it was done."""
 
 
 class Batch(NamedTuple):
-    """One forward: inputs, the positions to score in them, the actual tokens there, where the results belong, and how
-    many rows a whole batch has."""
+    """One forward: inputs, the positions to score in them, the actual tokens there, where the results belong, and the
+    rows of a full batch."""
 
     ids_RL: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    targets: np.ndarray
+    actual: np.ndarray
     place: Place
     size: int
 

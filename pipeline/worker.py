@@ -31,7 +31,7 @@ from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.packing import pack, tokenize
 from pipeline.corpus.readers import FileRange, Rejects, read_documents
-from pipeline.job import Job
+from pipeline.job import Failure, Job
 from pipeline.masking import mask_shard
 from pipeline.teacher import Stopped, Teacher
 
@@ -57,21 +57,19 @@ class ShardScorer:
         """Drop the shards under way at the next forward. A rerun does them again."""
         self.stopped.set()
 
-    def __call__(self, index: int, ranges: list[FileRange]) -> Record | dict[str, Any]:
-        """Score and commit shard ``index``; returns its record (see docs/shards.md), or what went wrong.
+    def __call__(self, index: int, ranges: list[FileRange]) -> Record | Failure:
+        """Score and commit shard ``index``; returns its record, or why there is none.
 
-        A shard that raises is tried again up to ``max_attempts`` times, and one that ended its process so often is
-        given up. Neither ends the other shards: in place of its record comes ``{"index", "error"}``, with ``usage`` if
-        the user can correct it, and ``fatal`` if every other shard would fail too.
+        A shard that raises is tried up to ``max_attempts`` times, and one that ended its process so often is given up.
         """
         job = self.job
         try:
             done, failed, alone = self._earlier(index)
         except OSError as failure:
-            return {"index": index, "error": one_line(failure)}
+            return Failure(index, one_line(failure))
         if done:
             return done
-        error: dict[str, Any] = {"index": index, "error": f"its worker died or hung {failed} times"}
+        outcome = Failure(index, f"its worker died or hung {failed} times")
         # A shard whose process died may have caused it, so it goes on alone, lest it end another shard too. If it was
         # not alone then, the other shard may have caused it: then it gets one more attempt.
         most = job.max_attempts if alone else max(job.max_attempts, failed + 1)
@@ -84,14 +82,13 @@ class ShardScorer:
                         commit.end_attempt(job.output, index)
                     return record
                 except UsageError as failure:
-                    return {"index": index, "error": str(failure), "usage": True}
+                    return Failure(index, str(failure), usage=True)
                 except Exception as failure:
                     if isinstance(failure, OSError) and storage.is_exhausted(failure):
-                        reason = f"cannot write to {job.output}: {failure.strerror}"
-                        return {"index": index, "error": reason, "fatal": True}
+                        return Failure(index, f"cannot write to {job.output}: {failure.strerror}", fatal=True)
                     reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]}"
-                    error = {"index": index, "error": reason, "traceback": traceback.format_exc()}
-        return error
+                    outcome = Failure(index, reason, traceback=traceback.format_exc())
+        return outcome
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:

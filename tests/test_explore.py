@@ -207,7 +207,7 @@ def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hashed = storage.sha256_json(fingerprint)
     fields = {"uri": target, "teacher": "another", "top_k": 0, "fingerprint": fingerprint, "fingerprint_hash": hashed}
     copy = manifest.model_copy(update=fields)
-    commit.claim_directory(target, fingerprint, copy.planned_shards)
+    commit.begin_run(target, fingerprint, copy.planned_shards)
     commit.save_tokenizer(load_tokenizer(manifest.uri), target)
     records, originals = {}, commit.read_records(manifest.uri)
     for entry in manifest.shards:

@@ -1,7 +1,7 @@
 """Committing shards: records, attempts, one fingerprint a directory, and the manifest that ends a run.
 
-One shard is one unit of work with one file name. Its file is put whole first, its record second; a shard without a
-matching record is done again. So work is never done half, and a late write of a lost worker changes nothing.
+One shard is one unit of work with one file name. Its file is written whole first, its record second; a shard without a
+matching record is done again. So no shard is half done, and a late write of a lost worker changes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READERS = 16  # files read at a time: an object store answers many requests as f
 
 
 def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any], started: float) -> Record:
-    """Put a shard whole under its name, read its footer back, then write its record, which makes the shard count.
+    """Write a shard, read its footer back, then write its record, which marks the shard as done.
 
     Args:
         fields: of the record, without the file's name, size and hash and the time; ``rows`` is checked against the
@@ -59,10 +59,7 @@ def attempt_uri(directory: str, index: int) -> str:
 
 
 def begin_attempt(directory: str, index: int, run: str, attempt: int, alone: bool) -> None:
-    """Write down that a worker starts on a shard.
-
-    A process that dies leaves this behind, so it is known how often it died of this shard: Ray retries for ever.
-    """
+    """Write down that a worker begins a shard, since Ray retries a shard whose process died for ever."""
     begun = Attempt(run=run, attempts=attempt, alone=alone)
     storage.write_json(attempt_uri(directory, index), begun.model_dump())
 
@@ -74,12 +71,12 @@ def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
 
 
 def end_attempt(directory: str, index: int) -> None:
-    """The shard is committed: nothing more to remember of its attempts."""
+    """Forget the attempts of a shard that is committed."""
     storage.delete(attempt_uri(directory, index))
 
 
 def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if there is none, or a damaged one, after which the work is done again."""
+    """The file at ``uri``; None if there is none or it is damaged: then the work is done again."""
     try:
         return manifests.read_model(model, uri)
     except UsageError:
@@ -97,14 +94,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
             storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
 
 
-def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int, write: bool = True) -> None:
-    """Bind an output directory to one fingerprint, before anything else is written there.
+def begin_run(directory: str, fingerprint: dict[str, Any], shards: int, write: bool = True) -> None:
+    """Write the record of a run, which binds its directory to one fingerprint; nothing is written before.
 
     Args:
-        write: False only looks whether it could be.
+        write: False only checks the directory.
 
     Raises:
-        UsageError: the directory belongs to a run with another fingerprint; says what differs.
+        UsageError: the directory belongs to a run with another fingerprint; the message names what differs.
     """
     previous = manifests.read_model(Run, run_uri(directory))
     if previous is None:
