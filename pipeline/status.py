@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entropy_masking import storage
 from entropy_masking.commands import console
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.schema import Attempt, Record, Run
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report = status(storage.absolute(args.directory), time.time())
     except OSError as error:
-        raise RunError(f"cannot read {args.directory}: {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"cannot read {args.directory}: {one_line(error)}") from None
     print(json.dumps(report, indent=1) if args.json else to_text(report))
 
 

@@ -86,7 +86,7 @@ class ShardScorer:
                 except Exception as failure:
                     if isinstance(failure, OSError) and storage.is_exhausted(failure):
                         return Failure(index, f"cannot write to {job.output}: {failure.strerror}", fatal=True)
-                    reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:500]}"
+                    reason = f"{type(failure).__name__}: {one_line(failure)}"
                     outcome = Failure(index, reason, traceback=traceback.format_exc())
         return outcome
 

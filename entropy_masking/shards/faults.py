@@ -36,29 +36,29 @@ class Depth(IntEnum):
 
 
 def check_shards(manifest: Manifest, contents: bool = True) -> None:
-    """Before shards are read: they are all there, every byte is what was committed, and the tokenizer made the ids.
+    """Check that all shards exist, every byte is what was committed, and the tokenizer is the one that made the ids.
 
-    Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
+    Several threads read every byte once: about a second a GB, or as long as a store takes to send it.
 
     Args:
-        contents: False, where somebody has checked them already, looks at names, sizes and the tokenizer only.
+        contents: False for shards that are checked already: then names, sizes and the tokenizer only.
 
     Raises:
-        UsageError: names the first file that is missing, damaged, swapped, edited or not to be read.
+        UsageError: names the first file that is missing, damaged, swapped, edited or unreadable.
     """
     if (fault := next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)) is None:
         return
     file, text = fault
-    mend = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
+    repair = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
     if file == "tokenizer":
-        mend = "put back the one that made the shards"
+        repair = "put back the one that made the shards"
     if text.startswith(DENIED):
-        mend = "allow this user to read it"
-    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {mend}")
+        repair = "allow this user to read it"
+    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {repair}")
 
 
 def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
-    """All faults of a directory, those that show quickly first.
+    """All faults of a directory, the quickly detected ones first.
 
     Args:
         advance: called with the size of every shard whose content has been checked.

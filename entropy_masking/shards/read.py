@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
@@ -112,9 +112,9 @@ def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups
     try:
         return read_table(manifest, entry, columns, row_groups)
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
+        uri = manifest.shard_uri(entry)
         raise RunError(
-            f"cannot read {manifest.shard_uri(entry)} ({reason}); pipeline/verify.py says what is wrong with it"
+            f"cannot read {uri} ({one_line(error)}); pipeline/verify.py says what is wrong with it"
         ) from None
 
 
