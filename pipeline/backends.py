@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -156,17 +157,13 @@ def _check_visible(output: str, record: Record) -> None:
     """Refuse an output that a worker on another node has written to its own disk. Raises UsageError."""
     uri = storage.join(output, record.file)
     until = time.monotonic() + VISIBLE_SECONDS
-    while not _has_size(uri, record.bytes):
+    while True:
+        with contextlib.suppress(OSError):  # a store may answer the next time
+            if storage.size(uri) == record.bytes:
+                return
         if time.monotonic() > until:
             raise UsageError(
                 f"{uri}, committed by {record.worker}, is not visible from the driver; "
                 "choose an --output on a path that all nodes share, or in an object store"
             )
         time.sleep(0.5)
-
-
-def _has_size(uri: str, size: int) -> bool:
-    try:
-        return storage.size(uri) == size
-    except OSError:
-        return False  # a store may answer the next time

@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("sample", "trust_remote_code"):
         if getattr(args, name) and not args.teacher:
-            raise UsageError(f"--{name.replace('_', '-')} needs --teacher; name the one that scored the shards")
+            raise UsageError(f"{console.flag(name)} needs --teacher; name the one that scored the shards")
     args.sample = args.sample or SAMPLE
     return args
 

@@ -120,7 +120,8 @@ class ShardScorer:
         job, manifest, started = self.job, self.job.manifest, time.monotonic()
         if self.stopped.is_set():
             raise Stopped
-        rejects, costs, scores = Rejects(), {"forward_seconds": 0.0, "flops": 0}, None
+        rejects, scores = Rejects(), None
+        costs: dict[str, Any] = {"forward_seconds": 0.0, "flops": 0}
         with self.deadlines.within(job.shard_timeout):
             rows, ids_NL = self._masked(index) if manifest.masks else (None, self._sequences(ranges, rejects))
         if manifest.teacher:

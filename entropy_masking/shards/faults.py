@@ -101,7 +101,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     texts += [f"calls shard {entry.index} {entry.file}" for entry in wrong]
     if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
         texts.append("its fingerprint does not have the hash that stands beside it")
-    if manifest.kind == "sequences" and manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
+    if manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
         texts.append("its sequences_hash is not that of its fingerprint")
     return texts
 
