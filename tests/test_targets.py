@@ -175,10 +175,10 @@ def test_a_run_that_was_cut_short_goes_on(
 
 def test_a_shard_without_text_has_no_targets(work: Path, teacher: Path, tmp_path: Path) -> None:
     lines = (work / "corpus.jsonl").read_text().splitlines()[:40]
-    for name, text in (("a", lines[:20]), ("b", ['{"text": ""}'] * 9), ("c", lines[20:])):
+    for name, text in (("a", lines[:20]), ("b", ['{"text": ""}'] * 300), ("c", lines[20:])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(text))
     corpus = ",".join(f"{tmp_path}/{name}.jsonl" for name in "abc")
-    sizes = ["--sequence-length", LENGTH, "--shard-tokens", 10]
+    sizes = ["--sequence-length", LENGTH, "--shard-tokens", 500]
     directory = score(corpus, teacher, tmp_path / "scan", *sizes, "--passes", 2)
     targets = masked(directory, teacher, tmp_path / "targets", *MASKS)
     rows = {entry.index: 4 * entry.rows for entry in manifests.read_manifest(str(directory)).shards}

@@ -23,7 +23,7 @@ from entropy_masking.shards.targets import predictions_of, row_group, rows_of
 
 @dataclass(frozen=True)
 class Columns:
-    """What of a shard is read: no more than a run uses. ``temperature``: at which the top k are to be known."""
+    """What is read of a shard: no more than a run uses. ``temperature`` is that of the top k."""
 
     entropy: bool = False
     top_k: bool = False
@@ -64,7 +64,7 @@ def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: i
     """One row group of a shard.
 
     Raises:
-        RunError: it cannot be read, or is not what the manifest says: files may change under a run.
+        RunError: it cannot be read, or is not what the manifest says, as files may change during a run.
     """
     rows = read_rows(manifest, entry, columns, [block])
     expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
@@ -82,7 +82,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     Args:
         targets: manifest of a target directory, and ``entry`` its shard.
         sequences: the rows of the row group ``block``.
-        T: temperature at which the top k are to be known.
+        T: temperature of the top k.
 
     Returns:
         target_positions [N, K] (``NO_POSITION`` where a row masks fewer), input_crc32 [N], teacher_ids and
@@ -119,9 +119,9 @@ def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:
-    """Integers as int64, floats as float32: what torch computes with. The top k stay as they are stored.
+    """Integers as int64, floats as float32: what torch computes with.
 
-    Those are k times as many as the rest, and few of them will be wanted.
+    The top k stay as they are stored: they are k times as many as the rest, and few of them are used.
     """
     wide = {name: array for name, array in rows.items() if name not in TOP_K_COLUMNS}
     tensors = {
@@ -137,9 +137,10 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
 
 
 def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
-    """What masks the sequences of a shard directory, by tokens or by words.
+    """The masker of a directory's sequences, by tokens or by words.
 
-    Raises UsageError if it is by words, and the tokenizer does not say which tokens continue one.
+    Raises:
+        UsageError: by words, and the tokenizer does not tell which tokens continue one.
     """
     continues_V = None
     if unit == "word":
@@ -157,7 +158,7 @@ def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
 
 
 def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> Columns:
-    """What of the shards a run reads."""
+    """The columns that a policy needs, whose scores come from ``source``, and those that distillation needs."""
     predict_by = "random" if policy.predicts_all else policy.predict_by
     read = {"surprisal"} if "excess" in (predict_by, None if policy.uniform else policy.by) else set()
     if source == "parquet":
