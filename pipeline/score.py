@@ -22,7 +22,7 @@ from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.parquet import shard_file
-from entropy_masking.shards.schema import Record
+from entropy_masking.shards.schema import Record, Run
 from entropy_masking.shards.targets import targets_schema
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
     shards, fingerprint = len(corpus.shards), job.manifest.fingerprint
-    commit.begin_run(job.output, fingerprint, shards, write=False)
+    commit.check_directory(job.output, fingerprint)
     records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     if todo or args.dry_run:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print_plan(job, len(corpus.shards), len(records))
         return
-    commit.begin_run(job.output, fingerprint, shards)
+    commit.begin_run(job.output, Run(fingerprint=fingerprint, shards=shards))
     failed: dict[int, str] = {}
     if todo:
         commit.save_tokenizer(tokenizer, job.output)

@@ -26,6 +26,7 @@ from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.schema import Run
 from train.explorer import sample, statistics
 
 WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3"]
@@ -207,7 +208,7 @@ def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hashed = storage.sha256_json(fingerprint)
     fields = {"uri": target, "teacher": "another", "top_k": 0, "fingerprint": fingerprint, "fingerprint_hash": hashed}
     copy = manifest.model_copy(update=fields)
-    commit.begin_run(target, fingerprint, copy.planned_shards)
+    commit.begin_run(target, Run(fingerprint=fingerprint, shards=copy.planned_shards))
     commit.save_tokenizer(load_tokenizer(manifest.uri), target)
     records, originals = {}, commit.read_records(manifest.uri)
     for entry in manifest.shards:

@@ -94,26 +94,28 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
             storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
 
 
-def begin_run(directory: str, fingerprint: dict[str, Any], shards: int, write: bool = True) -> None:
-    """Write the record of a run, which binds its directory to one fingerprint; nothing is written before.
-
-    Args:
-        write: False only checks the directory.
+def check_directory(directory: str, fingerprint: dict[str, Any]) -> None:
+    """Check that a run may write to a directory.
 
     Raises:
-        UsageError: the directory belongs to a run with another fingerprint; the message names what differs.
+        UsageError: it holds other files, or belongs to a run with another fingerprint; the message says what differs.
     """
     previous = manifests.read_model(Run, run_uri(directory))
     if previous is None:
         if storage.list_files(directory):
             raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output")
-        if write:
-            storage.write_json(run_uri(directory), Run(fingerprint=fingerprint, shards=shards).model_dump())
     elif differing := differences(previous.fingerprint, fingerprint):
         raise UsageError(
             f"{directory} was made with other settings ({'; '.join(differing)}); "
             "choose a new --output, or delete this one, or repeat the old command"
         )
+
+
+def begin_run(directory: str, run: Run) -> None:
+    """Write the record of a run, which binds a directory to its fingerprint. Raises UsageError as ``check_directory``."""
+    check_directory(directory, run.fingerprint)
+    if not storage.exists(run_uri(directory)):
+        storage.write_json(run_uri(directory), run.model_dump())
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
