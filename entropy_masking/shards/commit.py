@@ -112,7 +112,7 @@ def check_directory(directory: str, fingerprint: dict[str, Any]) -> None:
 
 
 def begin_run(directory: str, run: Run) -> None:
-    """Write the record of a run, which binds a directory to its fingerprint. Raises UsageError as ``check_directory``."""
+    """Write the record of a run, which binds a directory to its fingerprint. Raises as ``check_directory``."""
     check_directory(directory, run.fingerprint)
     if not storage.exists(run_uri(directory)):
         storage.write_json(run_uri(directory), run.model_dump())
