@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -181,29 +182,31 @@ class Teacher:
 
     def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, Any]]:
         """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
-        pending: tuple[Place, list[entropy.Reduced]] | None = None
+        ahead, pending = int(self.device.type != "cpu"), deque[tuple[Place, list[entropy.Reduced]]]()
         for batch in batches:
             if self.stopped.is_set():
                 raise Stopped
             if not len(batch.rows):
                 continue
             started = time.monotonic()
-            ready, pending = pending, (batch.place, self._forward(batch))
-            if self.device.type == "cpu":
-                ready, pending = pending, None
-            result = (ready[0], _fetch(ready[1])) if ready else None
+            pending.append((batch.place, self._forward(batch)))
             self.forward_seconds += time.monotonic() - started
             if (L := batch.ids_RL.shape[1]) not in self._flops:
                 self._flops[L] = forward_flops(self.masked_lm, L)
             encoder, head = self._flops[L]
             self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head
-            if result:
-                yield result
-        if pending:
-            started = time.monotonic()
-            result = pending[0], _fetch(pending[1])
-            self.forward_seconds += time.monotonic() - started
-            yield result
+            if len(pending) > ahead:
+                yield self._fetch(*pending.popleft())
+        for place, parts in pending:
+            yield self._fetch(place, parts)
+
+    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, Any]:
+        """``Reduced`` of the chunks of a batch put together, with numpy arrays in place of tensors."""
+        started = time.monotonic()
+        columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        reduced = entropy.Reduced(*columns)
+        self.forward_seconds += time.monotonic() - started
+        return place, reduced
 
     @torch.inference_mode()
     def _forward(self, batch: Batch) -> list[entropy.Reduced]:
@@ -294,9 +297,3 @@ def _cut(rows: int, size: int) -> Iterator[np.ndarray]:
     """Row numbers, cut into batches of ``size``."""
     for start in range(0, rows, size):
         yield np.arange(start, min(start + size, rows))
-
-
-def _fetch(parts: list[entropy.Reduced]) -> Any:
-    """``Reduced`` of the chunks of a batch put together, with numpy arrays in place of tensors."""
-    columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return entropy.Reduced(*columns)
