@@ -152,7 +152,7 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
 
 
 def masks(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    """What the manifest says of the masks of targets; ``positions`` is K, the most that a sequence has."""
+    """The masks of targets, for the manifest; ``positions`` is K, the most that a sequence has."""
     positions = min(args.policy.positions(length), length)
     names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}
     return names | {"positions": positions}
@@ -169,7 +169,7 @@ def sequence_length(asked: int | None, corpus: Corpus) -> int:
 
 
 def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuse what does not fit together, from the teacher's configuration and tokenizer alone."""
+    """Refuse a teacher that does not fit the tokenizer or the flags, by its configuration and tokenizer alone."""
     config = load_config(teacher, args.trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise UsageError(

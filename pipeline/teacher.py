@@ -201,7 +201,7 @@ class Teacher:
             yield self._fetch(place, parts)
 
     def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, Any]:
-        """``Reduced`` of the chunks of a batch put together, with numpy arrays in place of tensors."""
+        """The chunks of a batch joined, as numpy arrays; waits for the device."""
         started = time.monotonic()
         columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
         reduced = entropy.Reduced(*columns)

@@ -70,8 +70,8 @@ class ShardScorer:
         if done:
             return done
         outcome = Failure(index, f"its worker died or hung {failed} times")
-        # A shard whose process died may have caused it, so it goes on alone, lest it end another shard too. If it was
-        # not alone then, the other shard may have caused it: then it gets one more attempt.
+        # A shard whose process died may have caused that, so it is tried alone and cannot end another shard. If it was
+        # not alone when the process died, the other shard may have caused that, so it gets at least one attempt alone.
         most = job.max_attempts if alone else max(job.max_attempts, failed + 1)
         with self._places(SHARDS_AT_ONCE if failed else 1):
             for attempt in range(failed + 1, most + 1):
@@ -92,8 +92,8 @@ class ShardScorer:
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Take so many of the ``SHARDS_AT_ONCE`` places; with all of them, a shard is alone in its process."""
-        with self.entrance:  # one after another: two shards that take a place each would wait for the other's for ever
+        """Hold so many of the ``SHARDS_AT_ONCE`` places; a shard that holds all is alone in its process."""
+        with self.entrance:  # one shard at a time: two that hold one place each would wait for the other for ever
             for _ in range(count):
                 self.places.acquire()
         try:

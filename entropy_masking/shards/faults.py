@@ -93,7 +93,7 @@ def lacking(manifest: Manifest) -> list[str]:
 
 
 def manifest_faults(manifest: Manifest) -> list[str]:
-    """The manifest by itself: every planned shard accounted for once, names that fit, and hashes of what it says."""
+    """Faults of the manifest alone: planned shards, names, and its hashes."""
     texts, indices = lacking(manifest), [entry.index for entry in manifest.shards]
     if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
         texts.append(f"its shards are not each once and in order among {manifest.planned_shards}")
@@ -209,7 +209,7 @@ def contract(manifest: Manifest) -> pa.Schema:
 def rescored_faults(
     manifest: Manifest, entries: list[ShardEntry], score: Callable[[np.ndarray], Scores], sample: int
 ) -> Iterator[Fault]:
-    """Scores of ``sample`` sequences, the same ones for the same fingerprint, against what the teacher says now."""
+    """Compare stored scores of ``sample`` sequences (chosen by the fingerprint) with the teacher's scores now."""
     from entropy_masking.shards.read import Columns, read_rows  # takes seconds, and so does a teacher
 
     columns = Columns(entropy=True, surprisal=True, top_k=manifest.top_k > 0)

@@ -151,7 +151,7 @@ def row_groups(table: pa.Table) -> list[pa.Table]:
 
 
 def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict[str, Any]:
-    """What a record says of a shard of sequences."""
+    """The counts in the record of a shard of sequences."""
     entropy = scores.entropy_NL[~np.isnan(scores.entropy_NL)] if scores else np.empty(0)
     return {
         "rows": len(input_ids_NL),

@@ -49,7 +49,7 @@ class MaskedRows:
 
 
 def input_crc32(inputs_NL: np.ndarray) -> np.ndarray:
-    """CRC-32 (uint32, as zlib's) of each row of ids, taken as little-endian uint32."""
+    """CRC-32 (uint32, as zlib's) of each row of ids as little-endian uint32."""
     rows = np.ascontiguousarray(inputs_NL, dtype="<u4")
     return np.fromiter((zlib.crc32(row.data) for row in rows), np.uint32, count=len(rows))
 
@@ -114,7 +114,7 @@ def _padded(table: pa.Table, name: str, most: int, fill: float, width: int | Non
 
 
 def counts(rows: MaskedRows) -> dict[str, Any]:
-    """What a record says of a target shard."""
+    """The counts in the record of a target shard."""
     scored = int((rows.positions_NK != NO_POSITION).sum())
     return {"rows": len(rows.variant_N), "tokens": 0, "scored_tokens": scored, "entropy_sum": 0.0}
 

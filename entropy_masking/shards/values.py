@@ -126,7 +126,7 @@ def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) 
 
 
 def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[str]:
-    """What a teacher says now of one sequence against what is stored: entropy, surprisal [L], topk_* [L, k].
+    """Differences between the scores of one sequence now and those stored: entropy, surprisal [L], topk_* [L, k].
 
     The batch has another shape than the first time, so a few positions in a hundred may lie further apart in half
     precision, and neighbours among the most probable tokens may have changed places.
