@@ -31,12 +31,15 @@ def mask_shard(
         RunError: the shard cannot be read, or is not what its manifest says.
     """
     policy, K, L = MaskPolicy.from_json(masks["policy"]), masks["positions"], sequences.sequence_length
-    columns, none = columns_of(policy, masks["source"]), np.empty(0, np.int64)
-    parts = [(MaskedRows(none, none, np.empty((0, K), np.int64), none), np.empty((0, L), np.int64))]
+    columns = columns_of(policy, masks["source"])
+    none = MaskedRows(
+        np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty((0, K), np.int64), np.empty(0, np.uint32)
+    )
+    parts = [(none, np.empty((0, L), np.int64))]  # a shard may have no sequences
     for block in range(math.ceil(entry.rows / ROW_GROUP)):
         rows = read_block(sequences, entry, columns, block)
         parts += [mask(rows, variant, masker, policy) for variant in range(masks["variants"])]
-    fields = zip(*(vars(masked).values() for masked, _ in parts[1:] or parts), strict=True)
+    fields = zip(*(vars(masked).values() for masked, _ in parts), strict=True)
     return MaskedRows(*map(np.concatenate, fields)), np.concatenate([inputs_NL for _, inputs_NL in parts])
 
 
