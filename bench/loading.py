@@ -45,11 +45,11 @@ from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP, Scores
-from entropy_masking.shards.read import Columns
+from entropy_masking.shards.read import Columns, masker_of
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.readers import Rejects
 from pipeline.tokenizer import SPECIAL_TOKENS
-from train.data import WINDOW, TrainingSequences, masker_of, split_shards
+from train.data import WINDOW, TrainingSequences, split_shards
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s

@@ -34,7 +34,6 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 import pipeline.score
-import train.plan
 from bench.table import Row, in_turns, keep_buffers, peak_flops, print_table, row
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
@@ -48,7 +47,7 @@ from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.teacher import DTYPES, Teacher
 
 BATCH, TOP_K, TARGET_TOP_K = 32, 16, 12  # sequences of the straightforward script, as scripts have it
-MASKS = ["--mask-temperature", "1", "--mask-ratio", "0.15", "--variants", "4"]
+MASKS = ["--mask-source", "parquet", "--mask-temperature", "1", "--mask-ratio", "0.15", "--variants", "4"]
 SHARDS = 10  # of the job
 
 
@@ -295,12 +294,11 @@ def overhead(teacher: Teacher, texts: list[str], tokens: int, args: argparse.Nam
 
 def sizes(texts: list[str], args: argparse.Namespace, work: Path) -> dict[str, Row]:
     """Bytes a token of a scan shard, of the same as fp32 and int64, and of exact targets with their scan."""
-    scan, plan, targets = work / "scan", work / "plan", work / "targets"
+    scan, targets = work / "scan", work / "targets"
     local, one = ["--backend", "local"], ["--shard-tokens", 1 << 30]
     length = ["--sequence-length", args.sequence_length, "--top-k", TOP_K]
     quietly(pipeline.score.main, *scoring(write_texts(texts, work / "sizes.jsonl"), scan, args), *length, *local, *one)
-    quietly(train.plan.main, "--shards", scan, "--entropy-source", "parquet", *MASKS, "--output", plan)
-    quietly(pipeline.score.main, *scoring(scan, targets, args), "--masks", plan, "--top-k", TARGET_TOP_K, *local)
+    quietly(pipeline.score.main, *scoring(scan, targets, args), *MASKS, "--top-k", TARGET_TOP_K, *local)
 
     manifest = read_manifest(str(scan))
     (entry,) = manifest.shards

@@ -39,6 +39,7 @@ from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import load_tokenizer, read_manifest
 from entropy_masking.shards.parquet import Scores
 from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.schema import Run
 from glue.intervals import Estimate, paired_difference
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
@@ -308,7 +309,7 @@ def shuffle_scores(source: str, target: str) -> None:
     hashes = {"fingerprint": fingerprint, "fingerprint_hash": hashed}
     empty = {"uri": target, "top_k": 0, "temperatures": [], "shards": [], "totals": {}}
     copy = manifest.model_copy(update=empty | hashes)
-    commit.claim_directory(target, fingerprint, copy.planned_shards)
+    commit.begin_run(target, Run(fingerprint=fingerprint, shards=copy.planned_shards))
     records = commit.done_records(target, copy.planned_shards, hashed)
     originals = commit.read_records(source)
     commit.save_tokenizer(load_tokenizer(source), target)

@@ -44,8 +44,8 @@ from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
-from entropy_masking.shards.read import Columns
-from train.data import TrainingSequences, masker_of
+from entropy_masking.shards.read import Columns, masker_of
+from train.data import TrainingSequences
 from train.options import parse as parse_run
 from train.student import build_student
 

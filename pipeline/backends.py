@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -19,26 +20,21 @@ from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.readers import FileRange
-from pipeline.job import Job
+from pipeline.job import Failure, Job
 
 STOP_SECONDS = 10.0
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[FileRange]]
 
 
-def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | dict[str, Any]]:
-    """Score shards in this process; yields each record (or error) as its shard ends."""
+def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | Failure]:
+    """Score shards in this process; yields their records or failures in order."""
     from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
-    scorer, waiting = ShardScorer(job), iter(todo)
+    scorer = ShardScorer(job)
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         try:
-            running = {pool.submit(scorer, *shard) for _, shard in zip(range(SHARDS_AT_ONCE), waiting, strict=False)}
-            while running:
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(scorer, *shard) for _, shard in zip(ended, waiting, strict=False)}
-                for future in ended:
-                    yield future.result()
+            yield from pool.map(lambda shard: scorer(*shard), todo)
         except BaseException:
             scorer.stop()
             raise
@@ -46,15 +42,14 @@ def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | dict[str, An
 
 def ray_records(
     job: Job, todo: list[Shard], workers: int | None = None, gpus_per_worker: float | None = None
-) -> Iterator[Record | dict[str, Any]]:
+) -> Iterator[Record | Failure]:
     """Score shards on Ray Data's actor pool, on the cluster that ``ray.init`` finds, else on a local one.
 
-    The dataset's items are shard descriptors: an actor commits its own file and hands back the record only, so that
-    a retried item can do no harm. The pool grows onto nodes that join later. Yields records (or errors) as shards end,
-    in any order.
+    The dataset's items are shard descriptors: an actor commits its own file and returns the record only, so a retried
+    item does no harm. The pool grows onto nodes that join later. Yields records or failures as shards end.
 
     Raises:
-        UsageError: no worker fits the cluster, or a committed shard cannot be seen from here.
+        UsageError: no worker fits the cluster, or a committed shard is not visible from the driver.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -94,9 +89,9 @@ def ray_records(
         )
         records.set_name(f"score {job.output.rstrip('/').rpartition('/')[2]}")
         for row in records.iter_rows():
-            fields = json.loads(row["record"])
+            fields = json.loads(row["outcome"])
             if "error" in fields:
-                yield fields
+                yield Failure(**fields)
             else:
                 record = Record.model_validate(fields)
                 _check_visible(job.output, record)
@@ -105,11 +100,11 @@ def ray_records(
         below = psutil.Process().children(recursive=True)  # a cluster of this run's own
         ray.shutdown()
         psutil.wait_procs(below, timeout=STOP_SECONDS)
-        commit.delete_leftovers(job.output)  # of workers that were ended in the middle of a shard
+        commit.delete_leftovers(job.output)  # of workers that ended in the middle of a shard
 
 
 class ScoreShard:
-    """Ray Data's view of ``ShardScorer``: one descriptor in, one record out, both as JSON; counts tokens for Ray."""
+    """``ShardScorer`` for Ray Data: one descriptor → one record or failure, both as JSON; counts tokens for Ray."""
 
     def __init__(self, job: Job) -> None:
         from ray.util.metrics import Counter, Gauge
@@ -126,15 +121,15 @@ class ScoreShard:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         ranges = [FileRange(**fields) for fields in json.loads(batch["ranges"][0])]
-        record = self.scorer(int(batch["index"][0]), ranges)
-        if isinstance(record, dict):
-            return {"record": [json.dumps(record)]}
-        if tokens := record.scored_tokens or record.tokens:
+        outcome = self.scorer(int(batch["index"][0]), ranges)
+        if isinstance(outcome, Failure):
+            return {"outcome": [json.dumps(asdict(outcome))]}
+        if tokens := outcome.scored_tokens or outcome.tokens:
             now = time.monotonic()
             self.tokens.inc(tokens)
             self.rate.set(tokens / max(now - self.last, 1e-3))
             self.last = now
-        return {"record": [json.dumps(record.to_json())]}
+        return {"outcome": [json.dumps(outcome.to_json())]}
 
 
 def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
@@ -147,32 +142,28 @@ def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | N
     if gpus_per_worker and not any(gpus):
         raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
     if any(gpus):
-        each = gpus_per_worker or 1
-        if each > max(gpus):
-            raise UsageError(f"--gpus-per-worker {each:g} is more than a node's {max(gpus):g} GPUs")
-        return sum(int(count / each) for count in gpus), {"num_gpus": each}
+        share = gpus_per_worker or 1
+        if share > max(gpus):
+            raise UsageError(f"--gpus-per-worker {share:g} is more than a node's {max(gpus):g} GPUs")
+        return sum(int(count / share) for count in gpus), {"num_gpus": share}
     threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
     if threads > max(cpus):
         raise UsageError(f"--cpus-per-worker {threads} is more than a node's {max(cpus):g} CPUs")
-    each = min(threads * threads_per_core, max(cpus))  # a hyper-thread is no core
-    return sum(int(count / each) for count in cpus), {"num_cpus": each}
+    share = min(threads * threads_per_core, max(cpus))  # a hyper-thread is no core
+    return sum(int(count / share) for count in cpus), {"num_cpus": share}
 
 
 def _check_visible(output: str, record: Record) -> None:
-    """A worker on another node may have written to a disk of its own."""
+    """Refuse an output that a worker on another node has written to its own disk. Raises UsageError."""
     uri = storage.join(output, record.file)
     until = time.monotonic() + VISIBLE_SECONDS
-    while not _has_size(uri, record.bytes):
+    while True:
+        with contextlib.suppress(OSError):  # a store may answer the next time
+            if storage.size(uri) == record.bytes:
+                return
         if time.monotonic() > until:
             raise UsageError(
-                f"{uri}, committed by {record.worker}, is not to be seen from here; "
+                f"{uri}, committed by {record.worker}, is not visible from the driver; "
                 "choose an --output on a path that all nodes share, or in an object store"
             )
         time.sleep(0.5)
-
-
-def _has_size(uri: str, size: int) -> bool:
-    try:
-        return storage.size(uri) == size
-    except OSError:
-        return False  # a store may answer the next time

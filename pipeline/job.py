@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from entropy_masking import storage
+from entropy_masking.commands.mask_flags import check_scored
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import (
     load_config,
@@ -23,7 +24,7 @@ from entropy_masking.models.checkpoints import (
 )
 from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
-from entropy_masking.shards.faults import check_shards
+from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Manifest, Run
 from pipeline.corpus.plan import Corpus
 
@@ -35,34 +36,41 @@ class Job:
     Attributes:
         manifest: of the directory to be written, without its shards.
         run: a name for this run of the command; attempts are counted by run.
-        teacher: absolute path or Hub id; None writes tokens only.
-        teacher_hash: of the teacher's configuration and weights, wherever they are loaded.
-        dtype, batch_tokens: see ``Teacher``.
-        plan: the mask plan to score, whose shards are those of the corpus; None for a scan.
+        sequences: the shards whose masked inputs are scored, for a run that writes targets.
         threads: torch threads of a CPU worker.
-        compile: use ``torch.compile``.
         max_attempts: how often a shard may fail, or end its worker, before it is given up.
-        shard_timeout: seconds after which a shard's worker is taken to hang, and ended.
+        shard_timeout: seconds after which a shard's worker counts as hanging, and is ended.
     """
 
     manifest: Manifest
     run: str
-    teacher: str | None
-    teacher_hash: str | None
-    trust_remote_code: bool
-    dtype: str | None
-    batch_tokens: int
     text_column: str
-    plan: Manifest | None = None
-    threads: int = 1
-    compile: bool = False
-    max_attempts: int = 3
-    shard_timeout: float | None = None
+    sequences: Manifest | None
+    trust_remote_code: bool
+    threads: int
+    max_attempts: int
+    shard_timeout: float | None
 
     @property
     def output(self) -> str:
         """Shard directory to be written, an absolute path or a URI."""
         return self.manifest.uri
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the bytes."""
+        return self.manifest.fingerprint
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a shard was not committed: ``usage`` if the user can correct it, ``fatal`` if every other shard fails too."""
+
+    index: int
+    error: str
+    usage: bool = False
+    fatal: bool = False
+    traceback: str = ""
 
 
 def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> PreTrainedTokenizerBase:
@@ -85,11 +93,11 @@ def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> Pre
     return loaded
 
 
-def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Job:
-    """Check and resolve the flags of ``score.py``.
+def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Job:
+    """Check the flags of ``score.py`` against what they name.
 
     Raises:
-        UsageError: settings that contradict the corpus, the tokenizer, the teacher or the mask plan.
+        UsageError: settings that contradict the corpus, the tokenizer or the teacher.
     """
     length = sequence_length(args.sequence_length, corpus)
     fingerprint: dict[str, Any] = {
@@ -98,64 +106,56 @@ def describe(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToke
         "tokenizer": tokenization_hash(tokenizer),
         "sequence_length": length,
     }
-    sequences_hash = manifests.sequences_hash(fingerprint)
-    plan = read_plan(args.masks, corpus, sequences_hash) if args.masks else None
+    sequences = check_masks(args, corpus) if args.policy else None
+    if sequences:
+        fingerprint |= {"masked": sequences.fingerprint_hash, "masks": masks(args, length)}
     teacher = None
     if args.teacher != "none":
         teacher = local_checkpoint(args.teacher)
         check_teacher(teacher, args, tokenizer, length)
-        masked = args.context == "masked" and not plan
         fingerprint |= {
             "teacher": weights_hash(teacher),
-            "context": "plan" if plan else args.context,
-            "passes": min(args.passes, length) if masked else 1,
+            "context": "targets" if sequences else args.context,
+            "passes": min(args.passes, length) if args.context == "masked" and not sequences else 1,
             "top_k": args.top_k,
             "temperatures": args.temperatures,
             "dtype": resolve_dtype(args.dtype),
             "batch_tokens": args.batch_tokens,
             "compile": args.torch_compile,
         }
-    if plan:
-        fingerprint["plan"] = plan.fingerprint_hash
     manifest = manifests.new_manifest(
-        args.output if storage.is_remote(args.output) else str(Path(args.output).absolute()),
+        storage.absolute(args.output),
         Run(fingerprint=fingerprint, shards=len(corpus.shards)),
         tokenizer,
         teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
-        masks=plan.masks if plan else None,
         failed=corpus.from_shards.failed if corpus.from_shards else {},
     )
     return Job(
         manifest=manifest,
         run=uuid.uuid4().hex,
-        teacher=manifest.teacher,
-        teacher_hash=fingerprint.get("teacher"),
-        trust_remote_code=args.trust_remote_code,
-        dtype=fingerprint.get("dtype"),
-        batch_tokens=args.batch_tokens,
         text_column=corpus.text_column,
-        plan=plan,
+        sequences=sequences,
+        trust_remote_code=args.trust_remote_code,
         threads=args.cpus_per_worker,
-        compile=args.torch_compile,
         max_attempts=args.max_attempts,
         shard_timeout=args.shard_timeout,
     )
 
 
-def read_plan(uri: str, corpus: Corpus, sequences_hash: str) -> Manifest:
-    """The mask plan in ``uri``, which must have been made for the shards that are the corpus.
+def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
+    """The shards whose sequences are masked. Raises UsageError if they lack what the policy needs."""
+    if not (sequences := corpus.from_shards):
+        raise UsageError(f"--mask-source masks a shard directory, which {args.corpus} is not; score the text first")
+    check_scored(args.policy, args.mask_source, sequences)
+    masker_of(sequences, args.policy.unit)
+    return sequences.model_copy(update={"uri": storage.absolute(sequences.uri)})
 
-    Raises:
-        UsageError: no plan, or one for other sequences.
-    """
-    plan = manifests.read_manifest(storage.absolute(uri), kind="plan")
-    check_shards(plan)
-    if not corpus.from_shards:
-        raise UsageError(f"--masks {uri} is a plan for a shard directory; name that directory as --corpus")
-    indices = {index for index, ranges in enumerate(corpus.shards) if ranges}
-    if plan.sequences_hash != sequences_hash or indices != {entry.index for entry in plan.shards}:
-        raise UsageError(f"--masks {uri} was made for other sequences than {corpus.from_shards.uri}; plan them anew")
-    return plan
+
+def masks(args: argparse.Namespace, length: int) -> dict[str, Any]:
+    """The masks of targets, for the manifest; ``positions`` is K, the most that a sequence has."""
+    positions = min(args.policy.positions(length), length)
+    names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}
+    return names | {"positions": positions}
 
 
 def sequence_length(asked: int | None, corpus: Corpus) -> int:
@@ -169,7 +169,7 @@ def sequence_length(asked: int | None, corpus: Corpus) -> int:
 
 
 def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuse what does not fit together, from the teacher's configuration and tokenizer alone."""
+    """Refuse a teacher that does not fit the tokenizer or the flags, by its configuration and tokenizer alone."""
     config = load_config(teacher, args.trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
@@ -189,12 +189,9 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
 
 def try_teacher(job: Job) -> None:
     """Load the teacher and run it on sequences of the job's length. Raises UsageError: it cannot be used."""
-    if job.teacher:
-        MaskedLM(
-            load_masked_lm(local_checkpoint(job.teacher), job.trust_remote_code).eval(),
-            job.manifest.sequence_length,
-            job.teacher,
-        )
+    if teacher := job.manifest.teacher:
+        model = load_masked_lm(local_checkpoint(teacher), job.trust_remote_code).eval()
+        MaskedLM(model, job.manifest.sequence_length, teacher)
 
 
 def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entropy_masking import storage
 from entropy_masking.commands import console
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.schema import Attempt, Record, Run
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report = status(storage.absolute(args.directory), time.time())
     except OSError as error:
-        raise RunError(f"cannot read {args.directory}: {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"cannot read {args.directory}: {one_line(error)}") from None
     print(json.dumps(report, indent=1) if args.json else to_text(report))
 
 
@@ -50,10 +50,9 @@ def status(directory: str, now: float) -> dict[str, Any]:
         planned, shards_done, totals = run.shards, len(done), commit.totals(list(done.values()))
     else:
         raise UsageError(f"{directory} is no shard directory; name the --output of a pipeline/score.py run")
-    unit = "positions" if done and not any(record.tokens for record in done.values()) else "tokens"
     records = [record.model_copy(update={"tokens": record.tokens_or_positions}) for record in done.values()]
     rate = recent_rate(records, now)
-    tokens = totals["tokens"] or totals["scored_tokens"]
+    tokens, unit = amount(totals)
     left = tokens / shards_done * (planned - shards_done) if shards_done else None
     return {
         "directory": directory,
@@ -99,33 +98,18 @@ def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
 
 def to_text(report: dict[str, Any]) -> str:
     """The status as a person reads it."""
-    totals, unit = report["totals"], report["unit"]
-    ago, share = report["seconds_since_last_shard"], report["done"] / max(report["shards"], 1)
+    unit, ago, share = report["unit"], report["seconds_since_last_shard"], report["done"] / max(report["shards"], 1)
     last = f", the last one {duration(ago)} ago" if ago is not None else ""
     state = "finished" if report["finished"] else "unfinished"
     lines = [f"{report['directory']}: {state}, {report['done']:,} of {report['shards']:,} shards ({share:.0%}){last}"]
-
-    def line(name: str, text: str) -> None:
-        lines.append(f"  {name:<19} {text}")
-
-    for name, reason in list(report["failed"].items())[:NAMED]:
-        line("given up", f"{name}: {reason}")
+    lines += [line("given up", f"{name}: {reason}") for name, reason in list(report["failed"].items())[:NAMED]]
     if attempts := [f"{name} ({n})" for name, n in report["unfinished_attempts"].items()]:
-        line("begun, attempt", ", ".join(attempts[:NAMED]) + " …" * (len(attempts) > NAMED))
-    line(unit, f"{report['tokens']:,}")
-    if report["mean_entropy"] is not None:
-        line("mean entropy", f"{report['mean_entropy']:.3f} nats")
+        lines.append(line("begun, attempt", ", ".join(attempts[:NAMED]) + " …" * (len(attempts) > NAMED)))
     if not report["finished"]:
-        line(f"{unit}/s now", f"{report['tokens_per_second_now']:,.0f}")
         eta = report["eta_seconds"]
-        line("ETA", duration(eta) if eta is not None else "unknown: no shard lately")
-    line(f"{unit}/s in all", f"{report['tokens_per_second']:,.0f}")
-    line("worker-seconds", f"{totals['worker_seconds']:,.1f} of {totals['workers']} workers")
-    if totals["flops"]:
-        line("in the model", f"{totals['utilisation']:.0%} of them, {totals['flops']:.3g} FLOPs")
-    line("bytes", f"{totals['bytes']:,} ({totals['bytes'] / max(report['tokens'], 1):.2f} a {unit[:-1]})")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())
-    line("rejected documents", f"{totals['rejected']:,}{f' ({reasons})' if reasons else ''}")
+        lines.append(line(f"{unit}/s now", f"{report['tokens_per_second_now']:,.0f}"))
+        lines.append(line("ETA", duration(eta) if eta is not None else "unknown: no shard lately"))
+    lines += totals_lines(report["totals"])
     for name, cost in list(report["workers"].items())[:NAMED]:
         busy = cost["forward_seconds"] / max(cost["seconds"], 1e-3)
         speed = f"{cost['tokens_per_second']:,.0f} {unit}/s, {busy:.0%} in the model"
@@ -133,6 +117,36 @@ def to_text(report: dict[str, Any]) -> str:
     if len(report["workers"]) > NAMED:
         lines.append(f"  and {len(report['workers']) - NAMED} more workers")
     return "\n".join(lines)
+
+
+def totals_lines(totals: dict[str, Any]) -> list[str]:
+    """What shards hold and what they cost, from the totals of a manifest, line by line."""
+    tokens, unit = amount(totals)
+    lines = [line(unit, f"{tokens:,}")]
+    if totals["entropy_sum"]:
+        lines.append(line("mean entropy", f"{totals['entropy_sum'] / totals['scored_tokens']:.3f} nats"))
+    workers = f"{totals['worker_seconds']:,.1f} of {totals['workers']} workers"
+    lines.append(line("seconds", f"{totals['seconds']:,.1f} ({workers})"))
+    lines.append(line(f"{unit}/s in all", f"{tokens / max(totals['seconds'], 1e-3):,.0f}"))
+    if totals["flops"]:
+        spent = f"{totals['utilisation']:.0%} of the workers' seconds, {totals['flops']:.3g} FLOPs"
+        lines.append(line("in the model", spent))
+    if totals["rescued_shards"]:
+        lines.append(line("smaller batches", f"{totals['rescued_shards']} shards, for lack of memory"))
+    lines.append(line("bytes", f"{totals['bytes']:,} ({totals['bytes'] / max(tokens, 1):.2f} a {unit[:-1]})"))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())
+    listed = f" ({reasons}), listed in _records/" if reasons else ""
+    return [*lines, line("rejected documents", f"{totals['rejected']:,}{listed}")]
+
+
+def amount(totals: dict[str, Any]) -> tuple[int, str]:
+    """How much was scored, in tokens, or in positions for targets, which hold no tokens of their own."""
+    is_targets = totals["scored_tokens"] and not totals["tokens"]
+    return (totals["scored_tokens"], "positions") if is_targets else (totals["tokens"], "tokens")
+
+
+def line(name: str, text: str) -> str:
+    return f"  {name:<19} {text}"
 
 
 def duration(seconds: float) -> str:

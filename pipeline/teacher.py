@@ -1,10 +1,11 @@
-"""A masked LM as a teacher: scoring sequences in a chosen context, or at planned positions. See docs/scoring.md."""
+"""A masked LM as a teacher: scoring sequences in a chosen context, or given positions. See docs/scoring.md."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,7 +20,6 @@ from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.models.masked_lm import MaskedLM, Select
 from entropy_masking.shards.manifests import Manifest
-from entropy_masking.shards.masks import Targets
 from entropy_masking.shards.parquet import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -39,10 +39,10 @@ class Teacher:
         pad_id: the padding token.
         special_ids: tokens that are never scored.
         vocab_size: tokens of the tokenizer; logits beyond (rows that only pad the embedding) are cut off.
-        context: ``masked`` (a position is scored in the pass that hides it) or ``full`` (nothing is hidden).
-        passes: P; pass g hides the positions i with i mod P = g.
+        context: ``masked`` (a position is scored in the pass that masks it) or ``full`` (nothing is masked).
+        passes: P; pass g masks the positions i with i mod P = g.
         top_k: how many log-probabilities to keep.
-        temperatures: T at which they are to be known; 1 is always.
+        temperatures: T at which the log-probabilities can be computed later; 1 is always among them.
         batch_tokens: tokens in one forward.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         compile: compile the encoder and the reduction with ``torch.compile``.
@@ -51,7 +51,7 @@ class Teacher:
     Attributes:
         forward_seconds, flops: spent so far in forwards (encoder, head and reduction); multiplications and additions of
             matrix products and attention, counted by torch on one sequence and one position.
-        stopped: set it, and the next forward raises ``Stopped`` instead.
+        stopped: once it is set, the next forward raises ``Stopped`` instead.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Teacher:
         self._chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // model.config.vocab_size)
         self._reduce: Callable[..., entropy.Reduced] = entropy.score
         if compile:
-            # the forward alone: what the hook selects differs from batch to batch
+            # the forward alone: the number of positions differs from batch to batch
             model.base_model.forward = torch.compile(model.base_model.forward, dynamic=False)
             self._reduce = torch.compile(entropy.score, dynamic=False)
         self.compiled = compile
@@ -121,22 +121,38 @@ class Teacher:
         The batches are a function of (N, L, P) alone, so the same sequences always give the same bits on the same
         hardware, whoever scores them.
         """
-        N, L = input_ids_NL.shape
-        results = Scores(
-            entropy_NL=np.full((N, L), np.nan, np.float32),
-            surprisal_NL=np.full((N, L), np.nan, np.float32),
-            topk_ids_NLK=np.zeros((N, L, self.top_k), np.int32),
-            topk_logprobs_NLK=np.full((N, L, self.top_k), np.nan, np.float32),
-            temperature_lse_NL={t: np.full((N, L), np.nan, np.float32) for t in self.temperatures},
+        return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
+
+    def score_positions(
+        self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
+    ) -> Scores:
+        """Score given positions of inputs that are masked already.
+
+        Args:
+            positions_NK: negative where a row has fewer than K.
+
+        Returns:
+            Scores of shape [N, K]. There is no actual token to be known, so the surprisals are those of token 0.
+        """
+        return self._gather(self._given(inputs_NL, positions_NK, batch_tokens), positions_NK.shape)
+
+    def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
+        """The results of all batches in their places [N, P]."""
+        scores = Scores(
+            entropy_NL=np.full(shape, np.nan, np.float32),
+            surprisal_NL=np.full(shape, np.nan, np.float32),
+            topk_ids_NLK=np.zeros((*shape, self.top_k), np.int32),
+            topk_logprobs_NLK=np.full((*shape, self.top_k), np.nan, np.float32),
+            temperature_lse_NL={t: np.full(shape, np.nan, np.float32) for t in self.temperatures},
         )
-        for (rows, columns), found in self._run(self._scan(input_ids_NL, batch_tokens), L):
-            results.entropy_NL[rows, columns] = found.entropy_N
-            results.surprisal_NL[rows, columns] = found.surprisal_N
-            results.topk_ids_NLK[rows, columns] = found.topk_ids_NK
-            results.topk_logprobs_NLK[rows, columns] = found.topk_logprobs_NK
-            for lse_NL, lse_N in zip(results.temperature_lse_NL.values(), found.lse_NT.T, strict=True):
-                lse_NL[rows, columns] = lse_N
-        return results
+        for place, reduced in self._run(batches):
+            scores.entropy_NL[place] = reduced.entropy_N
+            scores.surprisal_NL[place] = reduced.surprisal_N
+            scores.topk_ids_NLK[place] = reduced.topk_ids_NK
+            scores.topk_logprobs_NLK[place] = reduced.topk_logprobs_NK
+            for lse_NL, lse_N in zip(scores.temperature_lse_NL.values(), reduced.lse_NT.T, strict=True):
+                lse_NL[place] = lse_N
+        return scores
 
     def _scan(self, input_ids_NL: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         """(sequence, pass) pairs in order, cut into forwards of at most ``batch_tokens`` tokens."""
@@ -150,35 +166,12 @@ class Teacher:
             if self.context == "masked":
                 scored_RL = scored_RL & (np.arange(L) % self.passes == passes_R[:, None])
             rows, columns = np.nonzero(scored_RL)
-            targets = ids_RL[rows, columns]
+            actual = ids_RL[rows, columns]
             if self.context == "masked":
                 ids_RL[rows, columns] = self.mask_id
-            yield Batch(ids_RL, rows, columns, targets, (sequences_R[rows], columns), size)
+            yield Batch(ids_RL, rows, columns, actual, (sequences_R[rows], columns), size)
 
-    def score_positions(
-        self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
-    ) -> Targets:
-        """What the model predicts at the given positions of inputs that are corrupted already (``shards.masks``).
-
-        Args:
-            inputs_NL: ids as the student will see them.
-            positions_NK: positions to score, negative where a row has fewer than K.
-        """
-        N, K = positions_NK.shape
-        L = inputs_NL.shape[1]
-        results = Targets(
-            topk_ids_NKT=np.zeros((N, K, self.top_k), np.int32),
-            topk_logprobs_NKT=np.full((N, K, self.top_k), np.nan, np.float32),
-            temperature_lse_NK={t: np.full((N, K), np.nan, np.float32) for t in self.temperatures},
-        )
-        for (rows, places), found in self._run(self._planned(inputs_NL, positions_NK, batch_tokens), L):
-            results.topk_ids_NKT[rows, places] = found.topk_ids_NK
-            results.topk_logprobs_NKT[rows, places] = found.topk_logprobs_NK
-            for lse_NK, lse_N in zip(results.temperature_lse_NK.values(), found.lse_NT.T, strict=True):
-                lse_NK[rows, places] = lse_N
-        return results
-
-    def _planned(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
+    def _given(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         N, L = inputs_NL.shape
         size = max(1, (batch_tokens or self.batch_tokens) // L)
         for rows_R in _cut(N, size):
@@ -187,50 +180,54 @@ class Teacher:
             columns = positions_NK[rows_R][rows, places]
             yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
 
-    def _run(self, batches: Iterator[Batch], L: int) -> Iterator[tuple[Place, Any]]:
+    def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, Any]]:
         """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
-        pending: tuple[Place, list[entropy.Reduced]] | None = None
+        ahead, pending = int(self.device.type != "cpu"), deque[tuple[Place, list[entropy.Reduced]]]()
         for batch in batches:
             if self.stopped.is_set():
                 raise Stopped
             if not len(batch.rows):
                 continue
             started = time.monotonic()
-            ready, pending = pending, (batch.place, self._forward(batch))
-            if self.device.type == "cpu":
-                ready, pending = pending, None
-            result = (ready[0], _fetch(ready[1])) if ready else None
+            pending.append((batch.place, self._forward(batch)))
             self.forward_seconds += time.monotonic() - started
-            if L not in self._flops:
+            if (L := batch.ids_RL.shape[1]) not in self._flops:
                 self._flops[L] = forward_flops(self.masked_lm, L)
             encoder, head = self._flops[L]
             self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head
-            if result:
-                yield result
-        if pending:
-            started = time.monotonic()
-            result = pending[0], _fetch(pending[1])
-            self.forward_seconds += time.monotonic() - started
-            yield result
+            if len(pending) > ahead:
+                yield self._fetch(*pending.popleft())
+        for place, parts in pending:
+            yield self._fetch(place, parts)
+
+    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, Any]:
+        """The chunks of a batch joined, as numpy arrays; waits for the device."""
+        started = time.monotonic()
+        columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        reduced = entropy.Reduced(*columns)
+        self.forward_seconds += time.monotonic() - started
+        return place, reduced
 
     @torch.inference_mode()
     def _forward(self, batch: Batch) -> list[entropy.Reduced]:
         """Entropy, surprisal, top-k ids and log-probabilities of the batch's positions, in chunks, on the device."""
         ids_RL = batch.ids_RL
-        if self.compiled and len(ids_RL) < batch.size:  # one shape for all: code for others would depend on the past
+        if (
+            self.compiled and len(ids_RL) < batch.size
+        ):  # one shape for all: what is compiled must not depend on the past
             ids_RL = np.concatenate([ids_RL, np.repeat(ids_RL[-1:], batch.size - len(ids_RL), axis=0)])
         ids = self._to_device(ids_RL)
         padding_RL = ids_RL == self.pad_id
         attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
-        targets_N = self._to_device(batch.targets)
+        actual_N = self._to_device(batch.actual)
         select = self._to_device(batch.rows), self._to_device(batch.columns)
         parts = []
         for start, logits_CV in self._logits(ids, attention, select):
-            targets_C = targets_N[start : start + self._chunk]
-            if missing := (self._chunk - len(targets_C)) * self.compiled:
-                logits_CV, targets_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(targets_C, (0, missing))
-            reduced = self._reduce(logits_CV, targets_C, self.top_k, self.temperatures)
-            parts.append(entropy.Reduced(*(column[: len(targets_N) - start] for column in reduced)))
+            actual_C = actual_N[start : start + self._chunk]
+            if missing := (self._chunk - len(actual_C)) * self.compiled:
+                logits_CV, actual_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(actual_C, (0, missing))
+            reduced = self._reduce(logits_CV, actual_C, self.top_k, self.temperatures)
+            parts.append(entropy.Reduced(*(column[: len(actual_N) - start] for column in reduced)))
         return parts
 
     def _logits(self, ids_RL: Tensor, attention_RL: Tensor | None, select: Select) -> Iterator[tuple[int, Tensor]]:
@@ -268,17 +265,17 @@ Place = tuple[np.ndarray, np.ndarray]
 
 
 class Stopped(BaseException):
-    """The teacher was told to stop before it was done."""
+    """The teacher was stopped before it was done."""
 
 
 class Batch(NamedTuple):
-    """One forward: inputs, the positions to score in them, the actual tokens there, where the results belong, and how
-    many rows a whole batch has."""
+    """One forward: inputs, the positions to score in them, the actual tokens there, where the results belong, and the
+    rows of a full batch."""
 
     ids_RL: np.ndarray
     rows: np.ndarray
     columns: np.ndarray
-    targets: np.ndarray
+    actual: np.ndarray
     place: Place
     size: int
 
@@ -300,9 +297,3 @@ def _cut(rows: int, size: int) -> Iterator[np.ndarray]:
     """Row numbers, cut into batches of ``size``."""
     for start in range(0, rows, size):
         yield np.arange(start, min(start + size, rows))
-
-
-def _fetch(parts: list[entropy.Reduced]) -> Any:
-    """``Reduced`` of the chunks of a batch put together, with numpy arrays in place of tensors."""
-    columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return entropy.Reduced(*columns)

@@ -85,9 +85,9 @@ def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
 def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
     """A BERT-style WordPiece tokenizer; the same texts give the same tokenizer.
 
-    The trainer by itself does not promise that: it numbers single characters in the order of a randomly seeded hash
-    map, and settles ties by number. So a first pass without merges finds the characters, and the second gets them in
-    order, as if they were special tokens.
+    The trainer alone does not promise that: it numbers single characters in the order of a randomly seeded hash map,
+    and resolves ties by number. So a first pass without merges finds the characters, and the second pass gets them in
+    order, as special tokens.
 
     Raises:
         UsageError: the vocabulary is too small for the characters of the corpus, or the corpus too small for it.
@@ -100,14 +100,14 @@ def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertToke
     trained = BertWordPieceTokenizer(lowercase=lowercase)
     trained.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *ordered], **fixed)
     wordpiece = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=lowercase)
-    found = wordpiece.get_vocab_size()
-    if found > vocab_size:
+    size = wordpiece.get_vocab_size()
+    if size > vocab_size:
         raise UsageError(
-            f"--vocab-size {vocab_size} is too small: the corpus' characters alone need {found}; choose a larger one"
+            f"--vocab-size {vocab_size} is too small: the corpus' characters alone need {size}; choose a larger one"
         )
-    if found < vocab_size:
+    if size < vocab_size:
         raise UsageError(
-            f"the corpus is too small for --vocab-size {vocab_size}: it gives {found} tokens; choose at most {found}"
+            f"the corpus is too small for --vocab-size {vocab_size}: it gives {size} tokens; choose at most {size}"
         )
     return BertTokenizer(tokenizer_object=wordpiece._tokenizer, do_lower_case=lowercase)
 

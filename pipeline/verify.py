@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Read a shard directory again (sequences, a mask plan or targets) and name every fault of it.
+"""Read a shard directory again (sequences or targets) and name every fault of it.
 
     python pipeline/verify.py runs/scored
     python pipeline/verify.py runs/scored --deep
@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entropy_masking import storage
 from entropy_masking.commands import console
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.faults import Depth, Fault, faults, rescored_faults
 from entropy_masking.shards.schema import Manifest
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             sound = [entry for entry in manifest.shards if entry.file not in faulty]
             faulty += print_faults(rescored_faults(manifest, sound, teacher.score, args.sample))
     except OSError as error:
-        raise RunError(f"cannot read {directory}: {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"cannot read {directory}: {one_line(error)}") from None
     print(summary(manifest, bool(finished), len(faulty), args))
     return int(bool(faulty))
 
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("sample", "trust_remote_code"):
         if getattr(args, name) and not args.teacher:
-            raise UsageError(f"--{name.replace('_', '-')} needs --teacher; name the one that scored the shards")
+            raise UsageError(f"{console.flag(name)} needs --teacher; name the one that scored the shards")
     args.sample = args.sample or SAMPLE
     return args
 
@@ -88,7 +88,7 @@ def print_harmless(manifest: Manifest) -> None:
     known = {entry.file for entry in manifest.shards}
     for info in storage.list_files(manifest.uri):
         if info.base_name.startswith("part-") and info.base_name not in known:
-            print(f"note: {info.base_name} belongs to no committed shard; nobody reads it")
+            print(f"note: {info.base_name} belongs to no committed shard, and is not read")
     if not manifests.record_files(manifest.uri):
         print("note: there are no records; the shards are checked against the manifest alone")
 
@@ -109,8 +109,8 @@ def summary(manifest: Manifest, finished: bool, count: int, args: argparse.Names
     state = state if finished else f"unfinished, {done:,} of {manifest.planned_shards:,} shards; "
     checked = "every value" if args.deep else "files"
     checked += f" and {args.sample} sequences with the teacher" if args.teacher else ""
-    mend = f"delete the records of bad shards in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
-    outcome = f"{count:,} fault{'s' * (count != 1)}; {mend}" if count else "no faults"
+    repair = f"delete the records of bad shards in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
+    outcome = f"{count:,} fault{'s' * (count != 1)}; {repair}" if count else "no faults"
     return f"{args.directory}: {state}{done:,} shards, {rows:,} rows of {manifest.kind}, checked {checked}: {outcome}"
 
 

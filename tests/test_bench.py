@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 from harness import LENGTH, ROOT, refused
 
-import train.masks
 import train.options
 from bench.recipes import RECIPES
+from entropy_masking.commands.mask_flags import mask_policy
 
 
 def test_scoring(work: Path) -> None:
@@ -113,4 +113,4 @@ def test_screen_with_tasks(tmp_path: Path, data: Path) -> None:
 def test_rows_of_the_screen_are_flags_of_the_trainer() -> None:
     for name, recipe in RECIPES.items():
         options, _ = train.options.parse([*recipe.flags.split(), "--shards", "x", "--output-dir", name], None)
-        train.masks.mask_policy(options, options.entropy_source, 1)
+        mask_policy(options, options.entropy_source, 1)

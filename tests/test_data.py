@@ -17,8 +17,8 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards import manifests, read
-from entropy_masking.shards.read import Columns, read_rows
-from train.data import TrainingSequences, masker_of, split_shards
+from entropy_masking.shards.read import Columns, masker_of, read_rows
+from train.data import TrainingSequences, split_shards
 from train.evaluation import batches
 
 POLICY = MaskPolicy.paper(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)

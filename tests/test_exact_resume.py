@@ -11,7 +11,6 @@ from harness import SCORE, TOP_K, run
 from processes import Run, history
 from transformers import BertConfig
 
-import train.plan
 from entropy_masking.shards.manifests import read_manifest
 
 STEPS, SAVE, BATCH = 8, 3, 8
@@ -66,12 +65,11 @@ def student(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def targets(work: Path, scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("targets")
-    planning = ["--shards", scored, "--entropy-source", "parquet", "--mask-temperature", 1, "--variants", 2]
-    train.plan.main([str(flag) for flag in (*planning, "--output", root / "plan")])
-    flags = ["--corpus", scored, "--masks", root / "plan", "--teacher", work / "teacher", "--output", root / "targets"]
-    run(*SCORE, *flags, "--top-k", TOP_K, "--dtype", "float32", "--backend", "local")
-    return root / "targets"
+    output = tmp_path_factory.mktemp("targets") / "targets"
+    flags = ["--corpus", scored, "--teacher", work / "teacher", "--output", output, "--top-k", TOP_K]
+    masks = ["--mask-source", "parquet", "--mask-temperature", 1, "--variants", 2]
+    run(*SCORE, *flags, *masks, "--dtype", "float32", "--backend", "local")
+    return output
 
 
 @pytest.fixture(scope="module")

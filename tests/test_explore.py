@@ -19,7 +19,6 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 import pipeline.score
 import train.explore
-import train.plan
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.words import continuing_tokens
@@ -27,9 +26,11 @@ from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.manifests import Manifest, load_tokenizer, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.schema import Run
 from train.explorer import sample, statistics
 
-WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3", "--seed", "3"]
+WORDS = ["--mask-unit", "word", "--mask-temperature", "1", "--mask-ratio", "0.3"]
+SEED = "3"
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def later(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     hashed = storage.sha256_json(fingerprint)
     fields = {"uri": target, "teacher": "another", "top_k": 0, "fingerprint": fingerprint, "fingerprint_hash": hashed}
     copy = manifest.model_copy(update=fields)
-    commit.claim_directory(target, fingerprint, copy.planned_shards)
+    commit.begin_run(target, Run(fingerprint=fingerprint, shards=copy.planned_shards))
     commit.save_tokenizer(load_tokenizer(manifest.uri), target)
     records, originals = {}, commit.read_records(manifest.uri)
     for entry in manifest.shards:
@@ -239,15 +240,15 @@ def test_the_summary_is_that_of_the_shards(scored: Path, tmp_path: Path, capsys:
     assert not list(tmp_path.iterdir()) and "written" not in printed and "<" not in printed
 
 
-def test_it_shows_the_masks_of_a_run(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ["--entropy-source", "parquet", *WORDS]
-    train.plan.main(["--shards", str(scored), "--output", str(tmp_path / "plan"), *flags])
-    planned = pl.read_parquet(tmp_path / "plan" / "part-*.parquet").filter(pl.col("variant") == 0)
+def test_it_shows_the_masks_of_a_run(work: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = ["--corpus", scored, "--teacher", work / "teacher", "--output", tmp_path / "targets", "--backend", "local"]
+    pipeline.score.main([str(flag) for flag in (*named, "--mask-source", "parquet", "--mask-seed", SEED, *WORDS)])
+    targets = pl.read_parquet(tmp_path / "targets" / "part-*.parquet").filter(pl.col("variant") == 0)
     seen: list[sample.Source] = []
     monkeypatch.setattr(train.explore, "summarise", lambda sources, *_: seen.extend(sources) or {})
-    explore(scored, *flags)
+    explore(scored, "--entropy-source", "parquet", "--seed", SEED, *WORDS)
     masked = seen[0].frame.filter("masked").group_by("sequence", maintain_order=True).agg("position")
-    assert masked["position"].to_list() == planned.sort("sequence_id")["positions"].to_list()
+    assert masked["position"].to_list() == targets.sort("sequence_id")["positions"].to_list()
 
 
 def test_a_limit_bounds_what_is_read(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +292,7 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
 def test_the_page_shows_the_numbers(
     browser: Browser, scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], width: int, dark: bool
 ) -> None:
-    explore(scored, "--output", tmp_path / "page.html", *WORDS)
+    explore(scored, "--output", tmp_path / "page.html", "--seed", SEED, *WORDS)
     printed = capsys.readouterr().out
     browser.open_alone(tmp_path / "page.html", width, dark)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from harness import LENGTH
 from made_results import summary, write_results
-from test_targets import plan, score, train_here
+from test_targets import score, train_here
 
 import glue.compare
 from entropy_masking.masking.masker import Masker
@@ -121,8 +121,8 @@ def test_losses_and_gradient_norms(source: str, distilled: bool, scored: Path, t
 
 @own_machine
 def test_targets(work: Path, scored: Path, tmp_path: Path) -> None:
-    plan(scored, tmp_path / "plan", "--entropy-source", "parquet", *R15, *H30, "--variants", 2, "--seed", 3)
-    score(scored, work / "teacher", tmp_path / "targets", "--masks", tmp_path / "plan", "--top-k", 4)
+    masks = ["--mask-source", "parquet", *R15, *H30, "--variants", 2, "--mask-seed", 3]
+    score(scored, work / "teacher", tmp_path / "targets", *masks, "--top-k", 4)
     names = ("sequence_id", "variant", "positions", "topk_ids", "topk_logprobs", "input_crc32")
     assert len(read_manifest(str(tmp_path / "targets"), kind="targets").shards) > 1
     same("targets", contents(tmp_path / "targets", names))

@@ -20,8 +20,7 @@ from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, read_rows, to_tensors
-from train.data import masker_of
+from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-loop.md").read_text(), re.S)
 

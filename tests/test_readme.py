@@ -25,7 +25,6 @@ SMALLER = {
     "pipeline/status.py": "",
     "pipeline/verify.py": "",
     "train/explore.py": "",
-    "train/plan.py": "",
     "train/run.py": "--max-steps 2 --per-device-train-batch-size 4",
     "glue/run.py": "--epochs 1 --limit-train 8 --max-length 32",
     "glue/compare.py": "",
@@ -72,8 +71,8 @@ def test_the_code_tour_names_every_file() -> None:
 def test_on_your_own_text(home: Path) -> None:
     block = next(block for _, block in BLOCKS if "TEACHER" in block)
     for line in block.splitlines():
-        # a plan says itself what is scored, and how long its sequences are
-        shell(line if "--masks" in line else f"{line} {SMALLER[line.split()[1]]}", home)
+        # a shard directory has sequences of its own length
+        shell(line if "--mask-source" in line else f"{line} {SMALLER[line.split()[1]]}", home)
     table = json.loads((home / "runs" / "comparison" / "table.json").read_text())
     assert table["regimes"] == ["random", "parquet"] and len(table["tasks"]) == 9
     assert table["training"]["parquet"]["steps"] == 2

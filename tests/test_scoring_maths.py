@@ -138,7 +138,7 @@ def test_temperatures_give_the_softened_distribution(tmp_path: Path) -> None:
             np.testing.assert_allclose(found_K, expected_K, atol=1e-4)
 
 
-def test_planned_positions_are_scored_in_the_given_inputs(tmp_path: Path) -> None:
+def test_given_positions_are_scored_in_the_given_inputs(tmp_path: Path) -> None:
     directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
     inputs_NL = sequences(5)
     positions_NK = np.array([[1, 2, 6], [3, 9, -1], [22, -1, -1], [-1, -1, -1], [4, 5, 13]])
@@ -150,13 +150,13 @@ def test_planned_positions_are_scored_in_the_given_inputs(tmp_path: Path) -> Non
     with torch.no_grad():
         log_p_NLV = model(ids_NL, attention_mask=(ids_NL != PAD).long()).logits.log_softmax(-1)
     for row, place in np.ndindex(*positions_NK.shape):
-        found_T = targets.topk_logprobs_NKT[row, place]
+        found_T = targets.topk_logprobs_NLK[row, place]
         if positions_NK[row, place] < 0:
-            assert np.isnan(found_T).all() and not targets.topk_ids_NKT[row, place].any()
+            assert np.isnan(found_T).all() and not targets.topk_ids_NLK[row, place].any()
             continue
         log_p_V = log_p_NLV[row, positions_NK[row, place]]
         np.testing.assert_allclose(found_T, log_p_V.topk(TOP_K).values.numpy(), atol=1e-4)
-        ids_T = torch.from_numpy(targets.topk_ids_NKT[row, place]).long()
+        ids_T = torch.from_numpy(targets.topk_ids_NLK[row, place]).long()
         np.testing.assert_allclose(log_p_V[ids_T].numpy(), found_T, atol=1e-4)
 
 

@@ -1,10 +1,10 @@
-"""Masks as data and exact targets: plan.py, score.py --masks and run.py --targets, against the teacher online."""
+"""Exact targets: score.py --mask-source and run.py --targets, against the teacher online."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,42 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from harness import LENGTH, ROOT, TRAIN, refused, run, save_bert
+from harness import LENGTH, SCORE, TRAIN, refused, run, save_bert
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertForMaskedLM
 
 import pipeline.score
-import train.plan
 import train.run
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards import manifests, masks, parquet
-from entropy_masking.shards.read import Columns, read_rows, to_tensors
-from train.data import PrepareBatch, TrainingSequences, masker_of
+from entropy_masking.shards import manifests, parquet
+from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from entropy_masking.shards.targets import input_crc32, row_groups, rows_of, targets_schema
+from train.data import PrepareBatch, TrainingSequences
 from train.trainer import MaskedLMTrainer
 
 SEED, ALPHA, TOP_K = 3, 0.5, 8
+HARDEST = ["--mask-source", "parquet", "--hard-share", 1, "--mask-temperature", 1]
+MASKS = [*HARDEST, "--mask-seed", SEED]
 PARQUET = ["--entropy-source", "parquet"]
 AT_ONCE = ["--hard-share", 1, "--mask-warmup", 0, "--mask-ramp", 0]
 DISTIL = ["--distill-weight", ALPHA]
 SMALL = ["--per-device-train-batch-size", 8, "--eval-fraction", 0.2, "--bf16", "false", "--seed", SEED]
 
 
-def score(corpus: Path, teacher: Path, output: Path, *flags: object) -> Path:
+def score(corpus: object, teacher: Path, output: Path, *flags: object) -> Path:
     """score.py's main in this process."""
     named = ["--corpus", corpus, "--teacher", teacher, "--output", output, "--backend", "local", "--dtype", "float32"]
     pipeline.score.main([str(flag) for flag in (*named, "--batch-tokens", 2048, *flags)])
     return output
 
 
-def plan(sequences: Path, output: Path, *flags: object) -> manifests.Manifest:
-    """plan.py's main in this process; returns the manifest."""
-    train.plan.main([str(flag) for flag in ("--shards", sequences, "--output", output, *flags)])
-    return manifests.read_manifest(str(output), kind="plan")
+def masked(sequences: Path, teacher: Path, output: Path, *flags: object) -> manifests.Manifest:
+    """The manifest of targets with little in them."""
+    return manifests.read_manifest(str(score(sequences, teacher, output, "--top-k", 1, *flags)), kind="targets")
 
 
 def train_here(sequences: Path, output: Path, *flags: object) -> dict[str, Any]:
@@ -89,49 +90,46 @@ def scan(work: Path, teacher: Path, root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def planned(scan: Path, root: Path) -> Path:
-    plan(scan, root / "plan", *PARQUET, "--hard-share", 1, "--mask-temperature", 1, "--seed", SEED)
-    return root / "plan"
-
-
-@pytest.fixture(scope="module")
-def dense(scan: Path, teacher: Path, planned: Path, root: Path) -> Path:
+def dense(scan: Path, teacher: Path, root: Path) -> Path:
     """Targets with the whole vocabulary."""
     V = manifests.read_manifest(str(scan)).vocab_size
-    return score(scan, teacher, root / "dense", "--masks", planned, "--top-k", V, "--temperatures", "1,2")
+    return score(scan, teacher, root / "dense", *MASKS, "--top-k", V, "--temperatures", "1,2")
 
 
 @pytest.fixture(scope="module")
-def sparse(scan: Path, teacher: Path, planned: Path, root: Path) -> Path:
-    return score(scan, teacher, root / "sparse", "--masks", planned, "--top-k", TOP_K, "--temperatures", "1,2")
+def sparse(scan: Path, teacher: Path, root: Path) -> Path:
+    return score(scan, teacher, root / "sparse", *MASKS, "--top-k", TOP_K, "--temperatures", "1,2")
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------
+# --- the masks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_holds_what_the_trainer_would_mask(scan: Path, planned: Path) -> None:
-    manifest, sequences = manifests.read_manifest(str(planned), kind="plan"), manifests.read_manifest(str(scan))
-    assert manifest.masks and manifest.masks["variants"] == 4
+def test_targets_are_of_what_the_trainer_would_mask(scan: Path, sparse: Path) -> None:
+    manifest, sequences = manifests.read_manifest(str(sparse), kind="targets"), manifests.read_manifest(str(scan))
+    policy = MaskPolicy.paper(ratio=0.3, temperature=1.0, seed=SEED)
+    assert manifest.masks == {
+        **{"source": "parquet", "policy": policy.to_json()},
+        **{"variants": 4, "positions": policy.positions(LENGTH)},
+    }
     assert manifest.sequences_hash == sequences.sequences_hash
     assert [entry.index for entry in manifest.shards] == [entry.index for entry in sequences.shards]
-    masker, policy = masker_of(sequences), MaskPolicy.paper(ratio=0.3, temperature=1.0, seed=SEED)
+    masker = masker_of(sequences)
     for entry, whole in zip(manifest.shards, sequences.shards, strict=True):
-        table = pq.read_table(planned / entry.file)
-        assert table.schema == masks.plan_schema(sequences.vocab_size)
-        rows, raw = masks.rows_of(table, policy.positions(LENGTH)), read_rows(sequences, whole, Columns(entropy=True))
+        table = pq.read_table(sparse / entry.file)
+        assert table.schema == targets_schema(sequences.vocab_size, [1.0, 2.0])
+        rows, raw = rows_of(table, policy.positions(LENGTH)), read_rows(sequences, whole, Columns(entropy=True))
         assert entry.rows == len(table) == 4 * whole.rows
-        inputs_NL = masks.apply_mask(raw["input_ids"][masks.row_numbers(rows)], rows)
         for variant in range(4):
             epoch = torch.full((whole.rows,), variant)
             batch = masker(to_tensors(raw) | {"epoch": epoch}, policy)
             own = rows.variant_N == variant
             np.testing.assert_array_equal(rows.sequence_id_N[own], raw["sequence_id"])
-            np.testing.assert_array_equal(inputs_NL[own], batch["input_ids"])
             np.testing.assert_array_equal(rows.positions_NK[own], batch["positions_BP"])
+            np.testing.assert_array_equal(rows.crc32_N[own], input_crc32(batch["input_ids"].numpy()))
 
 
-def test_one_row_group_is_one_variant_of_one_row_group_of_sequences(scan: Path, root: Path) -> None:
-    manifest = plan(scan, root / "random", "--entropy-source", "random", "--variants", 3)
+def test_one_row_group_is_one_variant_of_one_row_group_of_sequences(scan: Path, teacher: Path, root: Path) -> None:
+    manifest = masked(scan, teacher, root / "random", "--mask-source", "random", "--variants", 3)
     for entry in manifest.shards:
         with pq.ParquetFile(root / "random" / entry.file) as file:
             assert file.num_row_groups == 3 * -(-entry.rows // (3 * parquet.ROW_GROUP))
@@ -139,59 +137,81 @@ def test_one_row_group_is_one_variant_of_one_row_group_of_sequences(scan: Path, 
                 assert set(file.read_row_group(group)["variant"].to_pylist()) == {group % 3}
 
 
-def test_as_many_variants_as_differ(scan: Path, tmp_path: Path) -> None:
+def test_as_many_variants_as_differ(scan: Path, teacher: Path, tmp_path: Path) -> None:
     for name, flags, variants in (
-        ("sorted", [*PARQUET, "--recipe", "paper"], 1),
-        ("share", PARQUET, 4),
-        ("random", ["--entropy-source", "random"], 4),
+        ("sorted", ["--mask-source", "parquet", "--recipe", "paper"], 1),
+        ("share", ["--mask-source", "parquet"], 4),
+        ("random", ["--mask-source", "random"], 4),
     ):
-        manifest = plan(scan, tmp_path / name, *flags)
+        manifest = masked(scan, teacher, tmp_path / name, *flags)
         assert manifest.masks and manifest.masks["variants"] == variants
         json.loads((tmp_path / name / "manifest.json").read_text(), parse_constant=pytest.fail)  # no Infinity
     assert MaskPolicy.from_json(manifest.masks["policy"]) == MaskPolicy.random(seed=42)
 
 
-def test_a_plan_that_was_cut_short_goes_on(
-    scan: Path, planned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_was_cut_short_goes_on(
+    scan: Path, teacher: Path, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*PARQUET, "--hard-share", 1, "--mask-temperature", 1, "--seed", SEED]
-    original, calls = train.plan.plan_shard, []
+    flags, output = ["--top-k", TOP_K, "--temperatures", "1,2"], tmp_path / "targets"
+    original = pipeline.score.local_records
 
-    def cut_short(*args: Any) -> dict[str, Any]:
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(args)
-        return original(*args)
+    def cut_short(job: Any, todo: list[Any]) -> Iterator[Any]:
+        yield from original(job, todo[:2])
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.plan, "plan_shard", cut_short)
-        plan(scan, tmp_path / "plan", *flags)
-    with pytest.raises(UsageError, match=r"unfinished \(2 of \d+ shards\); run the same train/plan.py command"):
-        manifests.read_manifest(str(tmp_path / "plan"), kind="plan")
-    records = {path: path.read_text() for path in (tmp_path / "plan" / "_records").glob("part-*.json")}
-    found, whole = plan(scan, tmp_path / "plan", *flags), manifests.read_manifest(str(planned), kind="plan")
-    assert [entry.sha256 for entry in found.shards] == [entry.sha256 for entry in whole.shards]
+        patch.setattr(pipeline.score, "local_records", cut_short)
+        score(scan, teacher, output, *MASKS, *flags)
+    with pytest.raises(UsageError, match=r"unfinished \(2 of \d+ shards\); run the same .*--mask-source"):
+        manifests.read_manifest(str(output), kind="targets")
+    records = {path: path.read_text() for path in (output / "_records").glob("part-*.json")}
+    resumed = manifests.read_manifest(str(score(scan, teacher, output, *MASKS, *flags)), kind="targets")
+    whole = manifests.read_manifest(str(sparse), kind="targets")
+    assert [entry.sha256 for entry in resumed.shards] == [entry.sha256 for entry in whole.shards]
     assert len(records) == 2 and all(path.read_text() == text for path, text in records.items())
     with pytest.raises(UsageError, match=r"policy\.temperature: 1.0 → 2.0"):
-        plan(scan, tmp_path / "plan", *PARQUET, "--hard-share", 1, "--mask-temperature", 2, "--seed", SEED)
+        score(scan, teacher, output, *MASKS, *flags, "--mask-temperature", 2)
 
 
-def test_mistakes_in_a_plan(scan: Path, planned: Path, tmp_path: Path) -> None:
-    for flags, sentence in (
-        (["--entropy-source", "random", "--hard-share", 0.5], "--hard-share needs scores"),
-        ([*PARQUET, "--mask-warmup", 0.1], "--mask-warmup depends on the length of a run, which is not known here"),
-        ([*PARQUET, "--mask-ramp", 0.1], "--mask-ramp depends on the length of a run"),
-        ([*PARQUET, "--predict-ratio", 0.1], "--predict-ratio has no use in a plan"),
-        ([*PARQUET, "--variants", 0], "--variants 0"),
-        ([*PARQUET, "--seed=-1"], "--seed -1"),
+def test_a_shard_without_text_has_no_targets(work: Path, teacher: Path, tmp_path: Path) -> None:
+    lines = (work / "corpus.jsonl").read_text().splitlines()[:40]
+    for name, text in (("a", lines[:20]), ("b", ['{"text": ""}'] * 300), ("c", lines[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(text))
+    corpus = ",".join(f"{tmp_path}/{name}.jsonl" for name in "abc")
+    sizes = ["--sequence-length", LENGTH, "--shard-tokens", 500]
+    directory = score(corpus, teacher, tmp_path / "scan", *sizes, "--passes", 2)
+    targets = masked(directory, teacher, tmp_path / "targets", *MASKS)
+    rows = {entry.index: 4 * entry.rows for entry in manifests.read_manifest(str(directory)).shards}
+    assert {entry.index: entry.rows for entry in targets.shards} == rows and 0 in rows.values()
+
+
+def test_mistakes_in_masks(work: Path, scan: Path, teacher: Path, sparse: Path, tmp_path: Path) -> None:
+    random, masks = ["--mask-source", "random"], ["--mask-source", "parquet"]
+    tokens = tmp_path / "tokens"
+    run(*SCORE, "--corpus", scan, "--teacher", "none", "--output", tokens, "--backend", "local")
+    for corpus, flags, sentence in (
+        (scan, [*random, "--hard-share", 0.5], "--hard-share needs scores, and --mask-source random has none"),
+        (scan, [*masks, "--mask-warmup", 0.1], "--mask-warmup depends on the length of a run, which is not known here"),
+        (scan, [*masks, "--mask-ramp", 0.1], "--mask-ramp depends on the length of a run"),
+        (scan, [*masks, "--predict-ratio", 0.1], "--predict-ratio has no use here: all that is masked is predicted"),
+        (scan, [*masks, "--variants", 0], "--variants 0"),
+        (scan, [*masks, "--variants", 1 << 17], "--variants 131072"),
+        (scan, [*masks, "--mask-seed=-1"], "--mask-seed -1"),
+        (scan, ["--mask-ratio", 0.2], "--mask-ratio needs --mask-source"),
+        (scan, ["--variants", 2], "--variants needs --mask-source"),
+        (scan, [*masks, "--context", "masked"], "--mask-source says what the teacher sees; leave out --context"),
+        (scan, [*masks, "--passes", 3], "leave out --context and --passes"),
+        (scan, [*masks, "--top-k", 0], "set --top-k above 0"),
+        (work / "corpus.jsonl", masks, "--mask-source masks a shard directory, which .* is not"),
+        (tokens, masks, "has no scores"),
+        (sparse, masks, "holds targets, not sequences"),
     ):
-        with pytest.raises(UsageError, match=sentence):
-            plan(scan, tmp_path / "out", *flags)
-    with pytest.raises(UsageError, match="holds plan, not sequences"):
-        plan(planned, tmp_path / "out", *PARQUET)
+        with pytest.raises(UsageError, match=sentence) as caught:
+            score(corpus, teacher, tmp_path / "out", *flags)
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-    plan_command = [TRAIN[0], ROOT / "train" / "plan.py", "--shards", tmp_path, "--output", tmp_path / "out"]
-    assert "no shard directory" in refused(*plan_command, *PARQUET)
+    none = ["--corpus", scan, "--teacher", "none", "--output", tmp_path / "out"]
+    assert "--mask-source needs a teacher" in refused(*SCORE, *none, *masks)
 
 
 # --- as with the teacher online --------------------------------------------------------------------------------------
@@ -295,8 +315,8 @@ def test_without_targets_the_scan_is_distilled(
 
 
 def test_epochs_take_the_variants_in_turn(scan: Path, teacher: Path, tmp_path: Path) -> None:
-    plan(scan, tmp_path / "plan", *PARQUET, "--hard-share", 1, "--mask-temperature", 1, "--variants", 2, "--seed", 9)
-    directory = score(scan, teacher, tmp_path / "targets", "--masks", tmp_path / "plan", "--top-k", TOP_K)
+    masks = [*HARDEST, "--variants", 2, "--mask-seed", 9]
+    directory = score(scan, teacher, tmp_path / "targets", *masks, "--top-k", TOP_K)
     manifest, targets = manifests.read_manifest(str(scan)), manifests.read_manifest(str(directory), kind="targets")
     N = manifest.totals["sequences"]
     sequences = TrainingSequences(
@@ -315,7 +335,7 @@ def test_epochs_take_the_variants_in_turn(scan: Path, teacher: Path, tmp_path: P
     }
     for row, key in enumerate(zip(batch["sequence_id"].tolist(), batch["epoch"].tolist(), strict=True)):
         positions, crc32, ids = stored[key]
-        assert batch["planned_positions"][row, : len(positions)].tolist() == positions
+        assert batch["target_positions"][row, : len(positions)].tolist() == positions
         assert batch["input_crc32"][row] == crc32
         assert batch["teacher_ids"][row, : len(positions)].flatten().tolist() == ids
     # through the trainer, which computes its masks: three epochs, with a seed that is not that of the masks
@@ -345,7 +365,7 @@ def changed(targets: Path, directory: Path, name: str, change: Callable[[pa.Arra
         table = pq.read_table(directory / entry["file"])
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.schema.field(at), change(table[name].combine_chunks()))
-        data = parquet.to_parquet(masks.row_groups(table, masks.rows_of(table, LENGTH)))
+        data = parquet.to_parquet(row_groups(table, rows_of(table, LENGTH)))
         (directory / entry["file"]).write_bytes(data)
         entry |= {"bytes": len(data), "sha256": storage.sha256_bytes(data)}
     (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -361,7 +381,7 @@ def test_targets_for_another_input_end_the_run(scan: Path, sparse: Path, tmp_pat
         output = run(*TRAIN, *flags, code=1)
         assert "Traceback" not in output
         (failure,) = [line for line in output.splitlines() if line.startswith("failed: ")]
-        assert "the masked input of sequence" in failure and "plan the masks" in failure
+        assert "the masked input of sequence" in failure and "make targets for these shards" in failure
     else:
         with pytest.raises(RunError, match=r"^the masked input of sequence \d+ is not the one"):
             train.run.main([str(flag) for flag in flags])
@@ -383,9 +403,7 @@ def test_rows_out_of_place_end_the_run(scan: Path, sparse: Path, tmp_path: Path)
         train_here(scan, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, "--max-steps", 1)
 
 
-def test_targets_that_do_not_fit_are_refused(
-    scan: Path, scored: Path, planned: Path, sparse: Path, tmp_path: Path
-) -> None:
+def test_targets_that_do_not_fit_are_refused(scan: Path, scored: Path, sparse: Path, tmp_path: Path) -> None:
     lacking = tmp_path / "lacking"
     shutil.copytree(sparse, lacking)
     manifest = json.loads((lacking / "manifest.json").read_text())
@@ -402,17 +420,16 @@ def test_targets_that_do_not_fit_are_refused(
         (scan, [*PARQUET, *DISTIL, *targets, "--hard-share", 0.3], "--hard-share 0.3 is not 1.0"),
         (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 is not 0.3"),
         (scan, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only is not bert"),
-        (scan, ["--entropy-source", "random", *DISTIL, *targets], "planned with --entropy-source parquet"),
+        (scan, ["--entropy-source", "random", *DISTIL, *targets], "made with --mask-source parquet"),
         (scan, ["--entropy-source", "self", *DISTIL, *targets], "masks that are known beforehand"),
         (scan, [*PARQUET, *targets], "--targets is for distillation"),
         (scan, [*PARQUET, "--distill-temperature", 2], "--distill-temperature is for distillation"),
         (scan, [*PARQUET, *DISTIL, *targets, "--distill-temperature", 3], r"3 was not scored: .* has 1, 2;"),
         (scored, [*PARQUET, *DISTIL, "--distill-temperature", 2], r"2 was not scored: .* has 1;"),
         (scored, [*PARQUET, *DISTIL, *targets], "made for other sequences"),
-        (scan, [*PARQUET, *DISTIL, "--targets", planned], "holds plan, not targets"),
+        (scan, [*PARQUET, *DISTIL, "--targets", scan], "holds sequences, not targets"),
         (scan, [*PARQUET, *DISTIL, "--targets", lacking], "lacks rows for part-00000.parquet"),
         (scan, [*PARQUET, *DISTIL, "--targets", vague], "does not say for which masks"),
-        (planned, PARQUET, "holds plan, not sequences"),
         (sparse, PARQUET, "holds targets, not sequences"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:
@@ -425,19 +442,18 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 def test_a_run_that_ended_without_a_shard(scan: Path, teacher: Path, tmp_path: Path) -> None:
-    """Its plan, its targets and its students go without it too, and the others keep their names."""
+    """Its targets and its students go without it too, and the others keep their names."""
     directory = tmp_path / "scan"
     shutil.copytree(scan, directory)
     manifest = json.loads((directory / "manifest.json").read_text())
     lost = manifest["shards"].pop(1)["file"]
     (directory / "manifest.json").write_text(json.dumps(manifest | {"failed": {lost: "it hung"}}))
     (directory / lost).unlink()
-    found = plan(directory, tmp_path / "plan", *PARQUET, "--variants", 1)
-    flags = ["--masks", tmp_path / "plan", "--top-k", TOP_K]
-    targets = score(directory, teacher, tmp_path / "targets", *flags)
-    for each in (found, manifests.read_manifest(str(targets), kind="targets")):
-        assert each.failed == {lost: "it hung"}
-        assert [entry.file for entry in each.shards] == [entry["file"] for entry in manifest["shards"]]
+    masks = ["--mask-source", "parquet", "--variants", 1]
+    targets = score(directory, teacher, tmp_path / "targets", *masks, "--top-k", TOP_K)
+    made = manifests.read_manifest(str(targets), kind="targets")
+    assert made.failed == {lost: "it hung"}
+    assert [entry.file for entry in made.shards] == [entry["file"] for entry in manifest["shards"]]
     train_here(directory, tmp_path / "out", *PARQUET, *DISTIL, "--targets", targets, "--max-steps", 2)
     with pytest.raises(UsageError, match=f"lacks rows for {lost}"):
         train_here(scan, tmp_path / "more", *PARQUET, *DISTIL, "--targets", targets, "--max-steps", 2)

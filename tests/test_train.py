@@ -35,9 +35,9 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, read_rows, to_tensors
+from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
 from train import resume
-from train.data import masker_of, split_shards
+from train.data import split_shards
 from train.evaluation import EVALUATION
 from train.optimizer import hidden_matrices
 from train.options import LEARNING_RATES, MUON, parse

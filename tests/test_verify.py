@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +18,14 @@ from transformers import AutoTokenizer
 import train.run
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from entropy_masking.shards import commit, manifests, masks, parquet
+from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.faults import Depth, check_shards, contract, manifest_faults, table_faults
 from entropy_masking.shards.schema import Manifest, Record, ShardEntry
+from entropy_masking.shards.targets import MaskedRows, row_groups, rows_of
 from entropy_masking.shards.values import list_lengths
 
 VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
-VARIANTS, HIDDEN = 2, 5
+MASKED = 5  # positions of a sequence
 
 
 @pytest.fixture
@@ -360,67 +360,22 @@ def test_wrong_tables_are_named(tempered: Path) -> None:
     assert "its entropies sum to" in file_faults(manifest, less, data, deep=True)[0]
 
 
-# --- plans and targets -----------------------------------------------------------------------------------------------
-
-
-def make_plan(source: Manifest, directory: Path) -> None:
-    """A mask plan that hides the first words of each sequence, as a run of its own."""
-    records = {}
-    for entry in source.shards:
-        table = manifests.read_table(source, entry, ["sequence_id", "input_ids"])
-        inputs_NL = parquet.column_2d(table, "input_ids", LENGTH).astype(np.int64)
-        parts = []
-        for numbers, variant in masks.blocks(entry.rows, VARIANTS):
-            positions_NK = np.tile(np.arange(HIDDEN) + variant + 1, (len(numbers), 1))
-            positions_NK[0, HIDDEN - variant :] = masks.NO_POSITION
-            corrupted_NK = np.where(positions_NK < 0, 0, source.special_ids["mask"])
-            row, column = np.nonzero(positions_NK >= 0)
-            masked_NL = inputs_NL[numbers]
-            masked_NL[row, positions_NK[row, column]] = source.special_ids["mask"]
-            parts.append(
-                masks.MaskedRows(
-                    table["sequence_id"].to_numpy()[numbers],
-                    np.full(len(numbers), variant, np.uint16),
-                    positions_NK,
-                    corrupted_NK,
-                    masks.input_crc32(masked_NL),
-                )
-            )
-        rows = masks.MaskedRows(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
-        groups = masks.row_groups(masks.plan_table(rows, source.vocab_size), rows)
-        record = masks.counts(rows) | {"fingerprint_hash": storage.sha256_json({"plan": 1}), "documents": 0, "flops": 0}
-        record |= {"attempt": 1, "forward_seconds": 0.0, "device": "cpu", "worker": "w:1"}
-        record |= {"rejected": {"count": 0, "reasons": {}, "listed": []}}
-        data = parquet.to_parquet(groups)
-        records[entry.index] = commit.commit_shard(str(directory), entry.index, data, record, time.monotonic())
-    fields = {"policy": "first words", "variants": VARIANTS, "positions": HIDDEN, "source": source.uri}
-    fingerprint = {"fingerprint": {"plan": 1}, "fingerprint_hash": storage.sha256_json({"plan": 1})}
-    empty = {"uri": str(directory), "kind": "plan", "scored": False, "top_k": 0, "masks": fields}
-    commit.write_manifest(source.model_copy(update=empty | fingerprint), records, {})
+# --- targets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def targets(work: Path, tempered: Path) -> Path:
-    """Targets of a plan for ``tempered``, with a temperature; not to be changed."""
-    make_plan(manifests.read_manifest(str(tempered)), work / "plan")
-    flags = [
-        "--corpus",
-        tempered,
-        "--masks",
-        work / "plan",
-        "--teacher",
-        work / "teacher",
-        "--output",
-        work / "targets",
-    ]
-    run(*SCORE, *flags, "--top-k", TOP_K, "--temperatures", "1,2", "--dtype", "float32", "--backend", "local")
+    """Targets for ``tempered``, with a temperature; not to be changed."""
+    flags = ["--corpus", tempered, "--teacher", work / "teacher", "--output", work / "targets"]
+    masks = ["--mask-source", "random", "--variants", 2, "--mask-ratio", MASKED / (LENGTH - 2)]
+    scores = ["--top-k", TOP_K, "--temperatures", "1,2", "--dtype", "float32", "--backend", "local"]
+    run(*SCORE, *flags, *masks, *scores)
     return work / "targets"
 
 
-def test_plans_and_targets_are_verified_too(work: Path, targets: Path, tmp_path: Path) -> None:
-    for directory, kind in ((work / "plan", "plan"), (targets, "targets")):
-        output = run(*VERIFY, directory, "--deep")
-        assert f"of {kind}" in output and "no faults" in output
+def test_targets_are_verified_too(work: Path, targets: Path, tmp_path: Path) -> None:
+    output = run(*VERIFY, targets, "--deep")
+    assert "of targets" in output and "no faults" in output
     copy = Path(shutil.copytree(targets, tmp_path / "copy"))
     (copy / "manifest.json").unlink()
     assert "no faults" in run(*VERIFY, copy, "--deep")
@@ -431,46 +386,31 @@ def test_plans_and_targets_are_verified_too(work: Path, targets: Path, tmp_path:
     assert "leave out --teacher" in refused(*VERIFY, targets, "--teacher", work / "teacher")
 
 
-def test_wrong_plans_and_targets_are_named(work: Path, targets: Path) -> None:
-    for directory, kind, cases in (
-        (
-            work / "plan",
-            "plan",
-            [
-                ("positions", 0, LENGTH, "has positions past the end"),
-                ("positions", 3, 1, "has positions that do not ascend"),
-                ("corrupted_ids", 0, 300, "has ids outside the vocabulary"),
-            ],
-        ),
-        (
-            targets,
-            "targets",
-            [
-                ("positions", 3, 1, "has positions that do not ascend"),
-                ("topk_ids", 0, 300, "has top-k ids outside the vocabulary"),
-                ("topk_logprobs", 0, -9, "has log-probabilities that are not sorted"),
-                ("temperature_lse_2", 0, np.nan, "has temperature_lse_2 that is not finite"),
-            ],
-        ),
+def test_wrong_targets_are_named(targets: Path) -> None:
+    manifest = manifests.read_manifest(str(targets), "targets")
+    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    rows = rows_of(table, MASKED)
+
+    def faults(bad: pa.Table, manifest: Manifest = manifest, rows: MaskedRows = rows) -> list[str]:
+        entry, data = recommitted(manifest.shards[0], bad, row_groups(bad, rows))
+        return file_faults(manifest, entry, data, deep=True)
+
+    assert not faults(table)
+    for name, place, value, fault in (
+        ("positions", 0, LENGTH, "has positions past the end"),
+        ("positions", 3, 1, "has positions that do not ascend"),
+        ("topk_ids", 0, 300, "has top-k ids outside the vocabulary"),
+        ("topk_logprobs", 0, -9, "has log-probabilities that are not sorted"),
+        ("temperature_lse_2", 0, np.nan, "has temperature_lse_2 that is not finite"),
     ):
-        manifest = manifests.read_manifest(str(directory), kind)
-        table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
-        rows = masks.rows_of(table, HIDDEN)
-
-        def faults(bad: pa.Table, manifest: Manifest = manifest, rows: masks.MaskedRows = rows) -> list[str]:
-            entry, data = recommitted(manifest.shards[0], bad, masks.row_groups(bad, rows))
-            return file_faults(manifest, entry, data, deep=True)
-
-        assert not faults(table)
-        for name, place, value, fault in cases:
-            flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
-            flat[place] = value
-            found = faults(replace_list(table, name, flat, list_lengths(table, name)))
-            assert any(text.startswith(fault) for text in found), (fault, found)
-        numbers = table.schema.get_field_index("variant")
-        same = table.set_column(numbers, table.schema.field("variant"), pa.array(np.zeros(len(table), np.uint16)))
-        assert any("variants are not 0 … 1" in text for text in faults(same))
-        short = replace_list(table, "positions", np.ones(len(table)))
-        assert any("of another length than its positions" in text for text in faults(short))
-        narrow = manifest.model_copy(update={"masks": (manifest.masks or {}) | {"positions": HIDDEN - 1}})
-        assert any(f"hides {HIDDEN} positions" in text for text in faults(table, narrow))
+        flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
+        flat[place] = value
+        named = faults(replace_list(table, name, flat, list_lengths(table, name)))
+        assert any(text.startswith(fault) for text in named), (fault, named)
+    numbers = table.schema.get_field_index("variant")
+    same = table.set_column(numbers, table.schema.field("variant"), pa.array(np.zeros(len(table), np.uint16)))
+    assert any("variants are not 0 … 1" in text for text in faults(same))
+    short = replace_list(table, "positions", np.ones(len(table)))
+    assert any("of another length than its positions" in text for text in faults(short))
+    narrow = manifest.model_copy(update={"masks": (manifest.masks or {}) | {"positions": MASKED - 1}})
+    assert any(f"masks {MASKED} positions" in text for text in faults(table, narrow))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from rows import CLS, MASK, PAD, SEP, VOCAB, K, L, as_sets, candidates, entropies, keys
+from test_targets import score
 from tokenizers import (
     BertWordPieceTokenizer,
     ByteLevelBPETokenizer,
@@ -27,7 +28,6 @@ from tokenizers import (
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import train.plan
 import train.run
 from entropy_masking.errors import UsageError
 from entropy_masking.masking import noise, words
@@ -279,7 +279,7 @@ def test_on_an_accelerator_nothing_is_waited_for(unit: str) -> None:
 # --- through the command line ----------------------------------------------------------------------------------------
 
 HARDEST = ["--hard-share", 1, "--mask-temperature", 0]
-WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3, "--seed", 3]
+WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3]
 WORDS_BY_SURPRISAL += [*HARDEST, "--mask-warmup", 0, "--mask-ramp", 0]
 
 
@@ -303,10 +303,10 @@ def masked_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tens
     return seen
 
 
-def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
-    scored: Path, tmp_path: Path, masked_batches: list
+def test_a_run_and_targets_mask_the_words_of_the_shards_surprisals(
+    work: Path, scored: Path, tmp_path: Path, masked_batches: list
 ) -> None:
-    parquet = ["--entropy-source", "parquet", *WORDS_BY_SURPRISAL]
+    parquet = ["--entropy-source", "parquet", *WORDS_BY_SURPRISAL, "--seed", 3]
     summary = train_here(scored, tmp_path / "out", *parquet)
     assert (summary["flags"]["mask_unit"], summary["flags"]["mask_by"]) == ("word", "surprisal")
     policy = paper(ratio=0.3, unit="word", by="surprisal", seed=3)
@@ -329,11 +329,12 @@ def test_a_run_and_its_plan_hide_the_words_of_the_shards_surprisals(
         continues = [tokens[token].startswith("##") for token in ids]
         assert positions == slow_words(score, [token >= 5 for token in ids], continues, draw, draw, policy)
 
-    train.plan.main([str(flag) for flag in ("--shards", scored, "--output", tmp_path / "plan", *parquet)])
-    manifest = read_manifest(str(tmp_path / "plan"), kind="plan")
+    masks = ["--mask-source", "parquet", *WORDS_BY_SURPRISAL, "--mask-seed", 3]
+    directory = score(scored, work / "teacher", tmp_path / "targets", *masks)
+    manifest = read_manifest(str(directory), kind="targets")
     assert manifest.masks and MaskPolicy.from_json(manifest.masks["policy"]) == policy
-    planned = pa.concat_tables(pq.read_table(file) for file in sorted((tmp_path / "plan").glob("part-*.parquet")))
-    for row in planned.to_pylist():
+    targets = pa.concat_tables(pq.read_table(file) for file in sorted(directory.glob("part-*.parquet")))
+    for row in targets.to_pylist():
         assert hidden.get(row["sequence_id"], set(row["positions"])) == set(row["positions"])
 
 
@@ -355,7 +356,7 @@ def test_a_student_masks_by_its_own_surprisal(scored: Path, tmp_path: Path, mask
                 assert min(score_L[list(chosen)]) >= max(score_L[list(rest)])
 
 
-def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(work: Path, scored: Path, tmp_path: Path) -> None:
     blind, unscored = tmp_path / "blind", tmp_path / "unscored"
     for directory in (blind, unscored):
         shutil.copytree(scored, directory)
@@ -368,19 +369,22 @@ def test_mistakes_are_one_sentence(scored: Path, tmp_path: Path) -> None:
     settings = json.loads((blind / "tokenizer" / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (blind / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
-    parquet, random = ["--entropy-source", "parquet"], ["--entropy-source", "random"]
-    for shards, flags, sentence in (
-        (scored, [*parquet, "--mask-ratio", 0], "mask ratio 0 is not above 0"),
-        (scored, [*parquet, "--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
-        (scored, [*random, "--mask-by", "surprisal"], "--mask-by needs scores, and --entropy-source random"),
-        (scored, [*parquet, "--mask-by", "entropy", "--hard-share", 0], "--mask-by has no use with --hard-share 0"),
-        (scored, [*parquet, "--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
-        (unscored, [*parquet, "--mask-by", "surprisal"], "has no scores"),
-        (blind, [*random, "--mask-unit", "word"], "do not say which of them go on with a word"),
+    random = ["--entropy-source", "random"]
+    for shards, source, flags, sentence in (
+        (scored, "parquet", ["--mask-ratio", 0], "mask ratio 0 is not above 0"),
+        (scored, "parquet", ["--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
+        (scored, "random", ["--mask-by", "surprisal"], "--mask-by needs scores, and --(entropy|mask)-source random"),
+        (scored, "parquet", ["--mask-by", "entropy", "--hard-share", 0], "--mask-by has no use with --hard-share 0"),
+        (scored, "parquet", ["--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
+        (unscored, "parquet", ["--mask-by", "surprisal"], "has no scores"),
+        (blind, "random", ["--mask-unit", "word"], "do not say which of them go on with a word"),
     ):
-        for program, output in ((train.run, "--output-dir"), (train.plan, "--output")):
-            with pytest.raises(UsageError, match=sentence) as caught:
-                program.main([str(flag) for flag in ("--shards", shards, output, tmp_path / "out", *flags)])
-            assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        named = ["--shards", shards, "--output-dir", tmp_path / "out"]
+        with pytest.raises(UsageError, match=sentence) as caught:
+            train.run.main([str(flag) for flag in (*named, "--entropy-source", source, *flags)])
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        with pytest.raises(UsageError, match=sentence) as caught:
+            score(shards, work / "teacher", tmp_path / "out", "--mask-source", source, *flags)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--mask-unit: invalid choice: 'letter'"):
         train.run.main(["--shards", str(scored), *random, "--output-dir", "o", "--mask-unit", "letter"])

@@ -6,19 +6,16 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
+from entropy_masking.commands.console import flag, option
+from entropy_masking.commands.mask_flags import MOST_SEED
 from entropy_masking.errors import UsageError, one_line
-
-
-def option(help: str, default: Any = None, **settings: Any) -> Any:
-    """A field of a dataclass of flags, which is None where the flag is not given and has no default."""
-    return field(default=default, metadata={"help": help, **settings})
 
 
 def required(help: str) -> Any:
@@ -108,7 +105,6 @@ FREE = (
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
 )
 # ranges of numbers that would fail late or, worse, not at all
-MOST_SEED = (1 << 32) - 1
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
@@ -129,10 +125,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "distill_temperature": (ABOVE_0, MOST),
     "distill_positions": (ABOVE_0, 1),
 }
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def check_ranges(flags: dict[str, Any]) -> None:

@@ -19,11 +19,10 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order, hashes
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.masking.words import continuing_tokens
-from entropy_masking.shards.manifests import Manifest, ShardEntry, load_tokenizer
-from entropy_masking.shards.masks import input_crc32
+from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
+from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
 
 WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded
@@ -51,35 +50,6 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
     entries = [entry for _, entry in sorted(zip(ranks, entries, strict=True), key=lambda pair: pair[0])]
     held_out = min(len(entries) - 1, math.ceil(eval_fraction * len(entries)))
     return sorted(entries[held_out:], key=lambda e: e.index), sorted(entries[:held_out], key=lambda e: e.index)
-
-
-def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
-    """What masks the sequences of a shard directory, by tokens or by words.
-
-    Raises UsageError if it is by words, and the tokenizer does not say which tokens continue one.
-    """
-    continues_V = None
-    if unit == "word":
-        try:
-            continues_V = continuing_tokens(load_tokenizer(manifest.uri), manifest.vocab_size)
-        except ValueError as error:
-            raise UsageError(f"--mask-unit word has no use with {manifest.uri}: {error}") from None
-    return Masker(
-        vocab_size=manifest.vocab_size,
-        special_token_ids=manifest.special_token_ids,
-        mask_id=manifest.special_ids["mask"],
-        pad_id=manifest.special_ids["pad"],
-        continues_V=continues_V,
-    )
-
-
-def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> Columns:
-    """What of the shards a run reads."""
-    predict_by = "random" if policy.predicts_all else policy.predict_by
-    read = {"surprisal"} if "excess" in (predict_by, None if policy.uniform else policy.by) else set()
-    if source == "parquet":
-        read |= {predict_by} | (set() if policy.uniform else {policy.by})
-    return Columns(entropy="entropy" in read, surprisal="surprisal" in read, top_k=top_k, temperature=temperature)
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):
@@ -229,12 +199,12 @@ def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, T
     Raises RunError if an input or its masked positions are not those that the teacher saw.
     """
     crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
-    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["planned_positions"]).all(1)
+    same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["target_positions"]).all(1)
     if not same_B.all():
         sequence = int(batch["sequence_id"][~same_B][0])
         raise RunError(
-            f"the masked input of sequence {sequence} is not the one that its targets were made for; plan the masks of "
-            "these shards with train/plan.py and score them again"
+            f"the masked input of sequence {sequence} is not the one that its targets were made for; make targets "
+            "for these shards with pipeline/score.py --mask-source"
         )
     names = {"teacher_ids": "teacher_ids_BPT", "teacher_logprobs": "teacher_logprobs_BPT"}
     names |= {"temperature_lse": "temperature_lse_BP"}

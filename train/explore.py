@@ -24,17 +24,16 @@ from transformers import HfArgumentParser
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.words import apart_tokens, continuing_tokens
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Manifest
-from train.arguments import MOST_SEED
-from train.data import masker_of
 from train.explorer import sample, statistics
 from train.explorer.sample import Policy, Source
 from train.explorer.summary import summarise
-from train.masks import MaskOptions, mask_policy
 
 
 @dataclass(kw_only=True)
@@ -52,7 +51,7 @@ class Options(MaskOptions):
 
 def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
-    mask = mask_policy(options, options.entropy_source, options.seed, planned=True)
+    mask = mask_policy(options, options.entropy_source, options.seed, training=False)
     manifests = open_directories(directories)
     policy = Policy(masker_of(manifests[0], mask.unit), mask)
     tokenizer = load_tokenizer(manifests[0].uri)

@@ -7,16 +7,18 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from entropy_masking.commands.console import flag
+from entropy_masking.commands.mask_flags import RECIPES, SCORE, check_scored, given_masks, mask_flag, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from train import resume
-from train.arguments import flag
 from train.data import split_shards
-from train.masks import RECIPES, SCORE, check_scored, given_masks, mask_flag, mask_policy
 from train.options import Options
+
+MAKE = "make targets with pipeline/score.py --mask-source … --corpus"
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,10 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
     for directory in filter(None, (manifest, targets, eval_shards)):
         check_shards(directory, contents=not (begun or args.local_process_index))
-    check_scored(options, source, manifest)
+    policy = policy_of(options, targets) if targets else mask_policy(options, source, args.seed)
+    check_scored(policy, source, manifest)
     check_flags(options, args)
     check_distillation(options, targets or manifest)
-    policy = planned_policy(options, targets) if targets else mask_policy(options, source, args.seed)
     shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
     if eval_shards:
         held_out = [entry for entry in eval_shards.shards if entry.rows]
@@ -107,36 +109,36 @@ def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
     if source == "self":
         raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
     targets = read_manifest(uri, kind="targets")
-    if not _is_plan(targets):
+    if not _names_masks(targets):
         raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it again")
     assert targets.masks
     if targets.sequences_hash != manifest.sequences_hash:
-        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; plan and score them again")
+        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; {MAKE} {manifest.uri}")
     rows, variants = {entry.index: entry.rows for entry in targets.shards}, targets.masks["variants"]
     for entry in manifest.shards:
         if rows.get(entry.index, 0) != entry.rows * variants:
-            raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; plan and score it")
-    if (planned := targets.masks["source"]) != source:
-        raise UsageError(f"--targets {uri} was planned with --entropy-source {planned}; use that, or plan again")
+            raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; {MAKE} {manifest.uri}")
+    if (masked_by := targets.masks["source"]) != source:
+        raise UsageError(f"--targets {uri} was made with --mask-source {masked_by}; use --entropy-source {masked_by}")
     return targets
 
 
-def _is_plan(targets: Manifest) -> bool:
-    plan, length = targets.masks or {}, targets.sequence_length
+def _names_masks(targets: Manifest) -> bool:
+    masks, length = targets.masks or {}, targets.sequence_length
     try:
-        positions = min(MaskPolicy.from_json(plan["policy"]).positions(length), length)
-        return plan["positions"] == positions and plan["variants"] >= 1 and "source" in plan
+        positions = min(MaskPolicy.from_json(masks["policy"]).positions(length), length)
+        return masks["positions"] == positions and masks["variants"] >= 1 and "source" in masks
     except (KeyError, TypeError, ValueError):
         return False
 
 
-def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
-    """The masks that targets were made for, with their seed. Raises UsageError if a mask flag differs."""
+def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
+    """The policy that targets were made for, with its seed. Raises UsageError if a mask flag differs."""
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
     recipe = RECIPES["paper"] if options.recipe == "paper" else {}
     for name, value in (recipe | given_masks(options)).items():
-        if value != (planned := getattr(policy, name)):
-            raise UsageError(f"{mask_flag(name)} {value} is not {planned}, as in {targets.uri}; leave it out")
+        if value != (of_targets := getattr(policy, name)):
+            raise UsageError(f"{mask_flag(name)} {value} is not {of_targets}, as in {targets.uri}; leave it out")
     return policy
 
 

@@ -9,10 +9,11 @@ from typing import Literal, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from entropy_masking.commands.console import option
+from entropy_masking.commands.mask_flags import MaskOptions
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.arguments import TrainerFlags, check_ranges, option, required, training_arguments
-from train.masks import MaskOptions
+from train.arguments import TrainerFlags, check_ranges, required, training_arguments
 from train.student import SIZES
 
 # AdamW's learning rate with Muon beside it and alone, by size of preset; other models take those of base

@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
+from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.shards.manifests import Manifest
+from entropy_masking.shards.read import columns_of
 from train.arguments import deciding_arguments, global_batch
-from train.data import columns_of
 from train.evaluation import DECILES
 from train.inputs import Inputs
-from train.masks import FIELDS
 from train.options import Options
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer

@@ -24,10 +24,10 @@ from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.type_means import TypeMeans
 from entropy_masking.models.masked_positions import student_scores
-from entropy_masking.shards.read import Columns
+from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, private, resume
 from train.arguments import global_batch
-from train.data import PrepareBatch, TrainingSequences, columns_of, masker_of
+from train.data import PrepareBatch, TrainingSequences
 from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ranks, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices

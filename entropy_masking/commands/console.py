@@ -10,8 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import field
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -60,6 +61,16 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def flag(name: str) -> str:
+    """``--mask-ratio`` of ``mask_ratio``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def option(help: str, default: Any = None, **settings: Any) -> Any:
+    """A field of a dataclass of flags, which is None where the flag is not given and has no default."""
+    return field(default=default, metadata={"help": help, **settings})
 
 
 def positive(text: str) -> int:

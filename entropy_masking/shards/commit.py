@@ -1,7 +1,7 @@
 """Committing shards: records, attempts, one fingerprint a directory, and the manifest that ends a run.
 
-One shard is one unit of work with one file name. Its file is put whole first, its record second; a shard without a
-matching record is done again. So work is never done half, and a late write of a lost worker changes nothing.
+One shard is one unit of work with one file name. Its file is written whole first, its record second; a shard without a
+matching record is done again. So no shard is half done, and a late write of a lost worker changes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READERS = 16  # files read at a time: an object store answers many requests as f
 
 
 def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any], started: float) -> Record:
-    """Put a shard whole under its name, read its footer back, then write its record, which makes the shard count.
+    """Write a shard, read its footer back, then write its record, which marks the shard as done.
 
     Args:
         fields: of the record, without the file's name, size and hash and the time; ``rows`` is checked against the
@@ -58,28 +58,25 @@ def attempt_uri(directory: str, index: int) -> str:
     return storage.join(directory, "_attempts", f"part-{index:05d}.json")
 
 
-def begin_attempt(directory: str, index: int, run: str, attempt: int, by_itself: bool) -> None:
-    """Write down that a worker starts on a shard.
-
-    A process that dies leaves this behind, so it is known how often it died of this shard: Ray retries for ever.
-    """
-    begun = Attempt(run=run, attempts=attempt, by_itself=by_itself)
+def begin_attempt(directory: str, index: int, run: str, attempt: int, alone: bool) -> None:
+    """Write down that a worker begins a shard, since Ray retries a shard whose process died for ever."""
+    begun = Attempt(run=run, attempts=attempt, alone=alone)
     storage.write_json(attempt_uri(directory, index), begun.model_dump())
 
 
 def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
-    """How many attempts of this run on a shard have begun and not ended well, and whether the last was by itself."""
+    """How many attempts of this run on a shard have begun and not ended well, and whether it was alone in the last."""
     last = read_if_sound(Attempt, attempt_uri(directory, index))
-    return (last.attempts, last.by_itself) if last and last.run == run else (0, False)
+    return (last.attempts, last.alone) if last and last.run == run else (0, False)
 
 
 def end_attempt(directory: str, index: int) -> None:
-    """The shard is committed: nothing more to remember of its attempts."""
+    """Forget the attempts of a shard that is committed."""
     storage.delete(attempt_uri(directory, index))
 
 
 def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if there is none, or a damaged one, after which the work is done again."""
+    """The file at ``uri``; None if there is none or it is damaged: then the work is done again."""
     try:
         return manifests.read_model(model, uri)
     except UsageError:
@@ -97,26 +94,28 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
             storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
 
 
-def claim_directory(directory: str, fingerprint: dict[str, Any], shards: int, write: bool = True) -> None:
-    """Bind an output directory to one fingerprint, before anything else is written there.
-
-    Args:
-        write: False only looks whether it could be.
+def check_directory(directory: str, fingerprint: dict[str, Any]) -> None:
+    """Check that a run may write to a directory.
 
     Raises:
-        UsageError: the directory belongs to a run with another fingerprint; says what differs.
+        UsageError: it holds other files, or belongs to a run with another fingerprint; the message says what differs.
     """
     previous = manifests.read_model(Run, run_uri(directory))
     if previous is None:
         if storage.list_files(directory):
             raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output")
-        if write:
-            storage.write_json(run_uri(directory), Run(fingerprint=fingerprint, shards=shards).model_dump())
     elif differing := differences(previous.fingerprint, fingerprint):
         raise UsageError(
             f"{directory} was made with other settings ({'; '.join(differing)}); "
             "choose a new --output, or delete this one, or repeat the old command"
         )
+
+
+def begin_run(directory: str, run: Run) -> None:
+    """Write the record of a run, which binds a directory to its fingerprint. Raises as ``check_directory``."""
+    check_directory(directory, run.fingerprint)
+    if not storage.exists(run_uri(directory)):
+        storage.write_json(run_uri(directory), run.model_dump())
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -171,7 +170,7 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
 
 
 def unfinished_manifest(uri: str) -> Manifest:
-    """What the manifest of a scoring run would be if it ended now; ``teacher`` and ``masks`` are not known.
+    """What the manifest of a scoring run would be if it ended now; ``teacher`` is not known.
 
     Raises:
         UsageError: there is no such run, no shard of it, or no tokenizer.

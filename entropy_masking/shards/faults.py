@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from entropy_masking.shards import commit, manifests, masks, parquet, values
+from entropy_masking.shards import commit, manifests, parquet, targets, values
 from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
@@ -36,29 +36,29 @@ class Depth(IntEnum):
 
 
 def check_shards(manifest: Manifest, contents: bool = True) -> None:
-    """Before shards are read: they are all there, every byte is what was committed, and the tokenizer made the ids.
+    """Check that all shards exist, every byte is what was committed, and the tokenizer is the one that made the ids.
 
-    Every byte is read once, by several threads: about a second a GB, or as long as a store takes to send it.
+    Several threads read every byte once: about a second a GB, or as long as a store takes to send it.
 
     Args:
-        contents: False, where somebody has checked them already, looks at names, sizes and the tokenizer only.
+        contents: False for shards that are checked already: then names, sizes and the tokenizer only.
 
     Raises:
-        UsageError: names the first file that is missing, damaged, swapped, edited or not to be read.
+        UsageError: names the first file that is missing, damaged, swapped, edited or unreadable.
     """
     if (fault := next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)) is None:
         return
     file, text = fault
-    mend = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
+    repair = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
     if file == "tokenizer":
-        mend = "put back the one that made the shards"
+        repair = "put back the one that made the shards"
     if text.startswith(DENIED):
-        mend = "allow this user to read it"
-    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {mend}")
+        repair = "allow this user to read it"
+    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {repair}")
 
 
 def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
-    """All faults of a directory, those that show quickly first.
+    """All faults of a directory, the quickly detected ones first.
 
     Args:
         advance: called with the size of every shard whose content has been checked.
@@ -93,7 +93,7 @@ def lacking(manifest: Manifest) -> list[str]:
 
 
 def manifest_faults(manifest: Manifest) -> list[str]:
-    """The manifest by itself: every planned shard accounted for once, names that fit, and hashes of what it says."""
+    """Faults of the manifest alone: planned shards, names, and its hashes."""
     texts, indices = lacking(manifest), [entry.index for entry in manifest.shards]
     if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
         texts.append(f"its shards are not each once and in order among {manifest.planned_shards}")
@@ -101,7 +101,7 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     texts += [f"calls shard {entry.index} {entry.file}" for entry in wrong]
     if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
         texts.append("its fingerprint does not have the hash that stands beside it")
-    if manifest.kind == "sequences" and manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
+    if manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
         texts.append("its sequences_hash is not that of its fingerprint")
     return texts
 
@@ -130,9 +130,7 @@ def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
 
 
 def tokenizer_fault(manifest: Manifest) -> str | None:
-    """What is wrong with ``tokenizer/``; a plan may do without one."""
-    if manifest.kind == "plan" and not storage.exists(storage.join(manifest.uri, "tokenizer")):
-        return None
+    """What is wrong with ``tokenizer/``."""
     try:
         own = manifests.tokenizer_hash(manifests.load_tokenizer(manifest.uri))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -182,17 +180,15 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
 
 def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, table: pa.Table) -> list[str]:
     """Sequence ids and variants, which are in ``table``, and row groups, which readers address by number."""
-    masked, ids_N = manifest.kind != "sequences", table["sequence_id"].to_numpy()
-    # an unfinished run does not say how many variants there are: as many as its first sequence has
-    variants = int(manifest.masks["variants"] if manifest.masks else (ids_N == ids_N[0]).sum()) if masked else 1
+    ids_N, variants = table["sequence_id"].to_numpy(), int(manifest.masks["variants"]) if manifest.masks else 1
     if entry.rows % variants:
         return [f"has {entry.rows} rows, which are not {variants} variants of every sequence"]
-    blocks, texts = masks.blocks(entry.rows // variants, variants), []
+    blocks, texts = targets.blocks(entry.rows // variants, variants), []
     wrong_N = ids_N & np.uint64(0xFFFFFFFF) != np.concatenate([rows for rows, _ in blocks])
     if wrong_N.any():
         texts.append(f"its sequence ids are not contiguous (first at row {wrong_N.argmax()})")
     variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
-    if masked and (wrong_N := table["variant"].to_numpy() != variants_N).any():
+    if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
         texts.append(f"its variants are not 0 … {variants - 1} of each block (first at row {wrong_N.argmax()})")
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if groups != [len(rows) for rows, _ in blocks]:
@@ -202,10 +198,8 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, t
 
 def contract(manifest: Manifest) -> pa.Schema:
     """The schema of every shard of a directory."""
-    if manifest.kind == "plan":
-        return masks.plan_schema(manifest.vocab_size)
     if manifest.kind == "targets":
-        return masks.targets_schema(manifest.vocab_size, manifest.temperatures)
+        return targets.targets_schema(manifest.vocab_size, manifest.temperatures)
     return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
 
 
@@ -215,7 +209,7 @@ def contract(manifest: Manifest) -> pa.Schema:
 def rescored_faults(
     manifest: Manifest, entries: list[ShardEntry], score: Callable[[np.ndarray], Scores], sample: int
 ) -> Iterator[Fault]:
-    """Scores of ``sample`` sequences, the same ones for the same fingerprint, against what the teacher says now."""
+    """Compare stored scores of ``sample`` sequences (chosen by the fingerprint) with the teacher's scores now."""
     from entropy_masking.shards.read import Columns, read_rows  # takes seconds, and so does a teacher
 
     columns = Columns(entropy=True, surprisal=True, top_k=manifest.top_k > 0)

@@ -20,7 +20,7 @@ from entropy_masking.shards.schema import Manifest, Model, Run, ShardEntry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MADE_BY = {"sequences": "pipeline/score.py", "plan": "train/plan.py", "targets": "pipeline/score.py --masks"}
+MADE_BY = {"sequences": "pipeline/score.py", "targets": "pipeline/score.py --mask-source"}
 AnyModel = TypeVar("AnyModel", bound=Model)
 
 
@@ -124,14 +124,18 @@ def new_manifest(
     run: Run,
     tokenizer: PreTrainedTokenizerBase,
     teacher: str | None = None,
-    masks: dict[str, Any] | None = None,
     failed: dict[str, str] | None = None,
 ) -> Manifest:
-    """The manifest of a scoring run without its shards: what the fingerprint and the tokenizer say, and three more."""
+    """The manifest of a scoring run before its shards, from its fingerprint and its tokenizer.
+
+    Args:
+        teacher: its path or Hub id; the fingerprint knows the hash of its weights alone.
+        failed: shards that the corpus lacks, and why.
+    """
     fingerprint = run.fingerprint
     return Manifest(
         uri=uri,
-        kind="targets" if "plan" in fingerprint else "sequences",
+        kind="targets" if "masks" in fingerprint else "sequences",
         sequence_length=fingerprint["sequence_length"],
         vocab_size=len(tokenizer),
         special_ids=special_ids(tokenizer),
@@ -142,7 +146,7 @@ def new_manifest(
         context=fingerprint.get("context"),
         passes=fingerprint.get("passes"),
         teacher=teacher,
-        masks=masks,
+        masks=fingerprint.get("masks"),
         sequences_hash=sequences_hash(fingerprint),
         fingerprint=fingerprint,
         fingerprint_hash=run.fingerprint_hash,

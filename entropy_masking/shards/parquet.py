@@ -23,7 +23,9 @@ TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 
 @dataclass(frozen=True)
 class Scores:
-    """What a teacher says of N sequences of L tokens. Natural logarithms; NaN where a position is not scored.
+    """What a teacher predicts at the L positions of N sequences, or at K chosen ones, which then stand for L.
+
+    Natural logarithms; NaN where a position is not scored.
 
     Attributes:
         entropy_NL: predictive entropy in nats, float32.
@@ -67,15 +69,25 @@ def temperature_column(temperature: float) -> str:
     return f"temperature_lse_{temperature:g}"
 
 
+def top_k_fields(vocab_size: int, temperatures: Sequence[float]) -> dict[str, pa.DataType]:
+    """Types of the columns that hold the most probable tokens, and what they need at other temperatures."""
+    lse = {temperature_column(t): list_of(pa.float16()) for t in temperatures if t != 1}
+    return {"topk_ids": list_of(token_type(vocab_size)), "topk_logprobs": list_of(pa.float16()), **lse}
+
+
+def top_k_columns(scores: Scores) -> dict[str, np.ndarray]:
+    """The values of those columns."""
+    lse = {temperature_column(t): values for t, values in scores.temperature_lse_NL.items()}
+    return {"topk_ids": scores.topk_ids_NLK, "topk_logprobs": scores.topk_logprobs_NLK, **lse}
+
+
 def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[float] = ()) -> pa.Schema:
     """Arrow schema of a shard of sequences."""
-    token = token_type(vocab_size)
-    columns = {"sequence_id": pa.uint64(), "input_ids": list_of(token)}
+    columns = {"sequence_id": pa.uint64(), "input_ids": list_of(token_type(vocab_size))}
     if scored:
         columns |= dict.fromkeys(SCORE_COLUMNS, list_of(pa.float16()))
     if scored and top_k:
-        columns |= {"topk_ids": list_of(token), "topk_logprobs": list_of(pa.float16())}
-        columns |= {temperature_column(t): list_of(pa.float16()) for t in temperatures if t != 1}
+        columns |= top_k_fields(vocab_size, temperatures)
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
@@ -88,22 +100,22 @@ def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_
     rows, length = input_ids_NL.shape
     if rows * length * max(1, top_k) >= 1 << 31:  # offsets of an Arrow list are int32
         raise UsageError(f"shard {index} has {rows * length:,} tokens, too many for one file; split its text file")
-    lse = scores.temperature_lse_NL if scores else {}
-    arrow_schema = schema(vocab_size, scores is not None, top_k, list(lse))
+    arrow_schema = schema(vocab_size, scores is not None, top_k, list(scores.temperature_lse_NL) if scores else [])
     columns: dict[str, np.ndarray] = {"input_ids": input_ids_NL}
     if scores is not None:
-        columns |= {"entropy": scores.entropy_NL, "surprisal": scores.surprisal_NL}
-        if top_k:
-            columns |= {"topk_ids": scores.topk_ids_NLK, "topk_logprobs": scores.topk_logprobs_NLK}
-            columns |= {temperature_column(t): values for t, values in lse.items()}
+        columns |= {"entropy": scores.entropy_NL, "surprisal": scores.surprisal_NL, **top_k_columns(scores)}
     arrays = [pa.array((np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64))]
     for field in list(arrow_schema)[1:]:
-        values = columns[field.name].reshape(-1)
         width = length * top_k if field.name in TOP_K_COLUMNS else length
-        flat = pa.array(values.astype(field.type.value_type.to_pandas_dtype()))
-        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * width)
-        arrays.append(pa.ListArray.from_arrays(offsets, flat, type=field.type))
+        arrays.append(list_array(columns[field.name], np.full(rows, width), field.type))
     return pa.Table.from_arrays(arrays, schema=arrow_schema)
+
+
+def list_array(values: np.ndarray, lengths_N: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    """An Arrow array of N lists of the given lengths, which hold ``values`` in order."""
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
+    flat = pa.array(values.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind)
 
 
 def to_parquet(groups: Sequence[pa.Table]) -> bytes:
@@ -139,7 +151,7 @@ def row_groups(table: pa.Table) -> list[pa.Table]:
 
 
 def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict[str, Any]:
-    """What a record says of a shard of sequences."""
+    """The counts in the record of a shard of sequences."""
     entropy = scores.entropy_NL[~np.isnan(scores.entropy_NL)] if scores else np.empty(0)
     return {
         "rows": len(input_ids_NL),

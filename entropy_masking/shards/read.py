@@ -12,15 +12,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from entropy_masking.errors import RunError
-from entropy_masking.shards import masks
-from entropy_masking.shards.manifests import Manifest, ShardEntry, read_table
+from entropy_masking.errors import RunError, UsageError, one_line
+from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.words import continuing_tokens
+from entropy_masking.shards.manifests import Manifest, ShardEntry, load_tokenizer, read_table
 from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
+from entropy_masking.shards.targets import predictions_of, row_group, rows_of
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What of a shard is read: no more than a run uses. ``temperature``: at which the top k are to be known."""
+    """What is read of a shard: no more than a run uses. ``temperature`` is that of the top k."""
 
     entropy: bool = False
     top_k: bool = False
@@ -61,7 +64,7 @@ def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: i
     """One row group of a shard.
 
     Raises:
-        RunError: it cannot be read, or is not what the manifest says: files may change under a run.
+        RunError: it cannot be read, or is not what the manifest says, as files may change during a run.
     """
     rows = read_rows(manifest, entry, columns, [block])
     expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
@@ -74,15 +77,15 @@ def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: i
 
 
 def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: int, variant: int, T: float) -> Rows:
-    """What a teacher says of one variant of one row group of sequences (``entropy_masking.shards.masks``).
+    """What a teacher predicts for one variant of one row group of sequences.
 
     Args:
         targets: manifest of a target directory, and ``entry`` its shard.
         sequences: the rows of the row group ``block``.
-        T: temperature at which the top k are to be known.
+        T: temperature of the top k.
 
     Returns:
-        planned_positions [N, K] (``NO_POSITION`` where a row hides fewer), input_crc32 [N], teacher_ids and
+        target_positions [N, K] (``NO_POSITION`` where a row masks fewer), input_crc32 [N], teacher_ids and
         teacher_logprobs [N, K, k], and with T ≠ 1 temperature_lse [N, K].
 
     Raises:
@@ -91,34 +94,34 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     assert targets.masks
     K, variants, lse = targets.masks["positions"], targets.masks["variants"], [T] if T != 1 else []
     columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
-    table = _table(targets, entry, columns, [masks.row_group(block, variant, variants)])
-    rows = masks.rows_of(table, K)
+    table = _table(targets, entry, columns, [row_group(block, variant, variants)])
+    rows = rows_of(table, K)
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
         raise RunError(f"{targets.shard_uri(entry)} does not hold the rows that its manifest says; make it anew")
-    found = masks.targets_of(table, K, targets.top_k, lse)
+    predictions = predictions_of(table, K, targets.top_k, lse)
     joined = {
-        "planned_positions": rows.positions_NK,
+        "target_positions": rows.positions_NK,
         "input_crc32": rows.crc32_N,
-        "teacher_ids": found.topk_ids_NKT,
-        "teacher_logprobs": found.topk_logprobs_NKT,
+        "teacher_ids": predictions["topk_ids"],
+        "teacher_logprobs": predictions["topk_logprobs"],
     }
-    return joined if T == 1 else joined | {"temperature_lse": found.temperature_lse_NK[T]}
+    return joined if T == 1 else joined | {"temperature_lse": predictions[temperature_column(T)]}
 
 
 def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups: list[int] | None) -> pa.Table:
     try:
         return read_table(manifest, entry, columns, row_groups)
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
+        uri = manifest.shard_uri(entry)
         raise RunError(
-            f"cannot read {manifest.shard_uri(entry)} ({reason}); pipeline/verify.py says what is wrong with it"
+            f"cannot read {uri} ({one_line(error)}); pipeline/verify.py says what is wrong with it"
         ) from None
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:
-    """Integers as int64, floats as float32: what torch computes with. The top k stay as they are stored.
+    """Integers as int64, floats as float32: what torch computes with.
 
-    Those are k times as many as the rest, and few of them will be wanted.
+    The top k stay as they are stored: they are k times as many as the rest, and few of them are used.
     """
     wide = {name: array for name, array in rows.items() if name not in TOP_K_COLUMNS}
     tensors = {
@@ -128,3 +131,36 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
     return tensors | {
         name: torch.from_numpy(np.require(rows[name], requirements="W")) for name in TOP_K_COLUMNS if name in rows
     }
+
+
+# --- by a mask policy -------------------------------------------------------------------------------------------------
+
+
+def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
+    """The masker of a directory's sequences, by tokens or by words.
+
+    Raises:
+        UsageError: by words, and the tokenizer does not tell which tokens continue one.
+    """
+    continues_V = None
+    if unit == "word":
+        try:
+            continues_V = continuing_tokens(load_tokenizer(manifest.uri), manifest.vocab_size)
+        except ValueError as error:
+            raise UsageError(f"--mask-unit word has no use with {manifest.uri}: {error}") from None
+    return Masker(
+        vocab_size=manifest.vocab_size,
+        special_token_ids=manifest.special_token_ids,
+        mask_id=manifest.special_ids["mask"],
+        pad_id=manifest.special_ids["pad"],
+        continues_V=continues_V,
+    )
+
+
+def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> Columns:
+    """The columns that a policy needs, whose scores come from ``source``, and those that distillation needs."""
+    predict_by = "random" if policy.predicts_all else policy.predict_by
+    read = {"surprisal"} if "excess" in (predict_by, None if policy.uniform else policy.by) else set()
+    if source == "parquet":
+        read |= {predict_by} | (set() if policy.uniform else {policy.by})
+    return Columns(entropy="entropy" in read, surprisal="surprisal" in read, top_k=top_k, temperature=temperature)

@@ -46,7 +46,7 @@ class Attempt(Model, title="record of an attempt"):
 
     run: str
     attempts: int
-    by_itself: bool = False
+    alone: bool = False  # no other shard was in the worker's process
 
 
 class ShardEntry(Model):
@@ -55,8 +55,8 @@ class ShardEntry(Model):
     index: int
     file: Annotated[str, AfterValidator(_check_file)]
     rows: int
-    tokens: int  # without padding; 0 in a plan and in targets
-    scored_tokens: int  # positions that a teacher scored (in a plan: that it is to score)
+    tokens: int  # without padding; 0 in targets
+    scored_tokens: int  # positions that a teacher scored
     bytes: int
     sha256: str
     entropy_sum: float  # of the scored tokens, in nats
@@ -96,7 +96,7 @@ class Record(ShardEntry, title="record of a shard"):
 
     @property
     def tokens_or_positions(self) -> int:
-        """The work of a shard. Plans and targets hold no tokens of their own: there it is counted in positions."""
+        """The work of a shard, which is counted in positions for targets, as they hold no tokens of their own."""
         return self.tokens or self.scored_tokens
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Manifest(Model, title="shard manifest"):
 
     uri: str = Field("", exclude=True)  # the directory; not in the file
     schema_version: Literal[2] = SCHEMA_VERSION
-    kind: Literal["sequences", "plan", "targets"]  # tokens, and scores if a teacher was there; or see ``shards.masks``
+    kind: Literal["sequences", "targets"]  # tokens, and scores if there was a teacher; or see ``shards.targets``
     sequence_length: int
     vocab_size: int
     special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]  # by role
@@ -121,8 +121,8 @@ class Manifest(Model, title="shard manifest"):
     context: str | None
     passes: int | None
     teacher: str | None
-    masks: dict[str, Any] | None  # of a plan and its targets: source, policy, variants and positions (K)
-    sequences_hash: str  # of what the tokens are; equal in sequences and the plans and targets made for them
+    masks: dict[str, Any] | None  # of targets: source, policy, variants and positions (K)
+    sequences_hash: str  # of what decides the tokens; equal in sequences and the targets made for them
     fingerprint: dict[str, Any]
     fingerprint_hash: str
     tokenizer_hash: str

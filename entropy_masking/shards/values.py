@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_masking.shards import masks, parquet
-from entropy_masking.shards.masks import NO_POSITION
-from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores, temperature_column
+from entropy_masking.shards import parquet
+from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.targets import NO_POSITION, predictions_of, rows_of
 
 PROBABILITY_SUM = 1.01  # float16 is good for a two-thousandth of a log-probability, and that of what it weighs
 ABOVE_ZERO = 1e-3  # nats that float32 may leave of a logarithm that ought to be 0
@@ -25,7 +25,7 @@ Sums = dict[str, float]
 
 def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) -> list[str]:
     """Faults of every value of a file, a row group at a time, and of the sums that its entry gives of them."""
-    check = sequence_values if manifest.kind == "sequences" else masked_values
+    check = sequence_values if manifest.kind == "sequences" else target_values
     texts: list[str] = []
     sums = {"tokens": 0.0, "scored_tokens": 0.0, "entropy_sum": 0.0}
     for group in range(file.num_row_groups):
@@ -84,39 +84,33 @@ def sequence_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sum
     bad[f"has entropies outside 0 … {np.log(V):.2f} nats"] = (entropy_NL < -ABOVE_ZERO) | (entropy_NL > most)
     bad["has surprisals below 0"] = surprisal_NL < -ABOVE_ZERO
     if k:
-        ids_NLk, logprobs_NLk = (columns[name].reshape(-1, L, k) for name in TOP_K_COLUMNS)
-        lse = {t: columns[temperature_column(t)] for t in manifest.temperatures if t != 1}
-        bad |= top_k_values(V, scored_NL, ids_NLk, logprobs_NLk, lse)
+        columns |= {name: columns[name].reshape(-1, L, k) for name in TOP_K_COLUMNS}
+        bad |= top_k_values(V, scored_NL, columns)
     entropy_M = entropy_NL[~np.isnan(entropy_NL)]
     return bad, sums | {"scored_tokens": len(entropy_M), "entropy_sum": float(entropy_M.sum(dtype=np.float64))}
 
 
-def masked_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]:
-    """Bad values of rows of a plan or of targets, and how many positions they have."""
+def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]:
+    """Bad values of a table of targets, and how many positions it has."""
     counts_N = list_lengths(table, "positions")
     K = int(counts_N.max())
     most = int(manifest.masks["positions"]) if manifest.masks else K
-    rows = masks.rows_of(table, K)
+    rows = rows_of(table, K)
     kept_NK = rows.positions_NK != NO_POSITION
     bad = {
-        f"hides {K} positions of a sequence, more than {most}": counts_N > most,
+        f"masks {K} positions of a sequence, more than {most}": counts_N > most,
         "has positions past the end": rows.positions_NK >= manifest.sequence_length,
         "has positions that do not ascend": (np.diff(rows.positions_NK, axis=1) <= 0) & kept_NK[:, 1:],
     }
-    if manifest.kind == "plan":
-        bad["has ids outside the vocabulary"] = rows.corrupted_NK >= manifest.vocab_size
-    else:
-        targets = masks.targets_of(table, K, manifest.top_k, manifest.temperatures)
-        top_k = targets.topk_ids_NKT, targets.topk_logprobs_NKT, targets.temperature_lse_NK
-        bad |= top_k_values(manifest.vocab_size, kept_NK, *top_k)
+    predictions = predictions_of(table, K, manifest.top_k, manifest.temperatures)
+    bad |= top_k_values(manifest.vocab_size, kept_NK, predictions)
     return bad, {"scored_tokens": int(kept_NK.sum())}
 
 
-def top_k_values(
-    V: int, scored_NP: np.ndarray, ids_NPk: np.ndarray, logprobs_NPk: np.ndarray, lse: dict[float, np.ndarray]
-) -> BadValues:
-    """Bad values of the k most probable tokens, and of what they need at other temperatures [N, P]."""
-    scored_NP1, logprobs_NPk = scored_NP[..., None], logprobs_NPk.astype(np.float32)
+def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) -> BadValues:
+    """Bad values of the k most probable tokens [N, P, k], and of what they need at other temperatures [N, P]."""
+    ids_NPk, logprobs_NPk = columns["topk_ids"], columns["topk_logprobs"].astype(np.float32)
+    scored_NP1 = scored_NP[..., None]
     sorted_NPk = np.sort(ids_NPk, axis=-1)
     bad = {
         "has top-k ids outside the vocabulary": ids_NPk >= V,
@@ -126,14 +120,13 @@ def top_k_values(
         "has log-probabilities that are not sorted": logprobs_NPk[..., :-1] < logprobs_NPk[..., 1:],
         "has probabilities that sum to more than 1": np.exp(logprobs_NPk).sum(-1) > PROBABILITY_SUM,
     }
-    for temperature, lse_NP in lse.items():
-        text = f"has {temperature_column(temperature)} that is not finite exactly where it is scored"
-        bad[text] = np.isfinite(lse_NP) != scored_NP
+    for name in filter(lambda name: name.startswith("temperature_lse_"), columns):
+        bad[f"has {name} that is not finite exactly where it is scored"] = np.isfinite(columns[name]) != scored_NP
     return bad
 
 
 def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[str]:
-    """What a teacher says now of one sequence against what is stored: entropy, surprisal [L], topk_* [L, k].
+    """Differences between the scores of one sequence now and those stored: entropy, surprisal [L], topk_* [L, k].
 
     The batch has another shape than the first time, so a few positions in a hundred may lie further apart in half
     precision, and neighbours among the most probable tokens may have changed places.

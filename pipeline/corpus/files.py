@@ -70,16 +70,16 @@ def _matching(filesystem: fs.FileSystem, pattern: str) -> list[str]:
     root = _glob_root(pattern)
     if isinstance(filesystem, fs.LocalFileSystem):
         below = os.path.relpath(pattern, root)
-        found = [str(path) for path in Path(root).glob(below) if path.is_file()]
+        names = [str(path) for path in Path(root).glob(below) if path.is_file()]
         if "/." not in f"/{below}":
-            found = [name for name in found if not _hidden(name, root)]
+            names = [name for name in names if not _hidden(name, root)]
     else:
-        found = [
+        names = [
             name
             for name in _files_below(filesystem, root)
             if fnmatchcase(name, pattern) and ("**" in pattern or name.count("/") == pattern.count("/"))
         ]
-    return [name for name in found if file_kind(name)]
+    return [name for name in names if file_kind(name)]
 
 
 def file_kind(path: str) -> str | None:

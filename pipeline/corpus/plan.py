@@ -1,6 +1,6 @@
 """A corpus in any common form → a plan of shards: ranges of whole documents, from metadata alone.
 
-Nothing is tokenized or even read here but file sizes, Parquet footers, first lines (to find a wrong text column early)
+Nothing is tokenized here. What is read are file sizes, Parquet footers, first lines (to find a wrong text column early)
 and, for the fingerprint, the bytes of local files.
 """
 
@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_masking import docstrings, storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards.faults import check_shards
-from entropy_masking.shards.manifests import Manifest, read_manifest
+from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
+from entropy_masking.shards.schema import Manifest
 from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
 from pipeline.corpus.readers import COMPRESSIONS, FileRange, Rejects, csv_rows, json_keys, read_documents
 
@@ -67,8 +68,8 @@ def plan_corpus(
         limit_documents: only the first so many documents, rejected ones included.
 
     Raises:
-        UsageError: nothing there, unreadable, no such text column, an unfinished shard directory, or an option that
-            says nothing of such a corpus.
+        UsageError: no such files, unreadable ones, no such text column, an unfinished shard directory, or an option
+            that does not apply to such a corpus.
     """
     if not all(part.strip() for part in spec.split(",")):
         raise UsageError(f"--corpus {spec!r} has an empty part, which names nothing; leave out the comma, or name it")
@@ -138,7 +139,7 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
         with pq.ParquetFile(name, filesystem=filesystem) as file:
             schema, metadata = file.schema_arrow, file.metadata
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"cannot read {path} as Parquet: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
     if text_column not in schema.names:
         raise UsageError(f"{path} has no column {text_column!r}; name one of {schema.names} with --text-column")
     if schema.names.count(text_column) > 1:
@@ -166,7 +167,7 @@ def _check_text_column(file_range: FileRange, text_column: str) -> None:
         else:
             names = next(csv_rows(file_range), (1, [text_column]))[1] or []
     except (OSError, EOFError) as error:
-        raise UsageError(f"cannot read {file_range.path}: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"cannot read {file_range.path}: {one_line(error)}") from None
     if text_column not in names:
         raise UsageError(f"{file_range.path} has no column {text_column!r}; name one of {names} with --text-column")
 
@@ -211,15 +212,9 @@ def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[t
 
 
 def _is_shard_directory(spec: str) -> bool:
-    return (
-        "*" not in spec
-        and "," not in spec
-        and not spec.startswith("hf:")
-        and (
-            storage.exists(storage.join(spec, "manifest.json"))
-            or storage.exists(storage.join(spec, "_records", "run.json"))
-        )
-    )
+    if "*" in spec or "," in spec or spec.startswith("hf:"):
+        return False
+    return storage.exists(manifest_uri(spec)) or storage.exists(run_uri(spec))
 
 
 def _plan_shard_directory(spec: str) -> Corpus:
@@ -228,7 +223,7 @@ def _plan_shard_directory(spec: str) -> Corpus:
     ranges: list[list[FileRange]] = [[] for _ in range(manifest.planned_shards)]  # no ranges: the shard was given up
     for entry in manifest.shards:
         ranges[entry.index] = [FileRange(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
-    # only the tokens count: scoring a scored directory again must be the same as scoring its tokens
+    # only the tokens count: to score a scored directory again is to score its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
     tokens = sum(entry.tokens for entry in manifest.shards)
@@ -245,8 +240,7 @@ def _materialise_hub_dataset(spec: str) -> Path:
     try:
         data = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets raises anything from OSError to its own classes
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"cannot load the dataset {spec}: {reason}") from None
+        raise UsageError(f"cannot load the dataset {spec}: {one_line(error)}") from None
     path = docstrings.cache_directory() / "hf" / f"{storage.sha256_json([spec, data._fingerprint])[:24]}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 
 LISTED = 100  # rejected documents that a record names; all are counted
 COUNTED_BYTES = 1 << 28  # to number a line, those before it are counted: not from the start of a file without end
@@ -65,7 +65,7 @@ class Broken:
 
 
 class Rejects:
-    """Counts documents, and keeps what is to be told of those that could not be used."""
+    """Counts documents, and lists those that could not be used."""
 
     def __init__(self) -> None:
         self.documents = 0
@@ -106,19 +106,14 @@ def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) 
                 else:
                     yield Document(value, file_range, line)
         except (OSError, EOFError, pa.ArrowInvalid) as error:
-            if (
-                isinstance(error, OSError)
-                and storage.is_remote(file_range.path)
-                and not isinstance(error, FileNotFoundError)
-            ):
+            store_failed = isinstance(error, OSError) and storage.is_remote(file_range.path)
+            if store_failed and not isinstance(error, FileNotFoundError):
                 raise  # a store may answer the next time
-            raise UsageError(
-                f"cannot read {file_range.path} to its end: {' '.join(str(error).split())[:200]}"
-            ) from None
+            raise UsageError(f"cannot read {file_range.path} to its end: {one_line(error)}") from None
 
 
 def _why_unusable(value: Any) -> str | None:
-    """Why a value is no text to be scored, or None."""
+    """Why a value cannot be scored as text, or None."""
     if isinstance(value, Broken):
         return value.reason
     if value is None:
@@ -163,11 +158,11 @@ def open_binary(file_range: FileRange, start: int = 0) -> BinaryIO:
 
 
 def _lines(file_range: FileRange) -> Iterator[bytes]:
-    """The lines that begin within the file_range, without their ends."""
+    """The lines that begin within the range, without their line ends."""
     position = max(0, file_range.start - 1)
     with open_binary(file_range, position) as stream:
         if file_range.start:
-            position += len(stream.readline())  # the line that runs into the range belongs to the file_range before
+            position += len(stream.readline())  # a line that began before belongs to the range before
         for raw in stream:
             if file_range.stop is not None and position >= file_range.stop:
                 return
@@ -177,7 +172,7 @@ def _lines(file_range: FileRange) -> Iterator[bytes]:
 
 @lru_cache(maxsize=64)
 def lines_before(file_range: FileRange) -> int:
-    """Number of lines (rows) of the file before the file_range; the file is read up to there, so only when needed."""
+    """Number of lines (rows) of the file before the range; reads the file up to there."""
     if file_range.kind == "parquet":
         return file_range.start
     position, lines = 0, 0
@@ -225,35 +220,35 @@ def _json_value(line: str | Broken, key: str) -> Any:
 def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | None]]:
     """(line that it begins on, cells) of each row, the header first; None for a row that is broken.
 
-    A row ends at a line end outside quotes. A quotation mark that is not closed must not swallow the rows behind it: of
-    a broken row only the first line is dropped, and the lines after it are read again.
+    A row ends at a line end outside quotes. A quotation mark that is not closed must not swallow the rows after it, so
+    only the first line of a broken row is dropped, and the lines after it are read again.
     """
     with open_binary(file_range) as stream:
         # bytes that are no UTF-8 become lone surrogates, which condemn their own row only
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        taken: list[str] = []
+        of_row: list[str] = []
         again: deque[str] = deque()
 
-        def take() -> str:
-            taken.append(again.popleft() if again else text.readline())
-            return taken[-1]
+        def next_line() -> str:
+            of_row.append(again.popleft() if again else text.readline())
+            return of_row[-1]
 
         line, width = 1, None
         while True:
-            taken.clear()
+            of_row.clear()
             try:
-                row = next(csv.reader(iter(take, ""), **DIALECTS[file_range.kind]), None)
+                row = next(csv.reader(iter(next_line, ""), **DIALECTS[file_range.kind]), None)
             except csv.Error:
                 row = None
-            if taken == [""]:
+            if of_row == [""]:
                 return
             if row is None or (row and width is not None and len(row) != width):
                 yield line, None
-                again.extendleft(reversed(taken[1:]))
+                again.extendleft(reversed(of_row[1:]))
                 line += 1
             else:
                 yield line, row
-                line += len(taken)
+                line += len(of_row)
             width = len(row or []) if width is None else width
 
 

@@ -1,15 +1,16 @@
-"""Which tokens a run masks and predicts: the flags that say so, and the policy that they make."""
+"""The flags that say which tokens are masked and predicted, and the policy that they make."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from entropy_masking.commands.console import flag, option
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import Manifest
-from train.arguments import flag, option
+from entropy_masking.shards.schema import Manifest
 
+MOST_SEED = (1 << 32) - 1
 SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
@@ -18,7 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # MaskPolicy.paper(); only the ratio may be set otherwise
     "paper": {"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
 }
-# the field of MaskOptions of each field of MaskPolicy
+# field of MaskPolicy → field of MaskOptions
 FIELDS = {name: name for name in ("hard_share", "predict_ratio", "predict_by", "corruption")}
 FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "temperature", "by", "unit")}
 
@@ -57,19 +58,24 @@ class MaskOptions:
     mask_unit: Literal["token", "word"] | None = option("mask token by token (default), or word by word")
 
 
-def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = False) -> MaskPolicy:
-    """The policy that the flags of a run name, or those of a plan, which has neither warm-up nor ramp.
+def mask_policy(
+    options: MaskOptions, source: str, seed: int, training: bool = True, source_flag: str = "--entropy-source"
+) -> MaskPolicy:
+    """The policy that the mask flags name.
 
     Args:
-        planned: the masks are made without a run, so its progress is not known.
+        source: where the scores of tokens come from: ``random`` (nowhere), ``parquet`` or ``self``.
+        training: False where there is no training run: then a policy has neither warm-up nor ramp, and predicts all
+            that it masks.
+        source_flag: the flag that names the source, for messages.
 
     Raises:
-        UsageError: flags out of range, or that have no use with the others.
+        UsageError: flags that are out of range or contradict each other.
     """
     given = given_masks(options)
-    _check_uses(given, options.recipe, source, planned)
+    _check_uses(given, options.recipe, source, training, source_flag)
     fields = {"hard_share": 0.0} if source == "random" else RECIPES[options.recipe or "default"]
-    if planned or given.get("hard_share") == 0:
+    if not training or given.get("hard_share") == 0:
         fields = fields | {"warmup": 0.0, "ramp": 0.0}
     try:
         return MaskPolicy(seed=seed, **(fields | given))
@@ -77,26 +83,26 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
         raise UsageError(str(error)) from None
 
 
-def _check_uses(given: dict[str, Any], recipe: str | None, source: str, planned: bool) -> None:
-    """Refuse mask flags that have no use with others, or contradict them. Raises UsageError."""
-    unscored = "{flag} needs scores, and --entropy-source random has none"
+def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
+    """Refuse mask flags that contradict others or have no effect with them. Raises UsageError."""
+    unscored = f"{{flag}} needs scores, and {source_flag} random has none"
     at_random = "{flag} has no use with --hard-share 0, which masks at random; leave it out"
     recipes = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
     papers = "{flag} contradicts --recipe paper, which predicts all that is masked"
     length = "{flag} depends on the length of a run, which is not known here; leave it out"
-    all_predicted = "{flag} has no use in a plan, which predicts all that it masks; leave it out"
-    excess = "{flag} excess needs the student's own loss; use --entropy-source self"
+    all_predicted = "{flag} has no use here: all that is masked is predicted; leave it out"
+    excess = "{flag} excess needs the student's own loss; train with --entropy-source self to use it"
     part = "{flag} chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
     of_scores = ("warmup", "ramp", "temperature", "by")
     ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
     # (where a rule holds, the only value that a field may be given, or None for no value, the sentence)
     rules: list[tuple[bool, dict[str, Any], str]] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
-        (source == "random", {"predict_by": "random"}, f"{unscored}; use --entropy-source parquet --hard-share 0"),
+        (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
         (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
         (recipe == "paper", {"predict_ratio": None}, papers),
-        (planned, {"warmup": 0.0, "ramp": 0.0}, length),
-        (planned, {"predict_ratio": None}, all_predicted),
+        (not training, {"warmup": 0.0, "ramp": 0.0}, length),
+        (not training, {"predict_ratio": None}, all_predicted),
         (given.get("by") == "excess" and source != "self", {"by": None}, excess),
         (given.get("predict_ratio", ratio) == ratio, {"predict_by": None}, part),
         (given.get("hard_share") == 0, dict.fromkeys(of_scores), at_random),
@@ -109,7 +115,7 @@ def _check_uses(given: dict[str, Any], recipe: str | None, source: str, planned:
 
 
 def given_masks(options: MaskOptions) -> dict[str, Any]:
-    """The mask flags that were given, by the name that a policy has for them."""
+    """The mask flags that were given, by the field of MaskPolicy."""
     given = {name: getattr(options, field) for name, field in FIELDS.items()}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -119,15 +125,15 @@ def mask_flag(name: str) -> str:
     return flag(FIELDS.get(name, name))
 
 
-def check_scored(options: MaskOptions, source: str, manifest: Manifest) -> None:
-    """Refuse to mask, or to choose what is predicted, by scores that the shards lack. Raises UsageError."""
+def check_scored(policy: MaskPolicy, source: str, manifest: Manifest) -> None:
+    """Refuse a policy that needs scores which the shards lack. Raises UsageError."""
     if manifest.scored:
         return
     if source == "parquet":
         raise UsageError(f"{manifest.uri} has no scores (made with --teacher none); {SCORE} for parquet")
-    for name in ("mask_by", "predict_by"):
-        if getattr(options, name) == "excess":
+    for name in ("by", "predict_by"):
+        if getattr(policy, name) == "excess":
             raise UsageError(
-                f"{flag(name)} excess subtracts the surprisal of a reference, which {manifest.uri} lacks (made with "
-                f"--teacher none); {SCORE}"
+                f"{mask_flag(name)} excess subtracts the surprisal of a reference, which {manifest.uri} lacks (made "
+                f"with --teacher none); {SCORE}"
             )

@@ -1,0 +1,140 @@
+"""Target shards: what a teacher predicts at the masked positions of exactly the inputs that a student will see.
+
+Targets (``score.py --mask-source``) have the shards of the sequences that they were made for, one file each. A row is
+one variant of one sequence. Within a file the rows go block by block: for each row group of the sequences R row groups,
+one a variant. So to train on variant v of a row group is to read one row group. See docs/shards.md.
+
+Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from entropy_masking.shards.parquet import (
+    ROW_GROUP,
+    TOP_K_COLUMNS,
+    Scores,
+    list_array,
+    list_of,
+    temperature_column,
+    top_k_columns,
+    top_k_fields,
+)
+
+NO_POSITION = -1  # fills the positions of a row that masks fewer than K
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """N masked sequences.
+
+    Attributes:
+        sequence_id_N: uint64.
+        variant_N: uint16.
+        positions_NK: masked positions, ascending, int64; a row that masks fewer than K ends in ``NO_POSITION``.
+        crc32_N: ``input_crc32`` of the student's input, uint32.
+    """
+
+    sequence_id_N: np.ndarray
+    variant_N: np.ndarray
+    positions_NK: np.ndarray
+    crc32_N: np.ndarray
+
+
+def input_crc32(inputs_NL: np.ndarray) -> np.ndarray:
+    """CRC-32 (uint32, as zlib's) of each row of ids as little-endian uint32."""
+    rows = np.ascontiguousarray(inputs_NL, dtype="<u4")
+    return np.fromiter((zlib.crc32(row.data) for row in rows), np.uint32, count=len(rows))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
+    """Arrow schema of a target shard; top-k columns are position-major over ``positions``."""
+    columns = {"sequence_id": pa.uint64(), "variant": pa.uint16(), "positions": list_of(pa.uint16())}
+    columns |= top_k_fields(vocab_size, temperatures) | {"input_crc32": pa.uint32()}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
+
+
+def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int) -> pa.Table:
+    """Arrow table of a target shard; ``scores`` are those of the masked positions [N, K]."""
+    schema = targets_schema(vocab_size, list(scores.temperature_lse_NL))
+    kept_NK = rows.positions_NK != NO_POSITION
+    fixed = {"sequence_id": rows.sequence_id_N, "variant": rows.variant_N, "input_crc32": rows.crc32_N}
+    lists = {"positions": rows.positions_NK, **top_k_columns(scores)}
+    arrays = []
+    for field in schema:
+        if field.name in fixed:
+            arrays.append(pa.array(fixed[field.name], type=field.type))
+        else:
+            values = lists[field.name][kept_NK]
+            width = values.shape[1] if values.ndim == 2 else 1
+            arrays.append(list_array(values, kept_NK.sum(1) * width, field.type))
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def rows_of(table: pa.Table, most: int) -> MaskedRows:
+    """The rows of targets, with up to ``most`` positions each."""
+    return MaskedRows(
+        table["sequence_id"].to_numpy(),
+        table["variant"].to_numpy(),
+        _padded(table, "positions", most, NO_POSITION),
+        table["input_crc32"].to_numpy(),
+    )
+
+
+def predictions_of(table: pa.Table, most: int, top_k: int, temperatures: list[float]) -> dict[str, np.ndarray]:
+    """The top-k columns of targets: ``topk_ids``, ``topk_logprobs`` [N, K, k], ``temperature_lse_T`` [N, K].
+
+    Where there is no position, ids are 0 and logarithms NaN.
+    """
+    fills = {"topk_ids": 0, "topk_logprobs": np.nan}
+    columns = {name: _padded(table, name, most, fills[name], top_k) for name in TOP_K_COLUMNS}
+    lse = [temperature_column(temperature) for temperature in temperatures if temperature != 1]
+    return columns | {name: _padded(table, name, most, np.nan) for name in lse}
+
+
+def _padded(table: pa.Table, name: str, most: int, fill: float, width: int | None = None) -> np.ndarray:
+    """A list column as an array [N, K] or [N, K, width]."""
+    counts_N = table["positions"].combine_chunks().value_lengths().to_numpy()
+    kept_NK = np.arange(most) < counts_N[:, None]
+    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    kind = np.float32 if flat.dtype.kind == "f" else np.int64
+    out = np.full((*kept_NK.shape, width) if width else kept_NK.shape, fill, kind)
+    out[kept_NK] = flat.reshape(-1, width) if width else flat
+    return out
+
+
+def counts(rows: MaskedRows) -> dict[str, Any]:
+    """The counts in the record of a target shard."""
+    scored = int((rows.positions_NK != NO_POSITION).sum())
+    return {"rows": len(rows.variant_N), "tokens": 0, "scored_tokens": scored, "entropy_sum": 0.0}
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def blocks(sequences: int, variants: int) -> list[tuple[np.ndarray, int]]:
+    """(row numbers of the sequences, variant) of each row group of a target file, in order."""
+    starts = range(0, sequences, ROW_GROUP)
+    return [(np.arange(s, min(s + ROW_GROUP, sequences)), v) for s in starts for v in range(variants)]
+
+
+def row_groups(table: pa.Table, rows: MaskedRows) -> list[pa.Table]:
+    """A table cut into the row groups of its file: where the variant or the block changes."""
+    row_numbers = (rows.sequence_id_N & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    cuts = [*np.flatnonzero(row_numbers % ROW_GROUP == 0).tolist(), len(table)]
+    return [table.slice(a, b - a) for a, b in pairwise(cuts)] or [table]
+
+
+def row_group(block: int, variant: int, variants: int) -> int:
+    """The row group of a target file that holds one variant of one block."""
+    return block * variants + variant
