@@ -1,4 +1,4 @@
-"""Commands of this project, each in a process of its own: several at once, written down, ended together."""
+"""Runs commands of this project, each in its own process: several at a time, all recorded, all ended on request."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 
 class Commands:
-    """Runs commands; each is a line of ``output/commands.sh``, and what it prints is in ``output/logs``.
-
-    Attributes:
-        stopped: no more are begun.
-    """
+    """Runs commands, of which each is a line of ``output/commands.sh`` and prints to a file in ``output/logs``."""
 
     def __init__(self, output: Path) -> None:
         self.output, self.stopped = output, False
@@ -30,7 +26,7 @@ class Commands:
         self.lock = threading.Lock()
 
     def run(self, name: str, script: str, *flags: object) -> None:
-        """Run a command to its end; it skips what is done. For any thread.
+        """Run a command to its end, in any thread; the command itself skips finished work.
 
         Raises:
             RunError: it failed, or was stopped.
@@ -42,12 +38,12 @@ class Commands:
         log.parent.mkdir(exist_ok=True)
         with self.lock, open(log, "a") as file, open(self.output / "commands.sh", "a+") as commands:
             if self.stopped:
-                raise RunError(f"{name} was not begun any more")
+                raise RunError(f"{name} did not start, because the screen was stopped")
             commands.seek(0)
             if shown not in commands.read().splitlines():
                 commands.write(f"{shown}\n")
-            command = [sys.executable, *line]
-            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file)
+            environment = os.environ | ENVIRONMENT
+            process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, stdout=file, stderr=file)
             self.running.add(process)
         code = process.wait()
         self.running.discard(process)
@@ -55,10 +51,10 @@ class Commands:
             raise RunError(f"{name} failed with exit code {code}; see {log}")
 
     def stop(self) -> None:
-        """End what is under way; it has saved what it had, or saves it now."""
+        """Start no more commands, and end the running ones, which save their work."""
         with self.lock:
             self.stopped = True
-            left = list(self.running)
-        for process in left:
+            running = list(self.running)
+        for process in running:
             process.terminate()
             process.wait()

@@ -9,28 +9,19 @@ LENGTH = 128  # tokens of a sequence
 
 @dataclass(frozen=True)
 class Size:
-    """How large a screen is.
+    """How large a screen is."""
 
-    Attributes:
-        student, reference: presets of train/run.py.
-        vocab_size: of the tokenizer.
-        reference_steps, trunk_steps, branch_steps, scratch_steps, batch: steps, and sequences a step.
-        branch_documents: documents that the reference scores and the branches read; trunks read the others.
-        pairs: BLiMP's, of each phenomenon.
-        train_rows, dev_rows: of each task of GLUE.
-    """
-
-    student: str
+    student: str  # a preset of train/run.py, as the next
     reference: str
-    vocab_size: int
+    vocab_size: int  # of the tokenizer
     reference_steps: int
     trunk_steps: int
     branch_steps: int
     scratch_steps: int
-    batch: int
-    branch_documents: int
-    pairs: int
-    train_rows: int
+    batch: int  # sequences a step
+    branch_documents: int  # that the reference scores and the branches read; trunks read the others
+    pairs: int  # BLiMP's, of each phenomenon
+    train_rows: int  # of each task of GLUE, as the next
     dev_rows: int
 
 
@@ -43,19 +34,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the screen.
+    """A row of the screen."""
 
-    Attributes:
-        flags: of train/run.py that set it apart.
-        shuffled: it reads scores that were shuffled within each row: the control.
-        scratch: trained from random weights instead of from a trunk, and compared with ``scratch-random``.
-        bert: a BERT of the student's size.
-    """
-
-    flags: str
-    shuffled: bool = False
-    scratch: bool = False
-    bert: bool = False
+    flags: str  # of train/run.py that set it apart
+    shuffled: bool = False  # the control: it reads scores that were shuffled within each row
+    scratch: bool = False  # trained from random weights instead of a trunk, and compared with ``scratch-random``
+    bert: bool = False  # a BERT of the student's size
 
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up

@@ -14,10 +14,8 @@ import argparse
 import contextlib
 import io
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,14 +29,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 import pipeline.score
 import train.plan
-from bench.table import Row, in_turns, keep_buffers, peak_flops, print_table, row
+from bench.table import Row, device_name, in_turns, keep_buffers, last_line, now, parser, peak_flops, print_table, row
 from entropy_masking.commands import console
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import load_masked_lm, load_tokenizer, local_checkpoint, resolve_dtype
+from entropy_masking.models.flops import forward_flops
 from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import read_manifest, read_table, special_ids
 from entropy_masking.shards.parquet import column_2d
@@ -56,25 +55,27 @@ def main() -> None:
     args = parse()
     keep_buffers()
     torch.set_num_threads(args.threads)
-    directory, tokenizer = local_checkpoint(args.teacher), load_tokenizer(args.teacher)
-    teachers = {context: load_teacher(directory, tokenizer, context, args) for context in ("masked", "full")}
-    ids_NL = sequences(read_texts(args, tokenizer, args.tokens + args.sequence_length), tokenizer, args)
+    tokenizer = load_tokenizer(args.teacher)
+    teachers = {context: load_teacher(tokenizer, context, args) for context in ("masked", "full")}
+    _, documents = read_texts(args, tokenizer, args.tokens + args.sequence_length)
+    ids_NL = sequences(documents, tokenizer, args)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        rows = speeds(teachers, directory, tokenizer, ids_NL, args.rounds, work)
+        rows = speeds(teachers, tokenizer, ids_NL, args, work)
         rows |= costs(teachers, rows, args)
         if args.job_seconds:
             tokens = round(args.job_seconds * (rows["ours_masked"].value or 0))
-            rows |= overhead(teachers["masked"], read_texts(args, tokenizer, tokens), tokens, args, work)
-        rows |= sizes(read_texts(args, tokenizer, args.size_tokens), args, work)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    settings = vars(args) | {"device": device, "passes": teachers["masked"].passes, "measured_tokens": ids_NL.size}
-    print_table(rows, settings)
+            texts, _ = read_texts(args, tokenizer, tokens)
+            rows |= overhead(teachers["masked"], texts, tokens, args, work)
+        texts, _ = read_texts(args, tokenizer, args.size_tokens)
+        rows |= sizes(texts, args, work)
+    settings = {"device": device_name(), "passes": teachers["masked"].passes, "measured_tokens": ids_NL.size}
+    print_table(rows, vars(args) | settings)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    flags = parser(__doc__)
+    add = flags.add_argument
     add("--teacher", required=True, help="masked LM by path or Hub id")
     add("--corpus", required=True, help="texts, as for pipeline/score.py; its first documents are scored")
     add("--text-column", default="text")
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=console.positive, default=4)
     add("--job-seconds", type=float, default=300, help="about how long the job takes, 0 for none (default: 300)")
     add("--size-tokens", type=console.positive, default=16384, help="text whose shards are weighed (default: 16384)")
-    args = parser.parse_args()
+    args = flags.parse_args()
     args.dtype = resolve_dtype(args.dtype)
     return args
 
@@ -94,30 +95,36 @@ def parse() -> argparse.Namespace:
 # --- what is scored --------------------------------------------------------------------------------------------------
 
 
-def read_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[str]:
-    """The first documents of the corpus that have so many tokens together."""
+def read_texts(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> tuple[list[str], list[np.ndarray]]:
+    """The first documents of the corpus that have so many tokens, as texts and as ids."""
     corpus, rejects = plan_corpus(args.corpus, text_column=args.text_column), Rejects()
     if corpus.from_shards:
-        raise UsageError(f"{args.corpus} is a shard directory; name texts, whose reading is measured too")
-    texts, found = [], 0
+        raise UsageError(
+            f"{args.corpus} is a shard directory; name texts, because the bench also measures their reading"
+        )
+    texts: list[str] = []
+    encoded: list[np.ndarray] = []
+    total = 0
     for ranges in corpus.shards:
         for document in read_documents(ranges, args.text_column, rejects):
             texts.append(document.text)
-            found += sum(len(ids) + 1 for ids in tokenize([document], tokenizer, rejects))
-            if found >= tokens:
-                return texts
-    return texts
+            for ids in tokenize([document], tokenizer, rejects):
+                encoded.append(ids)
+                total += len(ids) + 1
+            if total >= tokens:
+                return texts, encoded
+    return texts, encoded
 
 
-def sequences(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> np.ndarray:
+def sequences(documents: list[np.ndarray], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> np.ndarray:
     """Ids [N, L] of ``--tokens`` tokens, none of them padding."""
     special = special_ids(tokenizer)
-    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    documents = [np.array(encoding.ids, np.uint32) for encoding in encoded]
     ids_NL = pack(documents, args.sequence_length, special["cls"], special["sep"], special["pad"])
     ids_NL = ids_NL[(ids_NL != special["pad"]).all(1)][: max(1, args.tokens // args.sequence_length)]
     if not len(ids_NL):
-        raise UsageError(f"{args.corpus} has not the tokens of one sequence; name a larger corpus")
+        raise UsageError(f"{args.corpus} has fewer tokens than one sequence; name a larger corpus")
     return ids_NL
 
 
@@ -126,12 +133,10 @@ def write_texts(texts: list[str], path: Path) -> Path:
     return path
 
 
-def load_teacher(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, context: str, args: argparse.Namespace
-) -> Teacher:
+def load_teacher(tokenizer: PreTrainedTokenizerBase, context: str, args: argparse.Namespace) -> Teacher:
     special = special_ids(tokenizer)
     return Teacher(
-        directory,
+        local_checkpoint(args.teacher),
         mask_id=special["mask"],
         pad_id=special["pad"],
         special_ids=sorted(set(tokenizer.all_special_ids)),
@@ -149,14 +154,14 @@ def load_teacher(
 
 def speeds(
     teachers: dict[str, Teacher],
-    directory: Path,
     tokenizer: PreTrainedTokenizerBase,
     ids_NL: np.ndarray,
-    rounds: int,
+    args: argparse.Namespace,
     work: Path,
 ) -> dict[str, Row]:
     """Ours, the bare forwards, the straightforward script and minicons in turns; a ratio is of one round's times."""
-    model = load_masked_lm(directory).eval().to(teachers["full"].device)
+    model = load_masked_lm(local_checkpoint(args.teacher)).eval()
+    model.to(teachers["full"].device)
     contestants: dict[str, Callable[[], object]] = {}
     for context, teacher in teachers.items():
         contestants |= {
@@ -164,9 +169,9 @@ def speeds(
             f"bare_{context}": partial(bare_forwards, teacher, prepare(teacher, ids_NL)),
             f"naive_{context}": partial(naive_script, model, teacher, ids_NL, work / "naive.parquet"),
         }
-    if masked_scorer := minicons_scorer(model, tokenizer):
-        contestants["minicons"] = partial(score_with_minicons, masked_scorer, teachers["masked"], ids_NL[0])
-    seconds = in_turns(contestants, rounds)
+    if minicons := minicons_scorer(model, tokenizer, teachers["masked"], ids_NL[0]):
+        contestants["minicons"] = minicons
+    seconds = in_turns(contestants, args.rounds)
     tokens = dict.fromkeys(contestants, ids_NL.size) | {"minicons": ids_NL.shape[1]}
     rates = {name: tokens[name] / seconds[name] for name in contestants}
     rows = {name: row(rates[name], "tokens/s") for name in contestants}
@@ -174,7 +179,7 @@ def speeds(
         ours = rates[f"ours_{context}"]
         rows[f"ours_to_bare_{context}"] = row(ours / rates[f"bare_{context}"], "×", at_least=0.9)
         rows[f"ours_to_naive_{context}"] = row(ours / rates[f"naive_{context}"], "×", at_least=3)
-    if masked_scorer:
+    if minicons:
         passes = int((~np.isin(ids_NL[0], [tokenizer.cls_token_id, tokenizer.sep_token_id])).sum())
         ours, theirs = teachers["masked"].passes * rates["ours_masked"], passes * rates["minicons"]
         rows["ours_encoder"], rows["minicons_encoder"] = row(ours, "tokens/s"), row(theirs, "tokens/s")
@@ -195,7 +200,7 @@ def prepare(teacher: Teacher, ids_NL: np.ndarray) -> list[tuple[Tensor, tuple[Te
 
 @torch.inference_mode()
 def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> None:
-    """Encoder forwards, and the head on each scored position once; the logits are thrown away."""
+    """Encoder forwards, and the head on each scored position once; the logits are dropped."""
     for ids_RL, select in batches:
         with autocast(teacher):
             features_NH = teacher.masked_lm.features(ids_RL, None, select)
@@ -204,15 +209,16 @@ def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Te
 
 
 @torch.no_grad()
-def naive_script(model: Any, teacher: Teacher, ids_NL: np.ndarray, path: Path) -> None:
+def naive_script(model: PreTrainedModel, teacher: Teacher, ids_NL: np.ndarray, path: Path) -> None:
     """What people write: full logits, softmax, entropy, topk, Python lists, Parquet; once for each pass."""
-    for hidden in range(teacher.passes):
-        rows: list[dict[str, list[Any]]] = []
+    names = ["input_ids", "entropy", "surprisal", "topk_ids", "topk_logprobs"]
+    for first in range(teacher.passes):
+        rows: list[dict[str, list[float]]] = []
         for start in range(0, len(ids_NL), BATCH):
             actual = torch.from_numpy(ids_NL[start : start + BATCH].astype(np.int64)).to(teacher.device)
             inputs = actual.clone()
             if teacher.context == "masked":
-                inputs[:, hidden :: teacher.passes] = teacher.mask_id
+                inputs[:, first :: teacher.passes] = teacher.mask_id
             with autocast(teacher):
                 logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
             p = logits.float().softmax(-1)
@@ -221,40 +227,43 @@ def naive_script(model: Any, teacher: Teacher, ids_NL: np.ndarray, path: Path) -
             surprisal = -log_p.gather(-1, actual[..., None]).squeeze(-1)
             top = log_p.topk(teacher.top_k)
             columns = [actual, entropy, surprisal, top.indices.flatten(1), top.values.flatten(1)]
-            names = ["input_ids", "entropy", "surprisal", "topk_ids", "topk_logprobs"]
             for values in zip(*(column.tolist() for column in columns), strict=True):
                 rows.append(dict(zip(names, values, strict=True)))
         pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def minicons_scorer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """minicons' scorer of masked LMs; None where it is not installed."""
+def minicons_scorer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, teacher: Teacher, ids_L: np.ndarray
+) -> Callable[[], object] | None:
+    """minicons' surprisals of one sequence, in which it masks one token a pass; None where it is not installed."""
     try:
         from minicons.scorer import MaskedLMScorer
     except ImportError:
         print("minicons is not installed and left out: pip install 'entropy-masking[bench]'", file=sys.stderr)
         return None
-    return MaskedLMScorer(model, str(model.device), tokenizer=tokenizer)
-
-
-def score_with_minicons(scorer: Any, teacher: Teacher, ids_L: np.ndarray) -> None:
-    """Surprisals of one sequence, whose tokens it hides one a pass."""
+    scorer = MaskedLMScorer(model, str(model.device), tokenizer=tokenizer)
     ids_1L = torch.from_numpy(ids_L.astype(np.int64))[None].to(teacher.device)
     encoding = BatchEncoding({"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)})
-    with autocast(teacher):
-        scorer.compute_stats(scorer.prepare_text(encoding))
+
+    def score() -> object:
+        with autocast(teacher):
+            return scorer.compute_stats(scorer.prepare_text(encoding))
+
+    return score
 
 
 def costs(teachers: dict[str, Teacher], rows: dict[str, Row], args: argparse.Namespace) -> dict[str, Row]:
-    """FLOPs of a token, and on a GPU the share of its peak that they are."""
-    peak, found = peak_flops(args.dtype), {}
+    """FLOPs of a token, and on a GPU their share of its peak."""
+    peak, costs = peak_flops(args.dtype), {}
     for context, teacher in teachers.items():
-        encoder, head = teacher._flops_of(args.sequence_length)
+        encoder, head = forward_flops(teacher.masked_lm, args.sequence_length)
         flops = encoder * teacher.passes / args.sequence_length + head
-        found[f"flops_{context}"] = row(flops, "FLOPs/token")
         share = flops * (rows[f"ours_{context}"].value or 0) / peak if peak else None
-        found[f"share_of_peak_{context}"] = Row(share, "of the peak")
-    return found
+        costs[f"flops_{context}"], costs[f"share_of_peak_{context}"] = (
+            row(flops, "FLOPs/token"),
+            Row(share, "of the peak"),
+        )
+    return costs
 
 
 # --- a job and its shards --------------------------------------------------------------------------------------------
@@ -263,30 +272,27 @@ def costs(teachers: dict[str, Teacher], rows: dict[str, Row], args: argparse.Nam
 def overhead(teacher: Teacher, texts: list[str], tokens: int, args: argparse.Namespace, work: Path) -> dict[str, Row]:
     """A job of one worker on Ray: its seconds outside the model by its own records, and against a loop here.
 
-    The first is the figure to trust: the loop runs after the job, when the machine may be busier or idler.
+    Trust the first figure: the loop runs after the job, when the machine may be busier or idler.
     """
     job: list[object] = ["--workers", 1, "--cpus-per-worker", args.threads, "--shard-tokens", max(1, tokens // SHARDS)]
-    corpus = write_texts(texts, work / "job.jsonl")
     job += ["--sequence-length", args.sequence_length, "--top-k", TOP_K]
-    command = [sys.executable, ROOT / "pipeline" / "score.py", *scoring(corpus, work / "job", args), *job]
-    if (ran := subprocess.run([str(part) for part in command], capture_output=True, text=True)).returncode:
-        raise RunError(f"the job of the bench failed: {' '.join(ran.stderr.split())[-500:]}")
+    flags = scoring(write_texts(texts, work / "job.jsonl"), work / "job", args)
+    last_line("the job of the bench", ROOT / "pipeline" / "score.py", *flags, *job)
     manifest = read_manifest(str(work / "job"))
-    totals = manifest.totals
     seconds = 0.0
     for entry in manifest.shards:
         ids_NL = column_2d(read_table(manifest, entry, ["input_ids"]), "input_ids", manifest.sequence_length)
-        started = time.perf_counter()
+        started = now()
         teacher.score(ids_NL)
-        seconds += time.perf_counter() - started
-    records = list(commit.read_records(str(work / "job")).values())
+        seconds += now() - started
+    records = list(commit.read_records(manifest.uri).values())
     begun = min(record.ended - record.seconds for record in records)
     wall = max(record.ended for record in records) - begun  # of the one worker, its pauses included
-    job_rate, loop_rate = totals["tokens"] / wall, totals["tokens"] / seconds
+    job_rate, loop_rate = manifest.totals["tokens"] / wall, manifest.totals["tokens"] / seconds
     return {
         "job_seconds": row(wall, "s"),
         "job_shards": row(len(manifest.shards), "shards"),
-        "job_outside_model": row(1 - totals["forward_seconds"] / wall, "of the worker's time", at_most=0.03),
+        "job_outside_model": row(1 - manifest.totals["forward_seconds"] / wall, "of the worker's time", at_most=0.03),
         "job": row(job_rate, "tokens/s"),
         "loop": row(loop_rate, "tokens/s"),
         "job_to_loop": row(job_rate / loop_rate, "×", at_least=0.97),
@@ -296,24 +302,23 @@ def overhead(teacher: Teacher, texts: list[str], tokens: int, args: argparse.Nam
 def sizes(texts: list[str], args: argparse.Namespace, work: Path) -> dict[str, Row]:
     """Bytes a token of a scan shard, of the same as fp32 and int64, and of exact targets with their scan."""
     scan, plan, targets = work / "scan", work / "plan", work / "targets"
-    local, one = ["--backend", "local"], ["--shard-tokens", 1 << 30]
-    length = ["--sequence-length", args.sequence_length, "--top-k", TOP_K]
-    quietly(pipeline.score.main, *scoring(write_texts(texts, work / "sizes.jsonl"), scan, args), *length, *local, *one)
+    one = ["--shard-tokens", 1 << 30, "--sequence-length", args.sequence_length, "--top-k", TOP_K, "--backend", "local"]
+    quietly(pipeline.score.main, *scoring(write_texts(texts, work / "sizes.jsonl"), scan, args), *one)
     quietly(train.plan.main, "--shards", scan, "--entropy-source", "parquet", *MASKS, "--output", plan)
-    quietly(pipeline.score.main, *scoring(scan, targets, args), "--masks", plan, "--top-k", TARGET_TOP_K, *local)
+    masks = ["--masks", plan, "--top-k", TARGET_TOP_K, "--backend", "local"]
+    quietly(pipeline.score.main, *scoring(scan, targets, args), *masks)
 
     manifest = read_manifest(str(scan))
     (entry,) = manifest.shards
-    columns = parquet.schema(manifest.vocab_size, scored=True, top_k=TOP_K).names
-    whole = read_table(manifest, entry, columns)
+    whole = read_table(manifest, entry, parquet.schema(manifest.vocab_size, scored=True, top_k=TOP_K).names)
     plain = whole.drop_columns(list(parquet.TOP_K_COLUMNS))
     plain_bytes = len(parquet.to_parquet(parquet.row_groups(plain)))
     target_bytes = read_manifest(str(targets), kind="targets").totals["bytes"]
     return {
         "scan_top_k_bytes": row(entry.bytes / entry.tokens, "B/token"),
         "scan_bytes": row(plain_bytes / entry.tokens, "B/token", at_most=5.1),
-        "wide_scan_top_k_bytes": row(wide_bytes(whole, work) / entry.tokens, "B/token"),
-        "wide_scan_bytes": row(wide_bytes(plain, work) / entry.tokens, "B/token"),
+        "wide_scan_top_k_bytes": row(wide_bytes(whole) / entry.tokens, "B/token"),
+        "wide_scan_bytes": row(wide_bytes(plain) / entry.tokens, "B/token"),
         "targets_bytes": row(target_bytes / entry.tokens, "B/token"),
         "targets_and_scan_bytes": row((target_bytes + plain_bytes) / entry.tokens, "B/token", at_most=24),
     }
@@ -325,17 +330,17 @@ def scoring(corpus: Path, output: Path, args: argparse.Namespace) -> list[object
     return [*named, "--dtype", args.dtype, "--batch-tokens", args.batch_tokens, "--cpus-per-worker", args.threads]
 
 
-def quietly(main: Callable[[list[str]], None], *flags: object) -> None:
+def quietly(main: Callable[[list[str]], Any], *flags: object) -> None:
     """Call an entry point without its summary and progress."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main([str(flag) for flag in flags])
 
 
-def wide_bytes(table: pa.Table, work: Path) -> int:
+def wide_bytes(table: pa.Table) -> int:
     """Bytes of the same content as pyarrow writes it by default, as float32 and int64."""
-    fields = [pa.field(field.name, wide_type(field.type)) for field in table.schema]
-    pq.write_table(table.cast(pa.schema(fields)), work / "wide.parquet")
-    return (work / "wide.parquet").stat().st_size
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.cast(pa.schema([pa.field(field.name, wide_type(field.type)) for field in table.schema])), sink)
+    return sink.getvalue().size
 
 
 def wide_type(kind: pa.DataType) -> pa.DataType:

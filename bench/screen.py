@@ -5,14 +5,15 @@
     python bench/screen.py … --rows random,parquet,self --trunks 5 --blimp DATA
     python bench/screen.py … --size mini --rows random,parquet,random-r30+kd --glue GLUE
 
-A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
-(bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
-table is the mean over trunks of (recipe - random), with its 95 % interval by the paired t. A row from random weights is
-compared with random masks from random weights. One row reads scores that were shuffled within each sequence: if it
-differs from random by more than its interval, suspect the screen.
+A trunk is a student trained with random masks at a constant learning rate. Every recipe (bench/recipes.py) continues
+each trunk for some steps while the rate falls to 0, on the same data in the same order. A row of the table is the mean
+over trunks of (recipe - random), with its 95 % interval by the paired t. Recipes from random weights are compared with
+random masks from random weights. One row reads scores that were shuffled within each sequence: if it differs from
+random by more than its interval, suspect the screen.
 
-Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). What is done is skipped, so the same line
-goes on after a break. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
+Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). Finished steps are skipped, so the same
+command continues after a break. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT
+too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import polars as pl
 
 from bench.commands import Commands
 from bench.recipes import LENGTH, RECIPES, ROWS, SIZES, Size
+from bench.table import parser
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
@@ -39,14 +41,23 @@ from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import load_tokenizer, read_manifest
 from entropy_masking.shards.parquet import Scores
 from entropy_masking.shards.read import Columns, read_rows
-from glue.intervals import Estimate, paired_difference
+from glue.intervals import paired_difference
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
 
 BASELINE, SCRATCH_BASELINE = "random", "scratch-random"
-DECILES = 10
+COLUMNS = {
+    "loss": "held-out loss",
+    "easiest": "surest tenth",
+    "hardest": "least sure tenth",
+    "hard_three": "least sure three tenths",
+    "blimp": "BLiMP",
+    "glue": "GLUE",
+}
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
+
+Measures = dict[str, dict[int, float]]  # by name and trunk
 
 
 def main() -> None:
@@ -71,22 +82,20 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    flags = parser(__doc__)
+    add = flags.add_argument
     add("--articles", required=True, help="Parquet file of the texts, with the columns id and text")
     add("--held-out", required=True, help="file with the ids of the held-out articles, one per line")
-    add("--output", required=True, help="directory of all that is made")
+    add("--output", required=True, help="directory of all results")
     add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
     add("--trunks", type=console.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
     add("--jobs", type=console.positive, default=2, help="runs at once, one core each (default: 2)")
     add("--reference", help="a model that scores the text (default: one is trained on the same articles)")
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
-    add(
-        "--glue",
-        help=f"directory of GLUE tasks: fine-tune every run on {', '.join(TUNED)}, on a part of their training rows",
-    )
-    args = parser.parse_args()
+    tuned = f"fine-tune every run on {', '.join(TUNED)}, on a part of their training rows"
+    add("--glue", help=f"directory of GLUE tasks: {tuned}")
+    args = flags.parse_args()
     args.rows = args.rows.split(",")
     if unknown := [name for name in args.rows if name not in RECIPES]:
         raise UsageError(f"--rows names {unknown[0]!r}, which is none of {', '.join(RECIPES)}")
@@ -101,7 +110,7 @@ def baseline_of(name: str) -> str:
 
 
 class Screen:
-    """What a screen runs, in the order in which it can be run."""
+    """The steps of a screen, in their order."""
 
     def __init__(self, args: argparse.Namespace, size: Size) -> None:
         self.args, self.size = args, size
@@ -109,10 +118,10 @@ class Screen:
         self.commands = Commands(self.output)
 
     def split_articles(self) -> None:
-        """Write the texts held out, those of the branches, and those of the trunks.
+        """Write the held-out texts, those of the branches, and those of the trunks.
 
         Raises:
-            UsageError: a file cannot be read, or does not have what is needed.
+            UsageError: a file cannot be read, or lacks articles.
         """
         try:
             articles = pl.read_parquet(self.args.articles, columns=["id", "text"])
@@ -132,7 +141,7 @@ class Screen:
         for name, part in parts.items():
             if not (path := self.output / f"{name}.jsonl").exists():
                 part.write_ndjson(path.with_suffix(".part"))
-                path.with_suffix(".part").rename(path)  # whole, or not there
+                path.with_suffix(".part").rename(path)  # so that no file is incomplete
 
     def prepare(self) -> None:
         """Tokenizer, tokens, the reference and its scores."""
@@ -219,18 +228,17 @@ class Screen:
 
     def report(self) -> None:
         """Print the table and write it."""
-        rows = {name: self.row(name) for name in self.args.rows}
+        rows = {name: self.measures(name) for name in self.args.rows}
         text = table(rows)
         (self.output / "table.md").write_text(text)
         settings = {"size": asdict(self.size), "trunks": self.args.trunks}
-        found = {"settings": settings, "recipes": {name: RECIPES[name].flags for name in rows}, "rows": rows}
-        storage.write_json(str(self.output / "table.json"), found)
+        result = {"settings": settings, "recipes": {name: RECIPES[name].flags for name in rows}, "rows": rows}
+        storage.write_json(str(self.output / "table.json"), result)
         print(text)
-        print(json.dumps(found))
+        print(json.dumps(result))
 
-    def row(self, name: str) -> dict[str, dict[int, float]]:
-        """Each measure of a recipe, by trunk."""
-        found: dict[str, dict[int, float]] = {}
+    def measures(self, name: str) -> Measures:
+        measures: Measures = {}
         for trunk in range(1, self.args.trunks + 1):
             summary = json.loads((self.output / f"branches-{trunk}" / name / "summary.json").read_text())
             values = {"loss": summary["eval_loss"], "training_flops": summary["training_flops"]}
@@ -241,64 +249,56 @@ class Screen:
                 if wanted:
                     values[kind] = mean_score(self.output / f"{kind}-{trunk}" / name)
             for measure, value in values.items():
-                found.setdefault(measure, {})[trunk] = value
-        return found
+                measures.setdefault(measure, {})[trunk] = value
+        return measures
 
 
 def mean_score(directory: Path) -> float:
     """Mean of the scores in a directory of glue/run.py, in percent."""
-    scores = []
-    for file in sorted(directory.rglob("*.json")):
-        result = json.loads(file.read_text())
-        if isinstance(result, dict) and {"metrics", "score"} <= result.keys():
-            scores.append(result["score"])
-    return float(np.mean(scores))
+    results = [json.loads(file.read_text()) for file in sorted(directory.rglob("*.json"))]
+    scored = [result for result in results if isinstance(result, dict) and {"metrics", "score"} <= result.keys()]
+    return float(np.mean([result["score"] for result in scored]))
 
 
-def table(rows: dict[str, dict[str, dict[int, float]]]) -> str:
+def table(rows: dict[str, Measures]) -> str:
     """The rows as Markdown: a baseline's measures, and the differences of the others to their baseline."""
-    measures = {"loss": "held-out loss", "easiest": "surest tenth", "hardest": "least sure tenth"}
-    measures |= {"hard_three": "least sure three tenths", "blimp": "BLiMP", "glue": "GLUE"}
-    measured = {name: with_parts(row) for name, row in rows.items()}
-    shown = [measure for measure in measures if measure in measured[next(iter(rows))]]
+    rows = {name: with_deciles(measures) for name, measures in rows.items()}
+    columns = [column for column in COLUMNS if column in next(iter(rows.values()))]
     lines = [
-        f"| minus {BASELINE} | n | {' | '.join(measures[each] for each in shown)} | FLOPs, with scores |",
-        f"|---|---:|{'---:|' * (len(shown) + 1)}",
+        f"| minus {BASELINE} | n | {' | '.join(COLUMNS[column] for column in columns)} | FLOPs, with scores |",
+        f"|---|---:|{'---:|' * (len(columns) + 1)}",
     ]
-    for name, row in measured.items():
-        cells = []
-        for measure in shown:
-            if name == baseline_of(name):
-                cells.append(f"{np.mean(list(row[measure].values())):.3f}")
-            else:
-                baseline = measured[baseline_of(name)][measure]
-                cells.append(interval(difference(row[measure], baseline)) if measure in row else "")
-        base = np.mean(list(measured[baseline_of(name)]["flops"].values()))
-        flops = [np.mean(list(row[each].values())) / base for each in ("training_flops", "flops")]
-        lines.append(f"| {name} | {len(row['loss'])} | {' | '.join(cells)} | {flops[0]:.2f}, {flops[1]:.2f} |")
+    for name, measures in rows.items():
+        baseline = rows[baseline_of(name)]
+        if name == baseline_of(name):
+            values = [f"{mean(measures[column]):.3f}" for column in columns]
+        else:
+            values = [difference(measures[c], baseline[c]) if c in measures else "" for c in columns]
+        flops = [f"{mean(measures[kind]) / mean(baseline['flops']):.2f}" for kind in ("training_flops", "flops")]
+        lines.append(f"| {name} | {len(measures['loss'])} | {' | '.join(values)} | {', '.join(flops)} |")
     return "\n".join(lines) + "\n"
 
 
-def with_parts(row: dict[str, dict[int, float]]) -> dict[str, dict[int, float]]:
-    """The measures, and those of some deciles of the reference's entropy."""
-    if f"decile_{DECILES}" not in row:
-        return row
-    last = [row[f"decile_{decile}"] for decile in range(DECILES - 2, DECILES + 1)]
-    hard = {trunk: float(np.mean([losses[trunk] for losses in last])) for trunk in row["loss"]}
-    return row | {"easiest": row["decile_1"], "hardest": row[f"decile_{DECILES}"], "hard_three": hard}
+def with_deciles(measures: Measures) -> Measures:
+    """With the losses of the first, the last, and the last three deciles of the reference's entropy."""
+    if "decile_10" not in measures:
+        return measures
+    last = [measures[f"decile_{number}"] for number in (8, 9, 10)]
+    hard_three = {trunk: float(np.mean([losses[trunk] for losses in last])) for trunk in measures["loss"]}
+    return measures | {"easiest": measures["decile_1"], "hardest": last[-1], "hard_three": hard_three}
 
 
-def difference(values: dict[int, float], baseline: dict[int, float]) -> Estimate | None:
-    """Paired by trunk."""
-    return paired_difference({k: {0: v} for k, v in values.items()}, {k: {0: v} for k, v in baseline.items()})
+def mean(values: dict[int, float]) -> float:
+    return float(np.mean(list(values.values())))
 
 
-def interval(found: Estimate | None) -> str:
-    if found is None:
+def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
+    """Mean and interval, paired by trunk."""
+    paired = paired_difference({k: {0: v} for k, v in values.items()}, {k: {0: v} for k, v in baseline.items()})
+    if paired is None:
         return ""
-    if found.low is None or found.high is None:
-        return f"{found.mean:+.3f}"
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    interval = "" if paired.low is None or paired.high is None else f" [{paired.low:+.3f}, {paired.high:+.3f}]"
+    return f"{paired.mean:+.3f}{interval}"
 
 
 def shuffle_scores(source: str, target: str) -> None:
@@ -306,13 +306,9 @@ def shuffle_scores(source: str, target: str) -> None:
     manifest = read_manifest(source)
     fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
     hashed = storage.sha256_json(fingerprint)
-    hashes = {"fingerprint": fingerprint, "fingerprint_hash": hashed}
-    empty = {"uri": target, "top_k": 0, "temperatures": [], "shards": [], "totals": {}}
-    copy = manifest.model_copy(update=empty | hashes)
-    commit.claim_directory(target, fingerprint, copy.planned_shards)
-    records = commit.done_records(target, copy.planned_shards, hashed)
-    originals = commit.read_records(source)
+    commit.claim_directory(target, fingerprint, manifest.planned_shards)
     commit.save_tokenizer(load_tokenizer(source), target)
+    records, originals = commit.done_records(target, manifest.planned_shards, hashed), commit.read_records(source)
     for entry in manifest.shards:
         if entry.index in records:
             continue
@@ -331,7 +327,9 @@ def shuffle_scores(source: str, target: str) -> None:
         fields = originals[entry.index].model_dump() | {"fingerprint_hash": hashed}
         data = parquet.to_parquet(parquet.row_groups(parts))
         records[entry.index] = commit.commit_shard(target, entry.index, data, fields, started)
-    commit.write_manifest(copy, records, {})
+    changed = {"uri": target, "top_k": 0, "temperatures": [], "shards": [], "totals": {}}
+    changed |= {"fingerprint": fingerprint, "fingerprint_hash": hashed}
+    commit.write_manifest(manifest.model_copy(update=changed), records, {})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What the benches share: contestants timed in turns, and a table whose rows know their budget."""
+"""What the benches share: a parser, processes, contestants in turns, and a table whose rows have budgets."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from entropy_masking.errors import RunError
 
 PEAKS = {  # dense bfloat16 FLOPs a second, by the manufacturer; the first name that fits
     "H100 PCIe": 756e12,
@@ -26,29 +30,53 @@ PEAKS = {  # dense bfloat16 FLOPs a second, by the manufacturer; the first name 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def keep_buffers() -> None:
-    """Start this script again unless malloc was told to keep large buffers: it reads its settings once."""
+    """Start this script again unless malloc keeps large buffers: it reads its settings once."""
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
 
+def last_line(name: str, script: object, *flags: object) -> str:
+    """The last line that a Python script prints, in a process of its own.
+
+    Raises:
+        RunError: it failed; the message has the end of its stderr.
+    """
+    ran = subprocess.run([sys.executable, *map(str, (script, *flags))], capture_output=True, text=True)
+    if ran.returncode:
+        raise RunError(f"{name} failed: {' '.join(ran.stderr.split())[-500:]}")
+    return ran.stdout.splitlines()[-1]
+
+
 def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds [rounds] of each, after one round that is not counted."""
-    seconds = np.empty((rounds + 1, len(contestants)))
-    for each in seconds:
-        for column, contestant in enumerate(contestants.values()):
-            started = time.perf_counter()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, contestant in contestants.items():
+            started = now()
             contestant()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            each[column] = time.perf_counter() - started
-    return dict(zip(contestants, seconds[1:].T, strict=True))
+            seconds[name].append(now() - started)
+    return {name: np.array(times[1:]) for name, times in seconds.items()}
+
+
+def now() -> float:
+    """Seconds, after all that a GPU was given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def peak_flops(dtype: str) -> float | None:
     """FLOPs a second that the GPU can do in half precision; None where that is not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((flops for gpu, flops in PEAKS.items() if gpu in name and dtype != "float32"), None)
+    return next((flops for gpu, flops in PEAKS.items() if gpu in device_name() and dtype != "float32"), None)
 
 
 @dataclass(frozen=True)
@@ -65,8 +93,7 @@ class Row:
 
 def row(values: np.ndarray | float, unit: str, at_least: float | None = None, at_most: float | None = None) -> Row:
     """A row of one measurement, or of one for each round."""
-    rounds = np.atleast_1d(values)
-    value, low, high = float(np.median(rounds)), float(rounds.min()), float(rounds.max())
+    value, low, high = float(np.median(values)), float(np.min(values)), float(np.max(values))
     if at_least is not None:
         return Row(value, unit, low, high, f"≥ {at_least:g}", value >= at_least)
     if at_most is not None:
@@ -78,11 +105,11 @@ def print_table(rows: dict[str, Row], settings: dict[str, Any]) -> None:
     """The settings, a line for each row, and all of it as one JSON object in the last line."""
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
     print(f"{'':26} {'median':>10} {'rounds':>18}  {'':20} budget")
-    for name, each in rows.items():
-        rounds = f"{_number(each.low)} .. {_number(each.high)}" if each.low != each.high else ""
-        verdict = f"{each.budget} {'met' if each.met else 'MISSED'}" if each.budget else ""
-        print(f"{name.replace('_', ' '):26} {_number(each.value):>10} {rounds:>18}  {each.unit:20} {verdict}".rstrip())
-    print(json.dumps({"settings": settings, "rows": {name: asdict(each) for name, each in rows.items()}}))
+    for name, row in rows.items():
+        rounds = f"{_number(row.low)} .. {_number(row.high)}" if row.low != row.high else ""
+        verdict = f"{row.budget} {'met' if row.met else 'MISSED'}" if row.budget else ""
+        print(f"{name.replace('_', ' '):26} {_number(row.value):>10} {rounds:>18}  {row.unit:20} {verdict}".rstrip())
+    print(json.dumps({"settings": settings, "rows": {name: asdict(row) for name, row in rows.items()}}))
 
 
 def _number(value: float | None) -> str:

@@ -5,8 +5,8 @@
     python bench/training.py --shards runs/scored --model mini --batch 64 --steps 20 --rounds 5
 
 The shards need entropies and top-k log-probabilities. Every contestant trains the same model on the same shards in a
-process of its own, in turns, with one dtype, number of threads and malloc; a ratio is of one round's times. Where the
-time of a step goes comes from a pass of its own, since a GPU has to be waited for after each part. Prints a table with
+process of its own, in turns, with one dtype, number of threads and malloc; a ratio is of one round's times. An extra
+pass of each contestant times the parts of a step, because it has to wait for a GPU after each part. Prints a table with
 the budgets, and as the last line the same as one JSON object.
 """
 
@@ -18,10 +18,8 @@ import functools
 import io
 import json
 import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import train.run
-from bench.table import Row, keep_buffers, peak_flops, print_table, row
+from bench.table import Row, device_name, keep_buffers, last_line, now, parser, peak_flops, print_table, row
 from entropy_masking.commands import console
-from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
@@ -49,29 +47,22 @@ from train.data import TrainingSequences, masker_of
 from train.options import parse as parse_run
 from train.student import build_student
 
-AT_ONCE = ["--mask-warmup", "0", "--mask-ramp", "0"]
+AT_ONCE = "--mask-warmup 0 --mask-ramp 0"
 OURS = {
-    "random": ["--entropy-source", "random"],
-    "parquet": ["--entropy-source", "parquet", *AT_ONCE],
-    "parquet_kd": ["--entropy-source", "parquet", "--distill-weight", "0.5", *AT_ONCE],
-    "self": ["--entropy-source", "self", *AT_ONCE],
-    "self_step": ["--entropy-source", "self", "--self-refresh", "step", *AT_ONCE],
-    "excess": [
-        "--entropy-source",
-        "parquet",
-        "--hard-share",
-        "0",
-        "--predict-ratio",
-        "0.075",
-        "--predict-by",
-        "excess",
-    ],
-    "muon": ["--entropy-source", "random", "--optim", "muon"],
+    "random": "--entropy-source random",
+    "parquet": f"--entropy-source parquet {AT_ONCE}",
+    "parquet_kd": f"--entropy-source parquet --distill-weight 0.5 {AT_ONCE}",
+    "self": f"--entropy-source self {AT_ONCE}",
+    "self_step": f"--entropy-source self --self-refresh step {AT_ONCE}",
+    "excess": "--entropy-source parquet --hard-share 0 --predict-ratio 0.075 --predict-by excess",
+    "muon": "--entropy-source random --optim muon",
 }
-CONTESTANTS = ["stock", *OURS]
+STOCK_SAME_MASKS = "stock_same_masks"  # the stock Trainer with the masks of our random regime
 BUDGETS = {"parquet": 1.05, "parquet_kd": 1.05, "self": 1.02, "self_step": None, "excess": None, "muon": None}
 WARMUP = 3  # steps that are not counted: allocations, compilation
 PARTS = ("load", "mask", "encoder", "head", "backward", "optimizer")
+
+Runs = dict[str, list[dict[str, Any]]]  # what ``train_once`` gives in each round, by contestant
 
 
 def main() -> None:
@@ -80,30 +71,30 @@ def main() -> None:
     if args.child:
         print(json.dumps(train_once(args)))
         return
-    rounds = [{name: in_a_process(name) for name in CONTESTANTS} for _ in range(args.rounds)]
-    taken_apart = {name: in_a_process(name, "--parts") for name in [*CONTESTANTS, "stock_same_masks"]}
-    columns = {name: [each[name] for each in rounds] for name in CONTESTANTS}
-    rates = {name: np.array([each["tokens_per_second"] for each in found]) for name, found in columns.items()}
-    rows = {name: row(rates[name], "tokens/s") for name in CONTESTANTS}
+    runs: Runs = {name: [] for name in ("stock", *OURS)}
+    for _ in range(args.rounds):
+        for name, results in runs.items():
+            results.append(json.loads(last_line(name, *sys.argv, "--child", name)))
+    names = [*runs, STOCK_SAME_MASKS]
+    parts = {name: json.loads(last_line(name, *sys.argv, "--child", name, "--parts")) for name in names}
+    rates = {name: values(runs, name, "tokens_per_second") for name in runs}
+    rows = {name: row(rates[name], "tokens/s") for name in runs}
     rows["random_to_stock"] = row(rates["random"] / rates["stock"], "×", at_least=2)
     for name, most in BUDGETS.items():
         rows[f"{name}_step_to_random"] = row(rates["random"] / rates[name], "× the time", at_most=most)
-    for name, found in columns.items():
-        rows[f"{name}_peak_memory"] = row(np.array([each["peak_bytes"] for each in found]) / 2**20, "MiB")
-    rows["loss_difference"] = row(same_losses(taken_apart["stock_same_masks"], taken_apart["random"]), "nats")
-    for name in CONTESTANTS:
-        for part, seconds in taken_apart[name]["parts"].items():
-            if seconds:
-                rows[f"{name}_{part}"] = row(seconds * 1e3, "ms a step")
-    rows |= utilisation(args, columns)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    rows |= {f"{name}_peak_memory": row(values(runs, name, "peak_bytes") / 2**20, "MiB") for name in runs}
+    rows["loss_difference"] = row(loss_difference(parts[STOCK_SAME_MASKS], parts["random"]), "nats")
+    for name in runs:
+        timed = {part: seconds for part, seconds in parts[name]["parts"].items() if seconds}
+        rows |= {f"{name}_{part}": row(seconds * 1e3, "ms a step") for part, seconds in timed.items()}
+    rows |= utilisation(args, runs)
     del args.child, args.parts
-    print_table(rows, vars(args) | {"device": device})
+    print_table(rows, vars(args) | {"device": device_name()})
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    flags = parser(__doc__)
+    add = flags.add_argument
     add("--shards", required=True, help="shard directory with entropies and top-k log-probabilities")
     add("--model", default="mini", help="as for train/run.py (default: mini)")
     add("--batch", type=console.positive, default=64, help="sequences a step (default: 64)")
@@ -114,77 +105,71 @@ def parse() -> argparse.Namespace:
     add("--torch-compile", action="store_true", help="compile the model of every contestant")
     add("--child", help=argparse.SUPPRESS)
     add("--parts", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = flags.parse_args()
     args.dtype = resolve_dtype(args.dtype)
     return args
 
 
-def in_a_process(name: str, *flags: str) -> dict[str, Any]:
-    """What ``train_once`` finds of a contestant: in its own process, so that its memory is its own."""
-    ran = subprocess.run([sys.executable, *sys.argv, "--child", name, *flags], capture_output=True, text=True)
-    if ran.returncode:
-        raise RunError(f"{name} failed: {' '.join(ran.stderr.split())[-500:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
+def values(runs: Runs, name: str, measure: str) -> np.ndarray:
+    return np.array([result[measure] for result in runs[name]])
 
 
-def same_losses(stock: dict[str, Any], ours: dict[str, Any]) -> np.ndarray:
-    """The largest difference of a step's loss, the head at all positions or at the masked ones, on the same masks.
+def loss_difference(stock: dict[str, Any], ours: dict[str, Any]) -> float:
+    """The largest difference of a step's loss on the same masks, in nats: the head everywhere or at masked positions.
 
-    Batches with a padded row are left out: ours is a mean over a constant number of positions, there is one less.
+    Batches with a padded row are left out: there our mean divides by more positions than the stock one.
     """
     steps = [step for step, whole in enumerate(stock["whole"][: len(stock["losses"])]) if whole]
     return np.abs(np.array(stock["losses"])[steps] - np.array(ours["losses"])[steps]).max()
 
 
-def utilisation(args: argparse.Namespace, columns: dict[str, list[dict[str, Any]]]) -> dict[str, Row]:
-    """FLOPs of a step of ours, and on a GPU the share of its peak that they are."""
+def utilisation(args: argparse.Namespace, runs: Runs) -> dict[str, Row]:
+    """FLOPs of a step of ours, and on a GPU their share of its peak."""
     peak, goal = peak_flops(args.dtype), 0.45 if args.model == "base" else None
-    found = {}
+    rows = {}
     for name in ("random", "parquet_kd"):
-        flops, seconds = columns[name][0]["flops"], np.array([each["seconds_per_step"] for each in columns[name]])
-        found[f"{name}_flops"] = row(flops, "FLOPs a step")
+        flops, seconds = runs[name][0]["flops"], values(runs, name, "seconds_per_step")
+        rows[f"{name}_flops"] = row(flops, "FLOPs a step")
         share = row(flops / seconds / peak, "of the peak", at_least=goal) if peak else Row(None, "of the peak")
-        found[f"{name}_share_of_peak"] = share
-    return found
+        rows[f"{name}_share_of_peak"] = share
+    return rows
 
 
 # --- one contestant --------------------------------------------------------------------------------------------------
 
 
 def train_once(args: argparse.Namespace) -> dict[str, Any]:
-    """Train some steps, and say how long a step takes, and the peak of memory; or what of it which part, and losses."""
+    """Train some steps; returns the time of a step, peak memory and FLOPs, and with ``--parts`` the parts' times."""
     torch.set_num_threads(args.threads)
     clock = Clock(args.parts, last=WARMUP + args.steps)
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
         flags = ["--shards", args.shards, "--model", args.model, "--output-dir", output, "--optim", "adamw_torch_fused"]
         flags += ["--per-device-train-batch-size", args.batch, "--max-steps", WARMUP + args.steps + 1]
-        # a loss is asked of the device only where it is looked at
+        # a logged loss makes the run wait for the device
         flags += ["--logging-steps", 1 if args.parts else 1 << 20, "--save-strategy", "no", "--eval-fraction", "0"]
         flags += ["--bf16", args.dtype == "bfloat16"] + ["--torch-compile"] * args.torch_compile
-        ours = [str(flag) for flag in [*flags, *OURS.get(args.child, OURS["random"])]]
+        ours = [*map(str, flags), *OURS.get(args.child, OURS["random"]).split()]
         with clock.running():
             if args.child in OURS:
                 clock.wrap(TrainingSequences, "__getitems__", "load")
                 clock.wrap(Masker, "__call__", "mask")
                 train.run.main(ours)
             else:
-                train_stock(ours, clock, same_masks=args.child == "stock_same_masks")
+                train_stock(ours, clock, same_masks=args.child == STOCK_SAME_MASKS)
     seconds = (clock.until - clock.since) / args.steps
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     manifest = read_manifest(args.shards)
+    length = manifest.sequence_length
+    forward = forward_flops(build_student(args.model, manifest, seed=0).masked_lm, length)
     return {
         "seconds_per_step": seconds,
-        "tokens_per_second": args.batch * manifest.sequence_length / seconds,
-        "parts": clock.parts(),
+        "tokens_per_second": args.batch * length / seconds,
+        "parts": {part: total / args.steps for part, total in clock.counted.items()},
         "losses": clock.losses,
         "whole": clock.whole,
         "peak_bytes": peak,
-        "flops": training_flops(
-            *forward_flops(build_student(args.model, manifest, seed=0).masked_lm, manifest.sequence_length),
-            sequences=args.batch,
-            predicted=MaskPolicy().positions(manifest.sequence_length),
-        ),
+        "flops": training_flops(*forward, sequences=args.batch, predicted=MaskPolicy().positions(length)),
     }
 
 
@@ -192,36 +177,34 @@ def train_stock(flags: list[str], clock: Clock, same_masks: bool) -> None:
     """``transformers.Trainer`` as run_mlm.py has it: its collator, the head at every position, the same arguments.
 
     Args:
-        same_masks: in place of the stock collator's masks those of our random regime.
+        same_masks: use the masks of our random regime instead of the stock collator's.
     """
-    import datasets
-
     options, arguments = parse_run(flags, None)
     manifest = read_manifest(options.shards)
     student = build_student(options.model, manifest, arguments.seed)
-    files = [manifest.shard_uri(entry) for entry in manifest.shards]
-    rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=["input_ids"])
-    collate: Callable[..., Any] = DataCollatorForLanguageModeling(load_tokenizer(manifest.uri), mlm_probability=0.15)
     if same_masks:
         rows, collate = our_masks(manifest, arguments, clock.whole), lambda batch: batch
+        arguments.train_sampling_strategy = "sequential"
     else:
+        files = [manifest.shard_uri(entry) for entry in manifest.shards]
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=["input_ids"])
+        collate = DataCollatorForLanguageModeling(load_tokenizer(manifest.uri), mlm_probability=0.15)
+        arguments.train_sampling_strategy = "random"
         clock.wrap(DataCollatorForLanguageModeling, "torch_call", "mask")
         clock.wrap(type(rows), "__getitems__", "load")
-    arguments.train_sampling_strategy = "sequential" if same_masks else "random"
     Trainer(student, arguments, train_dataset=rows, data_collator=collate).train()
 
 
-def our_masks(manifest: Manifest, arguments: Any, whole: list[bool]) -> TrainingSequences:
-    """The batches of our random regime as the stock forward takes them; ``whole`` notes which have no padded row."""
+def our_masks(manifest: Manifest, arguments: TrainingArguments, whole: list[bool]) -> TrainingSequences:
+    """The batches of our random regime for the stock forward; ``whole`` records which have no padded row."""
     masker, policy = masker_of(manifest), MaskPolicy.random(seed=arguments.seed)
 
     def prepare(raw: dict[str, Any]) -> dict[str, Any]:
         masked = masker(raw, policy)
         labels_BL = torch.full_like(masked["input_ids"], IGNORED_LABEL)
-        real_BP = masked["labels_BP"] != IGNORED_LABEL
-        whole.append(bool(real_BP.all()))
-        rows_BK = torch.arange(len(labels_BL))[:, None].expand_as(real_BP)
-        labels_BL[rows_BK[real_BP], masked["positions_BP"][real_BP]] = masked["labels_BP"][real_BP]
+        rows, slots = (masked["labels_BP"] != IGNORED_LABEL).nonzero(as_tuple=True)
+        whole.append(len(rows) == masked["labels_BP"].numel())
+        labels_BL[rows, masked["positions_BP"][rows, slots]] = masked["labels_BP"][rows, slots]
         return {"input_ids": masked["input_ids"], "labels": labels_BL}
 
     size = arguments.max_steps * arguments.train_batch_size
@@ -230,9 +213,10 @@ def our_masks(manifest: Manifest, arguments: Any, whole: list[bool]) -> Training
 
 
 class Clock:
-    """How long the counted steps take together, and if asked for their parts.
+    """Times the counted steps, and on request their parts.
 
-    Wraps the parts of a step to add up their seconds; what a part calls of another is the other's alone.
+    It wraps the parts of a step and adds up their seconds. Time in a part that another part calls counts for the inner
+    one alone.
     """
 
     def __init__(self, parts: bool, last: int) -> None:
@@ -243,8 +227,8 @@ class Clock:
         self.since = self.until = 0.0
         self.losses: list[float] = []
         self.whole: list[bool] = []
-        self.stack: list[float] = []  # seconds of the parts within the one that is open
-        self.undo: list[Callable[[], None]] = []
+        self.stack: list[float] = []  # seconds of the parts within each open part
+        self.undo = contextlib.ExitStack()
 
     def wrap(self, owner: Any, name: str, part: str) -> None:
         """Count the seconds of a method."""
@@ -259,21 +243,24 @@ class Clock:
             try:
                 return method(*args, **others)
             finally:
-                took = now() - started
-                self.seconds[part] += took - self.stack.pop()
+                seconds = now() - started
+                self.seconds[part] += seconds - self.stack.pop()
                 if self.stack:
-                    self.stack[-1] += took
+                    self.stack[-1] += seconds
 
-        setattr(owner, name, timed)
-        self.undo.append(lambda: setattr(owner, name, method))
+        self.replace(owner, name, timed)
+
+    def replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
+        self.undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, method)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Count what is common to all contestants, a step beginning where Trainer begins it."""
+        """Time what is common to all contestants; a step begins where Trainer begins it."""
         training_step, log = Trainer.training_step, Trainer.log
 
-        def step(trainer: Any, model: Any, *args: Any, **others: Any) -> Any:
-            if not self.steps and not trainer.args.torch_compile:  # what is compiled is one piece
+        def step(trainer: Trainer, model: Any, *args: Any, **others: Any) -> Any:
+            if not self.steps and not trainer.args.torch_compile:  # a compiled model has no parts
                 base = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
                 self.wrap(base.base_model, "forward", "encoder")
                 self.wrap(base, "forward", "head")
@@ -284,30 +271,16 @@ class Clock:
             self.steps += 1
             return training_step(trainer, model, *args, **others)
 
-        def note(trainer: Any, logs: dict[str, float], *args: Any, **others: Any) -> None:
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
+        def log_loss(trainer: Trainer, logs: dict[str, float], *args: Any, **others: Any) -> None:
+            self.losses += [logs["loss"]] if "loss" in logs else []
             log(trainer, logs, *args, **others)
 
-        Trainer.training_step, Trainer.log = step, note  # type: ignore[method-assign]
-        self.wrap(Accelerator, "backward", "backward")
-        self.wrap(AcceleratedOptimizer, "step", "optimizer")
-        try:
+        with self.undo:
+            self.replace(Trainer, "training_step", step)
+            self.replace(Trainer, "log", log_loss)
+            self.wrap(Accelerator, "backward", "backward")
+            self.wrap(AcceleratedOptimizer, "step", "optimizer")
             yield
-        finally:
-            Trainer.training_step, Trainer.log = training_step, log  # type: ignore[method-assign]
-            for undo in reversed(self.undo):
-                undo()
-
-    def parts(self) -> dict[str, float]:
-        """Seconds a step of each part, over the counted steps."""
-        return {part: seconds / (self.last - WARMUP) for part, seconds in self.counted.items()}
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

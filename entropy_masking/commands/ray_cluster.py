@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -19,26 +18,23 @@ CONNECT_SECONDS = 10.0
 def connect(*applications: str, cpus: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
 
+    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
+
     Args:
         applications: packages that workers import besides the library.
-        cpus: that a cluster which is started here has at least.
+        cpus: least number of CPUs of a cluster that is started here.
 
     Raises:
         UsageError: that cluster does not answer.
-
-    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
     """
     import ray
 
-    # there is no public way to learn of a `ray start` here without joining what another run has started for itself
+    # there is no public way to find a `ray start` here without joining a cluster that another run started for itself
     from ray._private.services import find_bootstrap_address
 
     root = Path(__file__).resolve().parents[2]
-    settings: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(root / package) for package in ("entropy_masking", *applications)]},
-        "log_to_driver": False,
-        "logging_level": "warning",
-    }
+    modules = [str(root / package) for package in ("entropy_masking", *applications)]
+    settings = {"runtime_env": {"py_modules": modules}, "log_to_driver": False, "logging_level": "warning"}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
         host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -50,6 +46,6 @@ def connect(*applications: str, cpus: int | None = None) -> None:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
     else:
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
-        settings |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
-        ray.init(address="local", include_dashboard=False, **settings)
+        local = {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores, "include_dashboard": False}
+        ray.init(address="local", **local, **settings)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
