@@ -25,14 +25,12 @@ class Commands:
         self.running: set[subprocess.Popen[bytes]] = set()
         self.lock = threading.Lock()
 
-    def run(self, name: str, script: str, *flags: object) -> None:
+    def run(self, name: str, command: str) -> None:
         """Run a command to its end, in any thread; the command itself skips finished work.
 
         Raises:
             RunError: it failed, or was stopped.
         """
-        line = [script, *map(str, flags)]
-        shown = f"python {shlex.join(line)}"
         print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
         log = self.output / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
@@ -40,10 +38,10 @@ class Commands:
             if self.stopped:
                 raise RunError(f"{name} did not start, because the screen was stopped")
             commands.seek(0)
-            if shown not in commands.read().splitlines():
-                commands.write(f"{shown}\n")
-            environment = os.environ | ENVIRONMENT
-            process = subprocess.Popen([sys.executable, *line], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            if f"python {command}" not in commands.read().splitlines():
+                commands.write(f"python {command}\n")
+            line, environment = [sys.executable, *shlex.split(command)], os.environ | ENVIRONMENT
+            process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=file, stderr=file)
             self.running.add(process)
         code = process.wait()
         self.running.discard(process)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,7 @@ class Screen:
     def __init__(self, args: argparse.Namespace, size: Size) -> None:
         self.args, self.size = args, size
         self.output = Path(args.output).absolute()
+        self.out = shlex.quote(str(self.output))  # in command lines
         self.commands = Commands(self.output)
 
     def split_articles(self) -> None:
@@ -145,62 +147,55 @@ class Screen:
 
     def prepare(self) -> None:
         """Tokenizer, tokens, the reference and its scores."""
-        of, run = self.output.joinpath, self.commands.run
-        local = ("pipeline/score.py", "--backend", "local", "--cpus-per-worker", 1, "--sequence-length", LENGTH)
-        vocabulary = ("--vocab-size", self.size.vocab_size, "--output", of("tokenizer"))
-        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *vocabulary)
-        tokens = ("--teacher", "none", "--tokenizer", of("tokenizer"), "--shard-tokens", self.shard_tokens())
+        out, size, run = self.out, self.size, self.commands.run
+        score = f"pipeline/score.py --backend local --cpus-per-worker 1 --sequence-length {LENGTH}"
+        score += f" --shard-tokens {1 << 18 if size.vocab_size > 1000 else 1 << 12}"
+        tokenizer = f"--vocab-size {size.vocab_size} --output {out}/tokenizer"
+        run("tokenizer", f"pipeline/tokenizer.py --corpus {out}/articles.jsonl {tokenizer}")
         for name in ("trunks", "articles"):
-            corpus = ("--corpus", of(f"{name}.jsonl"))
-            run(f"{name}-tokens", *local, *corpus, *tokens, "--output", of(f"{name}-tokens"))
-        reference = self.args.reference or of("reference")
+            tokens = (
+                f"--corpus {out}/{name}.jsonl --teacher none --tokenizer {out}/tokenizer --output {out}/{name}-tokens"
+            )
+            run(f"{name}-tokens", f"{score} {tokens}")
+        reference = shlex.quote(self.args.reference or str(self.output / "reference"))
         if not self.args.reference:
-            flags = ("--shards", of("articles-tokens"), "--model", self.size.reference, "--eval-fraction", 0)
-            self.train("reference", 1, self.size.reference_steps, *flags, "--entropy-source", "random")
+            flags = f"--shards {out}/articles-tokens --model {size.reference} --eval-fraction 0 --entropy-source random"
+            self.train("reference", 1, size.reference_steps, flags)
         for name in ("heldout", "branches"):
-            corpus = ("--corpus", of(f"{name}.jsonl"), "--shard-tokens", self.shard_tokens())
-            run(f"{name}-scores", *local, *corpus, "--teacher", reference, "--output", of(name))
+            run(f"{name}-scores", f"{score} --corpus {out}/{name}.jsonl --teacher {reference} --output {out}/{name}")
         if any(RECIPES[name].shuffled for name in self.args.rows):
-            shuffle_scores(str(of("branches")), str(of("shuffled")))
+            shuffle_scores(str(self.output / "branches"), str(self.output / "shuffled"))
 
-    def shard_tokens(self) -> int:
-        return 1 << 18 if self.size.vocab_size > 1000 else 1 << 12
-
-    def train(self, name: str, seed: int, steps: int, *flags: object) -> None:
-        step = ("--max-steps", steps, "--per-device-train-batch-size", self.size.batch, "--data-seed", seed)
-        seeded = () if "--seed" in flags else ("--seed", seed)
-        where = ("--output-dir", self.output / name)
-        self.commands.run(name.replace("/", "-"), "train/run.py", *flags, *step, *seeded, *where)
+    def train(self, name: str, seed: int, steps: int, flags: str) -> None:
+        if "--seed" not in flags.split():
+            flags += f" --seed {seed}"
+        flags += f" --max-steps {steps} --per-device-train-batch-size {self.size.batch} --data-seed {seed}"
+        self.commands.run(name.replace("/", "-"), f"train/run.py {flags} --output-dir {self.out}/{name}")
 
     def train_trunk(self, trunk: int) -> None:
-        of = self.output.joinpath
-        flags = ("--shards", of("trunks-tokens"), "--eval-shards", of("heldout"), "--model", self.size.student)
-        constant = ("--entropy-source", "random", "--lr-scheduler-type", "constant_with_warmup")
-        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, *flags, *constant)
+        flags = f"--shards {self.out}/trunks-tokens --eval-shards {self.out}/heldout --model {self.size.student}"
+        flags += " --entropy-source random --lr-scheduler-type constant_with_warmup"
+        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, flags)
 
     def train_and_test(self, name: str, trunk: int) -> None:
         """One recipe from one trunk, and its zero-shot accuracy."""
-        recipe, of = RECIPES[name], self.output.joinpath
-        directory = of("shuffled" if recipe.shuffled else "branches")
-        flags = ["--shards", directory, "--eval-shards", of("heldout"), *recipe.flags.split()]
-        steps = self.size.branch_steps
+        recipe, size, out = RECIPES[name], self.size, self.out
         if recipe.scratch:
-            flags += ["--model", f"bert-{self.size.student}" if recipe.bert else self.size.student]
-            steps = self.size.scratch_steps
-        else:
-            flags += ["--model", of("trunks", str(trunk)), *self.rates(), "--warmup-steps", 0.05]
-        self.train(f"branches-{trunk}/{name}", trunk, steps, *flags, "--save-strategy", "no")
+            steps, model = size.scratch_steps, f"bert-{size.student}" if recipe.bert else size.student
+        else:  # with the optimizer of the student's preset, because a model by path would get AdamW
+            rate = LEARNING_RATES[MUON][size.student]
+            model = f"{out}/trunks/{trunk} --optim {MUON} --learning-rate {rate} --warmup-steps 0.05"
+            steps = size.branch_steps
+        shards = f"--shards {out}/{'shuffled' if recipe.shuffled else 'branches'} --eval-shards {out}/heldout"
+        flags = f"{shards} {recipe.flags} --model {model} --save-strategy no"
+        self.train(f"branches-{trunk}/{name}", trunk, steps, flags)
         if self.args.blimp:
-            blimp = ("--tasks", "blimp", "--data", self.args.blimp, "--limit-pairs", self.size.pairs)
-            self.glue("blimp", name, trunk, *blimp)
+            data = shlex.quote(self.args.blimp)
+            self.glue("blimp", name, trunk, f"--tasks blimp --data {data} --limit-pairs {size.pairs}")
 
-    def rates(self) -> list[object]:
-        """Optimizer and learning rate of the student's preset; a model by path would get AdamW's defaults."""
-        return ["--optim", MUON, "--learning-rate", LEARNING_RATES[MUON][self.size.student]]
-
-    def glue(self, kind: str, name: str, trunk: int, *flags: object) -> None:
-        model, output = self.output / f"branches-{trunk}" / name, self.output / f"{kind}-{trunk}" / name
-        self.commands.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
+    def glue(self, kind: str, name: str, trunk: int, flags: str) -> None:
+        where = f"--model {self.out}/branches-{trunk}/{name} --output {self.out}/{kind}-{trunk}/{name}"
+        self.commands.run(f"{kind}-{trunk}-{name}", f"glue/run.py {where} {flags}")
 
     def split_tasks(self) -> None:
         """Split the training rows into training and dev rows, so that the real dev rows stay unseen."""
@@ -223,8 +218,8 @@ class Screen:
         return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / baseline))
 
     def tune(self, name: str, trunk: int, rate: float, kind: str = "glue") -> None:
-        data = ("--data", self.output / "glue-data", "--drop-overlap")
-        self.glue(kind, name, trunk, "--tasks", ",".join(TUNED), *data, "--learning-rate", rate, "--epochs", 3)
+        data = f"--tasks {','.join(TUNED)} --data {self.out}/glue-data --drop-overlap"
+        self.glue(kind, name, trunk, f"{data} --learning-rate {rate} --epochs 3")
 
     def report(self) -> None:
         """Print the table and write it."""

@@ -85,7 +85,7 @@ class MaskPolicy:
         """The highest scores alone, as in arXiv 2605.28526. ``fields`` override this."""
         return cls(**({"hard_share": 1.0, "temperature": 0.0} | fields))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
