@@ -1,7 +1,7 @@
 """Entropy-aware masking and distillation for masked language models."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from entropy_masking.losses import masked_lm_loss
@@ -21,8 +21,8 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # imported when they are used: torch and transformers take seconds, and reading a manifest needs neither
+def __getattr__(name: str) -> object:
+    # imports on first use: torch and transformers take seconds, and reading a manifest needs neither
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

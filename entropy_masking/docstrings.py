@@ -1,7 +1,7 @@
-"""The corpus that is always there: docstrings of the Python packages that this project depends on.
+"""A corpus without a download: docstrings of the Python packages that this project depends on.
 
-Found by parsing; nothing is imported. Materialised once, as Parquet in the cache, so that no worker parses sources. The
-same package versions give the same files.
+The sources are parsed, not imported. The corpus is written once, as Parquet in the cache, so that no worker parses
+sources. The same package versions give the same files.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ PACKAGES = (
     *("matplotlib", "sympy", "networkx", "accelerate", "huggingface_hub", "fsspec", "aiohttp"),
 )
 FORMAT = 1  # raise it when the extraction changes
-BYTES_PER_PACKAGE = 3_000_000  # so that no package makes more than a fraction of the corpus
+BYTES_PER_PACKAGE = 3_000_000  # so that no package dominates the corpus
 SHORTEST = 120  # characters; shorter docstrings say little
 PROBE_SHARE = 10  # one source file in ten is kept for the probe tasks
 ROW_GROUP = 512
+SURROGATE = re.compile("[\ud800-\udfff]")  # has no UTF-8
 SKIPPED = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|third_?party(_files)?|extern(al|s)?|_private|generated)/")
 
 
@@ -43,11 +44,11 @@ def cache_directory() -> Path:
 def materialise() -> dict[str, Path]:
     """Paths of the ``pretrain`` and ``probes`` part: Parquet with the columns ``text`` and ``package``.
 
-    A source file gives all of its docstrings to one part, and texts that begin alike are kept once, so that the parts
-    share none. Rows are in the order of their hash, which mixes the packages.
+    All docstrings of a source file are in one part, and of texts that begin alike only the first is kept, so that the
+    parts share none. Rows are in the order of their hash, which mixes the packages.
 
     Raises:
-        UsageError: the cache cannot be made.
+        UsageError: the cache directory cannot be made.
     """
     installed = [name for name in PACKAGES if find_spec(name)]
     key = storage.sha256_json([FORMAT, {name: _version(name) for name in installed}, BYTES_PER_PACKAGE, SHORTEST])[:16]
@@ -79,12 +80,11 @@ def _collect(packages: list[str]) -> list[dict[str, str]]:
             size = 0
             for file, text in _docstrings(package):
                 beginning = re.sub(r"\W+", " ", text.lower())[:SHORTEST]
-                if beginning in seen:
-                    continue
-                seen.add(beginning)
-                probe = _hash(f"{package}/{file}") % PROBE_SHARE == 0
-                rows.append({"text": text, "package": package, "part": "probes" if probe else "pretrain"})
-                size += len(text.encode())
+                if beginning not in seen:
+                    seen.add(beginning)
+                    probe = _hash(f"{package}/{file}") % PROBE_SHARE == 0
+                    rows.append({"text": text, "package": package, "part": "probes" if probe else "pretrain"})
+                    size += len(text.encode())
                 if size > BYTES_PER_PACKAGE:
                     break
             progress.advance(1)
@@ -92,7 +92,7 @@ def _collect(packages: list[str]) -> list[dict[str, str]]:
 
 
 def _docstrings(package: str) -> Iterator[tuple[str, str]]:
-    """(file, docstring) of a package; files in the order of their hash, so that a cap takes a fair sample."""
+    """(file, docstring) of a package; files in the order of their hash, so that a limit takes a fair sample."""
     spec = find_spec(package)
     for root in (spec.submodule_search_locations or []) if spec else []:
         files = {str(path.relative_to(root)): path for path in Path(root).rglob("*.py")}
@@ -103,7 +103,7 @@ def _docstrings(package: str) -> Iterator[tuple[str, str]]:
 
 def _docstrings_of(source: bytes) -> Iterator[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes in other people's strings
+        warnings.simplefilter("ignore")  # about invalid escapes in these sources
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError):
@@ -111,12 +111,8 @@ def _docstrings_of(source: bytes) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
-            if text and len(text) >= SHORTEST and not _has_surrogates(text):
+            if text and len(text) >= SHORTEST and not SURROGATE.search(text):
                 yield text
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
 
 
 def _hash(text: str) -> int:

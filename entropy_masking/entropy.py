@@ -1,8 +1,10 @@
 """Predictive entropy, surprisal and top-k log-probabilities of logits. Pure tensor functions; all logs are natural.
 
 For logits z over a vocabulary V: ``lse = logsumexp(z)``, entropy ``H = lse - Σ softmax(z)·z`` in nats (Shannon),
-surprisal of token t ``lse - z_t``, log-probability of token i ``z_i - lse``. Computed in float32 whatever comes in
-(float64 stays float64).
+surprisal of token t ``lse - z_t``, log-probability of token i ``z_i - lse``. All is computed in float32; float64 logits
+stay in float64.
+
+Shapes: N positions, V vocabulary, K best tokens, T temperatures, G groups of tokens, C candidates for the best.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 64  # neighbouring ids whose largest logit is found first: the top k lie in the k groups with the largest
-IN_CACHE = 1 << 17  # logits that a CPU core keeps near through several passes over them
+GROUP = 64  # neighbouring ids of a group: the top k lie in the k groups with the largest logits
+IN_CACHE = 1 << 17  # logits that stay in the cache of a CPU core during several passes over them
 
 
 class Reduced(NamedTuple):
-    """What is kept of the logits of N positions; nats.
+    """What a shard stores of the logits of N positions; nats.
 
     ``lse_NT`` has a column for each temperature T: ``log Σ e^{z/T} - (1/T)·log Σ e^z``, so that the log-probabilities
     at T are ``log p / T - lse``.
@@ -50,7 +52,7 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
         logits_NV: any floating dtype.
         targets_N: the actual tokens, int64.
         top_k: K ≤ V, may be 0.
-        temperatures: T ≠ 1 at which the top k are to be known too.
+        temperatures: T ≠ 1 at which the top k are needed too.
 
     Returns:
         entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id),
@@ -70,15 +72,15 @@ def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values of each row, largest first, ties to the lower id: independent of hardware.
 
     ``torch.topk`` leaves the order of ties open and takes longer than the softmax. So the ids are cut into groups of
-    neighbours. Every one of the k best, by value and then by lower id, lies in one of the k groups that are best by
-    their largest value and then by lower ids: each better group would hold an id that beats it. Those few are sorted.
+    neighbours. All of the k best lie in the k groups that are best by their largest value and then by lower ids,
+    because each better group holds an id that is better. The ids of these groups are sorted.
     """
     V = z_NV.shape[-1]
     groups = V // GROUP
     if groups <= 2 * k or z_NV.dtype != torch.float32:
         return z_NV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     largest_NG = z_NV[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1)
-    if groups * GROUP < V:  # what is left over is a group too
+    if groups * GROUP < V:  # the remaining ids are a group too
         largest_NG = torch.cat([largest_NG, z_NV[:, groups * GROUP :].amax(-1, keepdim=True)], dim=1)
     group_NK = _best(largest_NG, torch.arange(largest_NG.shape[1], device=z_NV.device).expand_as(largest_NG), k)
     ids_NC = (group_NK[:, :, None] * GROUP + torch.arange(GROUP, device=z_NV.device)).flatten(1)
@@ -99,7 +101,7 @@ def _entropy_and_lse(z_NV: Tensor) -> tuple[Tensor, Tensor]:
     """H_N and logsumexp_N1 with one exponential: with d = z - max, ``log Σ e^d - Σ e^d·d / Σ e^d``, two terms ≥ 0."""
     if z_NV.device.type == "cpu":
         rows = max(1, IN_CACHE // z_NV.shape[-1]) * torch.get_num_threads()
-        # never fewer than rows: threads would share out the sum of a single one, which rounds otherwise
+        # at least as many rows as threads: threads would split the sum of a single row, which rounds differently
         parts = [_entropy_and_lse_at_once(part_NV) for part_NV in z_NV.tensor_split(max(1, len(z_NV) // rows))]
         return torch.cat([entropy_N for entropy_N, _ in parts]), torch.cat([lse_N1 for _, lse_N1 in parts])
     return _entropy_and_lse_at_once(z_NV)

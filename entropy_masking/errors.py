@@ -4,15 +4,15 @@ from __future__ import annotations
 
 
 class UsageError(Exception):
-    """Wrong use: the message is one sentence that says what is wrong and how to correct it. Exit code 2."""
+    """Wrong use: the message is one sentence that says what is wrong and how to fix it. Exit code 2."""
 
 
 class RunError(Exception):
-    """A failure that is not the user's mistake, such as a job that could not finish. Exit code 1."""
+    """A failure without wrong use, such as a job that could not finish. Exit code 1."""
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line of at most 300 characters; for a file error the file and the reason."""
+    """The message of an error on one line of at most 300 characters; for a file error, the file and the reason."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # Arrow's names the file

@@ -1,4 +1,7 @@
-"""The loss on masked positions: cross-entropy, and distillation from stored top-k log-probabilities. Pure; nats."""
+"""The loss on masked positions: cross-entropy, and distillation from stored top-k log-probabilities. Pure; nats.
+
+Shapes: N positions, K tokens that the teacher names at each (its head), V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +28,19 @@ def masked_lm_loss(
 
     Args:
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
-        labels_N: the hidden tokens, int64; a row with ``IGNORED_LABEL`` gives 0.
+        labels_N: the original tokens, int64; a row with ``IGNORED_LABEL`` gives 0.
         teacher_ids_NK, teacher_logprobs_NK, temperature, temperature_lse_N: see ``distillation``.
-        distill_weight: α, of all positions or one for each [N]; without a teacher the loss is the cross-entropy.
+        distill_weight: α, one for all positions or one for each [N]; without a teacher the loss is the cross-entropy.
 
     Returns:
         loss_N ≥ 0, in nats.
     """
-    weighted = isinstance(distill_weight, Tensor) or distill_weight > 0
-    if not weighted or teacher_ids_NK is None or teacher_logprobs_NK is None:
+    distils = isinstance(distill_weight, Tensor) or distill_weight > 0
+    if not distils or teacher_ids_NK is None or teacher_logprobs_NK is None:
         return F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     if temperature == 1:
-        α_N1 = distill_weight[:, None] if isinstance(distill_weight, Tensor) else distill_weight
-        return _OneSoftmax.apply(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, α_N1)
-    logits_NV = _wide(logits_NV)
-    ce_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+        return _OneSoftmax.apply(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, distill_weight)
+    ce_N = F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     kl_N = distillation(logits_NV, teacher_ids_NK, teacher_logprobs_NK, temperature, temperature_lse_N)
     return (1 - distill_weight) * ce_N + distill_weight * torch.where(labels_N != IGNORED_LABEL, kl_N, 0)
 
@@ -53,7 +54,7 @@ def distillation(
 ) -> Tensor:
     """T²·KL(teacher ‖ student), both at temperature T (Hinton et al. 2015, arXiv 1503.02531), by ``tail_kl``.
 
-    The teacher's logits z are not kept, but its log-probabilities at T follow exactly from those at 1 and
+    The teacher's logits z are not stored, but its log-probabilities at T follow exactly from those at 1 and
     ``lse_T = log Σ e^{z/T} - (1/T)·log Σ e^z``: they are ``log p / T - lse_T``.
 
     Args:
@@ -63,6 +64,9 @@ def distillation(
 
     Returns:
         loss_N ≥ 0. T² keeps its gradient as large as at T = 1.
+
+    Raises:
+        ValueError: T is not 1, and ``temperature_lse_N`` is missing.
     """
     if temperature_lse_N is not None:
         teacher_logprobs_NK = teacher_logprobs_NK / temperature - temperature_lse_N[:, None]
@@ -78,8 +82,8 @@ def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tens
 
         Σ p·log(p/q) + (1 - P)·log((1 - P)/(1 - Q))
 
-    By the log-sum inequality a lower bound of the KL over the whole vocabulary, equal to it at K = V, and zero with
-    zero gradient where student and teacher agree. Without the bucket it would be no divergence and could go negative.
+    By the log-sum inequality this is a lower bound of the KL over the whole vocabulary. It equals that KL at K = V, and
+    it is zero with zero gradient where student and teacher agree. Without the bucket it could be negative.
 
     Args:
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
@@ -90,27 +94,7 @@ def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tens
     Returns:
         kl_N ≥ 0, in nats.
     """
-    logits_NV = _wide(logits_NV)
-    V = logits_NV.shape[1]
-    K = teacher_ids_NK.shape[1]
-    scored_N = ~teacher_logprobs_NK.isnan().any(1)
-    log_p_NK = teacher_logprobs_NK.to(logits_NV.dtype).nan_to_num(nan=-torch.inf)
-    lse_N1 = logits_NV.logsumexp(1, keepdim=True)
-    log_q_NK = logits_NV.gather(1, teacher_ids_NK) - lse_N1
-
-    mass_N1 = log_p_NK.exp().sum(1, keepdim=True)
-    has_tail_N1 = mass_N1 < 1 if K < V else torch.zeros_like(mass_N1, dtype=torch.bool)
-    log_p_NK = torch.where(has_tail_N1, log_p_NK, log_p_NK - mass_N1.clamp_min(1e-30).log())
-    p_NK = log_p_NK.exp()
-    kl_N = (p_NK * (log_p_NK.clamp_min(torch.finfo(log_p_NK.dtype).min) - log_q_NK)).sum(1)
-    if K < V:
-        tail_N = torch.where(has_tail_N1, 1 - mass_N1, 1).squeeze(1)
-        # log(1 - Q) as a logsumexp over the other logits: 1 - Q itself would cancel
-        log_rest_N = logits_NV.scatter(1, teacher_ids_NK, -torch.inf).logsumexp(1) - lse_N1.squeeze(1)
-        bucket_N = tail_N * (tail_N.log() - log_rest_N)
-        kl_N = kl_N + torch.where(has_tail_N1.squeeze(1), bucket_N, 0)
-    # only rounding can take it below zero
-    return torch.where(scored_N, kl_N, 0).clamp_min(0)
+    return _OneSoftmax.apply(logits_NV, teacher_ids_NK[:, 0], teacher_ids_NK, teacher_logprobs_NK, 1.0)
 
 
 class _OneSoftmax(torch.autograd.Function):
@@ -122,16 +106,22 @@ class _OneSoftmax(torch.autograd.Function):
         e_j·((1 - Q) - α·(1 - P))        outside of it
         less 1 - α                       at y
 
-    So what is kept for the backward is e, which can neither overflow nor cancel, and two numbers and the head a row.
-    Autograd through the two losses takes six times as long on a CPU, as it comes to [N, V] a dozen times.
+    So the backward needs e, which can neither overflow nor cancel, and two numbers and the head of each row. Autograd
+    through the two losses takes six times as long on a CPU, because it passes over [N, V] a dozen times.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, labels_N: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tensor, α: Any
+        ctx: Any,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        teacher_ids_NK: Tensor,
+        teacher_logprobs_NK: Tensor,
+        weight: float | Tensor,
     ) -> Tensor:
+        α = weight[:, None] if isinstance(weight, Tensor) else weight
         outside_NV = logits_NV.to(_wide(logits_NV[:0]).dtype, copy=True)
-        lowest = torch.finfo(outside_NV.dtype).min  # finite, so that nothing is NaN where the head is all there is
+        lowest = torch.finfo(outside_NV.dtype).min  # finite, so that nothing is NaN where all tokens are in the head
         scored_N1 = ~teacher_logprobs_NK.isnan().any(1, keepdim=True)
         labels_N1 = labels_N.clamp_min(0)[:, None]
         head_NK, label_N1 = outside_NV.gather(1, teacher_ids_NK), outside_NV.gather(1, labels_N1)
@@ -164,9 +154,9 @@ class _OneSoftmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         e_NV, of_e_N1, teacher_ids_NK, of_head_NK, labels_N1, of_label_N1 = ctx.saved_tensors
-        grad_N1 = grads_N[0][:, None]
+        grad_N1 = grad_N[:, None]
         grad_NV = e_NV * (of_e_N1 * grad_N1)
         grad_NV.scatter_add_(1, teacher_ids_NK, of_head_NK * grad_N1)
         grad_NV.scatter_add_(1, labels_N1, of_label_N1 * grad_N1)
@@ -174,5 +164,5 @@ class _OneSoftmax(torch.autograd.Function):
 
 
 def _wide(logits_NV: Tensor) -> Tensor:
-    """As float32, in which losses are computed; float64 stays."""
+    """In float32, in which losses are computed; float64 stays."""
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()

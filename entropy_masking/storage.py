@@ -1,7 +1,7 @@
 """Files and directories by path or URI, local or in an object store, through ``pyarrow.fs``.
 
 Local writes are atomic (temporary name, fsync, rename). An object store makes a key visible only when its upload
-is complete, so there a file is put whole under its final name.
+is complete, so a file there is uploaded in one write under its final name.
 """
 
 from __future__ import annotations
@@ -34,15 +34,10 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """
     if not is_remote(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    try:
+    with contextlib.suppress(ArrowInvalid, OSError, ValueError):
         return fs.FileSystem.from_uri(uri)
-    except (ArrowInvalid, OSError, ValueError):
-        pass
-    try:  # abfs and whatever else fsspec knows
-        import fsspec
-
-        protocol, _, path = uri.partition("://")
-        return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(protocol))), path
+    try:  # abfs and other schemes that fsspec knows
+        return fs.FileSystem.from_uri(f"fsspec+{uri}")
     except (ImportError, ValueError) as error:
         raise UsageError(f"cannot open {uri}: {error}") from None
 
@@ -59,15 +54,18 @@ def join(uri: str, *names: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether ``uri`` is a file or a directory."""
-    filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path).type != fs.FileType.NotFound
+    return _info(uri).type != fs.FileType.NotFound
 
 
 def size(uri: str) -> int | None:
     """Size of the file in bytes, or None if there is no such file."""
-    filesystem, path = resolve(uri)
-    info = filesystem.get_file_info(path)
+    info = _info(uri)
     return info.size if info.type == fs.FileType.File else None
+
+
+def _info(uri: str) -> fs.FileInfo:
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path)
 
 
 def list_files(uri: str) -> list[fs.FileInfo]:
@@ -90,7 +88,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_remote(uri):
         # in a thread, because Ctrl-C or SIGTERM in between would close, and so commit, an object without its bytes
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_put, filesystem, path, data).result()
+            thread.submit(_upload, filesystem, path, data).result()
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -106,24 +104,24 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _put(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
-    # one write of all bytes: a part that fails makes the upload fail as a whole, and nothing becomes visible
+def _upload(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    # one write of all bytes: if a part fails, the whole upload fails, and nothing becomes visible
     with filesystem.open_output_stream(path, compression=None, buffer_size=0) as stream:
         stream.write(data)
 
 
 def delete_temporaries(directory: str) -> None:
-    """Delete what killed processes have left of ``write_bytes`` in a directory of this machine.
+    """Delete the temporary files of killed processes in a directory of this machine.
 
-    Of a process that still writes there the write fails.
+    If a process still writes there, its write fails.
     """
     if not is_remote(directory):
-        for temporary in Path(resolve(directory)[1]).glob(".*.tmp"):
+        for temporary in Path(absolute(directory)).glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename durable: it lives in the directory, which has a cache of its own."""
+    """Make a rename durable: the directory holds it, and has a cache of its own."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -136,20 +134,20 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
-def write_json(uri: str, value: Any) -> None:
+def write_json(uri: str, value: object) -> None:
     """Write ``value`` as indented JSON, atomically."""
     write_bytes(uri, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def delete(uri: str) -> None:
-    """Delete a file; nothing happens if there is none."""
+    """Delete a file if it exists."""
     filesystem, path = resolve(uri)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
 
 
 def is_exhausted(error: OSError) -> bool:
-    """Whether writing failed for want of space, quota or permission to grow: no other shard would fare better."""
+    """Whether a write failed because the file system is full or read-only, so that every other write would fail too."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -161,13 +159,10 @@ def sha256_bytes(data: bytes) -> str:
 def sha256(uri: str) -> str:
     """Hex SHA-256 of a file's content, read as a stream."""
     filesystem, path = resolve(uri)
-    digest = hashlib.sha256()
     with filesystem.open_input_stream(path, compression=None) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_json(value: Any) -> str:
+def sha256_json(value: object) -> str:
     """Hex SHA-256 of a JSON-able value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())

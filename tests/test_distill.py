@@ -197,9 +197,26 @@ def with_holes(ids_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
     return ids_NK, log_p_NK
 
 
+def plain_tail_kl(logits_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor) -> Tensor:
+    """``tail_kl`` by autograd, with the other logits' logsumexp for log(1 - Q)."""
+    scored_N = ~log_p_NK.isnan().any(1)
+    log_p_NK = log_p_NK.to(logits_NV.dtype).nan_to_num(nan=-torch.inf)
+    lse_N = logits_NV.logsumexp(1)
+    log_q_NK = logits_NV.gather(1, ids_NK) - lse_N[:, None]
+    mass_N = log_p_NK.exp().sum(1)
+    has_tail_N = mass_N < 1 if ids_NK.shape[1] < V else torch.zeros_like(scored_N)
+    log_p_NK = torch.where(has_tail_N[:, None], log_p_NK, log_p_NK - mass_N.clamp_min(1e-30).log()[:, None])
+    kl_N = (log_p_NK.exp() * (log_p_NK.clamp_min(torch.finfo(log_p_NK.dtype).min) - log_q_NK)).sum(1)
+    if ids_NK.shape[1] < V:
+        tail_N = torch.where(has_tail_N, 1 - mass_N, 1)
+        log_rest_N = logits_NV.scatter(1, ids_NK, -torch.inf).logsumexp(1) - lse_N
+        kl_N = kl_N + torch.where(has_tail_N, tail_N * (tail_N.log() - log_rest_N), 0)
+    return torch.where(scored_N, kl_N, 0).clamp_min(0)
+
+
 def two_losses(student_NV: Tensor, labels_N: Tensor, ids_NK: Tensor, log_p_NK: Tensor, weight: float) -> Tensor:
     ce_N = F.cross_entropy(student_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
-    kl_N = tail_kl(student_NV, ids_NK, log_p_NK) * (labels_N != IGNORED_LABEL)
+    kl_N = plain_tail_kl(student_NV, ids_NK, log_p_NK) * (labels_N != IGNORED_LABEL)
     return (1 - weight) * ce_N + weight * kl_N
 
 

@@ -18,49 +18,46 @@ from tqdm import tqdm
 
 from entropy_masking.errors import RunError, UsageError, one_line
 
-LOG_SECONDS = 15.0  # one progress line an interval where there is no terminal
+LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a machine; other file errors are wrong paths
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: somebody wants this process to end. It unwinds as for Ctrl-C."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    """SIGTERM asks this process to end. It unwinds as for Ctrl-C."""
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Call an entry point and turn its outcome into an exit code.
 
-    0, 1 (failure), 2 (wrong use, a file or directory that cannot be used included), 130 (Ctrl-C), 143 (SIGTERM).
+    0, 1 (failure), 2 (wrong use, which includes an unusable file or directory), 130 (Ctrl-C), 143 (SIGTERM).
     """
     signal.signal(signal.SIGTERM, _terminate)
+    message = None
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code, message = 2, f"error: {error}"
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        code = 1
+        code, message = 1, f"failed: {error}"
     except OSError as error:
         failure = error.errno in FAILURES or isinstance(error, ConnectionError | TimeoutError)
-        print(f"{'failed' if failure else 'error'}: {one_line(error)}", file=sys.stderr)
-        code = 1 if failure else 2
+        code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}")
     except Terminated:
-        print("terminated", file=sys.stderr)
-        code = 143
+        code, message = 143, "terminated"
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        code, message = 130, "interrupted"
     sys.stdout.flush()
-    sys.stderr.flush()
+    if message:
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def flag(name: str) -> str:
@@ -99,8 +96,8 @@ class Progress:
 
     Args:
         total: amount of work in ``unit``; 0 if unknown.
-        unit: what is counted, e.g. ``"tok"``.
-        label: what is going on, e.g. ``"scoring"``.
+        unit: of the amounts, e.g. ``"tok"``.
+        label: names the work, e.g. ``"scoring"``.
         done: amount that was finished before this run; it counts as progress but not towards the rate.
     """
 
@@ -108,11 +105,10 @@ class Progress:
         self.total, self.unit, self.label = total, unit, label
         self.initial = self.count = done
         self.started = self.last_line = time.monotonic()
-        self.bar = (
-            tqdm(total=total or None, unit=unit, desc=label, initial=done, unit_scale=True, dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
+        self.bar = None
+        if sys.stderr.isatty():
+            options = {"initial": done, "unit_scale": True, "dynamic_ncols": True}
+            self.bar = tqdm(total=total or None, unit=unit, desc=label, **options)
 
     def __enter__(self) -> Self:
         return self
@@ -134,22 +130,15 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
     def _print_line(self) -> None:
-        now = time.monotonic()
-        self.last_line = now
-        seconds = max(now - self.started, 1e-9)
+        self.last_line = time.monotonic()
+        seconds = max(self.last_line - self.started, 1e-9)
         rate = (self.count - self.initial) / seconds
-        text = f"{self.label}: {self.count:,}"
-        if self.total:
-            text += f"/{self.total:,} {self.unit} ({self.count / self.total:.0%})"
-        else:
-            text += f" {self.unit}"
-        text += f", {rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {seconds:.0f} s"
-        if self.total and rate and self.count < self.total:
+        share = f"/{self.total:,} {self.unit} ({self.count / self.total:.0%})" if self.total else f" {self.unit}"
+        text = f"{self.label}: {self.count:,}{share}, {rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {seconds:.0f} s"
+        if rate and self.count < self.total:
             text += f", ETA {(self.total - self.count) / rate:.0f} s"
         print(text, file=sys.stderr, flush=True)

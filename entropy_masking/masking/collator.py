@@ -1,9 +1,11 @@
-"""Entropy masking in anyone's ``transformers.Trainer``: rows with scores → stock batches. See docs/own-loop.md."""
+"""Entropy masking in anyone's ``transformers.Trainer``: rows with scores → stock batches. See docs/own-loop.md.
+
+Shapes: B rows, l tokens of one row, L tokens of the longest row, P predicted positions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,22 +18,28 @@ from entropy_masking.masking.noise import sequence_hash
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
 
+Row = Mapping[str, Sequence[float] | Tensor]  # a row of ``datasets``, in any of its formats
+
 
 class EntropyMaskingCollator(TrainerCallback):
-    """In place of ``DataCollatorForLanguageModeling``, for rows that bring their scores.
+    """Replaces ``DataCollatorForLanguageModeling`` for rows that bring their scores.
 
     A row's mask depends on the policy, its id and the epoch alone: not on the batch, its padding or the loader worker.
     Pass the collator to Trainer as a callback too, so that the masks change with the epoch; otherwise set ``epoch``
     yourself. Set ``remove_unused_columns=False``, or Trainer drops the scores.
 
     Args:
-        tokenizer: for its special tokens and, with the word unit, which tokens go on with a word.
+        tokenizer: gives the special tokens and, for the word unit, the tokens that continue a word.
         policy: which positions to mask, by entropy or by surprisal.
         pad_to_multiple_of: of the batch's length.
 
+    Attributes:
+        epoch: decides which mask a row gets.
+
     Raises:
-        ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not tell words apart;
-            or a policy with a warm-up or ramp, or that chooses what is predicted by another score than what is masked.
+        ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not mark words; or a
+            policy with a warm-up or ramp, or that chooses the predicted positions by another score than the masked
+            ones.
     """
 
     def __init__(
@@ -58,66 +66,63 @@ class EntropyMaskingCollator(TrainerCallback):
 
     @property
     def epoch(self) -> int:
-        """Which mask of a row it gets."""
         return int(self._epoch)
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: object
+    ) -> None:
+        self.epoch = int(state.epoch or 0)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Mask a batch.
 
         Args:
-            rows: of ``datasets``, in any of its formats: input_ids [l]; entropy or surprisal [l] in nats, as the policy
-                says (NaN where there is none); and, where rows have an id of their own, sequence_id (int). Other
-                columns are left out.
+            rows: with input_ids [l]; entropy or surprisal [l] in nats, as the policy says (NaN where there is none);
+                and, where rows have an id of their own, sequence_id (int). Other columns are left out.
 
         Returns:
-            input_ids, attention_mask and labels (-100 where nothing is hidden), int64 [B, L] with L the longest row.
+            input_ids, attention_mask and labels (-100 where nothing is masked), int64 [B, L], with L rounded up to a
+            multiple of ``pad_to_multiple_of``.
 
         Raises:
-            ValueError: a row lacks its scores, or has not as many as tokens.
+            ValueError: a row lacks its scores, or has a different number of scores than tokens.
         """
-        ids_BL = _padded([row["input_ids"] for row in rows], torch.int64, self.masker.pad_id)
-        L = ids_BL.shape[1]
-        length = -(-L // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        # two more, cut off below: k assumes a special token at both ends, which rows of other people may not have
-        ids_BL = F.pad(ids_BL, (0, length + 2 - L), value=self.masker.pad_id)
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        # two extra columns, cut off below: k assumes a special token at both ends, which these rows may not have
+        ids_BL = _padded(rows, "input_ids", length + 2, torch.int64, self.masker.pad_id)
         attended_BL = ids_BL != self.masker.pad_id
-        batch = {"input_ids": ids_BL, "sequence_id": self._sequence_ids(rows, ids_BL, attended_BL)}
-        batch["epoch"] = torch.full((len(rows),), self.epoch)
+        if all("sequence_id" in row for row in rows):
+            sequence_id_B = torch.tensor([row["sequence_id"] for row in rows])
+        else:
+            sequence_id_B = sequence_hash(ids_BL, attended_BL)
+        batch = {"input_ids": ids_BL, "sequence_id": sequence_id_B, "epoch": self._epoch.expand(len(rows))}
         if self.policy.uses_scores:
-            scores_BL = self._scores(rows)
-            batch[self.policy.by] = F.pad(scores_BL, (0, length + 2 - L), value=torch.nan)
+            _check_scores(rows, self.policy.by)
+            batch[self.policy.by] = _padded(rows, self.policy.by, length + 2, torch.float32, torch.nan)
         masked = self.masker(batch, self.policy)
         labels_BL = torch.full_like(ids_BL, IGNORED_LABEL)
         # an ignored position (-1) writes to the last column, which is cut off
         labels_BL.scatter_(1, masked["positions_BP"] % (length + 2), masked["labels_BP"])
-        found = {"input_ids": masked["input_ids"], "attention_mask": attended_BL.long(), "labels": labels_BL}
-        return {name: tensor_BL[:, :length].contiguous() for name, tensor_BL in found.items()}
-
-    def _scores(self, rows: Sequence[dict[str, Any]]) -> Tensor:
-        name = self.policy.by
-        for row in rows:
-            if name not in row:
-                raise ValueError(
-                    f"a row has no {name}, only {', '.join(row)}; give Trainer's arguments remove_unused_columns=False"
-                )
-            if len(row[name]) != len(row["input_ids"]):
-                raise ValueError(f"a row has {len(row['input_ids'])} tokens and {len(row[name])} numbers of {name}")
-        return _padded([row[name] for row in rows], torch.float32, torch.nan)
-
-    def _sequence_ids(self, rows: Sequence[dict[str, Any]], ids_BL: Tensor, attended_BL: Tensor) -> Tensor:
-        if all("sequence_id" in row for row in rows):
-            return torch.tensor([int(row["sequence_id"]) for row in rows])
-        return sequence_hash(ids_BL, attended_BL)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
-    ) -> None:
-        self.epoch = int(state.epoch or 0)
+        output = {"input_ids": masked["input_ids"], "attention_mask": attended_BL.long(), "labels": labels_BL}
+        return {name: tensor_BL[:, :length].contiguous() for name, tensor_BL in output.items()}
 
 
-def _padded(rows: list[Any], dtype: torch.dtype, value: float) -> Tensor:
-    return pad_sequence([torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=value)
+def _check_scores(rows: Sequence[Row], name: str) -> None:
+    for row in rows:
+        if name not in row:
+            raise ValueError(
+                f"a row has no {name}, only {', '.join(row)}; give Trainer's arguments remove_unused_columns=False"
+            )
+        if len(row[name]) != len(row["input_ids"]):
+            raise ValueError(f"a row has {len(row['input_ids'])} tokens and {len(row[name])} numbers of {name}")
+
+
+def _padded(rows: Sequence[Row], name: str, length: int, dtype: torch.dtype, value: float) -> Tensor:
+    columns = [torch.as_tensor(row[name], dtype=dtype) for row in rows]
+    column_BL = pad_sequence(columns, batch_first=True, padding_value=value)
+    return F.pad(column_BL, (0, length - column_BL.shape[1]), value=value)

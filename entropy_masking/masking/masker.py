@@ -1,12 +1,13 @@
 """Masks a batch: positions → corrupted inputs, labels, and the teacher's top k there.
 
-Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, V vocabulary, T tokens that a teacher names.
+Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, R tokens that can replace one, V vocabulary,
+T tokens that a teacher names.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,42 +29,41 @@ def corrupt(
     mask_id: int,
     replacement_ids_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Hide the tokens at ``positions_BK``, of which those that are ``IGNORED`` come last.
+    """Corrupt the tokens at ``positions_BK``, whose ``IGNORED`` ones come last.
 
     Args:
-        replacement_ids_R: the ids that a random replacement is drawn from, i.e. all but special tokens.
+        replacement_ids_R: the ids from which a random replacement is drawn: all except special tokens.
 
     Returns:
-        inputs_BL, and labels_BK: the hidden tokens, ``IGNORED_LABEL`` where the position is ``IGNORED``.
+        inputs_BL, and labels_BK: the original tokens, ``IGNORED_LABEL`` where the position is ``IGNORED``.
     """
     ignored_BK = positions_BK == IGNORED
     where_BK = positions_BK.clamp_min(0)
     original_BK = input_ids_BL.gather(1, where_BK)
-    hidden_BK = torch.full_like(original_BK, mask_id)
+    corrupted_BK = torch.full_like(original_BK, mask_id)
     if policy.corruption == "bert":
         fate_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, where_BK)
         draw_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, where_BK)
         random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
-        hidden_BK = torch.where(fate_BK < MASKED_SHARE, hidden_BK, random_BK)
-        hidden_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, hidden_BK, original_BK)
-    # ignored slots must not change the row: they repeat the write of its first slot, and if that one is ignored too,
-    # they write the original token
-    hidden_BK = torch.where(ignored_BK, original_BK, hidden_BK)
-    hidden_BK = torch.where(ignored_BK, hidden_BK[:, :1], hidden_BK)
+        corrupted_BK = torch.where(fate_BK < MASKED_SHARE, corrupted_BK, random_BK)
+        corrupted_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
+    # ignored slots must not change the row: they repeat the write of its first slot; if that is ignored too, they write
+    # the original token
+    corrupted_BK = torch.where(ignored_BK, original_BK, corrupted_BK)
+    corrupted_BK = torch.where(ignored_BK, corrupted_BK[:, :1], corrupted_BK)
     where_BK = torch.where(ignored_BK, where_BK[:, :1], where_BK)
-    inputs_BL = input_ids_BL.scatter(1, where_BK, hidden_BK)
-    return inputs_BL, original_BK.masked_fill(ignored_BK, IGNORED_LABEL)
+    return input_ids_BL.scatter(1, where_BK, corrupted_BK), original_BK.masked_fill(ignored_BK, IGNORED_LABEL)
 
 
 class Masker:
     """Masks batches: selects positions, corrupts inputs, and gathers the teacher's top k there.
 
-    Nothing in it waits for an accelerator or copies to one: its tables go there once, by ``to``.
+    Nothing in it waits for an accelerator or copies to one, except ``to``, which moves its tables there once.
 
     Args:
         vocab_size: of the tokenizer; a random replacement is one of its tokens that are not special.
         special_token_ids: ids that are never masked; ``pad_id`` is one of them.
-        continues_V: bool, the tokens that continue a word (``masking.words``); needed for the word unit.
+        continues_V: bool, the tokens that continue a word (``masking.words``); the word unit needs it.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Masker:
         continues_V: Tensor | None = None,
     ) -> None:
         self.mask_id, self.pad_id, self.continues_V = mask_id, pad_id, continues_V
-        special_V = torch.zeros(vocab_size, dtype=torch.bool)
-        special_V[[token for token in special_token_ids if token < vocab_size]] = True
-        self.special_V, self.replacement_ids_R = special_V, (~special_V).nonzero().squeeze(1)
+        self.special_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self.special_V[[token for token in special_token_ids if token < vocab_size]] = True
+        self.replacement_ids_R = (~self.special_V).nonzero().squeeze(1)
 
     def to(self, device: torch.device | str) -> Self:
         """A masker of batches on ``device``."""
@@ -88,22 +88,23 @@ class Masker:
         return moved
 
     def candidates(self, input_ids_BL: Tensor) -> Tensor:
-        """[B, L] bool: what may be masked."""
+        """[B, L] bool: the positions that may be masked."""
         return ~self.special_V[input_ids_BL]
 
-    def attention_mask(self, batch: dict[str, Any]) -> Tensor | None:
-        """[B, L] int64, 0 at padding; None where a batch has none.
+    def attention_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """[B, L] int64, 0 at padding; None for a batch without padding.
 
-        Checking for padding would wait for an accelerator. So a batch may carry ``padded``, a bool found on the CPU;
-        without it, a batch on an accelerator counts as padded.
+        To look for padding is to wait for an accelerator. So a batch may carry ``padded``, a bool that was determined
+        on the CPU; a batch on an accelerator without it counts as padded.
         """
         attended_BL = batch["input_ids"] != self.pad_id
-        padded = batch.get("padded")
-        if padded is None:
+        if "padded" in batch:
+            padded = bool(batch["padded"])
+        else:
             padded = attended_BL.device.type != "cpu" or not attended_BL.all()
         return attended_BL.long() if padded else None
 
-    def __call__(self, batch: dict[str, Any], policy: MaskPolicy) -> dict[str, Tensor]:
+    def __call__(self, batch: dict[str, Tensor], policy: MaskPolicy) -> dict[str, Tensor]:
         """Mask a batch.
 
         Args:
@@ -123,31 +124,35 @@ class Masker:
         candidates_BL = self.candidates(ids_BL)
         score_BL = candidates_BL if policy.uniform else batch["score" if "score" in batch else policy.by]
         continues_BL = None if self.continues_V is None else self.continues_V[ids_BL]
-        positions_BK = select_positions(score_BL, candidates_BL, *key, policy, continues_BL, batch.get("progress"))
-        inputs_BL, labels_BK = corrupt(ids_BL, positions_BK, *key, policy, self.mask_id, self.replacement_ids_R)
-        masked = {"input_ids": inputs_BL, "positions_BP": positions_BK, "labels_BP": labels_BK}
+        positions_BP = select_positions(score_BL, candidates_BL, *key, policy, continues_BL, batch.get("progress"))
+        inputs_BL, labels_BP = corrupt(ids_BL, positions_BP, *key, policy, self.mask_id, self.replacement_ids_R)
+        masked = {"input_ids": inputs_BL}
         if not policy.predicts_all:
             size = policy.predictions(ids_BL.shape[1])
             predicted_B1 = count(policy.predict_ratio or 0, candidates_BL, size)
-            if policy.predict_by not in ("random", *batch):
+            if policy.predict_by == "random":
+                score_BK = noise(policy.seed, PREDICTION, batch["epoch"], batch["sequence_id"], positions_BP)
+            elif policy.predict_by in batch:
+                score_BK = batch[policy.predict_by].gather(1, positions_BP.clamp_min(0))
+            else:
+                score_BK = None
+            if score_BK is not None:
+                slots_BP = highest(score_BK, positions_BP != IGNORED, predicted_B1, size)
+                positions_BP, labels_BP = (
+                    take(positions_BP, slots_BP, IGNORED),
+                    take(labels_BP, slots_BP, IGNORED_LABEL),
+                )
+            else:
                 masked["predicted_B1"] = predicted_B1
                 if policy.predict_by == "excess":
-                    masked["reference_BP"] = batch["reference"].gather(1, positions_BK.clamp_min(0)).float()
-            else:
-                if policy.predict_by == "random":
-                    score_BK = noise(policy.seed, PREDICTION, key[1], key[0], positions_BK)
-                else:
-                    score_BK = batch[policy.predict_by].gather(1, positions_BK.clamp_min(0))
-                slots_BP = highest(score_BK, positions_BK != IGNORED, predicted_B1, size)
-                masked["positions_BP"] = take(positions_BK, slots_BP, IGNORED)
-                masked["labels_BP"] = take(labels_BK, slots_BP, IGNORED_LABEL)
+                    masked["reference_BP"] = batch["reference"].gather(1, positions_BP.clamp_min(0)).float()
+        masked |= {"positions_BP": positions_BP, "labels_BP": labels_BP}
         if (attention_BL := self.attention_mask(batch)) is not None:
             masked["attention_mask"] = attention_BL
         if "topk_ids" in batch:
-            rows_B1 = torch.arange(len(ids_BL), device=ids_BL.device)[:, None]
-            where_BP = masked["positions_BP"].clamp_min(0)
-            masked["teacher_ids_BPT"] = batch["topk_ids"][rows_B1, where_BP].long()
-            masked["teacher_logprobs_BPT"] = batch["topk_logprobs"][rows_B1, where_BP].float()
+            where = torch.arange(len(ids_BL), device=ids_BL.device)[:, None], positions_BP.clamp_min(0)
+            masked["teacher_ids_BPT"] = batch["topk_ids"][where].long()
+            masked["teacher_logprobs_BPT"] = batch["topk_logprobs"][where].float()
             if "temperature_lse" in batch:
-                masked["temperature_lse_BP"] = batch["temperature_lse"][rows_B1, where_BP]
+                masked["temperature_lse_BP"] = batch["temperature_lse"][where]
         return masked

@@ -1,11 +1,14 @@
-"""Noise that is a hash of its key, not of a generator's state: the same for any split of the work. Pure functions."""
+"""Noise as a hash of its key instead of a generator's state: it is the same for any split of the work. Pure functions.
+
+Shapes: B rows, L tokens, K positions of a row, N numbers.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# each use of noise has a stream of its own, so that they are independent
+# each use of noise has its own stream, so that the uses are independent
 SELECTION, HARD, CORRUPTION, REPLACEMENT, PREDICTION = range(5)
 
 
@@ -15,7 +18,7 @@ def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, positi
     Args:
         position_X: int64, [K] for every row or [B, K].
     """
-    # numbers of the CPU, which an accelerator does not have to wait for
+    # computed on the CPU, so that nothing waits for an accelerator
     key = int(_mix(_mix(torch.tensor(seed, dtype=torch.int64)) + stream))
     key_B = _mix(_mix(epoch_B.long() + key) + sequence_id_B.long())
     bits_BK = _shift_right(_mix(_mix(position_X) + key_B[:, None]), 11)
@@ -23,7 +26,7 @@ def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, positi
 
 
 def hash_order(seed: int, *key: int, size: int) -> Tensor:
-    """A permutation of ``range(size)`` that is a function of (seed, key) alone, whatever the library versions."""
+    """A permutation of ``range(size)``, a function of (seed, key) alone: no library version changes it."""
     return hashes(seed, *key, of_N=torch.arange(size)).argsort(stable=True)
 
 
@@ -36,7 +39,7 @@ def hashes(seed: int, *key: int, of_N: Tensor) -> Tensor:
 
 
 def sequence_hash(input_ids_BL: Tensor, attended_BL: Tensor) -> Tensor:
-    """An id [B] int64 for rows that have none: a hash of their tokens, whatever padding follows."""
+    """An id [B] int64 for rows that have none: a hash of their tokens without the padding."""
     hash_BL = _mix(_mix(torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)) + input_ids_BL.long())
     return _mix((hash_BL * attended_BL).sum(1))
 
@@ -50,5 +53,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own carries the sign of an int64 along."""
+    """Logical shift. Torch shifts an int64 arithmetically: it repeats the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""Which positions a run masks and predicts, as data."""
+"""Which positions a run masks and predicts, as data. Shapes: B rows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class MaskPolicy:
         ramp: share of the run after the warm-up over which h rises from 0 to its value, in [0, 1].
         by: the score: ``entropy`` (of the prediction), ``surprisal`` (of the actual token), or ``excess`` (the
             student's loss minus the reference's surprisal).
-        predict_ratio: share of the candidates to predict, at most ``ratio``; None for all that is masked.
-        predict_by: what chooses the predicted positions among the masked ones: a score as in ``by``, or ``random``.
+        predict_ratio: share of the candidates to predict, at most ``ratio``; None predicts all masked positions.
+        predict_by: chooses the predicted positions among the masked ones: a score as in ``by``, or ``random``.
         corruption: ``bert`` (80 % [MASK], 10 % a random token, 10 % unchanged) or ``mask-only``.
         seed: of all noise.
-        unit: ``token``, or ``word``: the pieces of a word are masked together.
+        unit: ``token``, or ``word``, which masks all tokens of a word or none.
 
     Raises:
         ValueError: a value is out of range.
@@ -45,30 +45,35 @@ class MaskPolicy:
     unit: str = "token"
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"mask ratio {self.ratio:g} is not above 0 and at most 1")
-        if not 0 <= self.hard_share <= 1:
-            raise ValueError(f"hard share {self.hard_share:g} is not between 0 and 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"mask temperature {self.temperature:g} is not finite and at least 0; use hard share 0 for random masks"
-            )
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"mask warm-up {self.warmup:g} is not at least 0 and below 1, a share of the run")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"mask ramp {self.ramp:g} is not between 0 and 1, a share of the run")
-        if self.by not in SCORES:
-            raise ValueError(f"masking by {self.by!r} is unknown; use {', '.join(SCORES)}")
-        if self.predict_ratio is not None and not 0 < self.predict_ratio <= self.ratio:
-            raise ValueError(
-                f"predict ratio {self.predict_ratio:g} is not above 0 and at most the mask ratio {self.ratio:g}"
-            )
-        if self.predict_by not in ("random", *SCORES):
-            raise ValueError(f"predicting by {self.predict_by!r} is unknown; use random, {', '.join(SCORES)}")
-        if self.corruption not in ("bert", "mask-only"):
-            raise ValueError(f"corruption {self.corruption!r} is unknown; use bert or mask-only")
-        if self.unit not in ("token", "word"):
-            raise ValueError(f"mask unit {self.unit!r} is unknown; use token or word")
+        predicted = self.ratio if self.predict_ratio is None else self.predict_ratio
+        known = ", ".join(SCORES)
+        for holds, message in (
+            (0 < self.ratio <= 1, f"mask ratio {self.ratio:g} is not above 0 and at most 1"),
+            (0 <= self.hard_share <= 1, f"hard share {self.hard_share:g} is not between 0 and 1"),
+            (
+                0 <= self.temperature < float("inf"),
+                f"mask temperature {self.temperature:g} is not finite and at least 0; "
+                "use hard share 0 for random masks",
+            ),
+            (0 <= self.warmup < 1, f"mask warm-up {self.warmup:g} is not at least 0 and below 1, a share of the run"),
+            (0 <= self.ramp <= 1, f"mask ramp {self.ramp:g} is not between 0 and 1, a share of the run"),
+            (self.by in SCORES, f"masking by {self.by!r} is unknown; use {known}"),
+            (
+                0 < predicted <= self.ratio,
+                f"predict ratio {predicted:g} is not above 0 and at most the mask ratio {self.ratio:g}",
+            ),
+            (
+                self.predict_by in ("random", *SCORES),
+                f"predicting by {self.predict_by!r} is unknown; use random, {known}",
+            ),
+            (
+                self.corruption in ("bert", "mask-only"),
+                f"corruption {self.corruption!r} is unknown; use bert or mask-only",
+            ),
+            (self.unit in ("token", "word"), f"mask unit {self.unit!r} is unknown; use token or word"),
+        ):
+            if not holds:
+                raise ValueError(message)
 
     @classmethod
     def random(cls, **fields: Any) -> Self:
@@ -77,10 +82,10 @@ class MaskPolicy:
 
     @classmethod
     def paper(cls, **fields: Any) -> Self:
-        """The 15 % with the highest scores: the selection of arXiv 2605.28526. Fields that are given win."""
+        """The 15 % with the highest scores, as in arXiv 2605.28526. ``fields`` override this."""
         return cls(**({"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0} | fields))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
@@ -90,12 +95,12 @@ class MaskPolicy:
 
     @property
     def uniform(self) -> bool:
-        """Whether every candidate is as likely as any other, so that no scores are read for masking."""
+        """Whether every candidate is equally likely, so that masking reads no scores."""
         return self.hard_share == 0
 
     @property
     def predicts_all(self) -> bool:
-        return self.predict_ratio is None or self.predict_ratio == self.ratio
+        return self.predict_ratio in (None, self.ratio)
 
     @property
     def uses_scores(self) -> bool:
@@ -103,19 +108,19 @@ class MaskPolicy:
         return not self.uniform or not (self.predicts_all or self.predict_by == "random")
 
     def repeats(self) -> bool:
-        """Whether every epoch masks the same positions: only ties are drawn."""
+        """Whether every epoch masks the same positions, apart from ties."""
         return self.hard_share == 1 and self.temperature == self.warmup == self.ramp == 0 and self.predicts_all
 
     def share_at(self, progress_B: Tensor) -> Tensor:
-        """h at a progress of 0 to 1 through the run, float64."""
+        """h [B] float64 at a progress of 0 to 1 through the run."""
         past_B = progress_B.double() - self.warmup
         risen_B = (past_B / self.ramp).clamp(0, 1) if self.ramp else (past_B >= 0).double()
         return self.hard_share * risen_B
 
     def positions(self, length: int) -> int:
-        """k, the masked positions of a row of L tokens whose ends are special: round(ratio · (L - 2)), at least 1."""
+        """K, the masked positions of a row of L tokens whose ends are special: round(ratio · (L - 2)), at least 1."""
         return max(1, round(self.ratio * (length - 2)))
 
     def predictions(self, length: int) -> int:
-        """The predicted positions of such a row."""
+        """P, the predicted positions of such a row."""
         return max(1, round((self.predict_ratio or self.ratio) * (length - 2)))

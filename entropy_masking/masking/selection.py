@@ -1,12 +1,13 @@
-"""Entropy-aware masking: scores and a key → masked positions → corrupted inputs. Pure tensor functions.
+"""Entropy-aware masking: scores and a key → masked positions. Pure tensor functions.
 
 k positions of a row are masked. The hard share h of them is chosen by score, the rest uniformly:
 
 1. The uniform part, k - round(h·k) positions, is drawn from all candidates. So every candidate is masked with a
    probability of about (1 - h) · ratio or more.
-2. The hard part takes the candidates left with the highest ``r + τ·G``: r in (0, 1] is the rank of the score within the
-   row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from softmax(r/τ) (the
-   Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). Ranks make τ mean the same for every teacher and student.
+2. The hard part takes the remaining candidates with the highest ``r + τ·G``: r in (0, 1] is the rank of the score
+   within the row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from
+   softmax(r/τ) (the Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). Ranks make τ mean the same for every
+   teacher and student.
 
 h is a function of the progress of the run: 0 during the warm-up, then it rises to its value over the ramp. Without
 warm-up and ramp, h = 1 and τ = 0 is the selection of Srinivasagan et al. (arXiv 2605.28526), and h = 0 masks at random.
@@ -14,7 +15,7 @@ warm-up and ramp, h = 1 and τ = 0 is the selection of Srinivasagan et al. (arXi
 All noise is a hash of (seed, stream, epoch, sequence id, position). So the mask of a row depends on nothing else: not
 on the batch, the number of loader workers or ranks, nor on where a run was resumed.
 
-Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, V vocabulary, T tokens that a teacher names.
+Shapes: B rows, L tokens, K masked positions of a row (or slots of them), P predicted ones.
 """
 
 from __future__ import annotations
@@ -40,18 +41,21 @@ def select_positions(
 ) -> Tensor:
     """The positions to mask.
 
-    A row with c candidates masks max(1, round(ratio · c)) of them: k, where all but its ends are candidates.
+    A row with c candidates masks max(1, round(ratio · c)) of them, at most K.
 
     Args:
         score_BL: any floating dtype; not read where h = 0. NaN ranks below every score.
         candidates_BL: bool; False at special tokens and padding.
         sequence_id_B: int64, the row's stable id.
-        epoch_B: int64, how often the row was visited before.
-        continues_BL: bool, the tokens that continue the word before them; needed for the word unit.
+        epoch_B: int64, the number of the pass over the data.
+        continues_BL: bool, the tokens that continue the word before them; the word unit needs it.
         progress_B: float64, how far the run is at each row, 0 to 1; without it warm-up and ramp are over.
 
     Returns:
         positions_BK: int64, ascending; a row with fewer than K ends in ``IGNORED``.
+
+    Raises:
+        ValueError: the policy's unit is the word, and ``continues_BL`` is None.
     """
     L = candidates_BL.shape[1]
     K = min(policy.positions(L), L)
@@ -77,8 +81,7 @@ def select_positions(
 
 def is_highest(score_BK: Tensor, real_BK: Tensor, count_B1: Tensor) -> Tensor:
     """Bool: the ``count_B1`` highest scores of each row among the real ones, ties by position. NaN comes last."""
-    order_BK = _descending(score_BK.double().nan_to_num(nan=-torch.inf), real_BK)
-    return real_BK & (_place(order_BK) < count_B1)
+    return _are_first(_descending(score_BK.double().nan_to_num(nan=-torch.inf), real_BK), real_BK, count_B1)
 
 
 def highest(score_BK: Tensor, real_BK: Tensor, count_B1: Tensor, size: int) -> Tensor:
@@ -92,17 +95,17 @@ def count(ratio: float, candidates_BL: Tensor, most: int) -> Tensor:
     return (ratio * count_B1).round().clamp(min=1, max=most).minimum(count_B1)
 
 
+def take(values_BK: Tensor, slots_BP: Tensor, ignored: int) -> Tensor:
+    """The values at some slots [B, P], ``ignored`` where a slot is ``IGNORED``."""
+    return values_BK.gather(1, slots_BP.clamp_min(0)).masked_fill(slots_BP == IGNORED, ignored)
+
+
 def _slots(chosen_BL: Tensor, size: int) -> Tensor:
-    """The positions of what is chosen [B, size], ascending, then ``IGNORED``."""
+    """The chosen positions [B, size], ascending, then ``IGNORED``."""
     position_L = torch.arange(chosen_BL.shape[1], device=chosen_BL.device)
-    slot_BL = torch.where(chosen_BL, chosen_BL.cumsum(1) - 1, size)  # what is not chosen goes to one more, cut off
+    slot_BL = torch.where(chosen_BL, chosen_BL.cumsum(1) - 1, size)  # all others go to an extra slot, cut off below
     slots_BK = torch.full((len(slot_BL), size + 1), IGNORED, device=slot_BL.device)
     return slots_BK.scatter(1, slot_BL, position_L.expand_as(slot_BL))[:, :size]
-
-
-def take(values_BK: Tensor, slots_BP: Tensor, ignored: int) -> Tensor:
-    """The values of some slots [B, P], ``ignored`` where a slot is ``IGNORED``."""
-    return values_BK.gather(1, slots_BP.clamp_min(0)).masked_fill(slots_BP == IGNORED, ignored)
 
 
 def _first(
@@ -115,8 +118,9 @@ def _first(
 ) -> Tensor:
     """The first ``count_B1`` candidates by score, ties by noise, then by position; bool [B, L].
 
-    With ``gumbel_BL`` by rank of the score within the row plus that. By words: word after word in the order of the mean
-    score of its pieces, with the noise at its first piece, each that still fits; then single pieces in their own order.
+    With ``gumbel_BL``, by the sum of it and the rank of the score within the row. With ``continues_BL``, words are
+    chosen first, in the order of the mean score of their tokens (ties by the noise at their first token), each one that
+    still fits; then single tokens fill the rest in their own order.
     """
 
     def order(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
@@ -126,23 +130,23 @@ def _first(
         key_BL, candidates_BL = score_BL.gather(1, by_noise_BL), candidates_BL.gather(1, by_noise_BL)
         return by_noise_BL.gather(1, _descending(key_BL, candidates_BL))
 
-    taken_BL = torch.zeros_like(candidates_BL)
+    chosen_BL = torch.zeros_like(candidates_BL)
     if continues_BL is not None:
         head_BL = word_heads(candidates_BL, continues_BL)
         size_BL, mean_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)
-        if score_BL is noise_BL:  # words are drawn by one number each
+        if score_BL is noise_BL:  # one number draws a word
             mean_BL = noise_BL
         order_BL = order(mean_BL, size_BL > 0)
         fits_BL = take_while_it_fits(size_BL.gather(1, order_BL), count_B1)
-        heads_taken_BL = torch.zeros_like(taken_BL).scatter(1, order_BL, fits_BL)
-        taken_BL = candidates_BL & heads_taken_BL.gather(1, head_BL)
-        count_B1 = count_B1 - taken_BL.sum(1, keepdim=True)
-        candidates_BL = candidates_BL & ~taken_BL
-    return taken_BL | (candidates_BL & (_place(order(score_BL, candidates_BL)) < count_B1))
+        chosen_heads_BL = chosen_BL.scatter(1, order_BL, fits_BL)
+        chosen_BL = candidates_BL & chosen_heads_BL.gather(1, head_BL)
+        count_B1 = count_B1 - chosen_BL.sum(1, keepdim=True)
+        candidates_BL = candidates_BL & ~chosen_BL
+    return chosen_BL | _are_first(order(score_BL, candidates_BL), candidates_BL, count_B1)
 
 
 def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
-    """The rank of each candidate's score among those of its row as a share of them, in (0, 1]; ties at their mean."""
+    """The rank of each candidate's score within its row, divided by their number, in (0, 1]; ties at their mean."""
     values_BL = score_BL.double().masked_fill(~candidates_BL, torch.inf).contiguous()
     sorted_BL = values_BL.sort(dim=1).values
     below_BL, upto_BL = torch.searchsorted(sorted_BL, values_BL), torch.searchsorted(sorted_BL, values_BL, right=True)
@@ -151,11 +155,11 @@ def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
 
 def _descending(key_BL: Tensor, candidates_BL: Tensor) -> Tensor:
     """Positions of the candidates by key, ties by position; all others come last."""
-    lowest = torch.finfo(key_BL.dtype).min  # a candidate's, however low
+    lowest = torch.finfo(key_BL.dtype).min  # a candidate's key stays above the -inf of the others
     return key_BL.clamp_min(lowest).masked_fill(~candidates_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
-def _place(order_BL: Tensor) -> Tensor:
-    """The place of each position in an order."""
-    place_BL = torch.arange(order_BL.shape[1], device=order_BL.device).expand_as(order_BL)
-    return torch.empty_like(order_BL).scatter(1, order_BL, place_BL)
+def _are_first(order_BL: Tensor, candidates_BL: Tensor, count_B1: Tensor) -> Tensor:
+    """Bool: the candidates among the first ``count_B1`` positions of an order."""
+    place_L = torch.arange(order_BL.shape[1], device=order_BL.device)
+    return candidates_BL & torch.empty_like(candidates_BL).scatter(1, order_BL, place_L < count_B1)

@@ -1,14 +1,14 @@
-"""Self-masking from what is masked: running means of the student's own scores by token type.
+"""Self-masking without a further forward: running means of the student's own scores at masked positions, by token type.
 
 A masked LM gets no loss at visible positions, so its entropy there is not a prediction. At masked positions it is one,
-and the training forward has it at no cost. The running mean of a type then ranks the tokens of the next batches::
+and the training forward gives it at no cost. The running mean of a type ranks the tokens of the next batches::
 
     mean(type) ← mean(type) + n · (mean of the n new scores - mean(type)) / (count + n)        count ≤ ``MOST_COUNTED``
 
-A type that was never measured has the mean of all scores of the last step. Scores are summed as whole numbers, so the
-means do not depend on how a batch is split among devices and accumulation.
+A type without scores has the mean of all scores of the last step. Scores are summed as whole numbers, so the means do
+not depend on how a batch is split among devices and accumulation.
 
-Shapes: V vocabulary, B rows, M measured positions of a row.
+Shapes: V vocabulary, B rows, L tokens, M measured positions of a row, N scores.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 MOST_COUNTED = 20.0  # occurrences that the earlier mean counts as, at most
-UNITS = 1 << 20  # a nat in whole numbers: sums of them are exact in any order
+UNITS = 1 << 20  # of a nat: sums of whole numbers are exact in any order
 
 
 class TypeMeans:
     """The running mean score of each token type, in nats, on the device that trains.
 
     Args:
-        reduce: from the sums of a rank to those of all ranks.
+        reduce: maps the sums of a rank to those of all ranks.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -38,18 +38,18 @@ class TypeMeans:
         self._step: int | None = None  # the step of these sums
 
     def add(self, step: int, tokens_BM: Tensor, score_BM: Tensor) -> None:
-        """Count scores of masked tokens; negative tokens and scores that are not finite are left out."""
-        kept_N = ((tokens_BM >= 0) & score_BM.isfinite()).flatten()
+        """Add the scores of masked tokens; negative tokens and scores that are not finite do not count."""
+        valid_N = ((tokens_BM >= 0) & score_BM.isfinite()).flatten()
         token_N = tokens_BM.flatten().clamp_min(0)
-        units_N = (score_BM.flatten().double().nan_to_num(0.0, 0.0, 0.0) * UNITS).round().long() * kept_N
+        units_N = (score_BM.flatten().double().nan_to_num(0.0, 0.0, 0.0) * UNITS).round().long() * valid_N
         self._sums_2V[0].scatter_add_(0, token_N, units_N)
-        self._sums_2V[1].scatter_add_(0, token_N, kept_N.long())
+        self._sums_2V[1].scatter_add_(0, token_N, valid_N.long())
         self._step = step
 
     def update(self, before: int | None = None) -> None:
         """Add the sums to the means if they are of a step before ``before`` (None: of any step).
 
-        All ranks call this at the same step.
+        All ranks must call this at the same step.
         """
         if self._step is None or (before is not None and self._step >= before):
             return
@@ -59,8 +59,7 @@ class TypeMeans:
         self.count_V = (self.count_V + n_V).clamp_max(MOST_COUNTED)
         total = n_V.sum()
         self.level = torch.where(total > 0, sum_V.sum() / total.clamp_min(1), self.level)
-        self._sums_2V.zero_()
-        self._step = None
+        self._clear()
 
     def of(self, ids_BL: Tensor) -> Tensor:
         """The scores of tokens [B, L], float64, in nats."""
@@ -72,7 +71,10 @@ class TypeMeans:
         return {"mean_V": self.mean_V, "count_V": self.count_V, "level": self.level}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self._sums_2V.zero_()
-        self._step = None
+        self._clear()
         for name, value in state.items():
             setattr(self, name, value.to(self.mean_V.device))
+
+    def _clear(self) -> None:
+        self._sums_2V.zero_()
+        self._step = None

@@ -1,66 +1,69 @@
-"""Words: which tokens go on with the word of the token before, the words of a batch, and taking them while they fit.
+"""Words: which tokens continue a word, the words of a batch, and the choice of whole words within a limit.
 
-Tokenizers mark words in the tokens themselves: WordPiece continues one with ``##``, byte-level BPE begins one with a
-space (written ``Ġ``), SentencePiece with ``▁``.
+Tokenizers mark words in the tokens themselves. WordPiece puts ``##`` before a token that continues a word. Byte-level
+BPE and SentencePiece mark a token that begins one: ``Ġ`` or ``▁`` stands for the space before it.
+
+Shapes: B rows, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import string
 import unicodedata
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-BYTE_LEVEL_SPACES = ["Ġ", "Ċ", "ĉ", "č"]  # how byte-level BPE writes space, newline, tab, carriage return
+BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")  # byte-level BPE's space, newline, tab and carriage return
 
 
 def continuing_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Which tokens go on with a word, bool [V]; special and added tokens do not, nor ids without a token.
+    """Which tokens continue a word, bool [V]. Special and added tokens do not, nor do ids without a token.
 
     Raises:
-        ValueError: the tokens do not say.
+        ValueError: the tokens do not mark words.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    settings = json.loads(backend.to_str()) if backend else {"model": {}}
-    model = settings["model"]
-    parts = [part for name in ("normalizer", "pre_tokenizer") for part in _parts(settings.get(name))]
-    spaces = [part["replacement"] for part in parts if part["type"] == "Metaspace"]
-    spaces += [part["content"] for part in parts if part["type"] == "Replace" and part["pattern"] == {"String": " "}]
-    spaces = [space for space in spaces if space]
-    if prefix := model.get("continuing_subword_prefix"):
-        marks, begins = [prefix], False
-    elif any(part["type"] == "ByteLevel" for part in parts):
-        marks, begins = BYTE_LEVEL_SPACES, True
-    elif spaces and model["type"] in ("Unigram", "BPE"):
-        marks, begins = spaces, True
-    else:
-        kind = model.get("type", type(tokenizer).__name__)
+    marks, begins = _word_marks(backend) if backend else ((), False)
+    if not marks:
+        kind = type(backend.model if backend else tokenizer).__name__
         raise ValueError(
             f"the tokens of this tokenizer ({kind}) do not say which of them go on with a word; WordPiece, byte-level "
             "BPE and SentencePiece do: use --mask-unit token"
         )
-    added = {token["id"] for token in settings["added_tokens"]}
+    added = set(tokenizer.get_added_vocab().values())
     continues_V = torch.zeros(vocab_size, dtype=torch.bool)
     for token, index in tokenizer.get_vocab().items():
         if index < vocab_size and index not in added:
-            continues_V[index] = token.startswith(tuple(marks)) != begins
+            continues_V[index] = token.startswith(marks) != begins
     return continues_V
+
+
+def _word_marks(backend: Tokenizer) -> tuple[tuple[str, ...], bool]:
+    """The marks of a token, and whether they begin a word; none if spaces are removed or left as they are."""
+    if prefix := getattr(backend.model, "continuing_subword_prefix", None):
+        return (prefix,), False
+    text = backend.normalizer.normalize_str("a a") if backend.normalizer else "a a"
+    if backend.pre_tokenizer:
+        text = "".join(part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+    mark = text.rstrip("a").rpartition("a")[2].strip()  # what stands for the space
+    if mark in BYTE_LEVEL_SPACES:
+        return BYTE_LEVEL_SPACES, True
+    return ((mark,) if mark else ()), True
 
 
 def apart_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Which tokens are no part of a word, bool [V]: special ones, whitespace, punctuation.
 
-    Where a mark begins a word, what lacks it need not go on with one: the comma in ``mat,``, a word after a bracket or
-    a line break. A mark that continues a word, WordPiece's, leaves nothing open, so there no token is apart.
+    Where a mark begins a word, a token without it need not continue one: the comma in ``mat,``, or a word after a
+    bracket or a line break. WordPiece marks every token that continues a word, so there no token is apart.
     """
     apart_V = torch.zeros(vocab_size, dtype=torch.bool)
     if getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
@@ -77,47 +80,39 @@ def _is_space_or_punctuation(character: str) -> bool:
     return character.isspace() or character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
-def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer or pre-tokenizer and all that it is a sequence of."""
-    if component:
-        yield component
-        for part in component.get("normalizers", []) + component.get("pretokenizers", []):
-            yield from _parts(part)
-
-
 def word_heads(candidates_BL: Tensor, continues_BL: Tensor) -> Tensor:
-    """The position of the first piece of each candidate's word.
+    """The position of the first token of each candidate's word.
 
-    A word is a candidate and the candidates directly after it that go on with it. So what is left of a word, where
-    some of its pieces cannot be taken or are taken already, counts as a word.
+    A word is a candidate and the candidates directly after it that continue it. So if some tokens of a word are no
+    candidates, the remaining ones count as words.
     """
-    after_BL = F.pad(candidates_BL[:, :-1], (1, 0))  # a candidate stands before
-    first_BL = candidates_BL & ~(continues_BL & after_BL)
+    after_candidate_BL = F.pad(candidates_BL[:, :-1], (1, 0))
+    first_BL = candidates_BL & ~(continues_BL & after_candidate_BL)
     position_L = torch.arange(candidates_BL.shape[1], device=candidates_BL.device)
     return torch.where(first_BL, position_L, 0).cummax(1).values
 
 
 def word_sizes_and_means(score_BL: Tensor, candidates_BL: Tensor, head_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Pieces and mean score of each word, at its first piece; size 0 elsewhere."""
+    """The number of tokens and the mean score of each word, at its first token; size 0 elsewhere."""
     size_BL = torch.zeros_like(score_BL).scatter_add(1, head_BL, candidates_BL.double())
     sum_BL = torch.zeros_like(score_BL).scatter_add(1, head_BL, score_BL.masked_fill(~candidates_BL, 0))
     return size_BL, sum_BL / size_BL.clamp_min(1)
 
 
 def take_while_it_fits(size_BL: Tensor, room_B1: Tensor) -> Tensor:
-    """Which words are taken, in order, each that fits into what those before it left of the room (bool [B, L]).
+    """Choose words in order, each one that fits into the room that the words before it left; bool [B, L].
 
-    In rounds: as many as fit in a row; then those too large for the rest are out. A round ends at a word that is
-    smaller than the one that ended the round before, for that one was out. Sizes add up to L, so there are not more
-    than √(2L) of them.
+    A round chooses words until one does not fit; words that are larger than the remaining room are then dropped. Each
+    round ends at a word that is smaller than the one before it ended at, because that one was dropped. Sizes add up to
+    L, so there are at most √(2L) rounds.
     """
-    taken_BL = torch.zeros_like(size_BL, dtype=torch.bool)
+    chosen_BL = torch.zeros_like(size_BL, dtype=torch.bool)
     open_BL = size_BL > 0
     for _ in range(math.isqrt(2 * size_BL.shape[1]) + 1):
         open_BL = open_BL & (size_BL <= room_B1)
-        if open_BL.device.type == "cpu" and not open_BL.any():  # elsewhere it would be to wait
+        if open_BL.device.type == "cpu" and not open_BL.any():  # an accelerator would have to be waited for
             break
-        now_BL = open_BL & ((size_BL * open_BL).cumsum(1) <= room_B1)
-        room_B1 = room_B1 - (size_BL * now_BL).sum(1, keepdim=True)
-        taken_BL, open_BL = taken_BL | now_BL, open_BL & ~now_BL
-    return taken_BL
+        fits_BL = open_BL & ((size_BL * open_BL).cumsum(1) <= room_B1)
+        room_B1 = room_B1 - (size_BL * fits_BL).sum(1, keepdim=True)
+        chosen_BL, open_BL = chosen_BL | fits_BL, open_BL & ~fits_BL
+    return chosen_BL

@@ -1,10 +1,9 @@
-"""Checkpoints of masked LMs and tokenizers: found, told apart, and loaded without running what they bring along."""
+"""Checkpoints of masked LMs and tokenizers: finds and loads them without running code or pickles that they contain."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,13 +14,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
@@ -51,7 +51,7 @@ def safetensors_files(directory: Path) -> list[Path]:
     """
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    pickles = sorted(f.name for f in directory.iterdir() if f.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if not pickles:
         raise UsageError(f"{directory} holds no model weights (*.safetensors)")
     raise UsageError(
@@ -74,15 +74,15 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     """The configuration of a masked LM.
 
     Raises:
-        UsageError: unreadable, wants remote code that was not allowed, or an architecture without a masked-LM form.
+        UsageError: it is unreadable, needs remote code that is not trusted, or has no masked-LM architecture.
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
+        reason = one_line(error)
+        if "trust_remote_code" in str(error):
             reason = "it brings its own code; pass --trust-remote-code if you trust it"
-        raise UsageError(f"cannot read a model configuration in {directory}: {reason[:300]}") from None
+        raise UsageError(f"cannot read a model configuration in {directory}: {reason}") from None
     remote = "AutoModelForMaskedLM" in (getattr(config, "auto_map", None) or {})
     if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (remote and trust_remote_code):
         raise UsageError(f"{directory} is a {config.model_type} model, which has no masked-LM head; use a masked LM")
@@ -102,13 +102,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"cannot load a tokenizer from {name}: {' '.join(str(error).split())[:300]}") from None
+        raise UsageError(f"cannot load a tokenizer from {name}: {one_line(error)}") from None
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has only a slow tokenizer; save a fast one (tokenizer.json) there")
     return tokenizer
 
 
-def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> Any:
+def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a masked LM in float32, from safetensors only.
 
     Raises:
@@ -116,20 +116,13 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> Any:
     """
     config = load_config(directory, trust_remote_code)
     safetensors_files(directory)
-    logging.disable_progress_bar()  # one bar a model load is noise, in a log most of all
+    logging.disable_progress_bar()  # a bar for each model load only fills the log
+    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        model, info = AutoModelForMaskedLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"cannot load the weights in {directory}: {' '.join(str(error).split())[:300]}") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+        raise UsageError(f"cannot load the weights in {directory}: {one_line(error)}") from None
+    if missing := sorted(info["missing_keys"]):
         raise UsageError(
             f"{directory} has no trained MLM head: {len(missing)} weights are missing ({', '.join(missing[:2])}…); "
             "use a checkpoint saved from a masked LM"

@@ -1,6 +1,7 @@
 """One adapter for any masked LM: its encoder and head at chosen positions, for teachers and students alike.
 
-Shapes: B rows, L tokens, K chosen positions of a row, H width of the projection's input, V vocabulary.
+Shapes: B rows, L tokens, K chosen positions of a row, N chosen positions, H width of the projection's input,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from entropy_masking.errors import UsageError, one_line
 
@@ -21,10 +24,10 @@ UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError
 
 
 class MaskedLM:
-    """The parts of a masked LM, found by a trial on rows of the run's own length.
+    """Runs a masked LM at chosen positions.
 
-    The head runs at the chosen positions alone: a hook selects them from the encoder's output. Where the head needs
-    whole sequences it runs everywhere, and the logits are selected.
+    The head runs at these positions alone: a hook selects them from the encoder's output. A head that needs whole
+    sequences runs everywhere, and the logits are selected. A trial on rows of the run's own length decides.
 
     Args:
         model: of ``AutoModelForMaskedLM``; it keeps its class, its weights and its forward.
@@ -33,67 +36,71 @@ class MaskedLM:
 
     Attributes:
         selective: the head can run at chosen positions alone.
-        projection: the vocabulary projection, if its input can be had alone (then ``selective`` is true).
+        projection: the vocabulary projection, if its input is available at the chosen positions (then ``selective`` is
+            true); else None.
 
     Raises:
         UsageError: the model gives no logits [B, L, V] for rows of this length.
     """
 
-    def __init__(self, model: Any, length: int, name: str = "") -> None:
-        self.model, self.forward = model, model.forward
-        self.selective, self.projection = True, self._find_projection()
+    def __init__(self, model: PreTrainedModel, length: int, name: str = "") -> None:
+        self.model: Any = model
+        self.forward = model.forward
+        self.selective, self.projection = True, self._cut_projection()
         self._select: Select | None = None
-        self._cut = False
         model.base_model.register_forward_hook(self._select_positions)
         with torch.no_grad(), _resembling_a_trained_one(model):
             self._try(length, name or type(model).__name__)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select) -> Tensor:
-        """What goes into the vocabulary projection at the chosen positions: [*select, H]."""
-        return self._run_at(input_ids, attention_mask, select, cut=True)
+        """The input of ``project`` at the chosen positions: [*select, H], or the logits if there is no projection."""
+        if not self.selective:
+            return self._run(input_ids, attention_mask)[select]
+        if select[0].ndim > 1:
+            return self._run(input_ids, attention_mask, select)
+        rows_1N, columns_1N = select[0][None], select[1][None]  # some heads take three dimensions only
+        return self._run(input_ids, attention_mask, (rows_1N, columns_1N))[0]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features [..., H] → logits [..., V]."""
+        return features if self.projection is None else self.projection(features)
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select) -> Tensor:
         """The logits at the chosen positions: [*select, V]."""
-        if self.projection is not None:
-            return self.projection(self.features(input_ids, attention_mask, select))
-        if self.selective:
-            return self._run_at(input_ids, attention_mask, select)
-        return self._run(input_ids, attention_mask)[select]
+        return self.project(self.features(input_ids, attention_mask, select))
 
-    def _run_at(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select, cut: bool = False) -> Tensor:
-        if select[0].ndim > 1:
-            return self._run(input_ids, attention_mask, select, cut)
-        rows_1N, columns_1N = select[0][None], select[1][None]  # some heads take three dimensions only
-        return self._run(input_ids, attention_mask, (rows_1N, columns_1N), cut)[0]
-
-    def _run(
-        self, input_ids: Tensor, attention_mask: Tensor | None, select: Select | None = None, cut: bool = False
-    ) -> Tensor:
-        self._select, self._cut = select, cut
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select | None = None) -> Tensor:
+        self._select = select
         try:
             return self.forward(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).logits
         finally:
-            self._select, self._cut = None, False
+            self._select = None
 
-    def _find_projection(self) -> nn.Linear | None:
-        """The projection, whose forward from now on returns its input while ``_cut`` is set."""
+    def _cut_projection(self) -> nn.Linear | None:
+        """The vocabulary projection, which from now on returns its input while positions are selected."""
         projection = self.model.get_output_embeddings()
         if not isinstance(projection, nn.Linear):
             return None
         project = projection.forward
-        projection.forward = lambda features: features if self._cut else project(features)  # type: ignore[assignment, method-assign]
+
+        def forward(features: Tensor) -> Tensor:
+            return project(features) if self._select is None or self.projection is None else features
+
+        projection.forward = forward  # type: ignore[method-assign, assignment]
         return projection
 
-    def _select_positions(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _select_positions(
+        self, module: nn.Module, inputs: tuple[object, ...], output: ModelOutput | tuple[Tensor, ...]
+    ) -> ModelOutput | tuple[Tensor, ...]:
         if self._select is None:
             return output
         if isinstance(output, tuple):
             return (output[0][self._select], *output[1:])
-        output.last_hidden_state = output.last_hidden_state[self._select]
+        output["last_hidden_state"] = output["last_hidden_state"][self._select]
         return output
 
     def _try(self, length: int, name: str) -> None:
-        """Find out which parts give the logits of the plain model; the least demanding first."""
+        """Find the cheapest way that gives the logits of the plain model."""
         device, V = self.model.device, self.model.config.vocab_size
         # no padding: RoBERTa gives padding no position of its own, so its last positions would not be tried
         ids_L = torch.arange(2 * length, device=device) % (V - 1)
@@ -114,7 +121,7 @@ class MaskedLM:
                 "another masked LM"
             )
         if not logits_BLV.isfinite().all():
-            return  # nothing to compare with; whoever uses the logits sees it
+            return  # there is nothing to compare with, and whoever uses the logits will notice
         for projection, selective in ((self.projection, True), (None, True), (None, False)):
             self.projection, self.selective = projection, selective
             try:
@@ -126,7 +133,7 @@ class MaskedLM:
 
 
 @contextmanager
-def _resembling_a_trained_one(model: Any) -> Iterator[None]:
+def _resembling_a_trained_one(model: PreTrainedModel) -> Iterator[None]:
     """Make a new model resemble a trained one for the trial: no dropout, non-zero vocabulary biases. Restores both."""
     was_training = model.training
     model.eval()

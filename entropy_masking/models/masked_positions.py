@@ -1,15 +1,15 @@
 """The forward of a student: the head and the loss at masked positions only.
 
-Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, M measured ones, H width of the projection's
-input, V vocabulary, T tokens that a teacher names.
+Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, M measured ones, X any of these, H width of the
+projection's input, N positions of all rows, V vocabulary, T tokens that a teacher names.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from entropy_masking.entropy import entropy_and_surprisal
 from entropy_masking.losses import masked_lm_loss
@@ -21,13 +21,13 @@ MEASURED_EVERY = 4  # self-masking measures one in four predicted positions; mor
 LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits computed at once when scoring without gradient
 
 
-def with_masked_positions(model: Any, length: int, name: str = "") -> Any:
+def with_masked_positions(model: PreTrainedModel, length: int, name: str = "") -> MaskedPositions:
     """Give a masked LM the forward of ``MaskedPositions``, and its adapter as ``masked_lm``.
 
     It keeps its class name, so it is saved as what it was.
 
     Args:
-        length: L, tokens of the sequences that it is to see.
+        length: L, tokens of a sequence.
         name: of the model, for messages.
 
     Raises:
@@ -35,11 +35,12 @@ def with_masked_positions(model: Any, length: int, name: str = "") -> Any:
     """
     masked_lm = MaskedLM(model, length, name)
     model.__class__ = type(type(model).__name__, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
+    assert isinstance(model, MaskedPositions)
     model.masked_lm = masked_lm
     return model
 
 
-class MaskedPositions:
+class MaskedPositions(PreTrainedModel):
     """Mixed into a masked LM: with ``positions_BP`` the head runs only there, and the forward returns the loss.
 
     Without ``positions_BP`` the forward is the model's own.
@@ -64,19 +65,19 @@ class MaskedPositions:
         distill_temperature: float = 1.0,
         distill_share: float = 1.0,
         measure: bool = False,
-        **others: Any,
-    ) -> Any:
+        **others: object,
+    ) -> dict[str, Tensor] | ModelOutput:
         """Loss of a masked batch, a mean over B·P positions.
 
         Args:
             input_ids: corrupted tokens [B, L].
             positions_BP: positions to predict; negative ones are ignored.
-            labels_BP: the tokens that stand there, -100 where ignored.
-            teacher_ids_BPT, teacher_logprobs_BPT: the teacher's top T at those positions; needed if ``distill_weight``.
+            labels_BP: the original tokens there, -100 where ignored.
+            teacher_ids_BPT, teacher_logprobs_BPT: the teacher's top T there; needed if ``distill_weight``.
             temperature_lse_BP: lse_T of the teacher there (``entropy_masking.losses``); needed if T is not 1.
             predicted_B1: if given, the arguments above cover all masked positions, and the student predicts this many
                 of each row: those with the highest ``predict_by`` (``entropy``, ``surprisal``, ``excess``).
-            predictions: P, slots of a row for them.
+            predictions: P, the width of the result then.
             reference_BP: surprisal of the reference in nats; needed for ``excess``.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
@@ -90,40 +91,33 @@ class MaskedPositions:
             masked ones where the student chooses; tokens are -100 where ignored.
         """
         if positions_BP is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **others)  # type: ignore[misc]
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **others)
         assert input_ids is not None
-        projection, where_BP = self.masked_lm.projection, positions_BP.clamp_min(0)
-        select = _rows(where_BP), where_BP
+        project = self.masked_lm.project
+        select = _rows(positions_BP), positions_BP.clamp_min(0)
+        features_BPH = self.masked_lm.features(input_ids, attention_mask, select)
+        if labels_BP is None:
+            return {"logits": project(features_BPH)}
         output: dict[str, Tensor] = {}
-        if predicted_B1 is None or labels_BP is None:
-            logits_BPV = self.masked_lm.logits(input_ids, attention_mask, select)
-            if labels_BP is None:
-                return {"logits": logits_BPV}
+        if predicted_B1 is not None:  # all are scored without gradient, and those chosen are projected again with it
+            scores = self._projected_scores(features_BPH, labels_BP)
             if measure:
-                tokens_BM = labels_BP[:, ::MEASURED_EVERY]
-                output = _measured(tokens_BM, *_scores(logits_BPV[:, ::MEASURED_EVERY], tokens_BM))
-        else:
-            # scored without gradient at all masked positions; the head's last step with gradient at the chosen ones
-            if projection is not None:
-                inner_BKX = self.masked_lm.features(input_ids, attention_mask, select)
-                scores = _projected_scores(projection, inner_BKX, labels_BP)
-            else:
-                inner_BKX = self.masked_lm.logits(input_ids, attention_mask, select)
-                scores = _scores(inner_BKX, labels_BP)
-            if measure:
-                output = _measured(labels_BP, *scores)
-            score_BK = scores[0] if predict_by == "entropy" else scores[1]
+                output = {"tokens": labels_BP, **scores}
+            score_BP = scores["entropy" if predict_by == "entropy" else "surprisal"]
             if predict_by == "excess":
                 assert reference_BP is not None
-                score_BK = score_BK - reference_BP
-            slots_BP = highest(score_BK, labels_BP != IGNORED_LABEL, predicted_B1, predictions)
+                score_BP = score_BP - reference_BP
+            slots_BP = highest(score_BP, labels_BP != IGNORED_LABEL, predicted_B1, predictions)
             chosen = _rows(slots_BP), slots_BP.clamp_min(0)
-            logits_BPV = inner_BKX[chosen] if projection is None else projection(inner_BKX[chosen])
-            labels_BP = take(labels_BP, slots_BP, IGNORED_LABEL)
+            features_BPH, labels_BP = features_BPH[chosen], take(labels_BP, slots_BP, IGNORED_LABEL)
             if teacher_ids_BPT is not None and teacher_logprobs_BPT is not None:
                 teacher_ids_BPT, teacher_logprobs_BPT = teacher_ids_BPT[chosen], teacher_logprobs_BPT[chosen]
             if temperature_lse_BP is not None:
                 temperature_lse_BP = take(temperature_lse_BP, slots_BP, 0)
+        logits_BPV = project(features_BPH)
+        if measure and predicted_B1 is None:
+            tokens_BM = labels_BP[:, ::MEASURED_EVERY]
+            output = {"tokens": tokens_BM, **_scores(logits_BPV[:, ::MEASURED_EVERY], tokens_BM)}
         weight: float | Tensor = distill_weight
         if distill_weight and distill_share < 1:
             weight = (distill_weight * _most_uncertain(logits_BPV, labels_BP, distill_share)).flatten()
@@ -139,59 +133,57 @@ class MaskedPositions:
         # a constant denominator: the mean is the same however a batch is split among steps and ranks
         return output | {"loss": loss_N.sum() / labels_BP.numel()}
 
+    @torch.no_grad()
+    def _projected_scores(self, features_BKH: Tensor, tokens_BK: Tensor) -> dict[str, Tensor]:
+        """``_scores`` of the projected features; the full logits are never materialised."""
+        rows = _rows_per_chunk(features_BKH, self.config.vocab_size)
+        chunks = zip(features_BKH.flatten(0, 1).split(rows), tokens_BK.flatten().split(rows), strict=True)
+        parts = [_scores(self.masked_lm.project(part_NH), part_N) for part_NH, part_N in chunks]
+        return {name: torch.cat([part[name] for part in parts]).view_as(tokens_BK) for name in parts[0]}
+
 
 @torch.no_grad()
-def student_scores(model: Any, input_ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Tensor]:
+def student_scores(model: MaskedPositions, input_ids_BL: Tensor, attention_BL: Tensor | None) -> dict[str, Tensor]:
     """The model's predictive ``entropy`` and its ``surprisal`` at the actual tokens [B, L], float32, in nats.
 
-    On the batch as it is, nothing masked, and without dropout; a few rows at a time where the projection is not known.
+    The batch is not masked, and dropout is off. Without a projection, a few rows are scored at a time.
     """
     was_training = model.training
     model.eval()
     B, L = input_ids_BL.shape
     position_L, rows = torch.arange(L, device=input_ids_BL.device), B
     if model.masked_lm.projection is None:
-        rows = max(1, LOGITS_PER_CHUNK["cuda" if input_ids_BL.is_cuda else "cpu"] // (L * model.config.vocab_size))
-    parts: dict[str, list[Tensor]] = {"entropy": [], "surprisal": []}
+        rows = _rows_per_chunk(input_ids_BL, L * model.config.vocab_size)
+    parts = []
     for start in range(0, B, rows):
         ids_RL = input_ids_BL[start : start + rows]
         attention_RL = None if attention_BL is None else attention_BL[start : start + rows]
         none_R1 = torch.zeros_like(ids_RL[:, :1])
         where = {"positions_BP": position_L.expand_as(ids_RL), "labels_BP": ids_RL, "predicted_B1": none_R1}
-        output = model(ids_RL, attention_RL, **where, predictions=0, measure=True)
-        for name, chunks in parts.items():
-            chunks.append(output[name])
+        parts.append(model(ids_RL, attention_RL, **where, predictions=0, measure=True))
     model.train(was_training)
-    return {name: torch.cat(chunks) for name, chunks in parts.items()}
+    return {name: torch.cat([part[name] for part in parts]) for name in ("entropy", "surprisal")}
 
 
-def _rows(columns_BX: Tensor) -> Tensor:
-    return torch.arange(len(columns_BX), device=columns_BX.device)[:, None].expand_as(columns_BX)
-
-
-def _measured(tokens_BM: Tensor, entropy_BM: Tensor, surprisal_BM: Tensor) -> dict[str, Tensor]:
-    return {"tokens": tokens_BM, "entropy": entropy_BM, "surprisal": surprisal_BM}
+@torch.no_grad()
+def _scores(logits_XV: Tensor, tokens_X: Tensor) -> dict[str, Tensor]:
+    """Entropy and surprisal [*X] float32 in nats; those of a negative token mean nothing."""
+    V = logits_XV.shape[-1]
+    entropy_N, surprisal_N = entropy_and_surprisal(logits_XV.reshape(-1, V), tokens_X.flatten().clamp_min(0))
+    return {"entropy": entropy_N.view_as(tokens_X), "surprisal": surprisal_N.view_as(tokens_X)}
 
 
 def _most_uncertain(logits_BPV: Tensor, labels_BP: Tensor, share: float) -> Tensor:
     """Bool [B, P]: the share of a row's predicted positions with the highest entropies, at least one."""
     real_BP = labels_BP != IGNORED_LABEL
     count_B1 = (share * real_BP.sum(1, keepdim=True).double()).round().clamp_min(1)
-    return is_highest(_scores(logits_BPV, labels_BP)[0], real_BP, count_B1)
+    return is_highest(_scores(logits_BPV, labels_BP)["entropy"], real_BP, count_B1)
 
 
-@torch.no_grad()
-def _scores(logits_BKV: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy and surprisal [B, K] float32 in nats; those of a negative token mean nothing."""
-    scores = entropy_and_surprisal(logits_BKV.detach().flatten(0, 1), tokens_BK.flatten().clamp_min(0))
-    return scores[0].view_as(tokens_BK), scores[1].view_as(tokens_BK)
+def _rows(columns_BX: Tensor) -> Tensor:
+    return torch.arange(len(columns_BX), device=columns_BX.device)[:, None].expand_as(columns_BX)
 
 
-@torch.no_grad()
-def _projected_scores(project: nn.Linear, features_BKH: Tensor, tokens_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``_scores``, from the input of the vocabulary projection; the full logits are never materialised."""
-    rows = max(1, LOGITS_PER_CHUNK["cuda" if features_BKH.is_cuda else "cpu"] // project.weight.shape[0])
-    parts_NH, parts_N = features_BKH.detach().flatten(0, 1).split(rows), tokens_BK.flatten().clamp_min(0).split(rows)
-    parts = [entropy_and_surprisal(project(part_NH), part_N) for part_NH, part_N in zip(parts_NH, parts_N, strict=True)]
-    entropy_N, surprisal_N = (torch.cat(column) for column in zip(*parts, strict=True))
-    return entropy_N.view_as(tokens_BK), surprisal_N.view_as(tokens_BK)
+def _rows_per_chunk(on: Tensor, logits: int) -> int:
+    """How many rows of so many logits are computed at once, at least one."""
+    return max(1, LOGITS_PER_CHUNK["cuda" if on.is_cuda else "cpu"] // logits)
