@@ -119,7 +119,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MOST_BATCH)),
     **dict.fromkeys(("gradient_accumulation_steps", "num_workers"), (1, MOST_BATCH)),
     "num_train_epochs": (ABOVE_0, 10**9),
-    "max_steps": (1, MOST_STEPS),
+    **dict.fromkeys(("max_steps", "limit", "sequences"), (1, MOST_STEPS)),
     "dataloader_num_workers": (0, 1024),
     "dataloader_prefetch_factor": (1, 1024),
     "ddp_timeout": (1, 10**9),
