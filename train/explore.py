@@ -31,7 +31,7 @@ from entropy_masking.shards.schema import Manifest
 from train.arguments import check_ranges, option
 from train.data import masker_of
 from train.explorer import sample, statistics
-from train.explorer.sample import Policy, Source, Vocabulary
+from train.explorer.sample import Source, View
 from train.explorer.summary import summarise
 from train.masks import MaskOptions, mask_policy
 
@@ -51,17 +51,16 @@ def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
     mask = mask_policy(options, options.entropy_source, options.seed, planned=True)
     manifests = open_directories(directories)
-    policy = Policy(masker_of(manifests[0], mask.unit), mask)
-    vocabulary = Vocabulary(load_tokenizer(manifests[0].uri), manifests[0].vocab_size)
+    view = View(masker_of(manifests[0], mask.unit), mask, load_tokenizer(manifests[0].uri))
     picks = sample.pick(manifests, options.limit)
     if not picks:
         raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
     sources = [
-        Source(name, manifest, sample.frame_of(manifest, picks, policy, vocabulary))
+        Source(name, manifest, sample.frame_of(manifest, picks, view))
         for name, manifest in zip(names(directories), manifests, strict=True)
     ]
     check_scored(sources)
-    summary = summarise(sources, mask, vocabulary.label)
+    summary = summarise(sources, mask, view.label)
     for title, lines in summary.items():
         print(title)
         for name, text in lines.items():
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.output:
         from train.explorer.page import render  # matplotlib is slow to import
 
-        texts = sample.texts(sources, picks, options.sequences, policy, vocabulary)
+        texts = sample.texts(sources, picks, options.sequences, view)
         storage.write_bytes(options.output, render(sources, mask, summary, texts).encode())
         print(f"written to {options.output}")
 
@@ -123,9 +122,7 @@ def check_scored(sources: list[Source]) -> None:
         if not source.frame["entropy"].count():
             raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
         if not source.frame["token"].equals(sources[0].frame["token"]):
-            raise UsageError(
-                "the two directories hold different tokens; pipeline/verify.py says what is wrong with them"
-            )
+            raise UsageError("the two directories hold different tokens; check both with pipeline/verify.py")
         if statistics.side_by_side(sources[0].frame, source.frame).is_empty():
             raise UsageError("the two directories have scored no position in common; name others")
 

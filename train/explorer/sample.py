@@ -32,16 +32,8 @@ MOST_PREDICTIONS = 10  # that are shown of a token
 Pick = tuple[int, int, np.ndarray]  # shard index, row group, rows in it
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How the sequences of a directory would be masked."""
-
-    masker: Masker
-    mask: MaskPolicy
-
-
-class Vocabulary:
-    """The tokens as text.
+class View:
+    """How sequences are masked, and how their tokens are shown.
 
     Attributes:
         continues_V, apart_V: see ``masking.words``; None where the tokenizer does not mark words.
@@ -49,13 +41,14 @@ class Vocabulary:
             ``##`` that the token continues a word.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-        self.tokenizer, self.label = tokenizer, cache(self._label)
+    def __init__(self, masker: Masker, mask: MaskPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.masker, self.mask, self.tokenizer = masker, mask, tokenizer
+        self.label = cache(self._label)
         self.continues_V: np.ndarray | None = None
         self.apart_V: np.ndarray | None = None
         with suppress(ValueError):
-            self.continues_V = continuing_tokens(tokenizer, size).numpy()
-            self.apart_V = apart_tokens(tokenizer, size).numpy()
+            self.continues_V = continuing_tokens(tokenizer, len(masker.special_V)).numpy()
+            self.apart_V = apart_tokens(tokenizer, len(masker.special_V)).numpy()
 
     def _label(self, token: int) -> tuple[str, str]:
         name = text = str(self.tokenizer.convert_ids_to_tokens(token) or f"#{token}")
@@ -90,7 +83,7 @@ class Token:
     """A token as the page shows it; lists have one entry for each source.
 
     Attributes:
-        text, label: see ``Vocabulary``.
+        text, label: see ``View``.
         entropy, surprisal: in nats, None where not scored.
         seen: what the student's input has in its place, as a label; None where it is not masked.
         top: label and probability of the teacher's most probable tokens; empty if they were not kept.
@@ -125,22 +118,22 @@ def pick(manifests: list[Manifest], limit: int) -> list[Pick]:
     return picks
 
 
-def frame_of(manifest: Manifest, picks: list[Pick], policy: Policy, vocabulary: Vocabulary) -> pl.DataFrame:
+def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
     """The frame of tokens of the picked sequences. Raises RunError: a file cannot be read."""
-    reads = [read(manifest, pick, policy) for pick in picks]
+    reads = [read(manifest, pick, view) for pick in picks]
     rows = {name: np.concatenate([columns[name] for columns in reads]) for name in reads[0]}
     scores = {name: rows[name] for name in MEASURES}
-    return statistics.tokens(rows["input_ids"], scores, rows["masked"], vocabulary.continues_V, vocabulary.apart_V)
+    return statistics.tokens(rows["input_ids"], scores, rows["masked"], view.continues_V, view.apart_V)
 
 
-def read(manifest: Manifest, pick: Pick, policy: Policy, top_k: bool = False) -> dict[str, np.ndarray]:
+def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:
     """Columns of the picked sequences [N, …]; ``masked`` and ``student_ids`` [N, L] as in a run's first epoch."""
     index, group, rows_N = pick
     entry = next(entry for entry in manifest.shards if entry.index == index)
     columns = read_rows(manifest, entry, Columns(entropy=True, surprisal=True, top_k=top_k), [group])
     columns = {name: array[rows_N] for name, array in columns.items()}
     batch = to_tensors({name: array for name, array in columns.items() if not name.startswith("topk")})
-    masked = policy.masker(batch | {"epoch": torch.zeros(len(rows_N), dtype=torch.long)}, policy.mask)
+    masked = view.masker(batch | {"epoch": torch.zeros(len(rows_N), dtype=torch.long)}, view.mask)
     N, L = batch["input_ids"].shape
     positions_NK = masked["positions_BP"]
     places_NK = positions_NK.where(positions_NK != IGNORED, L)  # a column that is cut off
@@ -148,24 +141,22 @@ def read(manifest: Manifest, pick: Pick, policy: Policy, top_k: bool = False) ->
     return columns | {"masked": masked_NL.numpy(), "student_ids": masked["input_ids"].numpy()}
 
 
-def texts(
-    sources: list[Source], picks: list[Pick], number: int, policy: Policy, vocabulary: Vocabulary
-) -> list[list[Token]]:
+def texts(sources: list[Source], picks: list[Pick], number: int, view: View) -> list[list[Token]]:
     """Some of the sequences that all sources have scored, evenly out of the sample, without padding."""
     scored = [set(source.frame.drop_nulls("entropy")["sequence"].unique()) for source in sources]
     numbers = sorted(set.intersection(*scored))
     where = [(index, group, row) for index, group, rows in picks for row in rows.tolist()]
     number = min(number, len(numbers))
     chosen = [where[numbers[place * len(numbers) // number]] for place in range(number)]
-    return [text((index, group, np.array([row])), sources, policy, vocabulary) for index, group, row in chosen]
+    return [text((index, group, np.array([row])), sources, view) for index, group, row in chosen]
 
 
-def text(pick: Pick, sources: list[Source], policy: Policy, vocabulary: Vocabulary) -> list[Token]:
+def text(pick: Pick, sources: list[Source], view: View) -> list[Token]:
     """One sequence, scored and masked by each source."""
-    reads = [read(source.manifest, pick, policy, source.manifest.top_k > 0) for source in sources]
-    special, label, shown = set(sources[0].manifest.special_token_ids), vocabulary.label, []
+    reads = [read(source.manifest, pick, view, source.manifest.top_k > 0) for source in sources]
+    special, label, shown = set(sources[0].manifest.special_token_ids), view.label, []
     for position, token in enumerate(reads[0]["input_ids"][0].tolist()):
-        if token == policy.masker.pad_id:
+        if token == view.masker.pad_id:
             continue
         rows = [{name: columns[name][0, position] for name in columns if name != "sequence_id"} for columns in reads]
         words, name = label(token)
@@ -173,14 +164,14 @@ def text(pick: Pick, sources: list[Source], policy: Policy, vocabulary: Vocabula
             [None if np.isnan(row[measure]) else float(row[measure]) for row in rows] for measure in MEASURES
         )
         seen = [label(int(row["student_ids"]))[1] if row["masked"] else None for row in rows]
-        top = [top_of(row, vocabulary) for row in rows]
+        top = [top_of(row, view) for row in rows]
         shown.append(Token(words, name, token in special, name != words, entropy, surprisal, seen, top))
     return shown
 
 
-def top_of(row: dict[str, np.ndarray], vocabulary: Vocabulary) -> list[tuple[str, float]]:
+def top_of(row: dict[str, np.ndarray], view: View) -> list[tuple[str, float]]:
     if "topk_ids" not in row or np.isnan(row["topk_logprobs"]).any():
         return []
     p_K = np.exp(row["topk_logprobs"].astype(np.float64)).round(4)
     pairs = zip(row["topk_ids"].tolist(), p_K.tolist(), strict=True)
-    return [(vocabulary.label(token)[1], p) for token, p in pairs][:MOST_PREDICTIONS]
+    return [(view.label(token)[1], p) for token, p in pairs][:MOST_PREDICTIONS]
