@@ -1,4 +1,4 @@
-"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so that to resume is to index."""
+"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so a run resumes by index."""
 
 from __future__ import annotations
 

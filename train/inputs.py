@@ -1,4 +1,4 @@
-"""What a run reads, opened, and its flags refused where they contradict each other or what is read."""
+"""Opens what a run reads, and refuses flags that contradict it or each other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     manifest, source = read_manifest(options.shards), options.entropy_source
     targets = open_targets(options.targets, manifest, source) if options.targets else None
     eval_shards = open_eval_shards(options.eval_shards, manifest) if options.eval_shards else None
-    # one process a machine checks every byte, and only when a run begins: so it resumes at once, whatever the corpus
+    # one process a machine checks every byte, and only when a run begins: so a run resumes at once
     begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
     for directory in filter(None, (manifest, targets, eval_shards)):
         check_shards(directory, contents=not (begun or args.local_process_index))

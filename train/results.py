@@ -25,7 +25,7 @@ FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe"
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, Any]:
-    """Everything that decides what is learned; two runs with the same may share a directory."""
+    """Everything that decides what is learned; two runs with the same flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
     run = {
@@ -63,7 +63,7 @@ def flops_of(student: Any, options: Options, args: TrainingArguments, inputs: In
 def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metrics: dict[str, float]) -> dict[str, Any]:
     """The results of a run that has been trained and evaluated."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
-    manifest, targets, read = inputs.manifest, inputs.targets, trainer.train_dataset.columns
+    manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])

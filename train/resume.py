@@ -1,4 +1,4 @@
-"""Runs that go on by themselves: an output directory belongs to one set of flags, its checkpoints with it."""
+"""Resuming a run: an output directory belongs to one set of flags, and its checkpoints appear whole."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
-UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted
+UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole, and where one is deleted
 FILES = "files.json"  # written last into a checkpoint: size and CRC-32 of each of its files
 LOCK = ".lock"
-OVERWRITE = ".overwrite"  # while it is there, workers of a cluster have a run to drop
+OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster have a run to drop
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 

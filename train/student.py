@@ -31,7 +31,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
 
     Args:
         name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint by
-            path or Hub id, whose training goes on.
+            path or Hub id, which is trained further.
         manifest: the shards to train on; a preset takes its vocabulary from their tokenizer, and any new model the
             padding token.
         seed: of the initial weights.

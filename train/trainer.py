@@ -41,8 +41,8 @@ SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run wi
 class MaskedLMTrainer(Trainer):
     """Trains a student (``train.student``) on the sequences of a shard directory.
 
-    To Trainer a run is one epoch over a dataset as long as the run, in sequence. The dataset knows the real epochs, so
-    to resume is to index.
+    For Trainer a run is one epoch over a dataset as long as the run, in sequence. The dataset knows the real epochs, so
+    a run resumes by index.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -57,10 +57,11 @@ class MaskedLMTrainer(Trainer):
         self.guard = Guard(self.output)  # before the report, which has to know what it decides
         self.report = ProgressReport(self.manifest.sequence_length)
         self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size)
+        self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=training_sequences(args, options, inputs, self.masker),
+            train_dataset=self.sequences,
             eval_dataset=inputs.held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
@@ -197,7 +198,7 @@ class MaskedLMTrainer(Trainer):
         try:
             with on_all_ranks(rank), writing(name, self.output):
                 yield
-                self.state.best_model_checkpoint = None  # it is known by its step, wherever the directory lies later
+                self.state.best_model_checkpoint = None  # it is known by its step: the directory may be moved
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
                     if means:
