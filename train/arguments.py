@@ -110,22 +110,25 @@ MOST_SEED = (1 << 32) - 1
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("seed", "data_seed"), (0, MOST_SEED)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "muon_learning_rate", "muon_weight_decay"), (0, MOST)),
-    **dict.fromkeys(("adam_epsilon", "max_grad_norm"), (0, MOST)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "eval_fraction"), (0, BELOW_1)),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (ABOVE_0, MOST_STEPS)),
-    **dict.fromkeys(("warmup_steps", "save_total_limit", "eval_delay"), (0, MOST_STEPS)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MOST_BATCH)),
-    **dict.fromkeys(("gradient_accumulation_steps", "num_workers"), (1, MOST_BATCH)),
-    "num_train_epochs": (ABOVE_0, 10**9),
-    **dict.fromkeys(("max_steps", "limit", "sequences"), (1, MOST_STEPS)),
-    "dataloader_num_workers": (0, 1024),
-    "dataloader_prefetch_factor": (1, 1024),
-    "ddp_timeout": (1, 10**9),
-    "distill_weight": (0, 1),
-    "distill_temperature": (ABOVE_0, MOST),
-    "distill_positions": (ABOVE_0, 1),
+    name: (low, high)
+    for names, low, high in (
+        ("seed data_seed", 0, MOST_SEED),
+        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MOST),
+        ("adam_beta1 adam_beta2 eval_fraction", 0, BELOW_1),
+        ("logging_steps save_steps eval_steps", ABOVE_0, MOST_STEPS),
+        ("warmup_steps save_total_limit eval_delay", 0, MOST_STEPS),
+        ("max_steps limit sequences", 1, MOST_STEPS),
+        ("per_device_train_batch_size per_device_eval_batch_size", 1, MOST_BATCH),
+        ("gradient_accumulation_steps num_workers", 1, MOST_BATCH),
+        ("num_train_epochs", ABOVE_0, 10**9),
+        ("ddp_timeout", 1, 10**9),
+        ("dataloader_num_workers", 0, 1024),
+        ("dataloader_prefetch_factor", 1, 1024),
+        ("distill_weight", 0, 1),
+        ("distill_positions", ABOVE_0, 1),
+        ("distill_temperature", ABOVE_0, MOST),
+    )
+    for name in names.split()
 }
 
 
