@@ -264,9 +264,9 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
     for arguments, sentence in (
         ([tmp_path / "nowhere"], "is no shard directory"),
         ([blank], "has no entropies"),
-        ([scored, "--limit", 0], "--limit 0 is not positive"),
-        ([scored, "--sequences", 0], "--sequences 0 is not positive"),
-        ([scored, "--seed", -1], "--seed -1 is not between"),
+        ([scored, "--limit", 0], "--limit 0 is out of range; use at least 1"),
+        ([scored, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
+        ([scored, "--seed", -1], "--seed -1 is out of range"),
         ([scored, "--mask-warmup", 0.5], "--mask-warmup depends on the length of a run"),
         ([scored, "--entropy-source", "random", "--hard-share", 0.1], "--hard-share needs scores"),
     ):

@@ -23,7 +23,7 @@ def required(help: str) -> Any:
 
 
 def switch(help: str) -> Any:
-    """True, false or, where it is not given, None."""
+    """A flag that is true, false or, where it is not given, None."""
     return option(help, nargs="?", const=True)
 
 
@@ -86,8 +86,8 @@ class TrainerFlags:
     dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
     dataloader_prefetch_factor: int | None = option("batches that each of them keeps ready (default: 2)")
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("what connects devices (default: by device)")
-    # all ranks wait while one a machine checks every byte of the shards; an hour is some 2 TB, and so long, too, does a
-    # rank that hangs hold up a cluster of GPUs
+    # all ranks wait while one process a machine checks every byte of the shards, some 2 TB in an hour; a cluster waits
+    # as long for a rank that hangs
     ddp_timeout: int = option("seconds that a device waits for the others (default: 3600)", 3_600)
 
 
@@ -97,33 +97,36 @@ FIXED: dict[str, Any] = {
     "remove_unused_columns": False,
     "disable_tqdm": True,  # the trainer draws its own bar
     "logging_nan_inf_filter": False,  # it hides NaN, and waits for the device at each batch
-    "ddp_find_unused_parameters": False,  # a search at each step for what there is none of
+    "ddp_find_unused_parameters": False,  # a search at each step; there are none
 }
-# flags that do not decide what is learned, by prefix; the global batch counts, not how it is split
+# prefixes of flags that do not decide what is learned; the global batch does, how it is split does not
 FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
 )
-# ranges of numbers that would fail late or, worse, not at all
+# ranges of numbers that would otherwise fail late or, worse, not at all
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("seed", "data_seed"), (0, MOST_SEED)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "muon_learning_rate", "muon_weight_decay"), (0, MOST)),
-    **dict.fromkeys(("adam_epsilon", "max_grad_norm"), (0, MOST)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "eval_fraction"), (0, BELOW_1)),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (ABOVE_0, MOST_STEPS)),
-    **dict.fromkeys(("warmup_steps", "save_total_limit", "eval_delay"), (0, MOST_STEPS)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MOST_BATCH)),
-    **dict.fromkeys(("gradient_accumulation_steps", "num_workers"), (1, MOST_BATCH)),
-    "num_train_epochs": (ABOVE_0, 10**9),
-    "max_steps": (1, MOST_STEPS),
-    "dataloader_num_workers": (0, 1024),
-    "dataloader_prefetch_factor": (1, 1024),
-    "ddp_timeout": (1, 10**9),
-    "distill_weight": (0, 1),
-    "distill_temperature": (ABOVE_0, MOST),
-    "distill_positions": (ABOVE_0, 1),
+    name: (low, high)
+    for names, low, high in (
+        ("seed data_seed", 0, MOST_SEED),
+        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MOST),
+        ("adam_beta1 adam_beta2 eval_fraction", 0, BELOW_1),
+        ("logging_steps save_steps eval_steps", ABOVE_0, MOST_STEPS),
+        ("warmup_steps save_total_limit eval_delay", 0, MOST_STEPS),
+        ("max_steps limit sequences", 1, MOST_STEPS),
+        ("per_device_train_batch_size per_device_eval_batch_size", 1, MOST_BATCH),
+        ("gradient_accumulation_steps num_workers", 1, MOST_BATCH),
+        ("num_train_epochs", ABOVE_0, 10**9),
+        ("ddp_timeout", 1, 10**9),
+        ("dataloader_num_workers", 0, 1024),
+        ("dataloader_prefetch_factor", 1, 1024),
+        ("distill_weight", 0, 1),
+        ("distill_positions", ABOVE_0, 1),
+        ("distill_temperature", ABOVE_0, MOST),
+    )
+    for name in names.split()
 }
 
 
@@ -141,13 +144,9 @@ def check_ranges(flags: dict[str, Any]) -> None:
 
 
 def training_arguments(flags: TrainerFlags) -> TrainingArguments:
-    """What Trainer takes.
-
-    Raises:
-        UsageError: transformers refuses the flags, or the device cannot make the masks.
-    """
+    """Trainer's arguments. Raises UsageError if transformers refuses the flags, or the device cannot make the masks."""
     given = asdict(flags) | {"max_steps": flags.max_steps or TrainingArguments.max_steps}
-    # copies to a device, from pinned memory, do not hold up the host
+    # the host does not wait for copies from pinned memory to a device
     given["accelerator_config"] = {"non_blocking": not flags.use_cpu}
     with refused_by_transformers():  # TrainingArguments checks itself
         args = TrainingArguments(**given, **FIXED)
@@ -179,5 +178,5 @@ def refused_by_transformers() -> Iterator[None]:
 
 
 def is_of_device(error: Exception) -> bool:
-    """Whether an error comes from a device or from another rank, whatever was being done."""
+    """Whether an error comes from a device or from another rank."""
     return isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | dist.DistError) or "gloo" in str(error)

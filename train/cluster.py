@@ -22,15 +22,15 @@ from train import guard, resume
 from train.options import Options
 
 MOST_FAILURES = 3  # of workers, in one call
-LOOK_SECONDS = 0.5  # between two looks at what the first worker has written
-RAY = ".ray"  # what Ray Train writes for itself, in the output directory
+POLL_SECONDS = 0.5  # between two reads of what the first worker has written
+RAY = ".ray"  # Ray Train's own files, in the output directory
 TERMINATED = 143  # exit code
 
 
 def run(main: Callable[[list[str]], None], argv: list[str], options: Options, args: TrainingArguments) -> None:
-    """Call ``main`` in ``--num-workers`` processes, on the cluster that is there or on one that is started here.
+    """Call ``main`` in ``--num-workers`` processes, on a running cluster or on one that is started here.
 
-    Each gets a GPU, where the cluster has any. When a worker dies all are started again, and go on from the last
+    Each worker gets a GPU, where the cluster has any. When one dies, all are started again and go on from the last
     checkpoint. SIGTERM is passed on.
 
     Raises:
@@ -47,22 +47,22 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     log, stop, overwrite = directory / RAY / "log", directory / guard.STOP, directory / resume.OVERWRITE
     for file in (log, stop, overwrite):
         file.unlink(missing_ok=True)
-    if options.overwrite:  # the workers drop the run, once they know that theirs can begin, and delete this file
+    if options.overwrite:  # the workers drop the run once they know that theirs can begin, and then delete this file
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
 
     def ask_to_stop(*_: object) -> None:
-        if not log.exists():  # no worker is there yet
+        if not log.exists():  # no worker has started
             raise Terminated
         stop.touch()
 
-    on_sigterm = signal.signal(signal.SIGTERM, ask_to_stop)
+    previous = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        config = {"main": main, "argv": [*argv, *_absolute(options, directory)], "log": log, "overwrite": overwrite}
+        config = {"main": main, "argv": [*argv, *_for_workers(options, directory)], "log": log, "overwrite": overwrite}
         code, message = _fit(config, options.num_workers, args.ddp_timeout)
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
         stop.unlink(missing_ok=True)
         overwrite.unlink(missing_ok=True)
@@ -75,11 +75,11 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
 
 
 def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str]:
-    """What ``_work`` gives; meanwhile shows what the first worker writes. Raises RunError."""
+    """The result of ``_work``; shows what the first worker writes meanwhile. Raises RunError."""
     import ray
     import ray.train.torch
 
-    api: Any = ray.train  # whose types are still those of its first version
+    api: Any = ray.train  # its types are still those of its first version
     resources = ray.cluster_resources()
     kind = "GPU" if resources.get("GPU") else "CPU"
     if (available := resources.get(kind, 0)) < workers:
@@ -93,9 +93,8 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             name="run",
             storage_path=str(config["log"].parent),
             failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
-            logging_config=api.LoggingConfig(
-                log_level="CRITICAL"
-            ),  # else the tracebacks of failures that a restart cures
+            # other levels show the tracebacks of failures that a restart cures
+            logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
     result: Future[Any] = Future()
@@ -106,7 +105,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
         except Exception as error:
             result.set_exception(error)
 
-    # called from the main thread, Ray Train would take over Ctrl-C
+    # in the main thread, Ray Train would handle Ctrl-C
     threading.Thread(target=fit, daemon=True).start()
     _show(config["log"], result)
     try:
@@ -116,11 +115,11 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
 
 
 def _show(log: Path, result: Future[Any]) -> None:
-    """Print what is written to ``log`` until there is a result: what Ray itself would show has its news in between."""
+    """Print what is written to ``log`` until there is a result. Ray would mix its own messages with it."""
     shown, ended = 0, False
     while not ended:
-        ended = bool(wait([result], LOOK_SECONDS).done)
-        if log.exists():  # the first worker makes it
+        ended = bool(wait([result], POLL_SECONDS).done)
+        if log.exists():  # the first worker creates it
             with open(log) as lines:
                 lines.seek(shown)
                 sys.stderr.write(lines.read())
@@ -128,20 +127,21 @@ def _show(log: Path, result: Future[Any]) -> None:
             sys.stderr.flush()
 
 
-def _absolute(options: Options, output: Path) -> list[str]:
-    """Flags as a worker needs them, paths as they hold in any directory; they come last, and the last counts."""
-    flags = ["--num-workers", "1", "--output-dir", str(output), "--shards", storage.absolute(options.shards)]
-    if options.targets:
-        flags += ["--targets", storage.absolute(options.targets)]
-    if options.eval_shards:
-        flags += ["--eval-shards", storage.absolute(options.eval_shards)]
-    if Path(options.model).exists():
-        flags += ["--model", str(Path(options.model).absolute())]
+def _for_workers(options: Options, output: Path) -> list[str]:
+    """Flags for the workers, with paths that hold in any directory; they come last, and the last counts."""
+    flags = ["--num-workers", "1", "--output-dir", str(output)]
+    for name, uri in (
+        ("--shards", options.shards),
+        ("--targets", options.targets),
+        ("--eval-shards", options.eval_shards),
+        ("--model", options.model if Path(options.model).exists() else None),
+    ):
+        flags += [name, storage.absolute(uri)] if uri else []
     return flags
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:
-    """A worker: exit code and message, where all ranks come to the same end; else it raises, and Ray starts again."""
+    """A worker: exit code and message if all ranks end alike; otherwise it raises, and Ray starts all workers again."""
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:
@@ -155,12 +155,12 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
         return 1, str(error)
     except Terminated:
         return TERMINATED, ""
-    except SystemExit as error:  # another rank says why
+    except SystemExit as error:  # rank 0 says why
         return int(str(error.code)), ""
     return 0, ""
 
 
 def _reason(error: Exception) -> str:
-    """One sentence about what ended a worker for the last time."""
+    """One sentence about the last failure of a worker."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     return f"workers died {MOST_FAILURES + 1} times, the last with: {guard.last_line(failures[0])}"

@@ -1,4 +1,4 @@
-"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so that to resume is to index."""
+"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so a run resumes by index."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
 
 WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded
-REMOTE_READS = 8  # row groups asked of an object store at a time: one answer takes long, eight no longer
+REMOTE_READS = 8  # row groups asked of an object store at a time: eight answers take as long as one
 SPLIT_SEED = 0  # the split is the same for every run on the same shards, whatever its --seed
 ORDER_STREAM = 1
 
 
 def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEntry], list[ShardEntry]]:
-    """(train, evaluation) shards: ⌈fraction · n⌉ shards by hash, at least one on each side.
+    """(train, evaluation) shards: ⌈fraction · n⌉ are held out, at least one is on each side.
 
-    Shards are ranked by a hash of their index, so that a reference, trained on tokens, and students, trained on the
-    same shards scored, hold out the same documents, even where a scoring run ended without some of its shards. Raises
+    Shards are ranked by a hash of their index, so that a reference trained on tokens and students trained on the same
+    shards with scores hold out the same documents, even where a scoring run ended without some of its shards. Raises
     UsageError where there are fewer than two.
     """
     entries = [entry for entry in manifest.shards if entry.rows]
@@ -46,26 +46,25 @@ def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEn
             f"{manifest.uri} has only one shard, so none can be held out; make more with a smaller --shard-tokens, "
             "or train without evaluation (--eval-fraction 0)"
         )
-    ranks = hashes(SPLIT_SEED, of_N=torch.tensor([entry.index for entry in entries])).tolist()
-    entries = [entry for _, entry in sorted(zip(ranks, entries, strict=True), key=lambda pair: pair[0])]
-    held_out = min(len(entries) - 1, math.ceil(eval_fraction * len(entries)))
-    return sorted(entries[held_out:], key=lambda e: e.index), sorted(entries[:held_out], key=lambda e: e.index)
+    ranks = hashes(SPLIT_SEED, of_N=torch.tensor([entry.index for entry in entries]))
+    number = min(len(entries) - 1, math.ceil(eval_fraction * len(entries)))
+    held_out = {entries[place].index for place in ranks.argsort(stable=True)[:number].tolist()}
+    return [e for e in entries if e.index not in held_out], [e for e in entries if e.index in held_out]
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run, epoch after epoch, as a map from the position in the run to a sequence.
 
-    Order of an epoch: row groups shuffled, windows of ``WINDOW`` of them taken, rows shuffled within a window. So a
-    run goes through the windows one after another, and one is kept decoded, each in the place of the last: that bounds
-    the memory, whatever the corpus. Each loader worker keeps one and decodes all of them, as its batches come from
-    each; more workers share the masking, not the decoding.
+    Order of an epoch: row groups are shuffled and split into windows of ``WINDOW``; rows are shuffled within a window.
+    A run goes through the windows one after another, and the next one is decoded into the memory of the last: that
+    bounds the memory, whatever the corpus. Each loader worker decodes all windows; workers share the masking alone.
 
     Args:
         entries: the shards to train on.
         columns: what to read.
         size: sequences of the whole run.
         seed: of the order.
-        prepare: from raw batch to what the model takes, called in the loader's worker. A raw batch has ``input_ids``
+        prepare: from raw batch to what the model takes, called in the loader worker. A raw batch has ``input_ids``
             [B, L], ``sequence_id``, ``epoch`` and ``progress`` (place in the run, from 0 to 1) [B], and by ``columns``
             ``entropy``, ``surprisal`` and ``temperature_lse`` [B, L] and ``topk_*`` [B, L, k].
         targets: a target directory, whose rows are added to the raw batch (see ``read_targets``). ``epoch``, which
@@ -83,9 +82,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         targets: Manifest | None = None,
     ) -> None:
-        self.manifest, self.columns = manifest, columns
+        self.manifest, self.columns, self.targets = manifest, columns, targets
         self.size, self.seed, self.prepare = size, seed, prepare
-        self.targets = targets
         self.target_shards = {entry.index: entry for entry in targets.shards} if targets else {}
         self.groups = [
             (entry, group, min(ROW_GROUP, entry.rows - group * ROW_GROUP))
@@ -93,8 +91,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             for group in range(math.ceil(entry.rows / ROW_GROUP))
         ]
         self.rows = sum(rows for _, _, rows in self.groups)
-        self._order_of: tuple[int, list[int], list[int]] | None = None  # the epoch used last
-        self._decoded: tuple[int, int] | None = None  # (epoch, window) that the rows below are of
+        self._order_of: tuple[int, list[int], list[int]] | None = None  # of the epoch used last
+        self._decoded: tuple[int, int] | None = None  # (epoch, window) of the rows below
         self._rows: Rows = {}
         self._shuffled = np.empty(0, np.int64)
 
@@ -136,10 +134,10 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return self._order_of[1:]
 
     def _decode(self, epoch: int, window: int) -> None:
-        """Have the rows of a window, and their order, in place of those of the one before."""
+        """Read the rows of a window over those of the one before, and make their order."""
         if self._decoded == (epoch, window):
             return
-        self._decoded = None  # until all of it is there
+        self._decoded = None  # until all rows are read
         groups = self._epoch(epoch)[0][window * WINDOW : (window + 1) * WINDOW]
         starts = np.cumsum([0, *(self.groups[group][2] for group in groups)]).tolist()
 
@@ -153,7 +151,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         if not self._rows:
             place(*next(places))
         with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
-            list(pool.map(lambda where: place(*where), places))  # raises what a read has raised
+            list(pool.map(lambda where: place(*where), places))  # raises the errors of reads
         self._shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=starts[-1]).numpy()
         self._decoded = epoch, window
 
@@ -168,10 +166,11 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
 
 
 class PrepareBatch:
-    """What a loader worker does with a raw batch. A class, because workers that are not forked have to be sent it.
+    """What a loader worker does with a raw batch. A class, because it is pickled for workers that are not forked.
 
     Args:
         by_student: the batch is masked later, on the device, by the student's scores.
+        padded: whether all batches get an attention mask; None: those with padding.
     """
 
     def __init__(self, masker: Masker, policy: MaskPolicy, by_student: bool, padded: bool | None) -> None:
@@ -183,7 +182,7 @@ class PrepareBatch:
             batch["reference"] = batch["surprisal"]
         if self.by_student:
             batch.pop("surprisal", None)
-            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # known here, without a wait
+            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # here nothing waits for the device
             # a GPU may not know every type of integer
             return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
         masked: dict[str, Any] = self.masker(batch, self.policy)
@@ -194,10 +193,7 @@ class PrepareBatch:
 
 
 def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The teacher's part of a batch that was joined with targets.
-
-    Raises RunError if an input or its masked positions are not those that the teacher saw.
-    """
+    """The targets of a masked batch. Raises RunError if the teacher saw other inputs or other masked positions."""
     crc32_B = torch.from_numpy(input_crc32(masked["input_ids"].numpy()).astype(np.int64))
     same_B = (crc32_B == batch["input_crc32"]) & (masked["positions_BP"] == batch["target_positions"]).all(1)
     if not same_B.all():
@@ -206,6 +202,5 @@ def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, T
             f"the masked input of sequence {sequence} is not the one that its targets were made for; make targets "
             "for these shards with pipeline/score.py --mask-source"
         )
-    names = {"teacher_ids": "teacher_ids_BPT", "teacher_logprobs": "teacher_logprobs_BPT"}
-    names |= {"temperature_lse": "temperature_lse_BP"}
-    return {name: batch[raw] for raw, name in names.items() if raw in batch}
+    shapes = {"teacher_ids": "BPT", "teacher_logprobs": "BPT", "temperature_lse": "BP"}
+    return {f"{name}_{shape}": batch[name] for name, shape in shapes.items() if name in batch}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_block, to_tensors
 
-# at random, whatever the regime, seed and mask ratio
+# at random, whatever the regime, seed and mask ratio of the run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
 
@@ -33,32 +34,29 @@ def batches(
                 yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
 
 
-def masked(masker: Masker, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A raw batch as the model is to see it, with ``labels_BP``."""
-    sequences = {name: tensor for name, tensor in raw.items() if name != "entropy"}
-    return masker(sequences | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
-
-
 def outcomes(
-    logits_BPV: Tensor, labels_BP: Tensor, positions_BP: Tensor, raw: dict[str, Tensor]
+    model: Any, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[np.ndarray, ...]:
-    """(sequence id, position, loss, correct, entropy) [N] of the masked positions; loss and entropy in nats.
+    """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch; in nats.
 
     The entropy is that of the shards, 0 where they have none.
     """
-    logits_NV, labels_N = logits_BPV.flatten(0, 1), labels_BP.flatten()
-    kept_N = labels_N != IGNORED_LABEL
-    loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     entropy_BL = raw.get("entropy", torch.zeros(raw["input_ids"].shape))
+    sequences = {name: tensor for name, tensor in raw.items() if name != "entropy"}
+    batch = masker(sequences | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
+    labels_N, positions_BP = batch.pop("labels_BP").flatten(), batch["positions_BP"]
+    with autocast():
+        logits_BPV = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})["logits"]
+    logits_NV = logits_BPV.float().cpu().flatten(0, 1)
+    loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     entropy_N = entropy_BL.gather(1, positions_BP.clamp_min(0)).flatten()
-    hit_N = logits_NV.argmax(1) == labels_N
     sequence_N = raw["sequence_id"].repeat_interleave(positions_BP.shape[1])
-    columns = (sequence_N, positions_BP.flatten(), loss_N, hit_N, entropy_N)
-    return tuple(values_N[kept_N].numpy() for values_N in columns)
+    columns = (sequence_N, positions_BP.flatten(), loss_N, logits_NV.argmax(1) == labels_N, entropy_N)
+    return tuple(values_N[labels_N != IGNORED_LABEL].numpy() for values_N in columns)
 
 
 def metrics(columns: Sequence[np.ndarray], scored: bool) -> dict[str, float]:
-    """The means of ``outcomes``: loss (nats), accuracy, positions; and the loss by decile of the entropies known.
+    """The means of ``outcomes``: loss (nats), accuracy, positions; and the loss by decile of the known entropies.
 
     Summed by sequence and position, so that neither sums nor ties depend on the number of ranks.
     """

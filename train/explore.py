@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,15 +24,16 @@ from transformers import HfArgumentParser
 
 from entropy_masking import storage
 from entropy_masking.commands import console
-from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, mask_policy
+from entropy_masking.commands.console import option
+from entropy_masking.commands.mask_flags import MaskOptions, mask_policy
 from entropy_masking.errors import UsageError
-from entropy_masking.masking.words import apart_tokens, continuing_tokens
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import load_tokenizer, read_manifest
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Manifest
+from train.arguments import check_ranges
 from train.explorer import sample, statistics
-from train.explorer.sample import Policy, Source
+from train.explorer.sample import Source, View
 from train.explorer.summary import summarise
 
 
@@ -40,36 +41,27 @@ from train.explorer.summary import summarise
 class Options(MaskOptions):
     """What to look at; the mask flags are those of train/run.py."""
 
-    output: str | None = field(default=None, metadata={"help": "HTML file to write (default: only the summary here)"})
-    limit: int = field(default=10_000, metadata={"help": "sequences to take the statistics of"})
-    sequences: int = field(default=6, metadata={"help": "sequences to show as text on the page"})
-    entropy_source: Literal["parquet", "random"] = field(
-        default="parquet", metadata={"help": "mask by the scores of the shards, or at random"}
-    )
-    seed: int = field(default=42, metadata={"help": "of the masks, as of a run; those of its first epoch are shown"})
+    output: str | None = option("HTML file to write (default: only the summary here)")
+    limit: int = option("sequences to take the statistics of", 10_000)
+    sequences: int = option("sequences to show as text on the page", 6)
+    entropy_source: Literal["parquet", "random"] = option("mask by the scores of the shards, or at random", "parquet")
+    seed: int = option("of the masks, as of a run; those of its first epoch are shown", 42)
 
 
 def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
     mask = mask_policy(options, options.entropy_source, options.seed, training=False)
     manifests = open_directories(directories)
-    policy = Policy(masker_of(manifests[0], mask.unit), mask)
-    tokenizer = load_tokenizer(manifests[0].uri)
-    try:
-        continues_V = continuing_tokens(tokenizer, manifests[0].vocab_size).numpy()
-        apart_V = apart_tokens(tokenizer, manifests[0].vocab_size).numpy()
-    except ValueError:  # this tokenizer's tokens do not say
-        continues_V, apart_V = None, None
-    label = sample.labels(tokenizer, continues_V)
+    view = View(masker_of(manifests[0], mask.unit), mask, load_tokenizer(manifests[0].uri))
     picks = sample.pick(manifests, options.limit)
     if not picks:
         raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
     sources = [
-        Source(name, manifest, sample.frame_of(manifest, picks, policy, continues_V, apart_V))
+        Source(name, manifest, sample.frame_of(manifest, picks, view))
         for name, manifest in zip(names(directories), manifests, strict=True)
     ]
     check_scored(sources)
-    summary = summarise(sources, mask, label)
+    summary = summarise(sources, mask, view.label)
     for title, lines in summary.items():
         print(title)
         for name, text in lines.items():
@@ -77,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.output:
         from train.explorer.page import render  # matplotlib is slow to import
 
-        texts = sample.texts(sources, picks, options.sequences, policy, label)
+        texts = sample.texts(sources, picks, options.sequences, view)
         storage.write_bytes(options.output, render(sources, mask, summary, texts).encode())
         print(f"written to {options.output}")
 
@@ -94,12 +86,8 @@ def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
     parser.add_argument("other", metavar="DIR2", nargs="?", help="another, with other scores of the same tokens")
     flags = vars(parser.parse_args(argv))
     directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
+    check_ranges(flags)
     (options,) = parser.parse_dict(flags)
-    for name in ("limit", "sequences"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} {getattr(options, name)} is not positive")
-    if not 0 <= options.seed <= MOST_SEED:
-        raise UsageError(f"--seed {options.seed} is not between 0 and {MOST_SEED}")
     return options, directories
 
 
@@ -117,11 +105,9 @@ def open_directories(uris: list[str]) -> list[Manifest]:
                 f"{manifest.uri} has no entropies (made with --teacher none); score it with pipeline/score.py "
                 f"--corpus {manifest.uri} --teacher …"
             )
-    first, *others = manifests
-    for other in others:
-        if other.sequences_hash != first.sequences_hash:
+        if manifest.sequences_hash != manifests[0].sequences_hash:
             raise UsageError(
-                f"{first.uri} and {other.uri} hold different tokens; score one with --corpus {first.uri}, "
+                f"{uris[0]} and {manifest.uri} hold different tokens; score one with --corpus {uris[0]}, "
                 "which keeps them"
             )
     return manifests
@@ -131,23 +117,19 @@ def check_scored(sources: list[Source]) -> None:
     """Refuse sources that have nothing to show, or nothing to compare.
 
     Raises:
-        UsageError: one has no score in the sample, or two have other tokens, or no scores of the same positions.
+        UsageError: one has no score in the sample, or two have different tokens, or no scores of the same positions.
     """
     for source in sources:
         if not source.frame["entropy"].count():
             raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
-    if len(sources) > 1:
-        first, second = (source.frame for source in sources)
-        if not first["token"].equals(second["token"]):
-            raise UsageError(
-                "the two directories hold different tokens; pipeline/verify.py says what is wrong with them"
-            )
-        if statistics.side_by_side(first, second).is_empty():
+        if not source.frame["token"].equals(sources[0].frame["token"]):
+            raise UsageError("the two directories hold different tokens; check both with pipeline/verify.py")
+        if statistics.side_by_side(sources[0].frame, source.frame).is_empty():
             raise UsageError("the two directories have scored no position in common; name others")
 
 
 def names(uris: list[str]) -> list[str]:
-    """A short name for each: the end of its path, as long as needed to tell them apart."""
+    """A short name for each directory: the end of its path, as long as needed to tell them apart."""
     parts = [storage.absolute(uri).rstrip("/").split("/") for uri in uris]
     for depth in range(1, max(map(len, parts))):
         short = ["/".join(part[-depth:]) for part in parts]

@@ -26,7 +26,7 @@ from train import resume
 from train.arguments import is_of_device
 
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
-STOP_SECONDS = 1.0  # between two looks for it
+STOP_SECONDS = 1.0  # between two checks for it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 
@@ -36,35 +36,23 @@ class AllRanksFailed(RunError):
 
 
 class Guard(TrainerCallback):
-    """Ends a run at the step after SIGTERM, with a checkpoint; and before what is not finite can become one.
+    """Ends a run at the step after SIGTERM, with a checkpoint; and at a loss that is not finite, without one.
 
-    A signal reaches the ranks at different steps, or one of them alone: so after each step they agree, in a group of
-    their own that waits for no device. Repeated signals change nothing: launchers send them again.
+    A signal may reach the ranks at different steps, or only one of them. So they agree after each step, in a process
+    group of their own that waits for no device. Repeated signals change nothing: launchers send them again.
 
     Attributes:
-        stopped: the run was ended by SIGTERM.
+        stopped: SIGTERM has ended the run.
     """
 
     def __init__(self, output: Path) -> None:
-        self.output, self.last_look = output, 0.0
+        self.output, self.last_check = output, 0.0
         self.asked = self.stopped = False
         self.group: Any = None
 
-    @contextmanager
-    def handling_sigterm(self) -> Iterator[None]:
-        """SIGTERM asks the run to stop; in Ray's workers, which train outside of the main thread, a file does."""
-        if not _in_main_thread():
-            yield
-            return
-
-        def ask(*_: object) -> None:
-            self.asked = True
-
-        previous = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    def ask(self, *_: object) -> None:
+        """Handler of SIGTERM."""
+        self.asked = True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.world_size > 1:
@@ -72,8 +60,8 @@ class Guard(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         now = time.monotonic()
-        if not _in_main_thread() and state.is_world_process_zero and now - self.last_look > STOP_SECONDS:
-            self.last_look = now
+        if not _in_main_thread() and state.is_world_process_zero and now - self.last_check > STOP_SECONDS:
+            self.last_check = now
             self.asked = self.asked or (self.output / STOP).exists()
         asked = torch.tensor(int(self.asked))
         if self.group is not None:
@@ -82,18 +70,19 @@ class Guard(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        # a mean over all ranks: each of them comes to the same end
+        # a mean over all ranks, so each of them raises
         if not math.isfinite(loss := event["logs"].get("loss", 0.0)):
-            raise AllRanksFailed(_not_finite(f"the loss is {loss}", state.global_step, self.output))
+            raise _not_finite(f"the loss is {loss}", state.global_step, self.output)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer then loads the best checkpoint, which is known by its step, wherever the directory lies now."""
+        """Name the best checkpoint, which Trainer then loads, by its step: the directory may have been moved."""
         best = resume.best_checkpoint(args, state)
         if best and not self.stopped and (self.output / best).exists():
             state.best_model_checkpoint = str(self.output / best)
 
 
 def _in_main_thread() -> bool:
+    """False in Ray's workers, where no signal can be handled: there a file asks the run to stop."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -102,12 +91,12 @@ def check_finite(model: torch.nn.Module, step: int, output: Path) -> None:
     with torch.no_grad():
         finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
     if not finite:
-        raise AllRanksFailed(_not_finite("weights are NaN or infinite", step, output))
+        raise _not_finite("weights are NaN or infinite", step, output)
 
 
-def _not_finite(what: str, step: int, output: Path) -> str:
+def _not_finite(what: str, step: int, output: Path) -> AllRanksFailed:
     fix = "train again with a lower --learning-rate or a longer --warmup-steps"
-    return f"{what} at step {step}, so the run ends; {_last_good(output)}; {fix}"
+    return AllRanksFailed(f"{what} at step {step}, so the run ends; {_last_good(output)}; {fix}")
 
 
 def _last_good(output: Path) -> str:
@@ -117,7 +106,7 @@ def _last_good(output: Path) -> str:
 
 @contextmanager
 def writing(what: str, output: Path) -> Iterator[None]:
-    """Say in one sentence that a file could not be written, and where that leaves the run. Raises RunError."""
+    """Say in one sentence why a file could not be written, and which checkpoint is left. Raises RunError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -133,9 +122,9 @@ def writing(what: str, output: Path) -> Iterator[None]:
 
 @contextmanager
 def on_all_ranks(rank: int) -> Iterator[None]:
-    """What fails on one rank fails on all, so that none waits for those that have gone.
+    """Let all ranks fail where one fails, so that none waits for the others.
 
-    The first raises UsageError, AllRanksFailed or OSError, as the lowest rank that has failed; the others SystemExit.
+    Rank 0 raises UsageError, AllRanksFailed or OSError, as the lowest rank that failed; the others SystemExit.
     """
     own: Exception | None = None
     try:
@@ -150,7 +139,7 @@ def on_all_ranks(rank: int) -> Iterator[None]:
 
 
 def on_first_rank(rank: int, action: Callable[[], Any]) -> Any:
-    """What ``action`` gives on the first rank, on all of them. Errors as in ``on_all_ranks``."""
+    """Call ``action`` on rank 0 and return its result on all ranks. Errors as in ``on_all_ranks``."""
     with on_all_ranks(rank):
         result = action() if rank == 0 else None
     return gather_object([result])[0]
@@ -158,16 +147,17 @@ def on_first_rank(rank: int, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def as_run_error(guard: Guard) -> Iterator[None]:
-    """Say in one sentence that a process was lost which training needs: one of its loader, or another rank.
+    """Handle SIGTERM, and say in one sentence that training has lost a loader worker or another rank.
 
-    Raises RunError, or Terminated where a signal to all processes has ended those of the loader.
+    Raises RunError, or Terminated if a signal to all processes has ended the loader workers.
     """
     report = sys.unraisablehook
-    # torch says that a loader worker has died wherever the signal finds the process: in a destructor even, at its end
+    # torch says that a loader worker has died wherever the signal reaches the process, even in a destructor at its end
     sys.unraisablehook = lambda what: None if LOST_WORKER in str(what.exc_value) else report(what)
+    previous = signal.signal(signal.SIGTERM, guard.ask) if _in_main_thread() else None
     try:
-        with guard.handling_sigterm():
-            yield
+        yield
+        sys.unraisablehook = report
     except RunError as error:  # a loader worker's comes with its traceback
         raise type(error)(last_line(error)) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
@@ -180,16 +170,18 @@ def as_run_error(guard: Guard) -> Iterator[None]:
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RunError(f"another rank has ended; {_last_good(guard.output)}; run the command again") from None
         raise
-    sys.unraisablehook = report
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _lost_loader(error: Exception) -> bool:
-    """Whether a loader worker has died; it may have been about to hand over a batch."""
+    """Whether a loader worker has died, perhaps while it handed over a batch."""
     return isinstance(error, ConnectionError | EOFError) or LOST_WORKER in str(error)
 
 
 def last_line(error: Exception) -> str:
-    """What an error says, which came from another process with a traceback, without that."""
+    """The message of an error from another process, which comes with a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip().removeprefix(f"{RunError.__module__}.RunError: ")
 

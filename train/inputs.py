@@ -1,7 +1,8 @@
-"""What a run reads, opened, and its flags refused where they contradict each other or what is read."""
+"""Opens what a run reads, and refuses flags that contradict it or each other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,22 +24,14 @@ MAKE = "make targets with pipeline/score.py --mask-source … --corpus"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data of a run.
+    """The data of a run."""
 
-    Attributes:
-        manifest: the shards.
-        targets: the target directory that is distilled from, if there is one.
-        eval_shards: the directory that is evaluated on, if it is not that of the training.
-        policy: which positions to mask and to predict.
-        shards, held_out: those that are trained on, and those that are evaluated on.
-    """
-
-    manifest: Manifest
-    targets: Manifest | None
-    eval_shards: Manifest | None
-    policy: MaskPolicy
-    shards: list[ShardEntry]
-    held_out: list[ShardEntry]
+    manifest: Manifest  # the shards
+    targets: Manifest | None  # the target directory to distil from
+    eval_shards: Manifest | None  # the directory to evaluate on, if it is another one
+    policy: MaskPolicy  # which positions to mask and to predict
+    shards: list[ShardEntry]  # to train on
+    held_out: list[ShardEntry]  # to evaluate on
 
     @property
     def evaluated(self) -> Manifest:
@@ -51,57 +44,53 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     manifest, source = read_manifest(options.shards), options.entropy_source
     targets = open_targets(options.targets, manifest, source) if options.targets else None
     eval_shards = open_eval_shards(options.eval_shards, manifest) if options.eval_shards else None
-    # every byte is checked when a run begins, by one process a machine; so it goes on at once, whatever the corpus
+    # one process a machine checks every byte, and only when a run begins: so a run resumes at once
     begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
     for directory in filter(None, (manifest, targets, eval_shards)):
         check_shards(directory, contents=not (begun or args.local_process_index))
     policy = policy_of(options, targets) if targets else mask_policy(options, source, args.seed)
     check_scored(policy, source, manifest)
-    check_flags(options, args)
-    check_distillation(options, targets or manifest)
+    for sentence in contradictions(options, args, targets or manifest):
+        raise UsageError(sentence)
     shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
     if eval_shards:
         held_out = [entry for entry in eval_shards.shards if entry.rows]
     return Inputs(manifest, targets, eval_shards, policy, shards, held_out)
 
 
-def check_flags(options: Options, args: TrainingArguments) -> None:
-    """Refuse flags that contradict each other. Raises UsageError."""
+def contradictions(options: Options, args: TrainingArguments, teacher: Manifest) -> Iterator[str]:
+    """A sentence for each flag that contradicts another one, the machine or the teacher's scores."""
     if options.recipe == "paper" and options.self_refresh == "means":
-        raise UsageError("--self-refresh means contradicts --recipe paper, which sets step; leave one out")
-    if options.entropy_source != "self" and options.self_refresh is not None:
-        raise UsageError("--self-refresh only applies to --entropy-source self; leave it out")
+        yield "--self-refresh means contradicts --recipe paper, which sets step; leave one out"
+    if options.entropy_source != "self" and options.self_refresh:
+        yield "--self-refresh only applies to --entropy-source self; leave it out"
     for name in ("muon_learning_rate", "muon_weight_decay"):
         if not options.muon and getattr(options, name) is not None:
-            raise UsageError(f"{flag(name)} only applies to --optim muon; leave it out")
+            yield f"{flag(name)} only applies to --optim muon; leave it out"
     if options.eval_shards and options.eval_fraction:
-        raise UsageError("--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one")
+        yield "--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one"
     for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
         if wanted and not (options.eval_shards or options.eval_fraction):
-            raise UsageError(f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards")
+            yield f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
     if args.load_best_model_at_end and args.save_steps != args.eval_steps:
-        raise UsageError("--load-best-model-at-end saves at each evaluation; set --save-steps to --eval-steps")
+        yield "--load-best-model-at-end saves at each evaluation; set --save-steps to --eval-steps"
     if args.load_best_model_at_end and args.save_total_limit == 1:
-        raise UsageError("--save-total-limit 1 keeps only the best checkpoint, not the last; use at least 2")
+        yield "--save-total-limit 1 keeps only the best checkpoint, not the last; use at least 2"
     workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
     if workers > 1 and ranks > 1:
-        raise UsageError(f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out")
+        yield f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out"
     if workers == 1 and gpus > 1:
         use = f"torchrun --nproc-per-node {gpus} train/run.py … or --num-workers {gpus}"
-        raise UsageError(f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES")
-
-
-def check_distillation(options: Options, teacher: Manifest) -> None:
-    """Refuse flags of distillation without it, and what the scores of the teacher lack. Raises UsageError."""
+        yield f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES"
     if not options.distill_weight:
         for name, unused in (("targets", None), ("distill_temperature", 1.0), ("distill_positions", 1.0)):
             if getattr(options, name) != unused:
-                raise UsageError(f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out")
+                yield f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out"
     elif not options.targets and not teacher.top_k:
-        raise UsageError(f"{teacher.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16")
+        yield f"{teacher.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16"
     elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
         scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
-        raise UsageError(f"--distill-temperature {T:g} was not scored: {teacher.uri} has {scored}; use one of those")
+        yield f"--distill-temperature {T:g} was not scored: {teacher.uri} has {scored}; use one of those"
 
 
 def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:

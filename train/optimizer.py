@@ -1,7 +1,6 @@
-"""Muon for the hidden weight matrices and AdamW for everything else, as one optimizer.
+"""Muon for the weight matrices between hidden layers and AdamW for all other parameters, as one optimizer.
 
 Muon orthogonalises the momentum of a matrix before it updates the matrix (Jordan et al. 2024; ``torch.optim.Muon``).
-It fits matrices between hidden layers only, so embeddings, the vocabulary projection, norms and biases take AdamW.
 """
 
 from __future__ import annotations
@@ -9,32 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from transformers.pytorch_utils import Conv1D
 
 
 class MuonAdamW(Optimizer):
-    """Two optimizers behind one interface: learning-rate schedulers and checkpoints see their groups as one list.
+    """Two optimizers behind one interface, so that schedulers and checkpoints see one list of parameter groups.
 
     Args:
-        hidden: matrices for Muon.
-        others: parameter groups for AdamW, with their ``weight_decay``.
-        adamw: AdamW's arguments, with ``lr``.
-        muon_learning_rate, muon_weight_decay: of Muon.
+        groups: parameter groups of Trainer; AdamW gets what Muon does not train.
+        matrices: the parameters for Muon.
+        muon: Muon's arguments.
+        adamw: AdamW's arguments.
     """
 
     def __init__(
-        self,
-        hidden: list[nn.Parameter],
-        others: list[dict[str, Any]],
-        *,
-        muon_learning_rate: float,
-        muon_weight_decay: float,
-        adamw: dict[str, Any],
+        self, groups: list[dict[str, Any]], *, matrices: list[nn.Parameter], muon: dict[str, Any], **adamw: Any
     ) -> None:
-        self.adamw = AdamW(others, **adamw)
-        self.muon = Muon(hidden, lr=muon_learning_rate, weight_decay=muon_weight_decay)
+        for_muon = set(map(id, matrices))
+        others = [group | {"params": [p for p in group["params"] if id(p) not in for_muon]} for group in groups]
+        self.adamw, self.muon = AdamW(others, **adamw), Muon(matrices, **muon)
         super().__init__(self._groups(), defaults={"lr": adamw["lr"]})  # some schedulers read it
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -58,9 +52,8 @@ class MuonAdamW(Optimizer):
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """The trainable weights of the linear layers between hidden layers: no embedding, no vocabulary projection."""
-    outer: list[Tensor] = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    outer = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     if (projection := model.get_output_embeddings()) is not None:  # type: ignore[operator]
         outer.append(projection.weight)
-    ends = {id(weight) for weight in outer}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)} - ends
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)} - set(map(id, outer))
     return [p for p in model.parameters() if p.requires_grad and id(p) in linear]

@@ -16,7 +16,7 @@ from entropy_masking.models.checkpoints import resolve_dtype
 from train.arguments import TrainerFlags, check_ranges, required, training_arguments
 from train.student import SIZES
 
-# AdamW's learning rate with Muon beside it and alone, by size of preset; other models take those of base
+# AdamW's learning rate, together with Muon and alone, by size of preset; other models use that of base
 MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY = "muon", 0.02, 0.01
 LEARNING_RATES = {
     MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
@@ -28,7 +28,7 @@ EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps 
 
 @dataclass(kw_only=True)
 class Options(MaskOptions):
-    """What this trainer knows beyond TrainerFlags."""
+    """The flags of train/run.py besides TrainerFlags."""
 
     shards: str = required("shard directory made by pipeline/score.py, a path or a URI")
     entropy_source: Literal["random", "parquet", "self"] = required(
@@ -46,7 +46,7 @@ class Options(MaskOptions):
     )
     muon_weight_decay: float | None = option(f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})")
     self_refresh: Literal["means", "step"] | None = option(
-        "self: running means of the scores at masked tokens, by type (default), or a forward of its own on each batch "
+        "self: running means of the scores at masked tokens, by type (default), or a separate forward on each batch "
         "(default of --recipe paper)"
     )
     eval_fraction: float | None = option("share of the shards held out (default: 0.01); 0 for no evaluation")
@@ -65,7 +65,7 @@ class Parser(HfArgumentParser):
 
 
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
-    """Flags → options and training arguments. Raises UsageError for what is unknown, not supported or out of range."""
+    """Flags → options and training arguments. Raises UsageError for unknown or unsupported flags and wrong values."""
     parser = Parser(
         [Options, TrainerFlags],  # type: ignore[list-item]
         usage="train/run.py --shards DIR --entropy-source SOURCE --output-dir DIR …",
@@ -99,7 +99,7 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
         flags.optim = MUON if size in SIZES else TrainingArguments.optim
     options.muon = flags.optim == MUON
     if options.muon:
-        flags.optim = TrainingArguments.optim  # of the parameters that are no hidden matrices
+        flags.optim = TrainingArguments.optim  # for the other parameters
         _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
     _set_missing(flags, learning_rate=rates.get(size, rates["base"]))

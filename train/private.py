@@ -1,4 +1,4 @@
-"""What training needs of other libraries that is private there; pyproject.toml bounds their versions for it."""
+"""The private parts of other libraries that training needs; pyproject.toml bounds their versions for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import Trainer
 
 
 def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have a trainer save each of its checkpoints within a context.
+    """Let a trainer save each of its checkpoints within a context.
 
     There is no public way: the event ``on_save`` comes after a save, so no rank would learn that another one failed.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,22 +26,18 @@ LEAST_TOKENS = 100  # to estimate it from
 
 
 class RunningMeans:
-    """Means as sums on the device that computes them: nobody waits for them until they are logged."""
+    """Means, kept as sums on the device that computes them, so that nothing waits for it until they are logged."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """Count a (sum, count) [2] of each name."""
+        """Add a (sum, count) [2] by name."""
         for name, sum_and_count in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + sum_and_count
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means of what has been counted; then start afresh.
-
-        Args:
-            reduce: from a rank's sums to those of all of them.
-        """
+        """The means by name, after which the sums start at zero. ``reduce`` adds up the sums of all ranks."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -75,39 +71,34 @@ def type_concentration(count_V: Tensor) -> float:
 
 
 class CollapseWarnings(TrainerCallback):
-    """Warns when masking makes a run worse, once per sign.
-
-    Attributes:
-        warnings: those printed so far.
-    """
+    """Warns when masking makes a run worse, once for each sign; ``warnings`` are those printed so far."""
 
     def __init__(self, policy: MaskPolicy, vocab_size: int) -> None:
         self.policy, self.vocab_size = policy, vocab_size
-        self.warnings: list[str] = []
+        self.by_sign: dict[str, str] = {}
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self.by_sign.values())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Looks at the whole history, which a resumed run has too."""
+        """Check the whole history, which a resumed run has too."""
         if not self.policy.uses_scores:
             return
         late = [entry for entry in state.log_history if entry["step"] >= self.policy.warmup * state.max_steps]
-        for sign in collapse_signs(late, self.vocab_size):
-            warning = f"{sign}; use a smaller --hard-share or a longer --mask-warmup"
-            if warning not in self.warnings:
-                self.warnings.append(warning)
+        for sign, sentence in collapse_signs(late, self.vocab_size):
+            if sign not in self.by_sign:
+                self.by_sign[sign] = f"{sentence}; use a smaller --hard-share or a longer --mask-warmup"
                 if state.is_world_process_zero:
-                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+                    print(f"warning: {self.by_sign[sign]}", file=sys.stderr, flush=True)
 
 
-def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> list[str]:
-    """The first time of each sign of a collapse, in the order of their steps.
+def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> Iterator[tuple[str, str]]:
+    """Name and sentence of each sign of a collapse in Trainer's history, in the order of steps.
 
     The held-out loss stays above its lowest value for several evaluations; it is worse than a uniform guess; or the
     masks concentrate on a few token types.
-
-    Args:
-        history: of Trainer, after the warm-up of the masks.
     """
-    signs: dict[str, str] = {}
     lowest, above, guess = math.inf, 0, math.log(vocab_size)
     for entry in history:
         step, loss, concentration = entry["step"], entry.get("eval_loss"), entry.get("mask_concentration", 0.0)
@@ -115,27 +106,18 @@ def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> list[str]:
             above = above + 1 if loss > lowest + LEAST_RISE else 0
             lowest = min(lowest, loss)
             if above == RISES:
-                sentence = (
-                    f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {RISES} evaluations in a row "
-                    f"up to step {step}"
-                )
-                signs.setdefault("rise", sentence)
+                where = f"{RISES} evaluations in a row up to step {step}"
+                yield "rise", f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {where}"
             if step and loss > guess + LEAST_RISE:  # random weights start a little above it
-                sentence = (
-                    f"the held-out loss at step {step}, {loss:.2f} nats, is worse than a uniform guess, {guess:.2f}"
-                )
-                signs.setdefault("guess", sentence)
+                loss_here = f"the held-out loss at step {step}, {loss:.2f} nats"
+                yield "guess", f"{loss_here}, is worse than a uniform guess, {guess:.2f}"
         if concentration > MOST_CONCENTRATED:
-            sentence = (
-                f"at step {step} two predicted tokens had the same type with a probability of {concentration:.0%}, so "
-                "the masks concentrate on a few types"
-            )
-            signs.setdefault("concentration", sentence)
-    return list(signs.values())
+            pairs = f"two predicted tokens had the same type with a probability of {concentration:.0%}"
+            yield "concentration", f"at step {step} {pairs}, so the masks concentrate on a few types"
 
 
 class ProgressReport(TrainerCallback):
-    """A bar on a terminal, lines in a log, and the losses; counts a run's seconds of training, of all its sessions."""
+    """A bar on a terminal, lines in a log, and the losses; counts the seconds of training, of all sessions of a run."""
 
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
@@ -154,7 +136,7 @@ class ProgressReport(TrainerCallback):
             self.progress = console.Progress(total, "tok", "training", done=done).__enter__()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        self.started += event["metrics"]["eval_seconds"]  # an evaluation is no training
+        self.started += event["metrics"]["eval_seconds"]  # evaluation is not training
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.progress:

@@ -13,7 +13,6 @@ from transformers import SchedulerType, TrainingArguments
 from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.shards.manifests import Manifest
-from entropy_masking.shards.read import columns_of
 from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES
 from train.inputs import Inputs
@@ -26,7 +25,7 @@ FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe"
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, Any]:
-    """Everything that decides what is learned; two runs with the same may share a directory."""
+    """Everything that decides what is learned; two runs with the same flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
     run = {
@@ -64,12 +63,12 @@ def flops_of(student: Any, options: Options, args: TrainingArguments, inputs: In
 def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metrics: dict[str, float]) -> dict[str, Any]:
     """The results of a run that has been trained and evaluated."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
-    manifest, targets, seconds = inputs.manifest, inputs.targets, trainer.report.seconds()
-    tokens = args.max_steps * global_batch(args) * manifest.sequence_length
-    read = columns_of(inputs.policy, options.entropy_source, top_k=options.distill_weight > 0 and not targets)
+    manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
+    seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
     deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
+    teacher = {"context": manifest.context, "teacher": manifest.teacher, "scores_read": reads_scores}
     return {
         "regime": options.entropy_source + ("+kd" if options.distill_weight else ""),
         "model": options.model,
@@ -78,15 +77,12 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metri
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds, 1),
         "train_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
-        "eval_loss": metrics.get("eval_loss"),
-        "eval_accuracy": metrics.get("eval_accuracy"),
-        "eval_positions": metrics.get("eval_positions"),
+        **{name: metrics.get(name) for name in ("eval_loss", "eval_accuracy", "eval_positions")},
         "eval_loss_by_entropy_decile": deciles if any(deciles) else None,
         "training_flops": flops,
         "scoring_seconds": sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
         "scoring_flops": sum(directory.totals["flops"] for directory in scored),
-        "shards": costs(manifest)
-        | {"context": manifest.context, "teacher": manifest.teacher, "scores_read": reads_scores},
+        "shards": costs(manifest) | teacher,
         "targets": targets and costs(targets) | (targets.masks or {}),
         "eval_shards": inputs.eval_shards and costs(inputs.eval_shards),
         "seed": args.seed,
@@ -98,21 +94,16 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metri
 
 
 def costs(manifest: Manifest) -> dict[str, Any]:
-    """What a directory is, and what it cost: whoever compares runs may not have it at hand."""
-    return {
-        "uri": manifest.uri,
-        "fingerprint_hash": manifest.fingerprint_hash,
-        "sequences_hash": manifest.sequences_hash,
-        "passes": manifest.passes,
-        "sequence_length": manifest.sequence_length,
-        **{name: manifest.totals[name] for name in ("sequences", "bytes", "flops", "worker_seconds")},
-    }
+    """What a directory is and what it cost, for a comparison of runs that does not have the directory at hand."""
+    names = ("uri", "fingerprint_hash", "sequences_hash", "passes", "sequence_length")
+    totals = ("sequences", "bytes", "flops", "worker_seconds")
+    return {name: getattr(manifest, name) for name in names} | {name: manifest.totals[name] for name in totals}
 
 
 def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
 
-    Of each kind at most ``MOST_POINTS``, evenly among its steps, the last one included.
+    At most ``MOST_POINTS`` of each kind, evenly among its steps, the last one included.
     """
     seconds: dict[int, float] = {}
     for entry in log:
@@ -123,8 +114,7 @@ def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
         # the last step may be evaluated twice
         losses = {entry["step"]: entry[name] for entry in log if name in entry and entry["step"] in seconds}
         stride = max(1, math.ceil(len(losses) / MOST_POINTS))
-        for step in list(losses)[::-stride]:
-            points.append({"step": step, "seconds": seconds[step], name: losses[step]})
+        points += [{"step": step, "seconds": seconds[step], name: losses[step]} for step in list(losses)[::-stride]]
     return sorted(points, key=lambda point: point["step"])
 
 

@@ -1,4 +1,4 @@
-"""Runs that go on by themselves: an output directory belongs to one set of flags, its checkpoints with it."""
+"""Resuming a run: an output directory belongs to one set of flags, and its checkpoints appear whole."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
-UNFINISHED = ".unfinished"  # where a checkpoint grows until it is whole, and where one goes to be deleted
+UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole, and where one is deleted
 FILES = "files.json"  # written last into a checkpoint: size and CRC-32 of each of its files
 LOCK = ".lock"
-OVERWRITE = ".overwrite"  # while it is there, workers of a cluster have a run to drop
+OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster have a run to drop
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 
 def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     """Bind an output directory to the flags of a run; False if that run is finished already.
 
-    A run that has no checkpoint yet gives way to any other: nothing would be lost. With ``overwrite`` the run that is
-    there is dropped, with its checkpoints. Raises UsageError for a run with other flags, and for files of no run.
+    A run without a checkpoint gives way to any other: nothing is lost. ``overwrite`` drops the run that is there, with
+    its checkpoints. Raises UsageError for a run with other flags, and for files of no run.
     """
     if _is_foreign(directory):
         raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
@@ -41,7 +41,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     if previous is None:
         raise UsageError(f"{directory / FLAGS} does not hold the flags of a run; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
-    # a flag that a library has added or removed since is no other flag
+    # a flag that a library has added or removed since does not make another run
     shared = {name: value for name, value in flags.items() if name in previous}
     differing = differences({name: previous[name] for name in shared}, shared)
     if differing and not overwrite and (finished or last_checkpoint(directory)):
@@ -60,7 +60,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _read_flags(directory: Path) -> dict[str, Any] | None:
-    """The flags of the run that is there, none where there is no run; None if the file holds something else."""
+    """The flags of the run in a directory, none if there is no run; None if the file holds something else."""
     try:
         flags = storage.read_json(str(directory / FLAGS))
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def _read_flags(directory: Path) -> dict[str, Any] | None:
 
 
 def _is_foreign(directory: Path) -> bool:
-    """Whether there are files, and no run has been there."""
+    """Whether a directory holds files but no run."""
     if (directory / FLAGS).exists() or not directory.exists():
         return False
     return any(not path.name.startswith(".") for path in directory.iterdir())
@@ -80,9 +80,8 @@ def _is_foreign(directory: Path) -> bool:
 def has_begun(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
     """Whether there is a checkpoint of a run on these shards and targets, which were checked when it began."""
     flags = _read_flags(directory) or {}
-    same = flags.get("shards") == shards.fingerprint_hash
-    same &= flags.get("targets") == (targets and targets.fingerprint_hash)
-    return same and last_checkpoint(directory) is not None
+    expected = {"shards": shards.fingerprint_hash, "targets": targets and targets.fingerprint_hash}
+    return all(flags.get(name) == value for name, value in expected.items()) and last_checkpoint(directory) is not None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -92,12 +91,12 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
-    """The newest whole checkpoint; with ``contents`` one of which every byte is as it was written."""
+    """The newest whole checkpoint; with ``contents`` the newest in which every byte is as it was written."""
     return next((path for path in reversed(checkpoints(directory)) if _is_whole(path, contents)), None)
 
 
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The name of the checkpoint that is to be the model in the end, if it need not be the last."""
+    """The name of the checkpoint that becomes the model if that need not be the last; None if it is the last."""
     step = state.best_global_step if args.load_best_model_at_end else None
     return f"checkpoint-{step}" if step else None
 
@@ -105,15 +104,15 @@ def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
 def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     """Keep other runs out of an output directory until the file that is returned is closed, or this process ends.
 
-    Nothing is locked in a directory that is no run's, nor where the file system knows no locks. With ``of_cluster`` it
-    keeps out what else would start workers on a cluster, not the workers. Raises UsageError if a run is at work there.
+    Nothing is locked in a directory that holds no run, nor on a file system without locks. ``of_cluster`` keeps out
+    other commands that would start workers on a cluster, not the workers. Raises UsageError if a run is at work there.
     """
     if _is_foreign(directory):
         return None
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / LOCK, "wb")  # noqa: SIM115
     try:
-        # of the process, so that no loader worker keeps it when the run is killed
+        # the lock belongs to the process, so no loader worker keeps it when the run is killed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(of_cluster))  # a byte of its own
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
@@ -123,7 +122,7 @@ def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
 
 
 def check_visible(directory: Path, checkpoint: Path | None) -> None:
-    """Raises UsageError where a rank does not see what the first has just written."""
+    """Raises UsageError where a rank does not see what rank 0 has just written."""
     needed = checkpoint or directory / FLAGS
     until = time.monotonic() + VISIBLE_SECONDS
     while not needed.exists():
@@ -133,10 +132,7 @@ def check_visible(directory: Path, checkpoint: Path | None) -> None:
 
 
 def complete(directory: Path, name: str, limit: int | None, best: str | None) -> None:
-    """Give a checkpoint that was written in ``UNFINISHED`` its name, and delete all but ``limit`` and the best.
-
-    A limit of None or 0 keeps all.
-    """
+    """Give a checkpoint in ``UNFINISHED`` its name, and keep the last ``limit`` (0 or None: all) and the best."""
     written, checkpoint = directory / UNFINISHED / name, directory / name
     files = sorted(path for path in written.rglob("*") if path.is_file())
     for file in files:
@@ -157,7 +153,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
 
 
 def _delete(checkpoint: Path) -> None:
-    """First under another name: half a checkpoint is never found under its own."""
+    """Rename it first, so that half a checkpoint never has the name of a whole one."""
     doomed = checkpoint.parent / UNFINISHED / f"{checkpoint.name}.old"
     shutil.rmtree(doomed, ignore_errors=True)
     doomed.parent.mkdir(exist_ok=True)
@@ -166,7 +162,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _is_whole(checkpoint: Path, contents: bool = False) -> bool:
-    """Whether every file is there that was there when it got its name, as long and, if asked, as it was then."""
+    """Whether all files of a checkpoint have the size, and with ``contents`` the CRC-32, of when they were written."""
     try:
         for name, (size, crc32) in json.loads((checkpoint / FILES).read_text()).items():
             file = checkpoint / name

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.try_out()
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
-    # torchrun may have started these processes again: then what they had trained is not overwritten
+    # torchrun may have started these processes again: then they go on with what they had trained
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:

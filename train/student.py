@@ -31,7 +31,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
 
     Args:
         name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint by
-            path or Hub id, whose training goes on.
+            path or Hub id, which is trained further.
         manifest: the shards to train on; a preset takes its vocabulary from their tokenizer, and any new model the
             padding token.
         seed: of the initial weights.
@@ -41,17 +41,15 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
     """
     if name in PRESETS:
         model = _from_config(name, _preset(name, manifest), manifest, seed)
-    elif name.endswith(".json") and Path(name).is_file():
-        model = _from_config(name, load_config(Path(name), trust_remote_code), manifest, seed)
     else:
         if "/" not in name and not Path(name).exists():
             raise UsageError(f"--model {name} is no preset ({', '.join(PRESETS)}), file, directory or Hub id")
-        directory = local_checkpoint(name)
-        if list(directory.glob("*.safetensors")):
-            _check_tokenizer(name, directory, manifest)
-            model = load_masked_lm(directory, trust_remote_code)
+        path = _source(name)
+        if _has_weights(path):
+            _check_tokenizer(name, path, manifest)
+            model = load_masked_lm(path, trust_remote_code)
         else:
-            model = _from_config(name, load_config(directory, trust_remote_code), manifest, seed)
+            model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
     if model.config.vocab_size < manifest.vocab_size:
         raise UsageError(
             f"--model {name} has {model.config.vocab_size} tokens, the shards {manifest.vocab_size}; "
@@ -59,11 +57,8 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
         )
     model = with_masked_positions(model, manifest.sequence_length, f"--model {name}")
     if not model.masked_lm.selective:
-        print(
-            f"the head of {type(model).__name__} needs whole sequences, so it runs at every position: training is "
-            "slower",
-            file=sys.stderr,
-        )
+        slower = "needs whole sequences, so it runs at every position: training is slower"
+        print(f"the head of {type(model).__name__} {slower}", file=sys.stderr)
     return model
 
 
@@ -71,15 +66,25 @@ def model_identity(name: str) -> str:
     """What decides the initial weights besides the seed: a preset's name, else a hash of configuration and weights."""
     if name in PRESETS:
         return name
-    path = Path(name) if Path(name).is_file() else local_checkpoint(name)
-    if path.is_dir() and list(path.glob("*.safetensors")):
+    path = _source(name)
+    if _has_weights(path):
         return weights_hash(path)
     return storage.sha256(str(path / "config.json" if path.is_dir() else path))
 
 
+def _source(name: str) -> Path:
+    """The file of a configuration, or the directory of a checkpoint."""
+    return Path(name) if Path(name).is_file() else local_checkpoint(name)
+
+
+def _has_weights(path: Path) -> bool:
+    return path.is_dir() and any(path.glob("*.safetensors"))
+
+
 def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
-    """A ModernBERT (arXiv 2412.13663) whose layers all attend to the whole sequence, or a BERT. No dropout: each token
-    is seen a few times only, and fine-tuning puts dropout back.
+    """A ModernBERT (arXiv 2412.13663) whose layers all attend to the whole sequence, or a BERT.
+
+    Without dropout: each token is seen a few times only, and fine-tuning uses dropout again.
     """
     layers, hidden = SIZES[name.removeprefix("bert-")]
     size: dict[str, Any] = {
@@ -92,12 +97,9 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
     if name.startswith("bert-"):
         dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         return BertConfig(**size, **dropout, intermediate_size=4 * hidden)
-    ids = manifest.special_ids
-    special: dict[str, Any] = {"cls_token_id": ids["cls"], "sep_token_id": ids["sep"], "pad_token_id": ids["pad"]}
-    special |= {"bos_token_id": ids["cls"], "eos_token_id": ids["sep"]}
-    return ModernBertConfig(
-        **size, **special, intermediate_size=3 * hidden // 2, layer_types=["full_attention"] * layers
-    )
+    roles = {"cls": "cls", "sep": "sep", "pad": "pad", "bos": "cls", "eos": "sep"}
+    size |= {f"{name}_token_id": manifest.special_ids[role] for name, role in roles.items()}
+    return ModernBertConfig(**size, intermediate_size=3 * hidden // 2, layer_types=["full_attention"] * layers)
 
 
 def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ from train.optimizer import MuonAdamW, hidden_matrices
 from train.options import Options
 from train.progress import CollapseWarnings, ProgressReport, RunningMeans, score_sums, type_concentration
 
-SELF_SCORES = "self_scores.pt"  # of a checkpoint: the running means of a run with self-masking
+SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
 
 
 class MaskedLMTrainer(Trainer):
     """Trains a student (``train.student``) on the sequences of a shard directory.
 
-    Where the order of a run is concerned it is one epoch of Trainer over a dataset as long as the run, in sequence: the
-    dataset itself knows the epochs, so that resuming is an index.
+    For Trainer a run is one epoch over a dataset as long as the run, in sequence. The dataset knows the real epochs, so
+    a run resumes by index.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -56,12 +57,14 @@ class MaskedLMTrainer(Trainer):
         self.guard = Guard(self.output)  # before the report, which has to know what it decides
         self.report = ProgressReport(self.manifest.sequence_length)
         self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size)
+        self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=training_sequences(args, options, inputs, self.masker),
+            train_dataset=self.sequences,
             eval_dataset=inputs.held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
             callbacks=[self.guard, self.report, self.collapse],
+            optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
         self.remove_callback(PrinterCallback)
         private.save_within(self, self.saving)
@@ -74,13 +77,13 @@ class MaskedLMTrainer(Trainer):
             self.means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
 
     def try_out(self) -> None:
-        """Make what training makes first, so that flags it cannot be made of are known; training makes its own."""
+        """Build the loader, the optimizer and the schedule once, so that flags which they refuse are known early."""
         self.get_train_dataloader()
         self.create_optimizer_and_scheduler(self.args.max_steps)
         self.optimizer = self.lr_scheduler = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches of the dataset, in its order; its workers draw nothing at random, so they need no seeds."""
+        """The batches of the dataset, in its order. Workers draw nothing at random, so they need no seeds."""
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=self.args.train_batch_size,
@@ -92,36 +95,13 @@ class MaskedLMTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, or Muon with Trainer's AdamW for what is no hidden matrix."""
-        if not self.options.muon or self.optimizer is not None:
-            return super().create_optimizer(model)
-        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        decaying, (_, adamw) = self.get_decay_parameter_names(model), self.get_optimizer_cls_and_kwargs(self.args)
-        hidden = hidden_matrices(model)
-        decayed: dict[str, Any] = {"params": [], "weight_decay": self.args.weight_decay}
-        others: dict[str, Any] = {"params": [], "weight_decay": 0.0}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and all(parameter is not matrix for matrix in hidden):
-                (decayed if name in decaying else others)["params"].append(parameter)
-        self.optimizer = MuonAdamW(
-            hidden,
-            [decayed, others],
-            muon_learning_rate=self.options.muon_learning_rate or 0.0,
-            muon_weight_decay=self.options.muon_weight_decay or 0.0,
-            adamw=adamw,
-        )
-        return self.optimizer
-
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end of the run, from a checkpoint if there is one."""
         if self.means and checkpoint:
             self.means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
         self.train(str(checkpoint) if checkpoint else None)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw one, masked on the device."""
         masked = self.mask_by_student(inputs) if self.options.entropy_source == "self" else dict(inputs)
         self.scores.add(masked.pop("score_sums", {}))
@@ -138,12 +118,11 @@ class MaskedLMTrainer(Trainer):
         )
         if self.means:
             self.means.add(self.state.global_step, output["tokens"], output[self.score])
-        return (output["loss"], output) if return_outputs else output["loss"]
+        return output["loss"]
 
     def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Mask by the student's scores: running means, or of a forward of its own once the warm-up is over."""
-        ids_BL = batch["input_ids"]
-        at_random = batch.pop("random")
+        """Mask by the student's scores: running means, or those of a separate forward once the warm-up is over."""
+        ids_BL, at_random = batch["input_ids"], batch.pop("random")
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
         if self.means:
             self.means.update(before=self.state.global_step)
@@ -154,17 +133,16 @@ class MaskedLMTrainer(Trainer):
             student_BL = scores[self.score].double()
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
-        candidates_BL = self.device_masker.candidates(ids_BL)
-        if at_random:  # nothing is counted, but under a name: at the end of the warm-up ranks may differ
-            candidates_BL = torch.zeros_like(candidates_BL)
-        masked["score_sums"] = score_sums(self.score, student_BL, candidates_BL, masked["positions_BP"])
+        # at random nothing is counted, but under the same names: at the end of the warm-up ranks may differ
+        counted_BL = self.device_masker.candidates(ids_BL) & (not at_random)
+        masked["score_sums"] = score_sums(self.score, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A logged loss comes with the seconds so far, and the means of the scores since the last one."""
+        """Log a loss with the seconds so far, and with the means of the scores since the last one."""
         if "loss" in logs:
             self.log_seconds()
             logs |= self.scores.take(self.sum_over_ranks)
@@ -174,13 +152,11 @@ class MaskedLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:
-        """An entry of its own in the log: a logged loss is the same in every run, its seconds are not."""
+        """Log the seconds as a separate entry: a logged loss is the same in every run, its seconds are not."""
         self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Cross-entropy (nats) and accuracy on the held-out sequences under one fixed random mask.
 
         Overall, and where the shards have entropies by their decile over the masked positions: a model trained on hard
@@ -188,32 +164,27 @@ class MaskedLMTrainer(Trainer):
         """
         started = time.monotonic()
         self.log_seconds()
-        evaluated, rank, ranks = self.inputs.evaluated, self.args.process_index, self.args.world_size
+        evaluated, args = self.inputs.evaluated, self.args
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
         read = Columns(entropy=evaluated.scored)
-        batches = evaluation.batches(evaluated, self.inputs.held_out, read, self.args.eval_batch_size)
-        own = [self._evaluate_batch(batch) for number, batch in enumerate(batches) if number % ranks == rank]
+        batches = evaluation.batches(evaluated, self.inputs.held_out, read, args.eval_batch_size)
+        own = [
+            evaluation.outcomes(model, self.masker, batch, self.compute_loss_context_manager)
+            for batch in islice(batches, args.process_index, None, args.world_size)
+        ]
+        model.train(was_training)
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
-        metrics = {f"{metric_key_prefix}_{n}": v for n, v in evaluation.metrics(columns, evaluated.scored).items()}
-        metrics[f"{metric_key_prefix}_seconds"] = round(time.monotonic() - started, 3)
+        metrics = {f"eval_{name}": v for name, v in evaluation.metrics(columns, evaluated.scored).items()}
+        metrics["eval_seconds"] = round(time.monotonic() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_batch(self, raw: dict[str, Tensor]) -> tuple[np.ndarray, ...]:
-        batch = evaluation.masked(self.masker, raw)
-        labels_BP = batch.pop("labels_BP")
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        with self.compute_loss_context_manager():
-            inputs = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
-            logits_BPV = model(**inputs)["logits"].float().cpu()
-        model.train(was_training)
-        return evaluation.outcomes(logits_BPV, labels_BP, batch["positions_BP"], raw)
-
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Save elsewhere until the checkpoint is whole on all ranks; then it gets its name.
+        """Save in another directory until the checkpoint is whole on all ranks; then give it its name.
 
         Raises:
             AllRanksFailed: the weights are not finite, or the checkpoint cannot be written.
@@ -222,12 +193,12 @@ class MaskedLMTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step, self.output)
         self.log_seconds()  # for a run that is resumed
-        means = self.means.state() if self.means else None
+        means = self.means.state() if self.means else None  # on all ranks, which add up their sums
         self.args.output_dir = str(unfinished)
         try:
             with on_all_ranks(rank), writing(name, self.output):
                 yield
-                self.state.best_model_checkpoint = None  # it is known by its step, wherever the directory lies later
+                self.state.best_model_checkpoint = None  # it is known by its step: the directory may be moved
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
                     if means:
@@ -246,7 +217,7 @@ class MaskedLMTrainer(Trainer):
 def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs, masker: Masker) -> TrainingSequences:
     """The dataset of a whole run."""
     manifest, policy, source = inputs.manifest, inputs.policy, options.entropy_source
-    # compiled models are to see one shape: an attention mask always, or never
+    # a compiled model should see one shape: an attention mask always, or never
     padded = any(entry.tokens < entry.rows * manifest.sequence_length for entry in inputs.shards)
     top_k = options.distill_weight > 0 and inputs.targets is None
     return TrainingSequences(
@@ -260,12 +231,19 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
     )
 
 
+def muon_and_adamw(model: Any, args: TrainingArguments, options: Options) -> tuple[type[MuonAdamW], dict[str, Any]]:
+    """The optimizer of ``--optim muon`` for Trainer, which adds its own parameter groups."""
+    muon = {"lr": options.muon_learning_rate, "weight_decay": options.muon_weight_decay}
+    _, adamw = Trainer.get_optimizer_cls_and_kwargs(args)
+    return MuonAdamW, {"matrices": hidden_matrices(model), "muon": muon, **adamw}
+
+
 def _whole_batch(batch: Any) -> Any:
     """Collator: the dataset hands out batches."""
     return batch
 
 
 def _expect_tied_weights(model: Any, keys: Any) -> None:
-    """Checkpoints leave out weights that are another's, as the decoder's are the embedding's: those are not missing."""
+    """Checkpoints leave out weights that are tied to others, as the decoder's to the embedding's."""
     tied = getattr(model, "all_tied_weights_keys", {})
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in tied]

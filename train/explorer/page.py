@@ -24,24 +24,18 @@ BIN, WIDE_BIN = 0.25, 0.5  # nats, of a distribution and of the density of two s
 def render(
     sources: list[Source], mask: MaskPolicy, summary: dict[str, dict[str, str]], texts: list[list[Token]]
 ) -> str:
-    """The page.
-
-    Args:
-        sources: one, or two with frames of the same positions.
-        mask: what the frames and texts were masked by.
-        summary: of ``summary.summarise``.
-        texts: sequences to show.
-    """
+    """The page of one source, or of two with frames of the same positions, with the sequences ``texts``."""
     spreads = [statistics.spread(source.frame, "entropy") for source in sources]
     low, high = min(spread["low"] for spread in spreads), max(spread["high"] for spread in spreads)
     high = max(high, low + 0.5)
-    names = [source.name for source in sources]
+    names, vocab_size = [source.name for source in sources], sources[0].manifest.vocab_size
+    has_parts = sources[0].frame["part"].count() > 0
     return pages.render(
         HERE / "page.html",
         (HERE / "page.js").read_text(encoding="utf-8"),
         names=names,
-        vocab_size=sources[0].manifest.vocab_size,
-        log_vocab_size=math.log(sources[0].manifest.vocab_size),
+        vocab_size=vocab_size,
+        log_vocab_size=math.log(vocab_size),
         summary=summary,
         mask=mask_words(mask),
         texts=texts,
@@ -50,9 +44,9 @@ def render(
         high=high,
         look=partial(look, low=low, high=high),
         distribution=by_measure(distribution, sources),
-        frequency=by_measure(partial(bars, statistics.by_frequency), sources),
-        part=by_measure(partial(bars, statistics.by_part), sources) if sources[0].frame["part"].count() else {},
-        position=by_measure(curves, sources),
+        frequency=by_measure(partial(bars, [source.by_frequency for source in sources]), sources),
+        part=by_measure(partial(bars, [source.by_part for source in sources]), sources) if has_parts else {},
+        position=by_measure(partial(curves, [statistics.by_position(source.frame) for source in sources]), sources),
         two=two_sources(*sources) if len(sources) > 1 else {},
     )
 
@@ -73,7 +67,7 @@ def look(token: Token, low: float, high: float) -> tuple[str, str]:
 
 
 def by_measure(draw: Callable[[list[Source], str], Figure], sources: list[Source]) -> dict[str, Figure]:
-    """A figure for each measure that a source has at all: kept self-scores have no surprisals."""
+    """A figure for each measure that any source has: saved self-scores have no surprisals."""
     known = [name for name in statistics.MEASURES if any(source.frame[name].count() for source in sources)]
     return {measure: draw(sources, measure) for measure in known}
 
@@ -84,16 +78,15 @@ def distribution(sources: list[Source], measure: str) -> Figure:
     return figures.histogram([BIN * edge for edge in range(bins + 1)], shares, "nats", "% of tokens")
 
 
-def bars(by: Callable[[pl.DataFrame], pl.DataFrame], sources: list[Source], measure: str) -> Figure:
-    means = [by(source.frame) for source in sources]
+def bars(means: list[pl.DataFrame], sources: list[Source], measure: str) -> Figure:
     groups = dict(max(means, key=len).select("label", "share").iter_rows())
     values = [dict(table.select("label", measure).iter_rows()) for table in means]
     series = {source.name: [own.get(name) for name in groups] for source, own in zip(sources, values, strict=True)}
     return figures.bars([f"{name} ({share:.0%})" for name, share in groups.items()], series, "mean, nats")
 
 
-def curves(sources: list[Source], measure: str) -> Figure:
-    points = [statistics.by_position(source.frame).select("label", measure).drop_nulls().rows() for source in sources]
+def curves(means: list[pl.DataFrame], sources: list[Source], measure: str) -> Figure:
+    points = [table.select("label", measure).drop_nulls().rows() for table in means]
     lines = [figures.Line(style, source.name, points[style]) for style, source in enumerate(sources) if points[style]]
     figure = figures.lines(lines, "position in the sequence", "mean, nats")
     figure.axes[0].set_ylim(bottom=0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +15,12 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
+from entropy_masking.masking.words import apart_tokens, continuing_tokens
 from entropy_masking.shards.manifests import Manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows, to_tensors
-from train.explorer.statistics import MEASURES, tokens
+from train.explorer import statistics
+from train.explorer.statistics import MEASURES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,16 +29,36 @@ GROUPS = 64  # row groups that a sample comes from, where they have enough seque
 SAMPLE_SEED = 0  # the same sequences whenever the same shards are explored
 MOST_PREDICTIONS = 10  # that are shown of a token
 
-Label = Callable[[int], tuple[str, str]]  # from a token to its text and its label, as in ``Token``
 Pick = tuple[int, int, np.ndarray]  # shard index, row group, rows in it
 
 
-@dataclass(frozen=True)
-class Policy:
-    """How the sequences of a directory would be masked."""
+class View:
+    """How sequences are masked, and how their tokens are shown.
 
-    masker: Masker
-    mask: MaskPolicy
+    Attributes:
+        continues_V, apart_V: see ``masking.words``; None where the tokenizer does not mark words.
+        label: from a token to its text and its label, in characters that any terminal can print. The label marks with
+            ``##`` that the token continues a word.
+    """
+
+    def __init__(self, masker: Masker, mask: MaskPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.masker, self.mask, self.tokenizer = masker, mask, tokenizer
+        self.label = cache(self._label)
+        self.continues_V: np.ndarray | None = None
+        self.apart_V: np.ndarray | None = None
+        with suppress(ValueError):
+            self.continues_V = continuing_tokens(tokenizer, len(masker.special_V)).numpy()
+            self.apart_V = apart_tokens(tokenizer, len(masker.special_V)).numpy()
+
+    def _label(self, token: int) -> tuple[str, str]:
+        name = text = str(self.tokenizer.convert_ids_to_tokens(token) or f"#{token}")
+        if token not in self.tokenizer.all_special_ids:
+            # behind another token, where decoders leave out the marks of words
+            text = self.tokenizer.convert_tokens_to_string(["a", name])[1:].strip()
+        if not text or not text.isprintable() or "\N{REPLACEMENT CHARACTER}" in text:
+            text = name if name.isprintable() else name.encode("unicode_escape").decode()
+        continues = self.continues_V is not None and self.continues_V[token]
+        return text, f"##{text}" if continues else text
 
 
 @dataclass(frozen=True)
@@ -46,14 +69,22 @@ class Source:
     manifest: Manifest
     frame: pl.DataFrame
 
+    @cached_property
+    def by_frequency(self) -> pl.DataFrame:
+        return statistics.by_frequency(self.frame)
+
+    @cached_property
+    def by_part(self) -> pl.DataFrame:
+        return statistics.by_part(self.frame)
+
 
 @dataclass(frozen=True)
 class Token:
     """A token as the page shows it; lists have one entry for each source.
 
     Attributes:
-        text: as in running text; ``label`` marks by ``##`` that it continues a word.
-        entropy: nats, None where not scored; so ``surprisal``.
+        text, label: see ``View``.
+        entropy, surprisal: in nats, None where not scored.
         seen: what the student's input has in its place, as a label; None where it is not masked.
         top: label and probability of the teacher's most probable tokens; empty if they were not kept.
     """
@@ -69,7 +100,7 @@ class Token:
 
 
 def pick(manifests: list[Manifest], limit: int) -> list[Pick]:
-    """Up to ``limit`` sequences that all directories have: evenly out of row groups that a hash picks."""
+    """Up to ``limit`` sequences that all directories have, spread evenly over row groups that a hash picks."""
     rows = [{entry.index: entry.rows for entry in manifest.shards} for manifest in manifests]
     common = [index for index, size in sorted(rows[0].items()) if all(other.get(index) == size for other in rows)]
     groups = [(index, start) for index in common for start in range(0, rows[0][index], ROW_GROUP)]
@@ -87,27 +118,22 @@ def pick(manifests: list[Manifest], limit: int) -> list[Pick]:
     return picks
 
 
-def frame_of(
-    manifest: Manifest, picks: list[Pick], policy: Policy, continues_V: np.ndarray | None, apart_V: np.ndarray | None
-) -> pl.DataFrame:
+def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
     """The frame of tokens of the picked sequences. Raises RunError: a file cannot be read."""
-    frames, first = [], 0
-    for pick in picks:
-        rows = read(manifest, pick, policy)
-        scores = {name: rows[name] for name in MEASURES}
-        frames.append(tokens(rows["input_ids"], scores, rows["masked"], continues_V, apart_V, first))
-        first += len(rows["input_ids"])
-    return pl.concat(frames)
+    reads = [read(manifest, pick, view) for pick in picks]
+    rows = {name: np.concatenate([columns[name] for columns in reads]) for name in reads[0]}
+    scores = {name: rows[name] for name in MEASURES}
+    return statistics.tokens(rows["input_ids"], scores, rows["masked"], view.continues_V, view.apart_V)
 
 
-def read(manifest: Manifest, pick: Pick, policy: Policy, top_k: bool = False) -> dict[str, np.ndarray]:
+def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:
     """Columns of the picked sequences [N, …]; ``masked`` and ``student_ids`` [N, L] as in a run's first epoch."""
     index, group, rows_N = pick
     entry = next(entry for entry in manifest.shards if entry.index == index)
     columns = read_rows(manifest, entry, Columns(entropy=True, surprisal=True, top_k=top_k), [group])
     columns = {name: array[rows_N] for name, array in columns.items()}
     batch = to_tensors({name: array for name, array in columns.items() if not name.startswith("topk")})
-    masked = policy.masker(batch | {"epoch": torch.zeros(len(rows_N), dtype=torch.long)}, policy.mask)
+    masked = view.masker(batch | {"epoch": torch.zeros(len(rows_N), dtype=torch.long)}, view.mask)
     N, L = batch["input_ids"].shape
     positions_NK = masked["positions_BP"]
     places_NK = positions_NK.where(positions_NK != IGNORED, L)  # a column that is cut off
@@ -115,57 +141,37 @@ def read(manifest: Manifest, pick: Pick, policy: Policy, top_k: bool = False) ->
     return columns | {"masked": masked_NL.numpy(), "student_ids": masked["input_ids"].numpy()}
 
 
-def texts(sources: list[Source], picks: list[Pick], number: int, policy: Policy, label: Label) -> list[list[Token]]:
+def texts(sources: list[Source], picks: list[Pick], number: int, view: View) -> list[list[Token]]:
     """Some of the sequences that all sources have scored, evenly out of the sample, without padding."""
     scored = [set(source.frame.drop_nulls("entropy")["sequence"].unique()) for source in sources]
     numbers = sorted(set.intersection(*scored))
     where = [(index, group, row) for index, group, rows in picks for row in rows.tolist()]
     number = min(number, len(numbers))
     chosen = [where[numbers[place * len(numbers) // number]] for place in range(number)]
-    return [text((index, group, np.array([row])), sources, policy, label) for index, group, row in chosen]
+    return [text((index, group, np.array([row])), sources, view) for index, group, row in chosen]
 
 
-def text(pick: Pick, sources: list[Source], policy: Policy, label: Label) -> list[Token]:
+def text(pick: Pick, sources: list[Source], view: View) -> list[Token]:
     """One sequence, scored and masked by each source."""
-    reads = [read(source.manifest, pick, policy, source.manifest.top_k > 0) for source in sources]
-    special, shown = set(sources[0].manifest.special_token_ids), []
+    reads = [read(source.manifest, pick, view, source.manifest.top_k > 0) for source in sources]
+    special, label, shown = set(sources[0].manifest.special_token_ids), view.label, []
     for position, token in enumerate(reads[0]["input_ids"][0].tolist()):
-        if token == policy.masker.pad_id:
+        if token == view.masker.pad_id:
             continue
         rows = [{name: columns[name][0, position] for name in columns if name != "sequence_id"} for columns in reads]
         words, name = label(token)
-        entropy, surprisal = ([known(row[measure]) for row in rows] for measure in MEASURES)
+        entropy, surprisal = (
+            [None if np.isnan(row[measure]) else float(row[measure]) for row in rows] for measure in MEASURES
+        )
         seen = [label(int(row["student_ids"]))[1] if row["masked"] else None for row in rows]
-        top = [top_of(row, label) for row in rows]
+        top = [top_of(row, view) for row in rows]
         shown.append(Token(words, name, token in special, name != words, entropy, surprisal, seen, top))
     return shown
 
 
-def top_of(row: dict[str, np.ndarray], label: Label) -> list[tuple[str, float]]:
+def top_of(row: dict[str, np.ndarray], view: View) -> list[tuple[str, float]]:
     if "topk_ids" not in row or np.isnan(row["topk_logprobs"]).any():
         return []
     p_K = np.exp(row["topk_logprobs"].astype(np.float64)).round(4)
     pairs = zip(row["topk_ids"].tolist(), p_K.tolist(), strict=True)
-    return [(label(token)[1], p) for token, p in pairs][:MOST_PREDICTIONS]
-
-
-def known(value: np.ndarray) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def labels(tokenizer: PreTrainedTokenizerBase, continues_V: np.ndarray | None) -> Label:
-    """From a token to its text and its label (see ``Token``), in characters that any terminal can print."""
-    special, labelled = set(tokenizer.all_special_ids), dict[int, tuple[str, str]]()
-
-    def label(token: int) -> tuple[str, str]:
-        if token not in labelled:
-            name = str(tokenizer.convert_ids_to_tokens(token) or f"#{token}")
-            # behind another token, where decoders leave out the marks of words
-            text = name if token in special else tokenizer.convert_tokens_to_string(["a", name])[1:].strip()
-            if not text or not text.isprintable() or "\N{REPLACEMENT CHARACTER}" in text:
-                text = name if name.isprintable() else name.encode("unicode_escape").decode()
-            continues = continues_V is not None and bool(continues_V[token])
-            labelled[token] = text, f"##{text}" if continues else text
-        return labelled[token]
-
-    return label
+    return [(view.label(token)[1], p) for token, p in pairs][:MOST_PREDICTIONS]

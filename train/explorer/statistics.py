@@ -25,40 +25,37 @@ def tokens(
     masked_NL: np.ndarray,
     continues_V: np.ndarray | None,
     apart_V: np.ndarray | None,
-    first: int = 0,
 ) -> pl.DataFrame:
     """A frame of tokens.
 
     Args:
         scores: by measure [N, L], any float; NaN where not scored.
         masked_NL: bool.
-        continues_V: bool, the tokens that continue a word (``masking.words``); None where that is not known.
-        apart_V: bool, the tokens that are no part of a word, so none continues them or what follows; None likewise.
-        first: number of the first sequence.
+        continues_V, apart_V: bool, the tokens that continue a word, and those that are no part of one, so that nothing
+            continues them (``masking.words``); None where the tokenizer does not say.
     """
     N, L = ids_NL.shape
-    part_NL = np.full(ids_NL.shape, len(PARTS))
-    if continues_V is not None and apart_V is not None:
-        apart_NL = apart_V[ids_NL]
-        behind_NL = np.pad(apart_NL[:, :-1], ((0, 0), (1, 0)))
-        continues_NL = continues_V[ids_NL] & ~apart_NL & ~behind_NL
-        followed_NL = np.pad(continues_NL[:, 1:], ((0, 0), (0, 1)))
-        part_NL = np.where(continues_NL, 2, np.where(followed_NL, 1, 0))
-    names = np.array([*PARTS, None], dtype=object)
-    return pl.DataFrame(
+    frame = pl.DataFrame(
         {
-            "sequence": np.repeat(np.arange(first, first + N, dtype=np.uint32), L),
+            "sequence": np.repeat(np.arange(N, dtype=np.uint32), L),
             "position": np.tile(np.arange(L, dtype=np.uint32), N),
             "token": ids_NL.ravel().astype(np.uint32),
-            "part": pl.Series(names[part_NL.ravel()].tolist(), dtype=pl.Enum(PARTS)),
             **{name: pl.Series(scores[name].ravel().astype(np.float32)).fill_nan(None) for name in MEASURES},
             "masked": masked_NL.ravel(),
         }
     )
+    part: pl.Expr | pl.Series = pl.lit(None)
+    if continues_V is not None and apart_V is not None:
+        apart_NL = apart_V[ids_NL]
+        behind_apart_NL = np.pad(apart_NL[:, :-1], ((0, 0), (1, 0)))
+        continues_NL = continues_V[ids_NL] & ~apart_NL & ~behind_apart_NL
+        followed_NL = np.pad(continues_NL[:, 1:], ((0, 0), (0, 1)))
+        part = pl.Series("part", np.array(PARTS)[np.where(continues_NL, 2, followed_NL).ravel()])
+    return frame.with_columns(part=part).cast({"part": pl.Enum(PARTS)})
 
 
 def spread(frame: pl.DataFrame, column: str) -> dict[str, float]:
-    """``mean`` and ``median`` of a column, and what a tenth of it is below (``low``) and above; empty without any."""
+    """``mean``, ``median`` and the first (``low``) and last (``high``) decile of a column; empty without any value."""
     values = frame[column].drop_nulls().to_numpy().astype(np.float64)
     if not len(values):
         return {}
@@ -67,7 +64,7 @@ def spread(frame: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def histogram(frame: pl.DataFrame, column: str, width: float, bins: int, start: float = 0.0) -> list[float]:
-    """Shares of the known values in bins of ``width`` from ``start``; the last takes all above. Empty without any."""
+    """Shares of the known values in bins of ``width``; the last bin has all above it. Empty without any value."""
     values = frame[column].drop_nulls().to_numpy()
     bin_N = np.floor((values - start) / width).clip(0, bins - 1).astype(int)
     return (np.bincount(bin_N, minlength=bins) / len(values)).tolist() if len(values) else []
@@ -82,13 +79,12 @@ def means(frame: pl.DataFrame, by: pl.Expr) -> pl.DataFrame:
 
 
 def by_position(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` by position; neighbours are joined where a sequence has more than ``MOST_POSITIONS``."""
+    """``means`` by position, or by groups of neighbours where a sequence has more than ``MOST_POSITIONS``."""
     step = -(-frame["position"].n_unique() // MOST_POSITIONS)
     return means(frame, pl.col("position") // step * step)
 
 
 def by_third(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` by third of the sequence."""
     third = pl.col("position") * 3 // frame["position"].n_unique()
     return means(frame, third.replace_strict(range(3), THIRDS, return_dtype=pl.Enum(THIRDS)))
 
@@ -99,13 +95,12 @@ def by_part(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_mask(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` of the tokens that are masked, and of those that are left."""
     kind = pl.when("masked").then(pl.lit("masked")).otherwise(pl.lit("left"))
     return means(frame, kind.cast(pl.Enum(["masked", "left"])))
 
 
 def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` by group of ranks (``RANKS``); the token that is most frequent here has rank 1."""
+    """``means`` by group of ranks (``RANKS``); the most frequent token of the frame has rank 1."""
     scored = frame.drop_nulls("entropy")
     counts = scored.group_by("token").len().sort("len", "token", descending=[True, False])
     names = [f"{low + 1:,}–{high:,}" for low, high in pairwise((0, *RANKS))] + [f"over {RANKS[-1]:,}"]
@@ -115,7 +110,7 @@ def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_token(frame: pl.DataFrame, least: int) -> pl.DataFrame:
-    """``means`` of the tokens that occur at least so often, the most uncertain first."""
+    """``means`` of the tokens that occur at least ``least`` times, the most uncertain first."""
     frequent = means(frame, pl.col("token")).filter(pl.col("count") >= least)
     return frequent.sort("entropy", "label", descending=[True, False])
 
@@ -147,8 +142,8 @@ def agreement(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
 
 
 def movements(first: pl.DataFrame, second: pl.DataFrame, least: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The tokens (``label``) that occur at least so often and whose mean entropy rises from first to second, those
-    that rise most first; and those whose entropy falls likewise.
+    """The tokens (``label``) that occur ``least`` times or more and whose mean entropy rises from first to second, the
+    largest ``rise`` first; and those whose entropy falls, the largest fall first.
     """
     both = side_by_side(first, second).group_by(pl.col("token").alias("label"))
     moved = both.agg(pl.len().alias("count"), pl.col("first", "second").cast(pl.Float64).mean())

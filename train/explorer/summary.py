@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import polars as pl
 
 from entropy_masking.masking.policy import MaskPolicy
 from train.explorer import statistics
-from train.explorer.sample import Label, Source
+from train.explorer.sample import Source
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_TOKENS = 8
@@ -15,21 +17,23 @@ CONTEXTS = {
     "full": "nothing was masked, so the model saw the tokens that it was asked about and is surer than it would be",
 }
 
+Label = Callable[[int], tuple[str, str]]  # from a token to its text and its label
+
 
 def summarise(sources: list[Source], mask: MaskPolicy, label: Label) -> dict[str, dict[str, str]]:
-    """For each source, and for the step from one to the other: what is said, by what it is about."""
-    summary = {f"{source.manifest.uri}: {describe(source)}": of_source(source.frame, mask, label) for source in sources}
+    """Lines of text by name, by title: one title for each source, and one for the change from one to the other."""
+    summary = {f"{source.manifest.uri}: {describe(source)}": of_source(source, mask, label) for source in sources}
     if len(sources) > 1:
         first, second = (source.frame for source in sources)
         rose, fell = statistics.movements(first, second, statistics.often_enough(first))
         lines = {"agreement": agreement_words(first, second)}
         lines |= {"rose most": token_words(rose, "rise", label), "fell most": token_words(fell, "rise", label)}
-        summary[f"{sources[0].name} → {sources[1].name}"] = {name: text for name, text in lines.items() if text}
-    return summary
+        summary[f"{sources[0].name} → {sources[1].name}"] = lines
+    return {title: {name: text for name, text in lines.items() if text} for title, lines in summary.items()}
 
 
-def of_source(frame: pl.DataFrame, mask: MaskPolicy, label: Label) -> dict[str, str]:
-    lines = {}
+def of_source(source: Source, mask: MaskPolicy, label: Label) -> dict[str, str]:
+    frame, lines = source.frame, {}
     for measure in statistics.MEASURES:
         if numbers := statistics.spread(frame, measure):
             lines[measure] = (
@@ -37,15 +41,14 @@ def of_source(frame: pl.DataFrame, mask: MaskPolicy, label: Label) -> dict[str, 
                 f"and {numbers['high']:.2f}   0 {sparkline(statistics.histogram(frame, measure, 0.5, 20))} 10"
             )
     by_token = statistics.by_token(frame, statistics.often_enough(frame))
-    lines |= {
-        "by frequency": mean_words(statistics.by_frequency(frame)),
+    return lines | {
+        "by frequency": mean_words(source.by_frequency),
         "by position": mean_words(statistics.by_third(frame)),
-        "by word part": mean_words(statistics.by_part(frame)),
+        "by word part": mean_words(source.by_part),
         "uncertain": token_words(by_token, "entropy", label),
         "certain": token_words(by_token.reverse(), "entropy", label),
         "by mask": f"{mean_words(statistics.by_mask(frame))} ({mask_words(mask)})",
     }
-    return {name: text for name, text in lines.items() if text}
 
 
 def mean_words(means: pl.DataFrame) -> str:
@@ -66,11 +69,10 @@ def describe(source: Source) -> str:
     """What was scored, by which model, and how much of it was sampled."""
     manifest, frame = source.manifest, source.frame
     sampled, total = frame["sequence"].n_unique(), sum(entry.rows for entry in manifest.shards)
-    scored = len(frame) - frame["entropy"].null_count()
     context = f"{manifest.context} ({CONTEXTS.get(str(manifest.context), 'unknown')})"
     return (
         f"entropies by {manifest.teacher}, context {context}; {sampled:,} of {total:,} sequences of "
-        f"{manifest.sequence_length} tokens, {scored:,} scored"
+        f"{manifest.sequence_length} tokens, {frame['entropy'].count():,} scored"
     )
 
 
@@ -91,7 +93,7 @@ def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:
             f"rank correlation within a sequence {rho['mean']:.2f} (below {rho['low']:.2f} in a tenth of them)"
         )
     if overlap := statistics.spread(agreement, "overlap"):
-        by_chance = second["masked"].sum() / max(1, len(second) - second["entropy"].null_count())
+        by_chance = second["masked"].sum() / max(1, second["entropy"].count())
         words.append(
             f"of what the first masks {overlap['mean']:.0%} is masked by the second too ({by_chance:.0%} by chance)"
         )
