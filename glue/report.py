@@ -5,25 +5,25 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
 from entropy_masking.commands.figures import Line, Panel, Row
 from glue import tables
-from glue.costs import ONLINE, number
+from glue.costs import ONLINE
+from glue.records import Summary
 from glue.results import evaluated_on
 
 STUDENTS, MOST_STUDENTS = 64, 10_000  # that are drawn to share scores: so many at least, and at most
 EARLY = 0.2  # share of the shortest run that no curve shows: its fall is the same for all, and dwarfs what differs
 
 Table = dict[str, Any]
-Summaries = Mapping[str, Sequence[dict[str, Any]]]
-Curve = Sequence[dict[str, float]]  # points with step, seconds and losses
+Summaries = Mapping[str, Sequence[Summary]]
 
 
 def page(table: Table, summaries: Summaries) -> str:
@@ -141,45 +141,41 @@ def break_even(table: Table) -> dict[str, Figure]:
 
 def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
     """Losses by heading: held-out ones, where all runs logged them on the same text, else those of training."""
-    histories = {name: [curve for run in runs if (curve := history(run))] for name, runs in summaries.items()}
-    every = [curve for runs in histories.values() for curve in runs]
+    histories = {name: [frame for run in runs if len(frame := history(run))] for name, runs in summaries.items()}
+    every = [frame for frames in histories.values() for frame in frames]
     if not every:
         return {}
-    held_out = all(sum("eval_loss" in point for point in curve) > 1 for curve in every)
+    held_out = all(frame["eval_loss"].count() > 1 for frame in every)
     held_out &= len({evaluated_on(run) for runs in summaries.values() for run in runs}) == 1
     loss, label = ("eval_loss", "held-out loss") if held_out else ("loss", "training loss")
-    lasts = [curve[-1]["step"] for curve in every]
-    log = max(lasts) > 3 * min(lasts)
+    lasts = [frame["step"][-1] for frame in every]
     waits = {name: (cost or {}).get("scoring_seconds") or 0.0 for name, cost in table["training"].items()}
-    none = dict.fromkeys(waits, 0.0)
-    panels = {"at equal steps": ("step", none), "at equal seconds": ("seconds", none)}
-    panels |= {"scoring included": ("seconds", waits)} if any(waits.values()) else {}
+    panels = {"at equal steps": "step", "at equal seconds": "seconds"}
+    panels |= {"scoring included": "with_scoring"} if any(waits.values()) else {}
     drawn: dict[str, list[Line]] = {panel: [] for panel in panels}
     for style, name in enumerate(table["regimes"]):
-        kept = [[p for p in run if loss in p and p["step"] >= EARLY * min(lasts)] for run in histories.get(name, [])]
-        if kept := [run for run in kept if len(run) > 1]:
-            for panel, (by, before) in panels.items():
-                runs = [[(point[by] + before[name], point[loss]) for point in run] for run in kept]
-                mean = [(point[by] + before[name], point[loss]) for point in mean_curve(kept, loss)]
-                drawn[panel].append(Line(style, name, mean, faint=runs if len(runs) > 1 else ()))
+        columns = {"loss": pl.col(loss), "with_scoring": pl.col("seconds") + waits[name]}
+        runs = [frame.with_columns(**columns).drop_nulls("loss") for frame in histories.get(name, [])]
+        runs = [frame.filter(pl.col("step") >= EARLY * min(lasts)) for frame in runs]
+        if runs := [frame for frame in runs if len(frame) > 1]:
+            means = pl.concat(runs).group_by("step").agg(pl.len(), pl.col("loss", "seconds", "with_scoring").mean())
+            mean = means.filter(pl.col("len") == len(runs)).sort("step")  # at the steps that all seeds have
+            for panel, by in panels.items():
+                points, *seeds = [frame.select(by, "loss").rows() for frame in (mean, *runs)]
+                drawn[panel].append(Line(style, name, points, faint=seeds if len(seeds) > 1 else ()))
     return {
-        f"{label} {panel}": figures.lines(lines, panels[panel][0].replace("step", "steps"), "nats", log)
+        f"{label} {panel}": figures.lines(
+            lines, "steps" if panels[panel] == "step" else "seconds", "nats", log=max(lasts) > 3 * min(lasts)
+        )
         for panel, lines in drawn.items()
         if lines
     }
 
 
-def history(summary: dict[str, Any]) -> Curve:
-    """The curve of a summary, as far as it is one: nothing of a run that has one step."""
-    logged = summary.get("history")
-    points = [point for point in logged if isinstance(point, dict)] if isinstance(logged, list) else []
-    points = [point for point in points if all(number(point.get(name)) is not None for name in ("step", "seconds"))]
-    return points if len({point["step"] for point in points}) > 1 else []
-
-
-def mean_curve(curves: Sequence[Curve], loss: str) -> Curve:
-    """The mean over seeds at the steps that all of them have."""
-    by_step = [{point["step"]: point for point in curve} for curve in curves]
-    shared = sorted(set.intersection(*(set(points) for points in by_step)))
-    names = ("step", "seconds", loss)
-    return [{name: statistics.fmean(points[step][name] for points in by_step) for name in names} for step in shared]
+def history(summary: Summary) -> pl.DataFrame:
+    """The training curve of a summary; no rows for a run of one step."""
+    points = summary.history or []
+    if len({point.step for point in points}) < 2:
+        points = []
+    columns = {"step": pl.Int64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
+    return pl.DataFrame([point.model_dump() for point in points], schema=columns, strict=False)
