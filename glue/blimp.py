@@ -88,8 +88,7 @@ class Sentences:
 def load(data: str | None, limit: int | None) -> Pairs:
     """The pairs of ``DATA/blimp/blimp.parquet`` (or .tsv, .jsonl), the first ``limit`` of each phenomenon by pairID.
 
-    Raises:
-        UsageError: the file, a column or a text is missing or wrong; names it.
+    Raises UsageError, which names it, for a file, a column or a text that is missing or wrong.
     """
     if data is None or data == "hub":
         raise UsageError("the task blimp needs --data: a directory with blimp/blimp.parquet; it is not read from hub")
@@ -110,12 +109,7 @@ def load(data: str | None, limit: int | None) -> Pairs:
 
 
 def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
-    """Refuse a model that cannot score sentences, before any is scored.
-
-    Raises:
-        UsageError: no masked LM with a trained head, no mask token, or tokens that do not say which of them continue a
-            word.
-    """
+    """Raises UsageError for a model that cannot score sentences in this form."""
     if tokenizer.mask_token_id is None:
         raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
     if form == "within-word":

@@ -78,11 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def teacher_flops(directory: str | None) -> float | None:
-    """FLOPs of training the teacher and of the scores that it read; None without a directory.
-
-    Raises:
-        UsageError: the directory holds no such summary.
-    """
+    """FLOPs of training the teacher and of the scores that it read. Raises UsageError if they are not known."""
     if directory is None:
         return None
     try:
@@ -111,7 +107,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,
         "regimes": list(regimes),
-        "runs": {name: [sources(run) for run in runs] for name, runs in regimes.items()},
+        "runs": {name: [run.source() for run in runs] for name, runs in regimes.items()},
         "set_apart": {name: set_apart(runs[0], reference) for name, runs in regimes.items() if name != baseline},
         "averages": {},
         "not_computed": {},
@@ -147,11 +143,6 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
 def summaries_of(regimes: Regimes) -> dict[str, list[Summary]]:
     """The summaries of pretraining of each regime, as far as there are any."""
     return {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
-
-
-def sources(run: Run) -> dict[str, Any]:
-    seeds = {task: run.seeds(task) for task in run.results}
-    return {"directory": run.directory, "pretraining_seed": run.seed, "fine_tuning_seeds": seeds}
 
 
 def scores(task: str, run: Run) -> dict[int, float]:

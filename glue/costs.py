@@ -25,15 +25,9 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
 
     Besides ``NUMBERS`` it has, None where a summary does not say:
 
+    - ``bytes`` of the shards and targets that the run was given; ``corpus_tokens`` of the shards, with padding;
     - ``total_flops``, ``total_seconds``: training, and all of the scoring, as if there were no other student;
-    - ``bytes``: of the shards and targets that the run was given;
-    - ``corpus_tokens``: of the shards, with padding and held-out tokens;
-    - ``online_flops``, ``online_seconds``: of a teacher in memory, for each token of a student's batch. To mask by its
-      scores it makes all the passes over a row that the shards took, and has its top-k from the same passes. To distil
-      from exact targets it makes one more over the student's input, at what they cost for a token and variant. For a
-      student that masks otherwise and distils from the shards it makes one of their passes.
-
-    Scores are made once for all seeds; the scoring of targets that each seed has of its own is averaged.
+    - ``online_flops``, ``online_seconds`` of a teacher in memory, for each token of a student's batch: see ``_online``.
     """
     if not summaries:
         return None
@@ -49,14 +43,9 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
 
 
 def break_even(once: float, extra: float) -> float | None:
-    """How much has to be trained, over all epochs and students, until what is paid once is cheaper.
+    """Tokens to train, over all epochs and students, until paying ``once`` is cheaper than ``extra`` for each token.
 
-    Args:
-        once: what is paid before.
-        extra: what the other way costs more for each token trained.
-
-    Returns:
-        Tokens; 0 if it is cheaper from the start, None if it never is.
+    0 if it is cheaper from the start, None if it never is.
     """
     if once <= 0:
         return 0.0 if extra >= 0 else None
@@ -66,9 +55,8 @@ def break_even(once: float, extra: float) -> float | None:
 def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, Any]]:
     """For each regime that reads scores: when they are cheaper than a teacher in memory, or than self-masking.
 
-    The teacher in memory computes for each batch what the regime would read. Self-masking is any regime that masks by
-    the student's own scores, and distils if the other does. In FLOPs and in seconds: ``tokens`` (see ``break_even``),
-    ``epochs`` of the corpus and ``students`` of as many tokens as this one.
+    Self-masking is any regime that masks by the student's own scores, and distils if the other does. In FLOPs and in
+    seconds: ``tokens`` (see ``break_even``), ``epochs`` of the corpus and ``students`` of as many tokens as this one.
     """
     rows = []
     for name, own in costs.items():
@@ -112,7 +100,12 @@ def _bytes(summary: Summary) -> float:
 
 
 def _online(summary: Summary, unit: str) -> float:
-    """Cost of a teacher in memory for each token of a batch; nan for a regime that needs none."""
+    """Cost of a teacher in memory for each token of a batch; nan for a regime that needs none.
+
+    To mask by its scores it makes all the passes over a row that the shards took, and has its top-k from the same
+    passes. To distil from exact targets it makes one more over the student's input, at what they cost for a token and
+    variant. For a student that masks otherwise and distils from the shards it makes one of their passes.
+    """
     name = "worker_seconds" if unit == "seconds" else unit
     source, _, distils = str(summary.regime).partition("+")
     shards, targets = summary.shards or Directory(), summary.targets

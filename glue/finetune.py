@@ -52,11 +52,7 @@ class Result:
 
 
 def check_model(directory: Path, length: int) -> None:
-    """Refuse a model that cannot be fine-tuned on ``length`` tokens, before any is fine-tuned.
-
-    Raises:
-        UsageError: a pickle, no masked LM, fine-tuned already, incomplete, or too short.
-    """
+    """Raises UsageError for a model that cannot be fine-tuned on sequences of ``length`` tokens."""
     safetensors_files(directory)
     tuned = [name for name in load_config(directory).architectures or [] if "ForSequenceClassification" in name]
     if tuned:
@@ -166,8 +162,7 @@ def as_seen_by(model: Any, rows: Tokens) -> Tokens:
 def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     """The encoder with a new head, in float32, with dropout.
 
-    Raises:
-        UsageError: the model has no form for classification, or weights of its encoder are missing or not finite.
+    Raises UsageError for a model without a form for classification, or with missing or infinite weights.
     """
     config = load_config(directory)
     for name in DROPOUTS:

@@ -1,6 +1,6 @@
-"""The comparison as a page and as one picture: what is drawn, and what the intervals say. Tables are glue/tables.py's.
+"""The comparison as a page and as one picture: its figures, and what the intervals say. Its tables are in tables.py.
 
-``table`` is that of ``glue.compare.compare``; ``summaries`` are the runs' own, by regime.
+``table`` is that of ``glue.compare.compare``; ``summaries`` are those of the models, by regime.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from glue.costs import ONLINE
 from glue.records import Summary
 from glue.results import evaluated_on
 
-STUDENTS, MOST_STUDENTS = 64, 10_000  # that are drawn to share scores: so many at least, and at most
-EARLY = 0.2  # share of the shortest run that no curve shows: its fall is the same for all, and dwarfs what differs
+STUDENTS, MOST_STUDENTS = 64, 10_000  # smallest and largest end of the axis of students
+EARLY = (
+    0.2  # share of the shortest run that no curve shows: all losses fall alike there, and much more than they differ
+)
 
 Table = dict[str, Any]
 Summaries = Mapping[str, Sequence[Summary]]
@@ -54,7 +56,7 @@ def chart(table: Table) -> bytes:
 
 
 def primary(table: Table) -> tuple[str, dict[str, Any]]:
-    """What regimes are judged by: the average that was asked for, or the first there is, or the first task."""
+    """The score that the page is about: the first average (the one that was asked for), or else the first task."""
     rows = table["averages"] or {task: row["scores"] for task, row in table["tasks"].items()}
     return next(iter(rows.items()))
 
@@ -63,7 +65,7 @@ def verdict(table: Table) -> dict[str, list[str]]:
     """What the intervals of the primary score say: regimes with their difference, by conclusion."""
     (label, row), baseline = primary(table), table["baseline"]
     groups: dict[str, list[str]] = {}
-    for name in (name for name in table["regimes"] if name != baseline):
+    for name in table["set_apart"]:  # all but the baseline
         estimate = row[name]["difference"]
         if estimate is None:
             kind, text = f"Without a pretraining seed of {baseline}, so not compared", name
@@ -78,7 +80,7 @@ def verdict(table: Table) -> dict[str, list[str]]:
 
 
 def differences(table: Table) -> dict[str, Figure]:
-    """The differences of the primary score to the baseline."""
+    """The primary score of each regime minus that of the baseline."""
     label, row = primary(table)
     rows = [
         Row(style, name, d["mean"], d["low"], d["high"], f"{tables.difference(d)}, n = {d['n']}")
@@ -90,11 +92,11 @@ def differences(table: Table) -> dict[str, Figure]:
 
 def scores(table: Table) -> list[Panel]:
     """A panel for each average and task, about the mean of the baseline."""
-    panels = [Panel(name, score_rows(row), row[table["baseline"]]["mean"]) for name, row in table["averages"].items()]
-    for name, task in table["tasks"].items():
-        mean = task["scores"][table["baseline"]]["mean"]
-        panels.append(Panel(name, score_rows(task["scores"]), mean, dashed=task["constant_score"]))
-    return panels
+    rows = table["averages"] | {task: row["scores"] for task, row in table["tasks"].items()}
+    constants = {task: row["constant_score"] for task, row in table["tasks"].items()}
+    return [
+        Panel(name, score_rows(row), row[table["baseline"]]["mean"], constants.get(name)) for name, row in rows.items()
+    ]
 
 
 def score_rows(row: dict[str, Any]) -> list[Row]:
@@ -117,7 +119,7 @@ def costs(table: Table) -> dict[str, Figure]:
 
 
 def break_even(table: Table) -> dict[str, Figure]:
-    """FLOPs of a student by how many students share the scores; of equal curves one, with all names."""
+    """FLOPs of a student by how many students share the scores. Equal curves are drawn once, with all names."""
     if not table["break_even"]:
         return {}
     names: dict[tuple[float, float], list[tuple[int, str]]] = {}  # by FLOPs of scoring and of each student

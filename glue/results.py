@@ -37,6 +37,11 @@ class Run:
         """The fine-tuning seeds of a task."""
         return sorted(self.results.get(task, {}))
 
+    def source(self) -> dict[str, Any]:
+        """What table.json says of the run."""
+        seeds = {task: self.seeds(task) for task in self.results}
+        return {"directory": self.directory, "pretraining_seed": self.seed, "fine_tuning_seeds": seeds}
+
 
 Regimes = dict[str, list[Run]]  # by name, a run for each pretraining seed
 
@@ -51,11 +56,7 @@ def read_result(file: str) -> Result:
 
 
 def read_regimes(directories: Mapping[str, list[str]]) -> Regimes:
-    """All runs, checked.
-
-    Raises:
-        UsageError: a directory holds no results, or those of several models; or not all of it can be compared.
-    """
+    """All runs. Raises UsageError for a directory that cannot be read, or that cannot be compared with the others."""
     regimes = {name: [read_run(name, directory) for directory in own] for name, own in directories.items()}
     for name, runs in regimes.items():
         check_regime(name, runs)
@@ -64,11 +65,7 @@ def read_regimes(directories: Mapping[str, list[str]]) -> Regimes:
 
 
 def read_run(name: str, directory: str) -> Run:
-    """The result files of one model.
-
-    Raises:
-        UsageError: there are none, one cannot be read, or they are of different models.
-    """
+    """The result files of one model. Raises UsageError if one cannot be read, or they are of no model or of several."""
     results: dict[str, dict[int, Result]] = {}
     models, training = set(), None
     for file in (storage.join(directory, info.base_name) for info in storage.list_files(directory)):
@@ -91,11 +88,7 @@ def read_run(name: str, directory: str) -> Run:
 
 
 def check_regime(name: str, runs: list[Run]) -> None:
-    """Refuse to average runs that differ in more than their pretraining seed.
-
-    Raises:
-        UsageError: names two directories and what differs between them.
-    """
+    """Raises UsageError, which names two directories, if runs differ in more than their pretraining seed."""
     first, *others = runs
     if others and (lacking := [run.directory for run in runs if run.training is None]):
         raise UsageError(
@@ -120,11 +113,7 @@ def check_regime(name: str, runs: list[Run]) -> None:
 
 
 def check_comparable(regimes: Regimes) -> None:
-    """Refuse to compare different tasks, settings or data, or regimes that share no fine-tuning seed.
-
-    Raises:
-        UsageError: names two regimes and what differs between them.
-    """
+    """Raises UsageError, which names two regimes, for different tasks, settings or data, or no shared seed."""
     (first, (reference, *_)), *others = regimes.items()
     for name, (run, *_) in others:
         for task in sorted(reference.results.keys() ^ run.results.keys()):
@@ -152,10 +141,9 @@ def different_seeds(task: str, one: Run, first: str, other: Run, second: str) ->
 
 
 def pretraining(run: Run) -> dict[str, Any]:
-    """Everything that decides a regime: the flags of its summary, without seeds.
+    """Everything that decides a regime: the flags of its summary without seeds, and how masks of targets were drawn.
 
-    The model may be another one for each seed, so of it only the FLOPs of training count; of targets, how their masks
-    were drawn.
+    Each seed may have a model of its own, so only the FLOPs of training stand for the model.
     """
     training = run.training or Summary()
     flags = training.flags or {}

@@ -30,13 +30,7 @@ from transformers.utils import logging
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
-from entropy_masking.models.checkpoints import (
-    load_config,
-    load_tokenizer,
-    local_checkpoint,
-    resolve_dtype,
-    weights_hash,
-)
+from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import tokenizer_hash
 from glue import blimp, finetune, metrics
@@ -115,9 +109,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     """Load what identifies a model. Raises UsageError if it cannot be fine-tuned, or not scored, as asked."""
-    directory = local_checkpoint(path)
-    tokenizer = load_tokenizer(str(directory))
-    vocab_size = load_config(directory).vocab_size
+    directory = checkpoints.local_checkpoint(path)
+    tokenizer = checkpoints.load_tokenizer(str(directory))
+    vocab_size = checkpoints.load_config(directory).vocab_size
     if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
         raise UsageError(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
@@ -129,7 +123,7 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
         blimp.check_model(directory, tokenizer, args.pll)
     words = tokenizer_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
-    both = storage.sha256_json([weights_hash(directory), words])
+    both = storage.sha256_json([checkpoints.weights_hash(directory), words])
     return Model(name, path, directory, tokenizer, words, both, output)
 
 
@@ -148,7 +142,7 @@ def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, t
         grid, rows, file = (), 2 * len(data.frame), f"{task}.json"
     else:
         changes = {name: getattr(args, name) for name in ("learning_rate", "epochs", "batch_size", "max_length")}
-        changes |= {"dtype": resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task)}
+        changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task)}
         grid = grid_of(args.protocol, task, changes)
         key |= {"settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)}}
         key |= {"recipe": RECIPE, "train_split": data.train_split}
@@ -159,11 +153,7 @@ def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, t
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether the result exists.
-
-    Raises:
-        UsageError: in its place is a result of another model or of other settings, or no whole result.
-    """
+    """Whether the result exists. Raises UsageError if another one, or no whole one, is in its place."""
     try:
         previous = read_result(trial.file)
     except FileNotFoundError:

@@ -111,11 +111,7 @@ class TaskData:
         return sum(row in trained for split in self.evaluations.values() for row in split.rows())
 
     def without_overlap(self) -> TaskData:
-        """The same evaluations, and the training rows whose texts are in none of them.
-
-        Raises:
-            UsageError: no row would be left.
-        """
+        """Without the training rows whose texts are evaluated on too. Raises UsageError if no row is left."""
         evaluated = {row for split in self.evaluations.values() for row in split.rows()}
         kept = [number for number, row in enumerate(self.train.rows()) if row not in evaluated]
         if not kept:
@@ -124,11 +120,7 @@ class TaskData:
 
 
 def choose(names: str) -> list[Task]:
-    """Tasks by comma-separated names; ``glue`` and ``probes`` stand for all of theirs.
-
-    Raises:
-        UsageError: an unknown name.
-    """
+    """Tasks by comma-separated names, also of ``GROUPS``. Raises UsageError for an unknown name."""
     chosen = [task for name in names.split(",") for task in GROUPS.get(name.strip(), (name.strip(),))]
     if unknown := [name for name in chosen if name not in TASKS]:
         raise UsageError(f"there is no task {unknown[0]!r}; the tasks are {', '.join([*GROUPS, *TASKS])}")
@@ -136,13 +128,9 @@ def choose(names: str) -> list[Task]:
 
 
 def load(task: Task, data: str | None) -> TaskData:
-    """The rows of a task.
+    """The rows of a task from ``data``: ``hub``, or a directory with ``TASK/train.*`` and ``TASK/dev.*``.
 
-    Args:
-        data: ``hub``, or a directory with ``TASK/train.*`` and ``TASK/dev.*``; not used by the probes.
-
-    Raises:
-        UsageError: a file, a column, a text or a label is missing or wrong; names it.
+    Raises UsageError, which names it, for a file, column, text or label that is missing or wrong.
     """
     train_split = "train"
     if task.name in PROBES:
@@ -169,10 +157,9 @@ def load(task: Task, data: str | None) -> TaskData:
 
 def find_file(directory: Path, *stems: str) -> Path:
     """The first file of these names, in any form. Raises UsageError if there is none."""
-    candidates = [directory / f"{stem}.{ending}" for stem in stems for ending in ("parquet", "tsv", "jsonl")]
-    for path in candidates:
-        if path.exists():
-            return path
+    paths = [directory / f"{stem}.{ending}" for stem in stems for ending in ("parquet", "tsv", "jsonl")]
+    if existing := [path for path in paths if path.exists()]:
+        return existing[0]
     raise UsageError(f"{directory} has no {' or '.join(stems)} as .parquet, .tsv or .jsonl")
 
 
