@@ -164,7 +164,7 @@ def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
     summaries = [run.training or Summary() for runs in regimes.values() for run in runs]
     if any(summary.eval_loss is None for summary in summaries) or len(set(map(evaluated_on, summaries))) > 1:
         return None
-    return estimates(regimes, baseline, lambda run: {0: float((run.training and run.training.eval_loss) or 0)})
+    return estimates(regimes, baseline, lambda run: {0: float((run.training or Summary()).eval_loss or 0)})
 
 
 def estimates(
@@ -177,12 +177,12 @@ def estimates(
         tasks: the tasks that it is of; counts the fine-tunings of them that predict the same for every row.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
-    row = {}
+    row: dict[str, Any] = {}
     for name, values in by_regime.items():
         difference = None if name == baseline else paired_difference(values, by_regime[baseline])
         row[name] = estimate_of(values) | {"difference": difference and asdict(difference)}
         if tasks:
-            row[name]["collapsed"] = sum(r.collapsed for run in regimes[name] for r in run if r.task in tasks)
+            row[name]["collapsed"] = sum(own.collapsed for run in regimes[name] for own in run if own.task in tasks)
     return row
 
 

@@ -35,7 +35,7 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
     for name in NUMBERS:
         row[name] = _mean([_known(getattr(summary, name)) for summary in summaries])
     row["bytes"] = _mean([_bytes(summary) for summary in summaries])
-    row["corpus_tokens"] = _mean([_tokens(summary.shards) for summary in summaries])
+    row["corpus_tokens"] = _mean([_tokens(summary.shards or Directory()) for summary in summaries])
     for unit, (training, scoring) in UNITS.items():
         row[f"total_{unit}"] = row[training] + row[scoring]
         row[f"online_{unit}"] = _mean([_online(summary, unit) for summary in summaries])
@@ -96,7 +96,8 @@ def _pays(own: Cost, other: Cost | None, unit: str) -> dict[str, float | None] |
 
 
 def _bytes(summary: Summary) -> float:
-    return _known(summary.shards and summary.shards.bytes) + ((summary.targets and summary.targets.bytes) or 0)
+    shards, targets = summary.shards or Directory(), summary.targets or Directory()
+    return _known(shards.bytes) + (targets.bytes or 0)
 
 
 def _online(summary: Summary, unit: str) -> float:
@@ -118,8 +119,8 @@ def _online(summary: Summary, unit: str) -> float:
     return _ratio(row, shards.passes) if distils else math.nan
 
 
-def _tokens(directory: Directory | None) -> float:
-    return _known(directory and directory.sequences) * _known(directory and directory.sequence_length)
+def _tokens(directory: Directory) -> float:
+    return _known(directory.sequences) * _known(directory.sequence_length)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -62,7 +62,8 @@ def _adjacent_rows(docs: list[Row], most: int) -> list[Row]:
     for doc in docs:
         if pairs := list(pairwise(sentences(doc["text"]))):
             by_package.setdefault(doc["package"], []).append(pairs[_hash(doc["text"]) % len(pairs)])
-    adjacent, apart = [], []
+    adjacent: list[Row] = []
+    apart: list[Row] = []
     for pairs in by_package.values():
         kept, changed = pairs[0::2], pairs[1::2]
         if len(changed) > 1:

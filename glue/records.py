@@ -5,17 +5,17 @@ A summary may be of an older program, or of another one: a value of it that is m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator, model_validator
-from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from glue.tasks import TASKS
 
 T = TypeVar("T")
 
 
-def _none_if_wrong(value: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+def _none_if_wrong(value: Any, validate: Callable[[Any], Any]) -> Any:
     try:
         return validate(value)
     except ValidationError:
@@ -99,5 +99,5 @@ class Result(Model):
     @model_validator(mode="after")
     def has_the_metrics_of_its_task(self) -> Self:
         if self.task not in TASKS or not TASKS[self.task].metric_names <= self.metrics.keys():
-            raise ValueError(f"no task {self.task} has only the metrics {', '.join(self.metrics)}")
+            raise ValueError(f"{self.task} is no task, or lacks metrics")
         return self

@@ -20,9 +20,7 @@ from glue.records import Summary
 from glue.results import evaluated_on
 
 STUDENTS, MOST_STUDENTS = 64, 10_000  # smallest and largest end of the axis of students
-EARLY = (
-    0.2  # share of the shortest run that no curve shows: all losses fall alike there, and much more than they differ
-)
+EARLY = 0.2  # share of the shortest run that no curve shows: losses fall much more there than they differ
 
 Table = dict[str, Any]
 Summaries = Mapping[str, Sequence[Summary]]
@@ -50,7 +48,7 @@ def chart(table: Table) -> bytes:
     """PNG of the scores of all averages and tasks."""
     caption = (
         f"Score (%), {table['protocol']} protocol. Bar: 95 % interval over n pretraining seeds; hollow: no interval; "
-        f"line: {table['baseline']}; dashed: the same answer to every row."
+        f"line: {table['baseline']}; dashed: best constant prediction."
     )
     return figures.png(figures.intervals(scores(table), caption))
 

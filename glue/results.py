@@ -84,7 +84,7 @@ def read_run(name: str, directory: str) -> Run:
         raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")
     if len(models) > 1:
         raise UsageError(f"{directory} ({name}) holds results of {len(models)} models; keep one directory per model")
-    return Run(directory, (training and training.seed) or 0, results, training)
+    return Run(directory, (training or Summary()).seed or 0, results, training)
 
 
 def check_regime(name: str, runs: list[Run]) -> None:

@@ -137,9 +137,10 @@ def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
 def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
     """A trial under the protocol and the flags that override it; BLiMP has one for each model."""
     key: dict[str, Any] = {"task": task, "seed": seed, "protocol": args.protocol}
+    grid: tuple[Settings, ...] = ()
     if isinstance(data, blimp.Pairs):
         key |= {"protocol": blimp.PROTOCOL, "pll": args.pll, "limit_pairs": data.limit}
-        grid, rows, file = (), 2 * len(data.frame), f"{task}.json"
+        rows, file = 2 * len(data.frame), f"{task}.json"
     else:
         changes = {name: getattr(args, name) for name in ("learning_rate", "epochs", "batch_size", "max_length")}
         changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task)}
@@ -174,9 +175,11 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
     def tokens_of(trial: Trial) -> TrialTokens:
         model, own = models[trial.model], data[trial.task.name]
         key = model.tokenizer_hash, trial.task.name
-        if key not in made and isinstance(own, blimp.Pairs):
+        if key in made:
+            return made[key]
+        if isinstance(own, blimp.Pairs):
             made[key] = blimp.encode(own, model.tokenizer, form)
-        elif key not in made:
+        else:
             settings = trial.grid[0]  # a grid is over learning rates and epochs
             made[key] = encode_task(own, model.tokenizer, settings.max_length, settings.limit_train)
         return made[key]

@@ -40,6 +40,11 @@ class Task:
         """Directory of its files, and its name on the Hub."""
         return self.name.removesuffix("_matched")
 
+    @property
+    def metric_names(self) -> set[str]:
+        """As in a result: each metric of each evaluation."""
+        return {metric + suffix for metric in self.metrics for suffix in self.evaluations}
+
 
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")

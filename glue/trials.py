@@ -105,7 +105,7 @@ def run_on_ray(
     try:
         on_gpus = ray.cluster_resources().get("GPU", 0) > 0
         resources = {"num_cpus": 0, "num_gpus": gpus_per_worker} if on_gpus else {"num_cpus": 1}
-        task = ray.remote(**resources, max_retries=0)(run_on_worker)
+        task: Any = ray.remote(**resources, max_retries=0)(run_on_worker)
         waiting = sorted(trials, key=lambda trial: trial.rows)  # the last one is next
         stored: dict[int, Any] = {}  # references to tokens that are in the object store
         running: dict[Any, Trial] = {}
