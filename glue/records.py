@@ -46,17 +46,8 @@ class Directory(Model):
     policy: Known[dict[str, Any]] = None
 
 
-class Point(Model):
-    """A point of a training curve, with a loss in nats of either kind."""
-
-    step: int
-    seconds: int | float
-    loss: Number = None
-    eval_loss: Number = None
-
-
 class Summary(Model):
-    """How a model was pretrained: ``summary.json`` of train/run.py."""
+    """How a model was pretrained: ``summary.json`` of train/run.py. ``history`` is its training curve."""
 
     regime: Known[str] = None
     model: Known[str] = None
@@ -72,7 +63,7 @@ class Summary(Model):
     shards: Known[Directory] = None
     targets: Known[Directory] = None
     eval_shards: Known[Directory] = None
-    history: Known[list[Point]] = None
+    history: Known[list[dict[str, Number]]] = None
     flags: Known[dict[str, Any]] = None
 
 

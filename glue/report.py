@@ -174,8 +174,6 @@ def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
 
 def history(summary: Summary) -> pl.DataFrame:
     """The training curve of a summary; no rows for a run of one step."""
-    points = summary.history or []
-    if len({point.step for point in points}) < 2:
-        points = []
     columns = {"step": pl.Int64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
-    return pl.DataFrame([point.model_dump() for point in points], schema=columns, strict=False)
+    frame = pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls(["step", "seconds"])
+    return frame if frame["step"].n_unique() > 1 else frame.clear()
