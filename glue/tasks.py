@@ -226,6 +226,6 @@ def _labels(task: Task, column: pl.Series, where: str) -> np.ndarray:
         labels = column.cast(pl.Float64, strict=False)
         labels = labels.set(~labels.is_between(0, HIGHEST_SIMILARITY), None)
     if (unknown := labels.is_null()).any():
-        row = unknown.arg_max()
+        row = unknown.arg_max() or 0
         raise UsageError(f"{where} has the label {column[row]!r} in row {row}; known are {known}")
     return labels.to_numpy(writable=True)
