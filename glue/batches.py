@@ -1,4 +1,4 @@
-"""Rows of a task → token ids, once for all seeds → batches of rows of like length. Pure but for the tokenizer."""
+"""Rows of a task → token ids, once for all seeds → batches of rows of similar length."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Tokens:
     """Encoded rows, end to end: row n is ``ids[starts[n] : starts[n + 1]]``.
 
     Attributes:
-        ids: token ids, int32.
-        segments: which text of a pair a token is of, uint8; None where the tokenizer does not say.
+        ids: token ids [T], int32.
+        segments: which text of a pair each token is from [T], uint8; None where the tokenizer does not say.
         starts: [N + 1] int64.
         labels: [N] int64, float64 for a regression.
-        pad_id: the token that fills a batch up.
+        pad_id: the padding token.
     """
 
     ids: np.ndarray
@@ -43,60 +43,59 @@ class Tokens:
         """``input_ids``, ``attention_mask``, ``token_type_ids`` [B, L] int64; L is the longest of these rows."""
         length_B = self.lengths[rows]
         position_L = np.arange(length_B.max())
-        there_BL = position_L < length_B[:, None]
-        place_BL = np.where(there_BL, self.starts[rows][:, None] + position_L, 0)
-        columns = {"input_ids": np.where(there_BL, self.ids[place_BL], self.pad_id), "attention_mask": there_BL}
+        real_BL = position_L < length_B[:, None]
+        place_BL = np.where(real_BL, self.starts[rows][:, None] + position_L, 0)
+        columns = {"input_ids": np.where(real_BL, self.ids[place_BL], self.pad_id), "attention_mask": real_BL}
         if self.segments is not None:
-            columns["token_type_ids"] = np.where(there_BL, self.segments[place_BL], 0)
+            columns["token_type_ids"] = np.where(real_BL, self.segments[place_BL], 0)
         return {name: torch.from_numpy(column_BL.astype(np.int64)) for name, column_BL in columns.items()}
 
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's training rows, and its evaluations by suffix."""
+    """A task's training rows, and its evaluations by suffix. The rest is as in ``TaskData``."""
 
     task: Task
     train: Tokens
     evaluations: dict[str, Tokens]
+    train_split: str
+    overlap: int
 
 
 def encode_task(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, limit_train: int | None
 ) -> TaskTokens:
-    """The rows of a task as one tokenizer sees them, cut to ``max_length`` tokens."""
-    train = encode(limited(data.train, limit_train), tokenizer, max_length)
+    """The rows of a task as one tokenizer sees them, cut to ``max_length`` tokens.
+
+    Of more training rows than ``limit_train``, that many are drawn, the same for every seed.
+    """
+    train = data.train
+    if limit_train is not None and limit_train < len(train):
+        train = train.select(np.sort(np.random.default_rng(0).permutation(len(train))[:limit_train]))
     evaluations = {suffix: encode(split, tokenizer, max_length) for suffix, split in data.evaluations.items()}
-    return TaskTokens(data.task, train, evaluations)
-
-
-def limited(split: Split, rows: int | None) -> Split:
-    """At most ``rows`` rows, the same whatever the seed of the run."""
-    if rows is None or rows >= len(split.labels):
-        return split
-    kept = np.sort(np.random.default_rng(0).permutation(len(split.labels))[:rows])
-    return Split([[texts[row] for row in kept] for texts in split.texts], split.labels[kept])
+    return TaskTokens(data.task, encode(train, tokenizer, max_length), evaluations, data.train_split, data.overlap)
 
 
 def encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
-    """A text or a pair a row."""
+    """Each row, a text or a pair of texts, as one sequence."""
     encoded = tokenizer(*split.texts, truncation=True, max_length=max_length, return_attention_mask=False)
-    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded["input_ids"]])])
+    starts = np.cumsum([0, *map(len, encoded["input_ids"])])
+    ids = np.concatenate([np.array(row, np.int32) for row in encoded["input_ids"]])
     segments = None
     if "token_type_ids" in encoded:
         segments = np.concatenate([np.array(row, np.uint8) for row in encoded["token_type_ids"]])
-    ids = np.concatenate([np.array(row, np.int32) for row in encoded["input_ids"]])
     return Tokens(ids, segments, starts, split.labels, tokenizer.pad_token_id)
 
 
 def shuffled_batches(lengths: np.ndarray, size: int, pool: int, key: tuple[int, ...]) -> list[np.ndarray]:
-    """An epoch's batches of row numbers: shuffled, but of rows of like length, so that little is padded.
+    """The row numbers of an epoch's batches, in random order, with rows of similar length together to save padding.
 
     Rows are shuffled, sorted by length within ``pool`` batches' worth of them, and cut into batches, whose order is
-    shuffled again. Each row is in one batch; all are of ``size`` rows but the last one made.
+    shuffled again. Each row is in one batch. All batches have ``size`` rows, but the last one made.
 
     Args:
         lengths: of the rows [N].
-        key: all that the order depends on besides.
+        key: seeds the order.
     """
     rng = np.random.default_rng(key)
     order = rng.permutation(len(lengths))
@@ -106,6 +105,6 @@ def shuffled_batches(lengths: np.ndarray, size: int, pool: int, key: tuple[int, 
 
 
 def batches_by_length(rows: np.ndarray, lengths: np.ndarray, size: int) -> list[np.ndarray]:
-    """These rows, shortest first, cut into batches; rows of one length stay in their order."""
+    """The rows, shortest first, cut into batches; rows of equal length keep their order."""
     rows = rows[np.argsort(lengths[rows], kind="stable")]
     return np.split(rows, range(size, len(rows), size))

@@ -5,9 +5,9 @@ python glue/compare.py random=runs/glue/random parquet=runs/glue/parquet --outpu
 python glue/compare.py random=runs/glue/random-1,runs/glue/random-2 self=runs/glue/self-1 self=runs/glue/self-2 \\
     --baseline random --average local6 --output runs/comparison
 
-A directory holds the results of one pretrained model (glue/run.py); those of one name are its pretraining seeds, and
-are paired with the baseline's by the seed in the model's summary. Writes table.md, table.json, table.csv, page.html and
-chart.png. What was fine-tuned differently is not compared.
+A directory holds the results of one pretrained model (glue/run.py). Directories of one name are pretraining seeds of a
+regime; each is paired with the baseline's of the same seed. Writes table.md, table.json, table.csv, page.html and
+chart.png. Results of different settings or data are refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,12 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from glue import tables
-from glue.costs import break_evens, cost, number
+from glue.costs import break_evens, cost
 from glue.intervals import Scores, estimate, paired_difference, seed_means
-from glue.metrics import AVERAGES, IncompleteAverage, averages_by_seed, require_tasks, tasks_of
+from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
+from glue.records import Summary
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tasks import TASKS, ZERO_SHOT
-
-Row = dict[str, dict[str, Any]]  # what is compared, by regime: its estimate, with the difference to the baseline
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,12 +41,11 @@ def main(argv: list[str] | None = None) -> None:
 
     regimes = read_regimes(args.regimes)
     table = compare(regimes, args.baseline, args.average, teacher_flops(args.teacher))
-    summaries = {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
     markdown = tables.to_markdown(table)
     files = {
         "table.md": markdown.encode(),
         "table.csv": tables.to_csv(table).encode(),
-        "page.html": report.page(table, summaries).encode(),
+        "page.html": report.page(table, summaries_of(regimes)).encode(),
         "chart.png": report.chart(table),
     }
     storage.write_json(storage.join(args.output, "table.json"), table)
@@ -71,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
     for name, equals, directories in pairs:
         if not (name.isprintable() and name and equals and all(directories.split(","))):
-            raise UsageError(f"{name + equals + directories!r} is no NAME=DIR, as in random=runs/glue/random")
+            raise UsageError(f"{name + equals + directories!r} is no NAME=DIR; write it as random=runs/glue/random")
         args.regimes.setdefault(name, []).extend(directories.split(","))
     args.baseline = args.baseline or next(iter(args.regimes))
     if args.baseline not in args.regimes:
@@ -80,11 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def teacher_flops(directory: str | None) -> float | None:
-    """FLOPs of training the teacher, scores that it read itself included; None without a directory.
-
-    Raises:
-        UsageError: the directory does not say.
-    """
+    """FLOPs of training the teacher and of the scores that it read. Raises UsageError if they are not known."""
     if directory is None:
         return None
     try:
@@ -110,10 +104,10 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     reference = regimes[baseline][0]
     results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
     table: dict[str, Any] = {
-        "protocol": next(iter(results.values()))["protocol"],
+        "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,
         "regimes": list(regimes),
-        "runs": {name: [sources(run) for run in runs] for name, runs in regimes.items()},
+        "runs": {name: [run.source() for run in runs] for name, runs in regimes.items()},
         "set_apart": {name: set_apart(runs[0], reference) for name, runs in regimes.items() if name != baseline},
         "averages": {},
         "not_computed": {},
@@ -122,21 +116,21 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     }
     for name in dict.fromkeys([*required, *AVERAGES]):
         try:
-            row = compare_one(regimes, baseline, partial(averages, name))
-            table["averages"][name] = with_collapsed(row, regimes, tasks_of(name))
+            table["averages"][name] = estimates(regimes, baseline, partial(averages, name), tasks_of(name))
         except IncompleteAverage as error:
             if name in required:
                 raise UsageError(f"{error}; run what is missing, or leave out --average {name}") from None
             if any(task in results for task in tasks_of(name)):
                 table["not_computed"][name] = str(error)
     for task, result in results.items():
-        row = with_collapsed(compare_one(regimes, baseline, partial(scores, task)), regimes, [task])
-        kept = {name: result[name] for name in ("train_split", "train_rows", "eval_rows", "overlap", "constant_score")}
-        how = {"zero_shot": result["settings"]} if task in ZERO_SHOT else {}
-        table["tasks"][task] = kept | how | {"scores": row}
-    if table["eval_loss"] is None and all(run.training for runs in regimes.values() for run in runs):
+        names = ("train_split", "train_rows", "eval_rows", "overlap", "constant_score")
+        row = {name: getattr(result, name) for name in names}
+        row |= {"zero_shot": result.settings} if task in ZERO_SHOT else {}
+        table["tasks"][task] = row | {"scores": estimates(regimes, baseline, partial(scores, task), [task])}
+    summaries = summaries_of(regimes)
+    if table["eval_loss"] is None and all(len(summaries[name]) == len(runs) for name, runs in regimes.items()):
         table["not_computed"]["eval loss"] = "the held-out loss needs runs that all have one, on the same text"
-    table["training"] = {name: cost([run.training for run in runs if run.training]) for name, runs in regimes.items()}
+    table["training"] = {name: cost(own) for name, own in summaries.items()}
     for name, row in table["training"].items():
         if row:
             if teacher is not None and row["total_flops"] is not None:
@@ -146,63 +140,59 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     return table
 
 
-def sources(run: Run) -> dict[str, Any]:
-    seeds = {task: sorted(results) for task, results in run.results.items()}
-    return {"directory": run.directory, "pretraining_seed": run.seed, "fine_tuning_seeds": seeds}
+def summaries_of(regimes: Regimes) -> dict[str, list[Summary]]:
+    """The summaries of pretraining of each regime, as far as there are any."""
+    return {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
 
 
 def scores(task: str, run: Run) -> dict[int, float]:
     """A task's scores of one model, in percent, by fine-tuning seed."""
-    return {seed: result["score"] for seed, result in sorted(run.results[task].items())}
+    return {seed: run.results[task][seed].score for seed in run.seeds(task)}
 
 
 def averages(name: str, run: Run) -> dict[int, float]:
-    """A named average of one model, by the fine-tuning seeds that all of its tasks have."""
-    require_tasks(name, run.results)
-    metrics = {task: {seed: result["metrics"] for seed, result in by.items()} for task, by in run.results.items()}
+    """A named average of one model, by the fine-tuning seeds that all of its tasks have. Raises IncompleteAverage."""
+    metrics = {task: {seed: result.metrics for seed, result in own.items()} for task, own in run.results.items()}
+    average(name, {task: next(iter(own.values())) for task, own in metrics.items()})
     if by_seed := averages_by_seed(name, metrics):
         return by_seed
     raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
 
 
-def losses(regimes: Regimes, baseline: str) -> Row | None:
+def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
     """The held-out loss of pretraining, in nats; None unless every summary has one, all on the same text."""
-    summaries = [run.training or {} for runs in regimes.values() for run in runs]
-    known = all(number(summary.get("eval_loss")) is not None for summary in summaries)
-    if not known or len(set(map(evaluated_on, summaries))) > 1:
+    summaries = [run.training or Summary() for runs in regimes.values() for run in runs]
+    if any(summary.eval_loss is None for summary in summaries) or len(set(map(evaluated_on, summaries))) > 1:
         return None
-    return compare_one(regimes, baseline, lambda run: {0: float((run.training or {})["eval_loss"])})
+    return estimates(regimes, baseline, lambda run: {0: float((run.training or Summary()).eval_loss or 0)})
 
 
-def with_collapsed(row: Row, regimes: Regimes, tasks: Iterable[str]) -> Row:
-    """Add to each regime how many of its fine-tunings predict the same for every row."""
-    for name, runs in regimes.items():
-        results = [result for run in runs for task in tasks for result in run.results[task].values()]
-        row[name]["collapsed"] = sum(result["collapsed"] for result in results)
-    return row
-
-
-def compare_one(regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]]) -> Row:
-    """The estimates of one score, average or loss.
+def estimates(
+    regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]], tasks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Of one score, average or loss, by regime: its estimate, and that of the difference to the baseline.
 
     Args:
         value: the score of a run, by fine-tuning seed.
+        tasks: the tasks that it is of; counts the fine-tunings of them that predict the same for every row.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
-    row = {name: estimated(values) for name, values in by_regime.items()}
+    row: dict[str, Any] = {}
     for name, values in by_regime.items():
         difference = None if name == baseline else paired_difference(values, by_regime[baseline])
-        row[name]["difference"] = difference and asdict(difference)
+        row[name] = estimate_of(values) | {"difference": difference and asdict(difference)}
+        if tasks:
+            row[name]["collapsed"] = sum(own.collapsed for run in regimes[name] for own in run if own.task in tasks)
     return row
 
 
-def estimated(values: Scores) -> dict[str, Any]:
+def estimate_of(values: Scores) -> dict[str, Any]:
     """Mean, deviation and interval over pretraining seeds; and the deviation that fine-tuning seeds alone make."""
     means = seed_means(values)
-    variances = [statistics.variance(by.values()) for by in values.values() if len(by) > 1]
+    variances = [statistics.variance(own.values()) for own in values.values() if len(own) > 1]
     return asdict(estimate(list(means.values()))) | {
         "values": {str(seed): mean for seed, mean in means.items()},
-        "fine_tuning_seeds": min(len(by) for by in values.values()),
+        "fine_tuning_seeds": min(len(own) for own in values.values()),
         "fine_tuning_sd": statistics.fmean(variances) ** 0.5 if variances else None,
     }
 

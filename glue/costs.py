@@ -1,150 +1,140 @@
-"""What a regime costs: training, scoring, storage; and when scores that are made once pay. Pure."""
+"""What a regime costs: training, scoring, storage; and when scores that are made once pay. Pure.
+
+A number that no summary holds is nan in between, so that what is computed from it is unknown too, and None at the end.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from glue.records import Directory, Summary
 
 # numbers of a run's summary, averaged over its pretraining seeds
 NUMBERS = ("steps", "tokens", "seconds", "tokens_per_second", "training_flops", "scoring_seconds", "scoring_flops")
 ONLINE = "online teacher"
 UNITS = {"flops": ("training_flops", "scoring_flops"), "seconds": ("seconds", "scoring_seconds")}
 
+Cost = dict[str, Any]
 
-def cost(summaries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The bill of one student of a regime, a mean over its pretraining seeds; None without summaries.
+
+def cost(summaries: Sequence[Summary]) -> Cost | None:
+    """The cost of one student of a regime, a mean over its pretraining seeds; None without summaries.
 
     Besides ``NUMBERS`` it has, None where a summary does not say:
 
+    - ``bytes`` of the shards and targets that the run was given; ``corpus_tokens`` of the shards, with padding;
     - ``total_flops``, ``total_seconds``: training, and all of the scoring, as if there were no other student;
-    - ``bytes``: of the shards and targets that the run was given;
-    - ``corpus_tokens``: of the shards, padding and held-out ones included;
-    - ``online_flops``, ``online_seconds``: of a teacher in memory, a token of a student's batch. To mask by its scores
-      it makes all the passes over a row that the shards took, and has their top-k from the same passes. To distil from
-      exact targets it makes one more over the student's input, at what they cost a token and variant; a student that
-      masks otherwise and distils from the shards has one of their passes made, which hides about as many positions.
-
-    Scores are made once for all seeds; the scoring of targets that each seed has of its own is averaged.
+    - ``online_flops``, ``online_seconds`` of a teacher in memory, for each token of a student's batch: see ``_online``.
     """
     if not summaries:
         return None
-    found: dict[str, Any] = {name: summaries[0].get(name) for name in ("regime", "model")} | {"n": len(summaries)}
-    found |= {name: _mean([number(summary.get(name)) for summary in summaries]) for name in NUMBERS}
-    parts = [_of_directories(summary) for summary in summaries]
-    found |= {name: _mean([part.get(name) for part in parts]) for name in ("bytes", "corpus_tokens")}
+    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
+    for name in NUMBERS:
+        row[name] = _mean([_known(getattr(summary, name)) for summary in summaries])
+    row["bytes"] = _mean([_bytes(summary) for summary in summaries])
+    row["corpus_tokens"] = _mean([_tokens(summary.shards or Directory()) for summary in summaries])
     for unit, (training, scoring) in UNITS.items():
-        found[f"total_{unit}"] = _sum(found[training], found[scoring])
-        found[f"online_{unit}"] = _mean([part.get(f"online_{unit}") for part in parts])
-    return found
-
-
-def _of_directories(summary: dict[str, Any]) -> dict[str, float | None]:
-    shards, targets = _dict(summary.get("shards")), _dict(summary.get("targets"))
-    size = number(shards.get("bytes"))
-    found: dict[str, float | None] = {
-        "bytes": None if size is None else size + (number(targets.get("bytes")) or 0),
-        "corpus_tokens": _tokens(shards),
-    }
-    source, _, distils = str(summary.get("regime")).partition("+")
-    for unit, name in (("flops", "flops"), ("seconds", "worker_seconds")):
-        row = _ratio(number(shards.get(name)), found["corpus_tokens"])
-        needs = [row] if source == "parquet" else []
-        if distils and targets:
-            needs.append(_ratio(number(targets.get(name)), _tokens(targets)))
-        elif distils and not needs:
-            needs.append(_ratio(row, shards.get("passes")))
-        found[f"online_{unit}"] = _sum(*needs) if needs else None
-    return found
-
-
-def _tokens(directory: dict[str, Any]) -> float | None:
-    rows, length = number(directory.get("sequences")), number(directory.get("sequence_length"))
-    return None if rows is None or length is None else rows * length
+        row[f"total_{unit}"] = row[training] + row[scoring]
+        row[f"online_{unit}"] = _mean([_online(summary, unit) for summary in summaries])
+    return {name: _or_none(value) for name, value in row.items()}
 
 
 def break_even(once: float, extra: float) -> float | None:
-    """How much has to be trained, over all epochs and students, until what is paid once is cheaper.
+    """Tokens to train, over all epochs and students, until paying ``once`` is cheaper than ``extra`` for each token.
 
-    Args:
-        once: what is paid before.
-        extra: what the other way costs more, a token trained.
-
-    Returns:
-        Tokens; 0 if it is cheaper from the start, None if it never is.
+    0 if it is cheaper from the start, None if it never is.
     """
     if once <= 0:
         return 0.0 if extra >= 0 else None
     return once / extra if extra > 0 else None
 
 
-def break_evens(costs: dict[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, Any]]:
     """For each regime that reads scores: when they are cheaper than a teacher in memory, or than self-masking.
 
-    The teacher in memory makes at each batch what the regime would read. Self-masking is any regime that masks by the
-    student's own scores, with distillation or without, as the other. In FLOPs and in seconds: ``tokens`` (see
-    ``break_even``), ``epochs`` of the corpus and ``students`` of as many tokens as this one.
+    Self-masking is any regime that masks by the student's own scores, and distils if the other does. In FLOPs and in
+    seconds: ``tokens`` (see ``break_even``), ``epochs`` of the corpus and ``students`` of as many tokens as this one.
     """
     rows = []
     for name, own in costs.items():
         if not own or not own["scoring_flops"]:
             continue
         source, _, distils = str(own["regime"]).partition("+")
-        others = {
-            other: row
-            for other, row in costs.items()
-            if row and source == "parquet" and str(row["regime"]).partition("+")[::2] == ("self", distils)
-        }
-        for against in (ONLINE, *others):
-            row: dict[str, Any] = {"regime": name, "against": against}
-            for unit, (training, scoring) in UNITS.items():
-                if against == ONLINE:
-                    once, extra = own[scoring], own[f"online_{unit}"]
-                else:
-                    once = _sum(own[scoring], _negative(others[against][scoring]))
-                    extra = _sum(_a_token(others[against], training), _negative(_a_token(own, training)))
-                row[unit] = None
-                if once is not None and extra is not None:
-                    tokens = break_even(once, extra)
-                    row[unit] = {
-                        "once": once,
-                        "extra_per_token": extra,
-                        "tokens": tokens,
-                        "epochs": _ratio(tokens, own["corpus_tokens"]),
-                        "students": _ratio(tokens, own["tokens"]),
-                    }
-            rows.append(row)
+        others: dict[str, Cost | None] = {ONLINE: None}
+        if source == "parquet":
+            others |= {
+                other: row
+                for other, row in costs.items()
+                if row and str(row["regime"]).partition("+")[::2] == ("self", distils)
+            }
+        for against, other in others.items():
+            pays = {unit: _pays(own, other, unit) for unit in UNITS}
+            rows.append({"regime": name, "against": against, **pays})
     return rows
 
 
-def number(value: Any) -> float | None:
-    """A number of a summary; None for anything else."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+def _pays(own: Cost, other: Cost | None, unit: str) -> dict[str, float | None] | None:
+    """When a regime is cheaper than another one, or than itself with a teacher in memory; None if a cost is unknown."""
+    training, scoring = UNITS[unit]
+    once, extra = _known(own[scoring]), _known(own[f"online_{unit}"])
+    if other:
+        once -= _known(other[scoring])
+        extra = _ratio(other[training], other["tokens"]) - _ratio(own[training], own["tokens"])
+    if math.isnan(once + extra):
         return None
-    mean = statistics.fmean(known)
-    return int(mean) if all(isinstance(value, int) for value in known) and mean == int(mean) else mean
+    tokens = break_even(once, extra)
+    return {
+        "once": once,
+        "extra_per_token": extra,
+        "tokens": tokens,
+        "epochs": _or_none(_ratio(tokens, own["corpus_tokens"])),
+        "students": _or_none(_ratio(tokens, own["tokens"])),
+    }
 
 
-def _sum(*values: float | None) -> float | None:
-    return None if None in values else sum(value for value in values if value is not None)
+def _bytes(summary: Summary) -> float:
+    shards, targets = summary.shards or Directory(), summary.targets or Directory()
+    return _known(shards.bytes) + (targets.bytes or 0)
 
 
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
+def _online(summary: Summary, unit: str) -> float:
+    """Cost of a teacher in memory for each token of a batch; nan for a regime that needs none.
+
+    To mask by its scores it makes all the passes over a row that the shards took, and has its top-k from the same
+    passes. To distil from exact targets it makes one more over the student's input, at what they cost for a token and
+    variant. For a student that masks otherwise and distils from the shards it makes one of their passes.
+    """
+    name = "worker_seconds" if unit == "seconds" else unit
+    source, _, distils = str(summary.regime).partition("+")
+    shards, targets = summary.shards or Directory(), summary.targets
+    row = _ratio(getattr(shards, name), _tokens(shards))
+    if distils and targets:
+        exact = _ratio(getattr(targets, name), _tokens(targets))
+        return row + exact if source == "parquet" else exact
+    if source == "parquet":
+        return row
+    return _ratio(row, shards.passes) if distils else math.nan
 
 
-def _ratio(value: float | None, by: float | None) -> float | None:
-    return None if value is None or not by else value / by
+def _tokens(directory: Directory) -> float:
+    return _known(directory.sequences) * _known(directory.sequence_length)
 
 
-def _a_token(row: dict[str, Any], name: str) -> float | None:
-    return _ratio(row[name], row["tokens"])
+def _mean(values: Sequence[float]) -> float:
+    mean = statistics.fmean(values)
+    return int(mean) if all(isinstance(value, int) for value in values) and mean == int(mean) else mean
+
+
+def _ratio(value: float | None, by: float | None) -> float:
+    return _known(value) / by if by else math.nan
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Fine-tuning one model on one task with one seed: a plain loop, since batches are tensors already."""
+"""Fine-tuning one model on one task with one seed: a plain loop."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, get_scheduler, set_seed
+from transformers import AutoModelForSequenceClassification, get_scheduler, set_seed
 
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.models.checkpoints import load_config, safetensors_files
 from glue import metrics
 from glue.batches import TaskTokens, Tokens, batches_by_length, shuffled_batches
 from glue.protocols import RECIPE, Settings
 from glue.tasks import GLUE, Task
 
-# what encoders call it; pretraining sets it to 0
+# names of dropout in configurations; pretraining sets it to 0
 DROPOUTS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"),
     *("embedding_dropout", "mlp_dropout", "classifier_dropout"),
@@ -33,37 +33,32 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Result:
-    """``collapsed``: the model predicts the same for every row; ``constant_score``: what the best such model scores."""
+    """What a result file says of one setting.
+
+    Attributes:
+        score: the mean of the metrics, in percent.
+        collapsed: the model predicts the same for every row of an evaluation.
+        constant_score: what the best model that does so scores.
+    """
 
     metrics: dict[str, float]
+    score: float
     collapsed: bool
     constant_score: float
+    train_split: str
     train_rows: int
     eval_rows: int
-
-    @property
-    def score(self) -> float:
-        return metrics.score(self.metrics)
+    overlap: int
 
 
-def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """Refuse what cannot be fine-tuned on ``length`` tokens, before anything is.
-
-    Raises:
-        UsageError: a pickle, no masked LM, fine-tuned already, not whole, too short, another model's tokenizer.
-    """
+def check_model(directory: Path, length: int) -> None:
+    """Raises UsageError for a model that cannot be fine-tuned on sequences of ``length`` tokens."""
     safetensors_files(directory)
-    config = load_config(directory)
-    tuned = [name for name in config.architectures or [] if "ForSequenceClassification" in name]
+    tuned = [name for name in load_config(directory).architectures or [] if "ForSequenceClassification" in name]
     if tuned:
         raise UsageError(
             f"{directory} is fine-tuned already ({tuned[0]}); every task starts from the pretrained model, "
             "RTE, MRPC and STS-B never from MNLI"
-        )
-    if tokenizer.pad_token_id is None or len(tokenizer) > config.vocab_size:
-        raise UsageError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
-            f"{config.vocab_size}; put the model's own tokenizer there"
         )
     longest = positions(load_classifier(directory, GLUE["rte"], 0.0))
     if not 8 <= length <= (longest or length):
@@ -71,7 +66,7 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, length: int
 
 
 def positions(model: Any) -> int | None:
-    """Tokens of the longest sequence; RoBERTa's first positions, up to the padding's, are never used."""
+    """Length of the longest sequence; RoBERTa never uses its first positions, up to the padding's."""
     embeddings = [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in model.named_modules()
@@ -89,17 +84,17 @@ def finetune(
         directory: checkpoint of a masked LM.
         tokens: of its own tokenizer.
         seed: of the new head, the order of rows and the dropout: the same for every model of one architecture.
-        advance: told the number of rows as they are trained on.
+        advance: called with the number of rows of each step.
 
     Raises:
-        RunError: it diverged; a score of NaN would look like any other.
+        RunError: the model diverged.
     """
     task, device = tokens.task, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     set_seed(seed)
     model = load_classifier(directory, task, settings.dropout).to(device)
     train(model, as_seen_by(model, tokens.train), settings, seed, advance)
-    found: dict[str, float] = {}
-    constant = False
+    values: dict[str, float] = {}
+    collapsed = False
     for suffix, rows in tokens.evaluations.items():
         logits_NC = predict(model, as_seen_by(model, rows), settings.dtype)
         if not np.isfinite(logits_NC).all():
@@ -107,13 +102,14 @@ def finetune(
                 "the logits are not finite after fine-tuning at a learning rate of "
                 f"{settings.learning_rate:g}; lower --learning-rate"
             )
-        predictions = logits_NC.argmax(1) if task.labels else logits_NC[:, 0]
-        values = metrics.evaluate(task.metrics, rows.labels, predictions)
-        found |= {name + suffix: value for name, value in values.items()}
-        constant = constant or metrics.collapsed(predictions)
+        predictions_N = logits_NC.argmax(1) if task.labels else logits_NC[:, 0]
+        own = metrics.evaluate(task.metrics, rows.labels, predictions_N)
+        values |= {name + suffix: value for name, value in own.items()}
+        collapsed = collapsed or metrics.collapsed(predictions_N)
     labels = [rows.labels for rows in tokens.evaluations.values()]
     constant_score = metrics.constant_score(task.metrics, labels, len(task.labels))
-    return Result(found, constant, constant_score, len(tokens.train), sum(map(len, labels)))
+    sizes = len(tokens.train), sum(map(len, labels))
+    return Result(values, metrics.score(values), collapsed, constant_score, tokens.train_split, *sizes, tokens.overlap)
 
 
 def train(model: Any, rows: Tokens, settings: Settings, seed: int, advance: Callable[[int], None]) -> None:
@@ -145,10 +141,8 @@ def predict(model: Any, rows: Tokens, dtype: str) -> np.ndarray:
     """Logits [N, C] float32 of all rows, in their order."""
     model.eval()
     batches = batches_by_length(np.arange(len(rows)), rows.lengths, EVAL_BATCH)
-    found_NC = torch.cat([classify(model, rows.batch(batch), dtype) for batch in batches]).cpu().numpy()
-    logits_NC = np.empty_like(found_NC)
-    logits_NC[np.concatenate(batches)] = found_NC
-    return logits_NC
+    sorted_NC = torch.cat([classify(model, rows.batch(batch), dtype) for batch in batches]).cpu().numpy()
+    return sorted_NC[np.argsort(np.concatenate(batches))]
 
 
 def classify(model: Any, batch: dict[str, Tensor], dtype: str) -> Tensor:
@@ -159,17 +153,16 @@ def classify(model: Any, batch: dict[str, Tensor], dtype: str) -> Tensor:
 
 
 def as_seen_by(model: Any, rows: Tokens) -> Tokens:
-    """Rows without segments where the model knows no two: RoBERTa's has one, DistilBERT's forward none."""
+    """Rows without segments if the model does not tell two apart: RoBERTa has one, DistilBERT none."""
     several = (getattr(model.config, "type_vocab_size", None) or 0) > 1
     takes = several and "token_type_ids" in inspect.signature(model.forward).parameters
     return rows if takes else replace(rows, segments=None)
 
 
 def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
-    """The encoder with a new head, float32; dropout is put back.
+    """The encoder with a new head, in float32, with dropout.
 
-    Raises:
-        UsageError: it has no form for classification, or weights of the encoder are missing or not finite.
+    Raises UsageError for a model without a form for classification, or with missing or infinite weights.
     """
     config = load_config(directory)
     for name in DROPOUTS:
@@ -184,11 +177,9 @@ def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
             directory, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"cannot load {directory} for fine-tuning: {reason}") from None
+        raise UsageError(f"cannot load {directory} for fine-tuning: {one_line(error)}") from None
     encoder = f"{model.base_model_prefix}."
-    lost = [name for name in loading["missing_keys"] if name.startswith(encoder) and "pooler" not in name]
-    if lost:
+    if lost := [name for name in loading["missing_keys"] if name.startswith(encoder) and "pooler" not in name]:
         raise UsageError(f"{directory} lacks weights of its encoder ({lost[0]}); use a complete checkpoint")
     if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UsageError(f"{directory} has weights that are not finite ({broken[0]}); use another checkpoint")

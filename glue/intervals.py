@@ -1,7 +1,7 @@
 """Means, deviations and 95 % intervals over pretraining seeds. Pure.
 
-The unit is the pretrained model: the scores of its fine-tuning seeds are averaged first, for they share its weights and
-are no independent evidence about how it was trained.
+The unit is the pretrained model. The scores of its fine-tuning seeds are averaged first: they share its weights, so
+they are not independent evidence about its pretraining.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ Scores = Mapping[int, Mapping[int, float]]  # by pretraining seed, by fine-tunin
 class Estimate:
     """Mean of n values, their sample standard deviation, and the interval of the mean.
 
-    Of one value there is only the mean. Values that are all alike, as where every run collapsed, have no interval: one
-    of no width would claim to know.
+    One value has only a mean. Values that are all alike (every run collapsed, say) have no interval.
     """
 
     mean: float
@@ -34,11 +33,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and its interval by Student's t with n - 1 degrees of freedom.
-
-    Raises:
-        ValueError: there are no values.
-    """
+    """Mean and its interval by Student's t with n - 1 degrees of freedom. Raises ValueError without values."""
     if not values:
         raise ValueError("an estimate needs a value")
     mean, n = statistics.fmean(values), len(values)
@@ -52,18 +47,18 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def seed_means(scores: Scores) -> dict[int, float]:
-    """One value a pretraining seed: the mean of its fine-tuning seeds."""
+    """The mean of the fine-tuning seeds, by pretraining seed."""
     return {seed: statistics.fmean(scores[seed].values()) for seed in sorted(scores)}
 
 
 def paired_difference(scores: Scores, baseline: Scores) -> Estimate | None:
-    """Estimate of ``scores - baseline`` by the paired t over the pretraining seeds that both have.
+    """Estimate of ``scores - baseline`` by the paired t, over the pretraining and fine-tuning seeds that both have.
 
-    Within a pair the fine-tuning seeds count that both have. None where nothing can be paired.
+    None if they share no seeds.
     """
     differences = []
     for seed in sorted(scores.keys() & baseline.keys()):
-        shared = sorted(scores[seed].keys() & baseline[seed].keys())
-        if shared:
-            differences.append(statistics.fmean(scores[seed][each] - baseline[seed][each] for each in shared))
+        own, other = scores[seed], baseline[seed]
+        if shared := sorted(own.keys() & other.keys()):
+            differences.append(statistics.fmean(own[tuning] - other[tuning] for tuning in shared))
     return estimate(differences) if differences else None

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda labels, predictions: _of_sklearn("accuracy_score", labels, predictions),
-    "f1": lambda labels, predictions: _of_sklearn("f1_score", labels, predictions, zero_division=0),
-    "matthews": lambda labels, predictions: _of_sklearn("matthews_corrcoef", labels, predictions),
-    "pearson": lambda labels, predictions: _correlation("pearsonr", labels, predictions),
-    "spearman": lambda labels, predictions: _correlation("spearmanr", labels, predictions),
-}
-
-# Averages differ between papers, hence names. A part is a task, scored by the mean of its metrics, or task:metric.
+# Averages differ between papers, so they have names. A part is a task (the mean of its metrics) or task:metric.
 AVERAGES = {
     # the eight tasks that most papers average, WNLI left out, MNLI's two evaluations as one task
     "glue8": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"),
@@ -35,7 +27,7 @@ AVERAGES = {
 
 
 class IncompleteAverage(ValueError):
-    """An average was asked for whose tasks are not all there."""
+    """Results of some tasks of an average, which the message names, are missing."""
 
 
 def evaluate(names: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
@@ -43,11 +35,29 @@ def evaluate(names: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray
 
     F1 is that of class 1. A correlation with constant predictions is 0.
     """
-    return {name: float(METRICS[name](labels, predictions)) for name in names}
+    # slow to import, and a comparison computes no metrics
+    from scipy import stats
+    from sklearn import metrics as sklearn
+
+    def correlation(function: Callable[..., tuple[float, float]]) -> float:
+        if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+            return 0.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nearly constant predictions give a nan, which counts as no correlation
+            return float(np.nan_to_num(function(labels, predictions)[0]))
+
+    functions = {
+        "accuracy": lambda: sklearn.accuracy_score(labels, predictions),
+        "f1": lambda: sklearn.f1_score(labels, predictions, zero_division=0),
+        "matthews": lambda: sklearn.matthews_corrcoef(labels, predictions),
+        "pearson": lambda: correlation(stats.pearsonr),
+        "spearman": lambda: correlation(stats.spearmanr),
+    }
+    return {name: float(functions[name]()) for name in names}
 
 
 def collapsed(predictions: np.ndarray) -> bool:
-    """Whether a model predicts the same for every row, to six digits: it has learned nothing, whatever its accuracy."""
+    """Whether a model predicts the same for every row, to six digits."""
     return len(np.unique(np.round(predictions.astype(np.float64), 6))) == 1
 
 
@@ -57,7 +67,7 @@ def score(metrics: Mapping[str, float]) -> float:
 
 
 def constant_score(names: tuple[str, ...], evaluations: Sequence[np.ndarray], classes: int) -> float:
-    """The score, in percent, of the best model that says the same class of every row; 0 for a regression.
+    """The score, in percent, of the best model that predicts one class for every row; 0 for a regression.
 
     Args:
         names: the task's metrics.
@@ -68,7 +78,7 @@ def constant_score(names: tuple[str, ...], evaluations: Sequence[np.ndarray], cl
         [score(evaluate(names, labels, np.full_like(labels, value))) for labels in evaluations]
         for value in range(classes)
     ]
-    return max((sum(found) / len(found) for found in scores), default=0.0)
+    return max((sum(own) / len(own) for own in scores), default=0.0)
 
 
 def tasks_of(name: str) -> list[str]:
@@ -76,52 +86,23 @@ def tasks_of(name: str) -> list[str]:
     return list(dict.fromkeys(part.partition(":")[0] for part in AVERAGES[name]))
 
 
-def require_tasks(name: str, tasks: Collection[str]) -> None:
-    """Raises IncompleteAverage, which names the tasks of the average that are not among ``tasks``."""
-    if missing := [task for task in tasks_of(name) if task not in tasks]:
-        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
-
-
 def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:
-    """A named average over tasks, in percent.
-
-    Args:
-        name: one of ``AVERAGES``.
-        results: metrics by task.
-
-    Raises:
-        IncompleteAverage: names the tasks, or metrics of tasks, that are missing.
-    """
-    require_tasks(name, results)
+    """A named average, in percent, of metrics by task. Raises IncompleteAverage."""
     parts = [part.partition(":") for part in AVERAGES[name]]
-    if lacking := [f"{task} {metric}" for task, _, metric in parts if metric and metric not in results[task]]:
-        raise IncompleteAverage(f"the average {name} needs {', '.join(lacking)}")
+    missing = [task for task in tasks_of(name) if task not in results]
+    missing = missing or [f"{task} {metric}" for task, _, metric in parts if metric and metric not in results[task]]
+    if missing:
+        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
     scores = [100 * results[task][metric] if metric else score(results[task]) for task, _, metric in parts]
     return sum(scores) / len(scores)
 
 
 def averages_by_seed(name: str, results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[int, float]:
-    """A named average, in percent, for each seed that all of its tasks have: none where one lacks.
+    """A named average, in percent, for each seed that all of its tasks have; empty if there is none.
 
     Args:
         results: metrics by task and seed.
     """
-    own = [results.get(task, {}) for task in tasks_of(name)]
-    shared = sorted(set.intersection(*(set(by_seed) for by_seed in own)))
-    return {seed: average(name, {task: results[task][seed] for task in tasks_of(name)}) for seed in shared}
-
-
-def _of_sklearn(name: str, labels: np.ndarray, predictions: np.ndarray, **options: int) -> float:
-    from sklearn import metrics  # slow to import, and a comparison computes none
-
-    return float(getattr(metrics, name)(labels, predictions, **options))
-
-
-def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
-    from scipy import stats  # slow to import
-
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nearly constant predictions give a nan, which counts as no correlation
-        return float(np.nan_to_num(getattr(stats, name)(labels, predictions)[0]))
+    tasks = tasks_of(name)
+    shared = sorted(set.intersection(*(set(results.get(task, {})) for task in tasks)))
+    return {seed: average(name, {task: results[task][seed] for task in tasks}) for seed in shared}

@@ -1,8 +1,8 @@
 """Two tasks for machines without GLUE, made from the held-out part of the docstring corpus.
 
 ``package``: which package a docstring comes from. ``adjacent``: whether the second sentence follows the first in its
-docstring, or comes from another one of the same package. Everything is decided by hashes, so the same package versions
-give the same rows; training and evaluation rows never come from the same docstring.
+docstring, or comes from another one of the same package. Hashes decide everything, so the same package versions give
+the same rows. Training and evaluation rows never come from the same docstring.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import polars as pl
 from entropy_masking import docstrings
 
 PACKAGES = docstrings.PACKAGES
-# what else a package is called in prose and code
+# other names of packages in prose and code
 ALIASES = {
     *("np", "pd", "plt", "mpl", "tf", "jnp", "nx", "pa", "pq", "pl", "hf", "sp", "py", "arrow", "pytorch", "aten"),
     *("scikit", "learn", "hugging", "face", "huggingface", "hub", "dataset", "transformer", "polar", "aio"),
@@ -27,63 +27,61 @@ ALIASES = {
 TRAIN_ROWS, DEV_ROWS = 2000, 500
 DEV_SHARE = 5  # one docstring in five
 LONGEST = 400  # characters of a text
-SENTENCE = range(30, 251)  # characters of a sentence that a pair is made of
+SENTENCE = range(30, 251)  # characters of a sentence of a pair
+
+Row = dict[str, str]
 
 
 def make(task: str) -> dict[str, pl.DataFrame]:
     """``train`` and ``dev`` rows of a probe: ``text`` or ``sentence1`` and ``sentence2``, and ``label``."""
-    rows = pl.read_parquet(docstrings.materialise()["probes"]).to_dicts()
-    rows.sort(key=lambda row: _hash(row["text"]))
-    parts = {
-        "train": [row for row in rows if _hash("split" + row["text"]) % DEV_SHARE],
-        "dev": [row for row in rows if not _hash("split" + row["text"]) % DEV_SHARE],
-    }
+    docs = pl.read_parquet(docstrings.materialise()["probes"]).to_dicts()
+    parts: dict[str, list[Row]] = {"train": [], "dev": []}
+    for doc in sorted(docs, key=lambda doc: _hash(doc["text"])):
+        parts["train" if _hash("split" + doc["text"]) % DEV_SHARE else "dev"].append(doc)
     build = _package_rows if task == "package" else _adjacent_rows
     return {part: pl.DataFrame(build(parts[part], most)) for part, most in (("train", TRAIN_ROWS), ("dev", DEV_ROWS))}
 
 
-def _package_rows(rows: list[dict[str, str]], most: int) -> list[dict[str, str]]:
-    """Docstrings without the names that would give them away, evenly many a package as far as they go."""
-    by_package: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
-        text = anonymise(row["text"])[:LONGEST]
+def _package_rows(docs: list[Row], most: int) -> list[Row]:
+    """Docstrings without the names that would give them away, as many of each package where there are enough."""
+    by_package: dict[str, list[Row]] = {}
+    for doc in docs:
+        text = anonymise(doc["text"])[:LONGEST]
         if len(text) >= SENTENCE.start:
-            by_package.setdefault(row["package"], []).append({"text": text, "label": row["package"]})
+            by_package.setdefault(doc["package"], []).append({"text": text, "label": doc["package"]})
     share = max(1, most // max(1, len(by_package)))
-    return _shuffled([row for found in by_package.values() for row in found[:share]])
+    return _shuffled([row for rows in by_package.values() for row in rows[:share]])
 
 
-def _adjacent_rows(rows: list[dict[str, str]], most: int) -> list[dict[str, str]]:
-    """Pairs of neighbouring sentences; in every other one the second sentence is replaced by the next pair's but one.
+def _adjacent_rows(docs: list[Row], most: int) -> list[Row]:
+    """Pairs of neighbouring sentences of one docstring; every other pair gets the second sentence of another pair.
 
-    Both kinds of rows are made of the same kinds of sentences, so only their fit tells them apart.
+    Rows of both labels consist of the same kinds of sentences, so only their fit tells them apart.
     """
     by_package: dict[str, list[tuple[str, str]]] = {}
-    for row in rows:
-        if pairs := list(pairwise(sentences(row["text"]))):
-            first, second = pairs[_hash(row["text"]) % len(pairs)]
-            by_package.setdefault(row["package"], []).append((first, second))
-    made = []
+    for doc in docs:
+        if pairs := list(pairwise(sentences(doc["text"]))):
+            by_package.setdefault(doc["package"], []).append(pairs[_hash(doc["text"]) % len(pairs)])
+    adjacent: list[Row] = []
+    apart: list[Row] = []
     for pairs in by_package.values():
         kept, changed = pairs[0::2], pairs[1::2]
-        if len(changed) < 2:
-            continue
-        others = [second for _, second in changed[1:] + changed[:1]]
-        made += [{"sentence1": a, "sentence2": b, "label": "adjacent"} for a, b in kept[: len(changed)]]
-        made += [{"sentence1": a, "sentence2": b, "label": "apart"} for (a, _), b in zip(changed, others, strict=True)]
-    rows_by_label = [[row for row in _shuffled(made) if row["label"] == label] for label in ("adjacent", "apart")]
-    return _shuffled([row for found in rows_by_label for row in found[: most // 2]])
+        if len(changed) > 1:
+            adjacent += [{"sentence1": one, "sentence2": two, "label": "adjacent"} for one, two in kept[: len(changed)]]
+            for (one, _), (_, two) in zip(changed, changed[1:] + changed[:1], strict=True):
+                apart.append({"sentence1": one, "sentence2": two, "label": "apart"})
+    return _shuffled([row for rows in (adjacent, apart) for row in _shuffled(rows)[: most // 2]])
 
 
 def sentences(text: str) -> list[str]:
     """The prose sentences of a docstring's paragraphs that are neither very short nor very long, in order."""
-    found = []
+    kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
             letters = sum(character.isalpha() or character == " " for character in sentence)
             if len(sentence) in SENTENCE and letters > 0.85 * len(sentence) and sentence[-1] in ".!?":
-                found.append(sentence)
-    return found
+                kept.append(sentence)
+    return kept
 
 
 def anonymise(text: str) -> str:
@@ -108,7 +106,7 @@ def _module_names() -> frozenset[str]:
     return frozenset(names)
 
 
-def _shuffled(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+def _shuffled(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: _hash(*row.values()))
 
 

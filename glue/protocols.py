@@ -9,10 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """One way to fine-tune. ``scheduler`` by transformers' name.
-
-    ``limit_train``: only so many training rows, drawn by a fixed seed; None for all.
-    """
+    """One way to fine-tune; ``scheduler`` by transformers' name, ``limit_train`` training rows at most."""
 
     learning_rate: float
     epochs: int
@@ -24,24 +21,16 @@ class Settings:
     limit_train: int | None = None
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """A grid of settings; of several the best by its dev score counts. ``limits``: training rows by task."""
-
-    grid: tuple[Settings, ...]
-    limits: Mapping[str, int]
-
-
+# the settings that are tried; of several, the best by its dev score counts
 PROTOCOLS = {
     # one setting for all tasks: Geiping and Goldstein 2023, arXiv 2212.14034
-    "cramming": Protocol((Settings(4e-5, 5, 16, scheduler="cosine"),), {}),
+    "cramming": (Settings(4e-5, 5, 16, scheduler="cosine"),),
     # Devlin et al. 2019, arXiv 1810.04805, with the learning rates of its appendix and of its code
-    "bert-grid": Protocol(
-        tuple(Settings(rate, epochs, 32) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)), {}
-    ),
+    "bert-grid": tuple(Settings(rate, epochs, 32) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)),
     # the fine-tuning of the BabyLM challenge of 2025
-    "babylm": Protocol((Settings(3e-5, 10, 32),), {"mnli": 10_000, "mnli_matched": 10_000, "qqp": 10_000}),
+    "babylm": (Settings(3e-5, 10, 32),),
 }
+LIMITS = {"babylm": dict.fromkeys(("mnli", "mnli_matched", "qqp"), 10_000)}  # training rows by task
 
 # the same in every protocol; results made with another recipe are not compared
 RECIPE: dict[str, Any] = {
@@ -49,7 +38,7 @@ RECIPE: dict[str, Any] = {
     "weight_decay": 0.01,  # of matrices only
     "warmup": 0.06,  # of all steps
     "clip_norm": 1.0,
-    "pool": 32,  # batches' worth of shuffled rows that are sorted by length
+    "pool": 32,  # shuffled rows are sorted by length within this many batches
 }
 
 
@@ -59,6 +48,5 @@ def grid_of(protocol: str, task: str, changes: Mapping[str, Any]) -> tuple[Setti
     Args:
         changes: values by field, instead of the protocol's; None leaves the protocol's.
     """
-    chosen = PROTOCOLS[protocol]
-    given = {"limit_train": chosen.limits.get(task)} | {k: v for k, v in changes.items() if v is not None}
-    return tuple(dict.fromkeys(replace(settings, **given) for settings in chosen.grid))
+    given = {"limit_train": LIMITS.get(protocol, {}).get(task)} | {k: v for k, v in changes.items() if v is not None}
+    return tuple(dict.fromkeys(replace(settings, **given) for settings in PROTOCOLS[protocol]))

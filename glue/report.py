@@ -1,29 +1,29 @@
-"""The comparison as a page and as one picture: what is drawn, and what the intervals say. Tables are glue/tables.py's.
+"""The comparison as a page and as one picture: its figures, and what the intervals say. Its tables are in tables.py.
 
-``table`` is that of ``glue.compare.compare``; ``summaries`` are the runs' own, by regime.
+``table`` is that of ``glue.compare.compare``; ``summaries`` are those of the models, by regime.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
 from entropy_masking.commands.figures import Line, Panel, Row
 from glue import tables
-from glue.costs import ONLINE, number
+from glue.costs import ONLINE
+from glue.records import Summary
 from glue.results import evaluated_on
 
-STUDENTS, MOST_STUDENTS = 64, 10_000  # that are drawn to share scores: so many at least, and at most
-EARLY = 0.2  # share of the shortest run that no curve shows: its fall is the same for all, and dwarfs what differs
+STUDENTS, MOST_STUDENTS = 64, 10_000  # smallest and largest end of the axis of students
+EARLY = 0.2  # share of the shortest run that no curve shows: losses fall much more there than they differ
 
 Table = dict[str, Any]
-Summaries = Mapping[str, Sequence[dict[str, Any]]]
-Curve = Sequence[dict[str, float]]  # points with step, seconds and losses
+Summaries = Mapping[str, Sequence[Summary]]
 
 
 def page(table: Table, summaries: Summaries) -> str:
@@ -48,13 +48,13 @@ def chart(table: Table) -> bytes:
     """PNG of the scores of all averages and tasks."""
     caption = (
         f"Score (%), {table['protocol']} protocol. Bar: 95 % interval over n pretraining seeds; hollow: no interval; "
-        f"line: {table['baseline']}; dashed: the same answer to every row."
+        f"line: {table['baseline']}; dashed: best constant prediction."
     )
     return figures.png(figures.intervals(scores(table), caption))
 
 
 def primary(table: Table) -> tuple[str, dict[str, Any]]:
-    """What regimes are judged by: the average that was asked for, or the first there is, or the first task."""
+    """The score that the page is about: the first average (the one that was asked for), or else the first task."""
     rows = table["averages"] or {task: row["scores"] for task, row in table["tasks"].items()}
     return next(iter(rows.items()))
 
@@ -63,7 +63,7 @@ def verdict(table: Table) -> dict[str, list[str]]:
     """What the intervals of the primary score say: regimes with their difference, by conclusion."""
     (label, row), baseline = primary(table), table["baseline"]
     groups: dict[str, list[str]] = {}
-    for name in (name for name in table["regimes"] if name != baseline):
+    for name in table["set_apart"]:  # all but the baseline
         estimate = row[name]["difference"]
         if estimate is None:
             kind, text = f"Without a pretraining seed of {baseline}, so not compared", name
@@ -78,7 +78,7 @@ def verdict(table: Table) -> dict[str, list[str]]:
 
 
 def differences(table: Table) -> dict[str, Figure]:
-    """The differences of the primary score to the baseline."""
+    """The primary score of each regime minus that of the baseline."""
     label, row = primary(table)
     rows = [
         Row(style, name, d["mean"], d["low"], d["high"], f"{tables.difference(d)}, n = {d['n']}")
@@ -90,11 +90,11 @@ def differences(table: Table) -> dict[str, Figure]:
 
 def scores(table: Table) -> list[Panel]:
     """A panel for each average and task, about the mean of the baseline."""
-    panels = [Panel(name, score_rows(row), row[table["baseline"]]["mean"]) for name, row in table["averages"].items()]
-    for name, task in table["tasks"].items():
-        mean = task["scores"][table["baseline"]]["mean"]
-        panels.append(Panel(name, score_rows(task["scores"]), mean, dashed=task["constant_score"]))
-    return panels
+    rows = table["averages"] | {task: row["scores"] for task, row in table["tasks"].items()}
+    constants = {task: row["constant_score"] for task, row in table["tasks"].items()}
+    return [
+        Panel(name, score_rows(row), row[table["baseline"]]["mean"], constants.get(name)) for name, row in rows.items()
+    ]
 
 
 def score_rows(row: dict[str, Any]) -> list[Row]:
@@ -117,7 +117,7 @@ def costs(table: Table) -> dict[str, Figure]:
 
 
 def break_even(table: Table) -> dict[str, Figure]:
-    """FLOPs of a student by how many students share the scores; of equal curves one, with all names."""
+    """FLOPs of a student by how many students share the scores. Equal curves are drawn once, with all names."""
     if not table["break_even"]:
         return {}
     names: dict[tuple[float, float], list[tuple[int, str]]] = {}  # by FLOPs of scoring and of each student
@@ -141,45 +141,39 @@ def break_even(table: Table) -> dict[str, Figure]:
 
 def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
     """Losses by heading: held-out ones, where all runs logged them on the same text, else those of training."""
-    histories = {name: [curve for run in runs if (curve := history(run))] for name, runs in summaries.items()}
-    every = [curve for runs in histories.values() for curve in runs]
+    histories = {name: [frame for run in runs if len(frame := history(run))] for name, runs in summaries.items()}
+    every = [frame for frames in histories.values() for frame in frames]
     if not every:
         return {}
-    held_out = all(sum("eval_loss" in point for point in curve) > 1 for curve in every)
+    held_out = all(frame["eval_loss"].count() > 1 for frame in every)
     held_out &= len({evaluated_on(run) for runs in summaries.values() for run in runs}) == 1
     loss, label = ("eval_loss", "held-out loss") if held_out else ("loss", "training loss")
-    lasts = [curve[-1]["step"] for curve in every]
-    log = max(lasts) > 3 * min(lasts)
+    lasts = [frame["step"][-1] for frame in every]
     waits = {name: (cost or {}).get("scoring_seconds") or 0.0 for name, cost in table["training"].items()}
-    none = dict.fromkeys(waits, 0.0)
-    panels = {"at equal steps": ("step", none), "at equal seconds": ("seconds", none)}
-    panels |= {"scoring included": ("seconds", waits)} if any(waits.values()) else {}
+    panels = {"at equal steps": "step", "at equal seconds": "seconds"}
+    panels |= {"scoring included": "with_scoring"} if any(waits.values()) else {}
     drawn: dict[str, list[Line]] = {panel: [] for panel in panels}
     for style, name in enumerate(table["regimes"]):
-        kept = [[p for p in run if loss in p and p["step"] >= EARLY * min(lasts)] for run in histories.get(name, [])]
-        if kept := [run for run in kept if len(run) > 1]:
-            for panel, (by, before) in panels.items():
-                runs = [[(point[by] + before[name], point[loss]) for point in run] for run in kept]
-                mean = [(point[by] + before[name], point[loss]) for point in mean_curve(kept, loss)]
-                drawn[panel].append(Line(style, name, mean, faint=runs if len(runs) > 1 else ()))
+        columns = {"loss": pl.col(loss), "with_scoring": pl.col("seconds") + waits[name]}
+        runs = [frame.with_columns(**columns).drop_nulls("loss") for frame in histories.get(name, [])]
+        runs = [frame.filter(pl.col("step") >= EARLY * min(lasts)) for frame in runs]
+        if runs := [frame for frame in runs if len(frame) > 1]:
+            means = pl.concat(runs).group_by("step").agg(pl.len(), pl.col("loss", "seconds", "with_scoring").mean())
+            mean = means.filter(pl.col("len") == len(runs)).sort("step")  # at the steps that all seeds have
+            for panel, by in panels.items():
+                points, *seeds = [frame.select(by, "loss").rows() for frame in (mean, *runs)]
+                drawn[panel].append(Line(style, name, points, faint=seeds if len(seeds) > 1 else ()))
     return {
-        f"{label} {panel}": figures.lines(lines, panels[panel][0].replace("step", "steps"), "nats", log)
+        f"{label} {panel}": figures.lines(
+            lines, "steps" if panels[panel] == "step" else "seconds", "nats", log=max(lasts) > 3 * min(lasts)
+        )
         for panel, lines in drawn.items()
         if lines
     }
 
 
-def history(summary: dict[str, Any]) -> Curve:
-    """The curve of a summary, as far as it is one: nothing of a run that has one step."""
-    logged = summary.get("history")
-    points = [point for point in logged if isinstance(point, dict)] if isinstance(logged, list) else []
-    points = [point for point in points if all(number(point.get(name)) is not None for name in ("step", "seconds"))]
-    return points if len({point["step"] for point in points}) > 1 else []
-
-
-def mean_curve(curves: Sequence[Curve], loss: str) -> Curve:
-    """The mean over seeds at the steps that all of them have."""
-    by_step = [{point["step"]: point for point in curve} for curve in curves]
-    shared = sorted(set.intersection(*(set(points) for points in by_step)))
-    names = ("step", "seconds", loss)
-    return [{name: statistics.fmean(points[step][name] for points in by_step) for name in names} for step in shared]
+def history(summary: Summary) -> pl.DataFrame:
+    """The training curve of a summary; no rows for a run of one step."""
+    columns = {"step": pl.Int64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
+    frame = pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls(["step", "seconds"])
+    return frame if frame["step"].n_unique() > 1 else frame.clear()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from entropy_masking import storage
-from entropy_masking.errors import UsageError, one_line
-from entropy_masking.shards.commit import differences
-from glue.tasks import TASKS, ZERO_SHOT
+from pydantic import ValidationError
 
-# what a result must have, besides the metrics of its task
-FIELDS = {
-    **{"task": str, "seed": int, "protocol": str, "metrics": dict, "score": float | int, "collapsed": bool},
-    **{"constant_score": float | int, "train_split": str, "train_rows": int, "eval_rows": int, "key": dict},
-    **{"overlap": int, "seconds": float | int, "training": dict | None},
-}
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.commit import differences
+from glue.records import Directory, Result, Summary
+from glue.tasks import ZERO_SHOT
 
 
 @dataclass(frozen=True)
@@ -30,20 +27,37 @@ class Run:
 
     directory: str
     seed: int
-    results: dict[str, dict[int, dict[str, Any]]]
-    training: dict[str, Any] | None
+    results: dict[str, dict[int, Result]]
+    training: Summary | None
+
+    def __iter__(self) -> Iterator[Result]:
+        return (result for by_seed in self.results.values() for result in by_seed.values())
+
+    def seeds(self, task: str) -> list[int]:
+        """The fine-tuning seeds of a task."""
+        return sorted(self.results.get(task, {}))
+
+    def source(self) -> dict[str, Any]:
+        """What table.json says of the run."""
+        seeds = {task: self.seeds(task) for task in self.results}
+        return {"directory": self.directory, "pretraining_seed": self.seed, "fine_tuning_seeds": seeds}
 
 
-Regimes = dict[str, list[Run]]  # by name, a run a pretraining seed
+Regimes = dict[str, list[Run]]  # by name, a run for each pretraining seed
 
 
-def read_regimes(directories: dict[str, list[str]]) -> Regimes:
-    """All runs, checked.
+def read_result(file: str) -> Result:
+    """A result file. Raises FileNotFoundError, or ValueError if it is no whole result."""
+    try:
+        return Result.model_validate(storage.read_json(file))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(" ".join([*map(str, fault["loc"]), fault["msg"]])) from None
 
-    Raises:
-        UsageError: a directory holds no results, or those of several models; or not all of it can be compared.
-    """
-    regimes = {name: [read_run(name, directory) for directory in those] for name, those in directories.items()}
+
+def read_regimes(directories: Mapping[str, list[str]]) -> Regimes:
+    """All runs. Raises UsageError for a directory that cannot be read, or that cannot be compared with the others."""
+    regimes = {name: [read_run(name, directory) for directory in own] for name, own in directories.items()}
     for name, runs in regimes.items():
         check_regime(name, runs)
     check_comparable(regimes)
@@ -51,49 +65,30 @@ def read_regimes(directories: dict[str, list[str]]) -> Regimes:
 
 
 def read_run(name: str, directory: str) -> Run:
-    """The result files of one model.
-
-    Raises:
-        UsageError: there are none, one cannot be read, or they are of different models.
-    """
-    files = [info.base_name for info in storage.list_files(directory) if info.base_name.endswith(".json")]
-    results: dict[str, dict[int, dict[str, Any]]] = {}
+    """The result files of one model. Raises UsageError if one cannot be read, or they are of no model or of several."""
+    results: dict[str, dict[int, Result]] = {}
     models, training = set(), None
-    for file in files:
+    for file in (storage.join(directory, info.base_name) for info in storage.list_files(directory)):
+        if not file.endswith(".json"):
+            continue
         try:
-            result = storage.read_json(storage.join(directory, file))
-            check_result(result)
-            results.setdefault(result["task"], {})[result["seed"]] = result
-            models.add(result["key"]["model_hash"])
-            training = result["training"]
-            seed = int((training or {}).get("seed") or 0)
-        except (ValueError, KeyError, TypeError) as error:
+            result = read_result(file)
+        except ValueError as error:
             raise UsageError(
-                f"{storage.join(directory, file)} is no result of this glue/run.py (missing or wrong: "
-                f"{one_line(error)}); remove it, and make it again"
+                f"{file} is no result of this glue/run.py ({error}); delete it, and make it again"
             ) from None
+        results.setdefault(result.task, {})[result.seed] = result
+        models.add(result.key.get("model_hash"))
+        training = result.training
     if not results:
         raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")
     if len(models) > 1:
-        raise UsageError(f"{directory} ({name}) holds results of {len(models)} models; keep one directory a model")
-    return Run(directory, seed, results, training)
-
-
-def check_result(result: Any) -> None:
-    """Raises KeyError, TypeError or ValueError if a result is not whole: see ``FIELDS``."""
-    if wrong := [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]:
-        raise ValueError(f"{wrong[0]} is {result[wrong[0]]!r}")
-    task = TASKS[result["task"]]
-    for name in (metric + suffix for metric in task.metrics for suffix in task.evaluations):
-        float(result["metrics"][name])
+        raise UsageError(f"{directory} ({name}) holds results of {len(models)} models; keep one directory per model")
+    return Run(directory, (training or Summary()).seed or 0, results, training)
 
 
 def check_regime(name: str, runs: list[Run]) -> None:
-    """Refuse to average what is not the same but for its pretraining seed.
-
-    Raises:
-        UsageError: says what differs between which two directories.
-    """
+    """Raises UsageError, which names two directories, if runs differ in more than their pretraining seed."""
     first, *others = runs
     if others and (lacking := [run.directory for run in runs if run.training is None]):
         raise UsageError(
@@ -105,7 +100,7 @@ def check_regime(name: str, runs: list[Run]) -> None:
         if (same := by_seed.setdefault(run.seed, run)) is not run:
             raise UsageError(
                 f"{same.directory} and {run.directory} ({name}) are both of pretraining seed {run.seed}; "
-                "a regime has one directory a seed, another regime another name"
+                "name one directory per seed, and give another regime another name"
             )
         if differing := differences(pretraining(first), pretraining(run)):
             raise UsageError(
@@ -113,28 +108,50 @@ def check_regime(name: str, runs: list[Run]) -> None:
                 f"are named {name}; give each regime its own name"
             )
         for task in sorted(first.results.keys() | run.results.keys()):
-            seeds = [sorted(each.results.get(task, {})) for each in (first, run)]
-            if seeds[0] != seeds[1]:
-                listed = [", ".join(map(str, each)) or "none" for each in seeds]
+            if first.seeds(task) != run.seeds(task):
+                raise different_seeds(task, first, first.directory, run, run.directory)
+
+
+def check_comparable(regimes: Regimes) -> None:
+    """Raises UsageError, which names two regimes, for different tasks, settings or data, or no shared seed."""
+    (first, (reference, *_)), *others = regimes.items()
+    for name, (run, *_) in others:
+        for task in sorted(reference.results.keys() ^ run.results.keys()):
+            has, lacks = (first, name) if task in reference.results else (name, first)
+            raise UsageError(f"{has} has the task {task}, {lacks} has not; run it there, or compare without it")
+        for task in run.results:
+            if not set(reference.seeds(task)) & set(run.seeds(task)):
+                raise different_seeds(task, reference, first, run, name)
+    for name, runs in regimes.items():
+        for result in (result for run in runs for result in run):
+            expected = next(iter(reference.results[result.task].values()))
+            old, new = (one.key | {"model_hash": "", "seed": ""} for one in (expected, result))
+            if differing := differences(old, new):
+                how = "scored" if result.task in ZERO_SHOT else "fine-tuned"
                 raise UsageError(
-                    f"{task} has seeds {listed[0]} in {first.directory} but {listed[1]} in {run.directory}; "
-                    "run the same"
+                    f"{result.task} was {how} differently in {first} and {name} ({'; '.join(differing)}); "
+                    "run both alike"
                 )
 
 
+def different_seeds(task: str, one: Run, first: str, other: Run, second: str) -> UsageError:
+    """The error of two runs, by their names, that have other fine-tuning seeds of a task."""
+    seeds = [", ".join(map(str, run.seeds(task))) or "none" for run in (one, other)]
+    return UsageError(f"{task} has seeds {seeds[0]} in {first} but {seeds[1]} in {second}; run the same")
+
+
 def pretraining(run: Run) -> dict[str, Any]:
-    """What decides a regime: all flags of its summary but seeds; of the model, which may be made anew for each seed,
-    what a step of it costs, and of the targets how their masks were drawn.
+    """Everything that decides a regime: the flags of its summary without seeds, and how masks of targets were drawn.
+
+    Each seed may have a model of its own, so only the FLOPs of training stand for the model.
     """
-    training = run.training or {}
-    flags, targets = training.get("flags"), training.get("targets")
-    kept = flags if isinstance(flags, dict) else {}
-    found = {name: value for name, value in kept.items() if "seed" not in name and name not in ("targets", "model")}
-    if isinstance(targets, dict):
-        policy = targets.get("policy") or {}
-        found["targets"] = {name: targets.get(name) for name in ("source", "variants")}
-        found["targets"] |= {name: value for name, value in policy.items() if name != "seed"}
-    return found | {"training_flops": training.get("training_flops")}
+    training = run.training or Summary()
+    flags = training.flags or {}
+    decisive = {name: value for name, value in flags.items() if "seed" not in name and name not in ("targets", "model")}
+    if targets := training.targets:
+        policy = {name: value for name, value in (targets.policy or {}).items() if name != "seed"}
+        decisive["targets"] = {"source": targets.source, "variants": targets.variants, **policy}
+    return decisive | {"training_flops": training.training_flops}
 
 
 def set_apart(run: Run, baseline: Run) -> list[str] | None:
@@ -145,51 +162,22 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     new, old = pretraining(run), pretraining(baseline)
     targets = new.pop("targets", None)
     differing = [name for name in new if new[name] != old.get(name) and name not in ("shards", "training_flops")]
-    found = [f"--{name.replace('_', '-')} {new[name]}" for name in differing]
+    apart = [f"--{name.replace('_', '-')} {new[name]}" for name in differing]
     if targets:
-        found.append(f"targets of {targets['variants']} variants of {targets['source']} masks")
-    shards, others = (each.get("shards") or {} for each in (own, other))
+        apart.append(f"targets of {targets['variants']} variants of {targets['source']} masks")
+    shards, others = own.shards or Directory(), other.shards or Directory()
     if new.get("shards") != old.get("shards"):
-        found.append(f"shards of context {shards.get('context')}")
-    if shards.get("sequences_hash") != others.get("sequences_hash"):
-        found.append("other texts")
-    models = [(each.get("flags") or {}).get("model") for each in (own, other)]
+        apart.append(f"shards of context {shards.context}")
+    if shards.sequences_hash != others.sequences_hash:
+        apart.append("other texts")
+    models = [(summary.flags or {}).get("model") for summary in (own, other)]
     if run.seed == baseline.seed and models[0] != models[1]:
-        found.append(f"--model {own.get('model')}")
-    return found
+        apart.append(f"--model {own.model}")
+    return apart
 
 
-def evaluated_on(training: dict[str, Any]) -> tuple[Any, Any]:
-    """What a run's held-out loss is on: the text, and the share of it that is held out."""
-    flags, own = training.get("flags"), training.get("eval_shards")
-    text = own or training.get("shards") or {}
-    fraction = flags.get("eval_fraction") if isinstance(flags, dict) and not own else None
-    return text.get("sequences_hash"), fraction
-
-
-def check_comparable(regimes: Regimes) -> None:
-    """Refuse to compare different tasks, settings or data, or what shares no fine-tuning seed.
-
-    Raises:
-        UsageError: says what differs between which two.
-    """
-    (first, (reference, *_)), *others = regimes.items()
-    for name, (run, *_) in others:
-        for task in sorted(reference.results.keys() ^ run.results.keys()):
-            has, lacks = (first, name) if task in reference.results else (name, first)
-            raise UsageError(f"{has} has the task {task}, {lacks} has not; run it there, or compare without it")
-        for task in run.results:
-            seeds = [sorted(each.results[task]) for each in (reference, run)]
-            if not set(seeds[0]) & set(seeds[1]):
-                listed = [", ".join(map(str, each)) for each in seeds]
-                raise UsageError(f"{task} has seeds {listed[0]} in {first} but {listed[1]} in {name}; run the same")
-    for name, runs in regimes.items():
-        for result in (result for run in runs for by in run.results.values() for result in by.values()):
-            task = result["task"]
-            expected = next(iter(reference.results[task].values()))
-            old, new = ({**each["key"], "model_hash": "", "seed": ""} for each in (expected, result))
-            if differing := differences(old, new):
-                how = "scored" if task in ZERO_SHOT else "fine-tuned"
-                raise UsageError(
-                    f"{task} was {how} differently in {first} and {name} ({'; '.join(differing)}); run both alike"
-                )
+def evaluated_on(training: Summary) -> tuple[str | None, Any]:
+    """The text of a run's held-out loss, and the share of the shards that it is."""
+    if training.eval_shards:
+        return training.eval_shards.sequences_hash, None
+    return (training.shards or Directory()).sequences_hash, (training.flags or {}).get("eval_fraction")

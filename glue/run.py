@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
 """Fine-tune models on GLUE, or on two probe tasks that need no data: tasks × seeds × models, one result file each.
 
-BLiMP is scored without fine-tuning: one result file a model, whatever the seeds.
+BLiMP is scored without fine-tuning: one result file for each model, whatever the seeds.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
 python glue/run.py --model runs/student --tasks blimp --data GLUE --output runs/glue/student
 python glue/run.py --model a=runs/random b=runs/parquet --tasks probes --num-workers 4 --output runs/probes
 
-What is done is skipped, so a run that was cut short goes on with the same command; so does one in which some failed.
+Results that exist are skipped, so the same command continues a run that was interrupted, and tries again what failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,21 @@ from transformers.utils import logging
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
-from entropy_masking.models.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype, weights_hash
+from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import tokenizer_hash
-from glue import blimp, metrics
-from glue.batches import TaskTokens, encode_task
-from glue.finetune import check_model
+from glue import blimp, finetune, metrics
+from glue.batches import encode_task
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
-from glue.results import check_result
-from glue.tasks import ZERO_SHOT, Task, TaskData, load
-from glue.trials import Outcome, Trial, TrialTokens, work_here, work_on_ray
+from glue.records import Result
+from glue.results import read_result
+from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
+from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
 
 MOST_NAMED = 5  # of the trials that failed
+
+Data = Mapping[str, TaskData | blimp.Pairs]  # by task
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Model:
     output: str
 
     @property
-    def training(self) -> dict[str, Any] | None:
-        """What its own summary says of its pretraining, if it was trained by train/run.py."""
+    def training(self) -> Any:
+        """Its summary, if it was pretrained by train/run.py."""
         try:
             return storage.read_json(str(self.directory / "summary.json"))
         except (FileNotFoundError, ValueError):
@@ -69,184 +71,124 @@ class Model:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # "some weights are newly initialized": that is the point
+    logging.set_verbosity_error()  # "some weights are newly initialized": of course they are
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
-    data = {task.name: load(task, args.data) for task in args.tasks if task.name not in ZERO_SHOT}
-    pairs = {name: blimp.load(args.data, args.limit_pairs) for name in ZERO_SHOT if ZERO_SHOT[name] in args.tasks}
-    if args.drop_overlap:
-        data = {name: each.without_overlap() for name, each in data.items()}
+    data = {task.name: load_data(args, task.name) for task in args.tasks}
     trials = [
-        plan_scoring(args, model, task, pairs[task.name])
-        if task.name in pairs
-        else plan(args, model, data[task.name], seed)
+        plan(args, model, data[task.name], task.name, seed)
         for task in args.tasks
-        for seed in ([blimp.SEED] if task.name in pairs else args.seeds)
+        for seed in ([blimp.SEED] if task.name in ZERO_SHOT else args.seeds)
         for model in models.values()
     ]
     todo = [trial for trial in trials if args.overwrite or not is_done(trial)]
-    tokens_of = shared_tokens(models, data, pairs, args.pll)
-    failed: dict[str, str] = {}
-    with console.Progress(sum(trial.rows for trial in todo), "rows", "fine-tuning" if data else "scoring") as progress:
-        if data:
-            progress.note(f"{args.protocol}: {describe_grid(trials)}")
-        for each in filter(lambda each: each.overlap, data.values()):
-            progress.note(describe_overlap(each))
-        if len(todo) < len(trials):
-            progress.note(f"{len(trials) - len(todo)} of {len(trials)} results are there already")
+    tokens_of = shared_tokens(models, data, args.pll)
+    failures: dict[str, str] = {}
+    tunes = set(data) - set(ZERO_SHOT)
+    with console.Progress(sum(trial.rows for trial in todo), "rows", "fine-tuning" if tunes else "scoring") as progress:
+        for line in notes(args, data, trials, len(trials) - len(todo)):
+            progress.note(line)
         if args.num_workers > 1 and todo:
-            work = work_on_ray(todo, tokens_of, progress.advance, args.num_workers, args.gpus_per_worker)
+            outcomes = run_on_ray(todo, tokens_of, progress.advance, args.num_workers, args.gpus_per_worker)
         else:
-            work = work_here(todo, tokens_of, progress.advance)
-        for trial, outcome in work:
+            outcomes = ((trial, run_trial(trial, tokens_of(trial), progress.advance)) for trial in todo)
+        for trial, outcome in outcomes:
             if outcome.failure:
-                failed[str(trial)] = outcome.failure
+                failures[str(trial)] = outcome.failure
                 progress.note(f"{trial} failed: {outcome.failure}")
-                continue
-            if outcome.scores is None:
-                result = report(trial, outcome, models[trial.model], data[trial.task.name])
             else:
-                result = report_scores(trial, outcome, models[trial.model], pairs[trial.task.name])
-            storage.write_json(trial.file, result)
-            progress.note(f"{trial}: {describe(result)}")
+                storage.write_json(trial.file, result := report(trial, outcome, models[trial.model]))
+                progress.note(f"{trial}: {in_words(result)}")
     for model in models.values():
-        done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failed]
-        print_results(model.output, [storage.read_json(file) for file in done])
-    if failed:
-        named = "; ".join(f"{name} ({reason})" for name, reason in list(failed.items())[:MOST_NAMED])
-        more = f"; and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
-        raise RunError(f"{len(failed)} of {len(todo)} failed: {named}{more}; the same command tries them again")
+        done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failures]
+        print_results(model.output, [read_result(file) for file in done])
+    if failures:
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MOST_NAMED])
+        more = f"; and {len(failures) - MOST_NAMED} more" if len(failures) > MOST_NAMED else ""
+        raise RunError(f"{len(failures)} of {len(todo)} failed: {named}{more}; the same command tries them again")
 
 
 def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
-    """Load what is needed to know a model. Raises UsageError if it cannot be fine-tuned, or not scored, as asked."""
-    directory = local_checkpoint(path)
-    tokenizer = load_tokenizer(str(directory))
+    """Load what identifies a model. Raises UsageError if it cannot be fine-tuned, or not scored, as asked."""
+    directory = checkpoints.local_checkpoint(path)
+    tokenizer = checkpoints.load_tokenizer(str(directory))
+    vocab_size = checkpoints.load_config(directory).vocab_size
+    if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
+        raise UsageError(
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
+            f"{vocab_size}; put the model's own tokenizer there"
+        )
     if any(task.name not in ZERO_SHOT for task in args.tasks):
-        check_model(directory, tokenizer, args.max_length or Settings.max_length)
+        finetune.check_model(directory, args.max_length or Settings.max_length)
     if any(task.name in ZERO_SHOT for task in args.tasks):
         blimp.check_model(directory, tokenizer, args.pll)
     words = tokenizer_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
-    both = storage.sha256_json([weights_hash(directory), words])
+    both = storage.sha256_json([checkpoints.weights_hash(directory), words])
     return Model(name, path, directory, tokenizer, words, both, output)
 
 
-def plan(args: argparse.Namespace, model: Model, data: TaskData, seed: int) -> Trial:
-    """A trial under the protocol and the flags that override it."""
-    task = data.task
-    changes = {
-        "learning_rate": args.learning_rate,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "max_length": args.max_length,
-        "dtype": resolve_dtype(args.dtype),
-        "limit_train": args.limit_train.get(task.name),
-    }
-    grid = grid_of(args.protocol, task.name, changes)
-    key = {
-        "task": task.name,
-        "seed": seed,
-        "protocol": args.protocol,
-        "settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)},
-        "recipe": RECIPE,
-        "train_split": data.train_split,
-        "data_hash": data.hash,
-        "model_hash": model.hash,
-    }
-    file = storage.join(model.output, f"{task.name}-seed{seed}.json")
-    rows = sum(settings.epochs * min(len(data.train.labels), settings.limit_train or sys.maxsize) for settings in grid)
-    return Trial(model.name, model.directory, task, seed, grid, rows, file, key)
+def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
+    if task in ZERO_SHOT:
+        return blimp.load(args.data, args.limit_pairs)
+    data = load(TASKS[task], args.data)
+    return data.without_overlap() if args.drop_overlap else data
 
 
-def plan_scoring(args: argparse.Namespace, model: Model, task: Task, pairs: blimp.Pairs) -> Trial:
-    """The one trial of a model and BLiMP, whatever the seeds."""
-    key = {
-        "task": task.name,
-        "seed": blimp.SEED,
-        "protocol": blimp.PROTOCOL,
-        "pll": args.pll,
-        "limit_pairs": pairs.limit,
-        "data_hash": pairs.hash,
-        "model_hash": model.hash,
-    }
-    file = storage.join(model.output, f"{task.name}.json")
-    return Trial(model.name, model.directory, task, blimp.SEED, (), 2 * len(pairs.frame), file, key)
-
-
-def shared_tokens(
-    models: dict[str, Model], data: dict[str, TaskData], pairs: dict[str, blimp.Pairs], form: str
-) -> Callable[[Trial], TrialTokens]:
-    """The tokens of a trial, made once for all seeds, settings and models of the same tokenizer."""
-    tokenizers = {model.tokenizer_hash: model.tokenizer for model in models.values()}
-
-    @cache
-    def encoded(tokenizer: str, task: str, max_length: int, limit_train: int | None) -> TaskTokens:
-        return encode_task(data[task], tokenizers[tokenizer], max_length, limit_train)
-
-    @cache
-    def sentences(tokenizer: str, task: str) -> blimp.Sentences:
-        return blimp.encode(pairs[task], tokenizers[tokenizer], form)
-
-    def tokens_of(trial: Trial) -> TrialTokens:
-        if trial.task.name in pairs:
-            return sentences(models[trial.model].tokenizer_hash, trial.task.name)
-        settings = trial.grid[0]  # a grid is over learning rates and epochs
-        return encoded(models[trial.model].tokenizer_hash, trial.task.name, settings.max_length, settings.limit_train)
-
-    return tokens_of
+def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
+    """A trial under the protocol and the flags that override it; BLiMP has one for each model."""
+    key: dict[str, Any] = {"task": task, "seed": seed, "protocol": args.protocol}
+    grid: tuple[Settings, ...] = ()
+    if isinstance(data, blimp.Pairs):
+        key |= {"protocol": blimp.PROTOCOL, "pll": args.pll, "limit_pairs": data.limit}
+        rows, file = 2 * len(data.frame), f"{task}.json"
+    else:
+        changes = {name: getattr(args, name) for name in ("learning_rate", "epochs", "batch_size", "max_length")}
+        changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task)}
+        grid = grid_of(args.protocol, task, changes)
+        key |= {"settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)}}
+        key |= {"recipe": RECIPE, "train_split": data.train_split}
+        rows = sum(settings.epochs * min(len(data.train), settings.limit_train or sys.maxsize) for settings in grid)
+        file = f"{task}-seed{seed}.json"
+    key |= {"data_hash": data.hash, "model_hash": model.hash}
+    return Trial(model.name, model.directory, TASKS[task], seed, grid, rows, storage.join(model.output, file), key)
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether the result is there.
-
-    Raises:
-        UsageError: in its place is a result of another model or of other settings, or what is no whole result.
-    """
+    """Whether the result exists. Raises UsageError if another one, or no whole one, is in its place."""
     try:
-        previous = storage.read_json(trial.file)
-        check_result(previous)
+        previous = read_result(trial.file)
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise UsageError(f"{trial.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
-    if differing := differences(previous["key"], trial.key):
+    if differing := differences(previous.key, trial.key):
         raise UsageError(
             f"{trial.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
         )
     return True
 
 
-def report(trial: Trial, outcome: Outcome, model: Model, data: TaskData) -> dict[str, Any]:
-    """The result file: the first best of the grid by its dev score, and all of the grid beside it."""
-    settings, best = max(outcome.found, key=lambda pair: pair[1].score)
-    grid = [
-        {**asdict(tried), "score": result.score, "metrics": result.metrics, "collapsed": result.collapsed}
-        for tried, result in outcome.found
-    ]
-    return {
-        **common(trial, outcome, model),
-        "settings": asdict(settings),
-        "metrics": best.metrics,
-        "score": best.score,
-        "collapsed": best.collapsed,
-        "constant_score": best.constant_score,
-        "train_split": data.train_split,
-        "train_rows": best.train_rows,
-        "eval_rows": best.eval_rows,
-        "overlap": data.overlap,
-        "grid": grid,
-    }
+def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callable[[Trial], TrialTokens]:
+    """The tokens of a trial, made once for all seeds, settings and models of the same tokenizer."""
+    made: dict[tuple[str, str], TrialTokens] = {}
+
+    def tokens_of(trial: Trial) -> TrialTokens:
+        model, own = models[trial.model], data[trial.task.name]
+        key = model.tokenizer_hash, trial.task.name
+        if key in made:
+            return made[key]
+        if isinstance(own, blimp.Pairs):
+            made[key] = blimp.encode(own, model.tokenizer, form)
+        else:
+            settings = trial.grid[0]  # a grid is over learning rates and epochs
+            made[key] = encode_task(own, model.tokenizer, settings.max_length, settings.limit_train)
+        return made[key]
+
+    return tokens_of
 
 
-def report_scores(trial: Trial, outcome: Outcome, model: Model, pairs: blimp.Pairs) -> dict[str, Any]:
-    """BLiMP's result file."""
-    assert outcome.scores is not None
-    settings = {name: trial.key[name] for name in ("pll", "limit_pairs")}
-    return {**common(trial, outcome, model), "settings": settings, **blimp.result(pairs, outcome.scores)}
-
-
-def common(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
-    """What the result files of all tasks say: which trial, where and how long, and of which model."""
+def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
+    """The result file."""
     return {
         "task": trial.task.name,
         "seed": trial.seed,
@@ -257,54 +199,56 @@ def common(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
         "training": model.training,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
+        **outcome.result,
     }
 
 
-def describe_overlap(data: TaskData) -> str:
-    rows = sum(len(split.labels) for split in data.evaluations.values())
-    return f"{data.task.name}: {data.overlap:,} of {rows:,} evaluation rows are training rows too; see --drop-overlap"
+def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) -> list[str]:
+    """What is printed before the first trial."""
+    lines = []
+    if size := max(len(trial.grid) for trial in trials):
+        grid = f"a grid of {size} settings; in each run of each model the best by its dev score counts"
+        lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
+    for name, own in data.items():
+        if isinstance(own, TaskData) and own.overlap:
+            rows = sum(map(len, own.evaluations.values()))
+            lines.append(
+                f"{name}: {own.overlap:,} of {rows:,} evaluation rows are training rows too; see --drop-overlap"
+            )
+    return lines + ([f"{done} of {len(trials)} results are there already"] if done else [])
 
 
-def describe_grid(trials: list[Trial]) -> str:
-    size = max(len(trial.grid) for trial in trials)
-    if size == 1:
-        return "one setting"
-    return f"a grid of {size} settings; in each run of each model the best by its dev score counts"
-
-
-def describe(result: dict[str, Any]) -> str:
+def in_words(result: dict[str, Any]) -> str:
     values = ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items())
-    note = ", the same for every row" if result["collapsed"] else ""
-    return f"{result['score']:.1f} ({values}{note}) in {result['seconds']:.0f} s"
+    collapsed = ", predicts the same for every row" if result["collapsed"] else ""
+    return f"{result['score']:.1f} ({values}{collapsed}) in {result['seconds']:.0f} s"
 
 
-def print_results(output: str, results: list[dict[str, Any]]) -> None:
-    """Task by task the mean score, each raw metric's mean, seconds and the scores by seed; then the named averages."""
+def print_results(output: str, results: list[Result]) -> None:
+    """For each task the mean score, the scores by seed and each metric's mean; then the named averages."""
     print(f"{output}: {len(results)} results")
-    by_task: dict[str, dict[int, dict[str, Any]]] = {}
+    by_task: dict[str, dict[int, Result]] = {}
     for result in results:
-        by_task.setdefault(result["task"], {})[result["seed"]] = result
+        by_task.setdefault(result.task, {})[result.seed] = result
     for task, by_seed in by_task.items():
-        runs = list(by_seed.values())
-        raw = ", ".join(f"{name} {mean([run['metrics'][name] for run in runs]):.3f}" for name in runs[0]["metrics"])
-        scores = " ".join(f"{run['score']:.1f}" for run in runs)
-        collapsed = sum(run["collapsed"] for run in runs)
-        note = f"   {collapsed} of {len(runs)} say the same of every row" if collapsed else ""
-        print(f"  {task:<12} {mean([run['score'] for run in runs]):5.1f}   {scores}   ({raw}){note}")
-        for field, value in runs[0].get("fields", {}).items():  # one run a model
+        first, *_ = own = list(by_seed.values())
+        means = {name: statistics.fmean(result.metrics[name] for result in own) for name in first.metrics}
+        raw = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        collapsed = sum(result.collapsed for result in own)
+        count = f"   {collapsed} of {len(own)} predict the same for every row" if collapsed else ""
+        print_scores(task, [result.score for result in own], f"   ({raw}){count}")
+        for field, value in first.fields.items():
             print(f"    {field:<18} {100 * value:5.1f}")
-    raw_metrics = {task: {seed: run["metrics"] for seed, run in by_seed.items()} for task, by_seed in by_task.items()}
+    raw_metrics = {task: {seed: result.metrics for seed, result in own.items()} for task, own in by_task.items()}
     for name in metrics.AVERAGES:
         if averages := metrics.averages_by_seed(name, raw_metrics):
-            print(
-                f"  {name:<12} {mean(list(averages.values())):5.1f}   {' '.join(f'{a:.1f}' for a in averages.values())}"
-            )
+            print_scores(name, list(averages.values()))
     work = "fine-tuning" if set(by_task) - set(ZERO_SHOT) else "scoring"
-    print(f"  {sum(result['seconds'] for result in results):,.0f} s of {work}")
+    print(f"  {sum(result.seconds for result in results):,.0f} s of {work}")
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def print_scores(name: str, scores: list[float], more: str = "") -> None:
+    print(f"  {name:<12} {statistics.fmean(scores):5.1f}   {' '.join(f'{score:.1f}' for score in scores)}{more}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ ESTIMATE = ("mean", "sd", "low", "high", "n")
 
 @dataclass(frozen=True)
 class Table:
-    """A title, the names of the columns, the rows, and the notes below them; ``words`` are set to the left."""
+    """A title, the names of the columns, the rows, and the notes below them; ``words`` are aligned to the left."""
 
     title: str
     columns: Sequence[str]
@@ -34,26 +34,24 @@ class Table:
 
 
 def all_tables(table: dict[str, Any]) -> dict[str, Table]:
-    """The tables that have something to say, in the order of table.md."""
-    tables = {"scores": score_table(table)}
-    if len(table["regimes"]) > 1:
-        tables["differences"] = difference_table(table)
-    if any(flags != [] for flags in table["set_apart"].values()):
-        tables["set_apart"] = set_apart_table(table)
-    if any(table["training"].values()):
-        tables["cost"] = cost_table(table)
-    if table["break_even"]:
-        tables["break_even"] = break_even_table(table)
-    return tables
+    """The tables that have rows, in the order of table.md."""
+    made = {
+        "scores": score_table(table),
+        "differences": difference_table(table),
+        "set_apart": set_apart_table(table),
+        "cost": cost_table(table),
+        "break_even": break_even_table(table),
+    }
+    return {name: own for name, own in made.items() if own.rows}
 
 
 def to_markdown(table: dict[str, Any]) -> str:
     parts = []
-    for part in all_tables(table).values():
-        rule = "---|" if part.words else "---:|"
-        lines = [f"| {' | '.join(part.columns)} |", f"|---|{rule * (len(part.columns) - 1)}"]
-        lines += [f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in part.rows]
-        parts += [f"### {part.title}", "\n".join(lines), *part.notes]
+    for own in all_tables(table).values():
+        rule = "---|" if own.words else "---:|"
+        lines = [f"| {' | '.join(own.columns)} |", f"|---|{rule * (len(own.columns) - 1)}"]
+        lines += [f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in own.rows]
+        parts += [f"### {own.title}", "\n".join(lines), *own.notes]
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,18 +59,17 @@ def to_csv(table: dict[str, Any]) -> str:
     """One line for each regime and task, average or loss: its numbers, and those of the paired difference."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    own = (*ESTIMATE, "fine_tuning_seeds", "fine_tuning_sd")
-    writer.writerow(["of", "regime", *own, "collapsed", *(f"difference_{name}" for name in ESTIMATE)])
+    own = (*ESTIMATE, "fine_tuning_seeds", "fine_tuning_sd", "collapsed")
+    writer.writerow(["of", "regime", *own, *(f"difference_{name}" for name in ESTIMATE)])
     for label, row in compared(table).items():
-        for name in table["regimes"]:
-            difference = row[name]["difference"] or {}
-            values = [row[name][column] for column in own] + [row[name].get("collapsed", "")]
-            writer.writerow([label, name, *values, *(difference.get(column) for column in ESTIMATE)])
+        for name, values in row.items():
+            difference = values["difference"] or {}
+            writer.writerow([label, name, *map(values.get, own), *map(difference.get, ESTIMATE)])
     return buffer.getvalue()
 
 
 def compared(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The estimates of all regimes, by what is compared: averages first, tasks, and the held-out loss."""
+    """The estimates of all regimes, by what is compared: averages first, then tasks and the held-out loss."""
     rows = dict(table["averages"])
     for task, row in table["tasks"].items():
         rows[task if row["train_split"] in ("train", "") else f"{task} ({row['train_split']})"] = row["scores"]
@@ -114,7 +111,7 @@ def score_notes(table: dict[str, Any]) -> list[str]:
             "eval loss: cross-entropy on held-out sequences after pretraining, nats; less is better. Its masks are "
             "random, as random masking trains on, and not the other regimes."
         )
-    if any(row["scores"][name]["collapsed"] for row in table["tasks"].values() for name in table["regimes"]):
+    if any(own["collapsed"] for row in table["tasks"].values() for own in row["scores"].values()):
         notes.append(
             "† In so many runs the model predicts the same for every row; of an average: in so many of its tasks' runs."
         )
@@ -128,7 +125,7 @@ def score_notes(table: dict[str, Any]) -> list[str]:
 
 
 def constant(name: str, table: dict[str, Any]) -> str:
-    """An average of the tasks' constant scores; none where it is of single metrics."""
+    """The mean of the tasks' constant scores; empty for an average of single metrics."""
     if any(":" in part for part in AVERAGES[name]):
         return ""
     return f"{statistics.fmean(table['tasks'][task]['constant_score'] for task in AVERAGES[name]):.1f}"
@@ -136,11 +133,11 @@ def constant(name: str, table: dict[str, Any]) -> str:
 
 def difference_table(table: dict[str, Any]) -> Table:
     rows, baseline, lines = compared(table), table["baseline"], []
-    for name in table["regimes"]:
-        if name != baseline:
-            differences = [difference(row[name]["difference"], digits(label)) for label, row in rows.items()]
-            first = next(iter(rows.values()))[name]["difference"]
-            lines.append([name, *differences, seeds(first["n"] if first else 0)])
+    for name in table["set_apart"]:  # all but the baseline
+        differences = {label: row[name]["difference"] for label, row in rows.items()}
+        first = next(iter(differences.values()))
+        texts = [difference(own, digits(label)) for label, own in differences.items()]
+        lines.append([name, *texts, seeds(first["n"] if first else 0)])
     note = (
         f"Regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds that both have, "
         "and of the fine-tuning seeds that both have: where one has more, this is not the difference of their scores "
@@ -151,12 +148,10 @@ def difference_table(table: dict[str, Any]) -> Table:
 
 
 def set_apart_table(table: dict[str, Any]) -> Table:
-    """How each regime was pretrained otherwise than the baseline."""
+    """How each regime was pretrained otherwise than the baseline; no rows if none was."""
     unknown = ["not known: not both were pretrained by train/run.py"]
-    rows = [
-        [name, "; ".join(unknown if flags is None else flags or ["nothing"])]
-        for name, flags in table["set_apart"].items()
-    ]
+    apart = table["set_apart"] if any(flags != [] for flags in table["set_apart"].values()) else {}
+    rows = [[name, "; ".join(unknown if flags is None else flags or ["nothing"])] for name, flags in apart.items()]
     note = "As the summaries of the models say; seeds apart. What is not named is the same on both sides."
     return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, [note], words=True)
 
@@ -167,7 +162,7 @@ def cost_table(table: dict[str, Any]) -> Table:
     rows = []
     for name, cost in costs.items():
         amounts = [amount(cost.get(key), exact=key in ("n", "steps", "tokens")) for key in shown.values()]
-        rows.append([name, str(cost["regime"] or ""), *amounts])
+        rows.append([name, cost["regime"] or "", *amounts])
     note = (
         "Of one student, a mean over n pretraining seeds. Scoring: all of the shards and targets whose scores it "
         "reads, as if no other student did. total: training and scoring; beside it, where it is known, with the "
@@ -179,16 +174,20 @@ def cost_table(table: dict[str, Any]) -> Table:
 
 
 def break_even_table(table: dict[str, Any]) -> Table:
-    kinds = [(unit, name) for unit in ("flops", "seconds") for name in ("epochs", "students")]
-    columns = [f"{name}, by {'FLOPs' if unit == 'flops' else unit}" for unit, name in kinds]
+    kinds = {
+        f"{name}, by {heading}": (unit, name)
+        for unit, heading in (("flops", "FLOPs"), ("seconds", "seconds"))
+        for name in ("epochs", "students")
+    }
     rows = [
-        [row["regime"], row["against"], *(when(row[unit], name) for unit, name in kinds)] for row in table["break_even"]
+        [row["regime"], row["against"], *(when(row[unit], name) for unit, name in kinds.values())]
+        for row in table["break_even"]
     ]
     note = (
         "From how many epochs of the corpus, or how many students of as many tokens, scoring once costs less than the "
         f"other way. {ONLINE}: a teacher in memory that makes for each batch what this regime reads."
     )
-    return Table("Break-even", ["offline scores pay", "against", *columns], rows, [note])
+    return Table("Break-even", ["offline scores pay", "against", *kinds], rows, [note])
 
 
 # --- numbers as text -------------------------------------------------------------------------------------------------
@@ -199,7 +198,6 @@ def digits(label: str) -> int:
 
 
 def seeds(n: int) -> str:
-    """How many there are, with a warning for one."""
     return f"{n} (anecdote)" if n == 1 else f"{n}"
 
 
@@ -223,7 +221,7 @@ def interval(estimate: dict[str, Any], form: str = "z.1f") -> str:
 
 
 def when(pays: dict[str, Any] | None, name: str) -> str:
-    """How many epochs or students it takes until offline scores pay."""
+    """From how many epochs or students offline scores are cheaper."""
     if pays is None or (pays["tokens"] is not None and pays[name] is None):
         return "-"
     if pays["tokens"] is None:
@@ -237,6 +235,6 @@ def amount(value: float | None, exact: bool = False) -> str:
         return "-"
     if exact or value == 0:
         return f"{value:,.0f}"
-    value = float(f"{value:.2e}")  # rounded first: 999.9 is 1.00 k
+    value = float(f"{value:.2e}")  # rounded first: 999.6 is 1.00 k
     size = min(max(0, math.floor(math.log10(abs(value)) / 3)), len(PREFIXES) - 1)
     return f"{f'{value / 1000**size:#.3g}'.rstrip('.')} {PREFIXES[size]}".strip()

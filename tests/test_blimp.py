@@ -304,7 +304,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
         (["--data", tmp_path / "bare"], "bare/blimp has no blimp as .parquet"),
         (holding("column", good.drop("field")), "has no column 'field', only"),
         (holding("empty", good.clear()), "has no rows"),
-        (holding("number", good.with_columns(pairID=pl.lit("one"))), "has values of a wrong kind"),
+        (holding("number", good.with_columns(pairID=pl.lit("one"))), "has values of a wrong type"),
         (holding("null", good.with_columns(sentence_bad=pl.lit(None))), "has no sentence_bad in row 0"),
         (["--data", data, "--model", tmp_path / "model"], "there is no model directory|neither a local"),
         (with_tokenizer("maskless", maskless), "has no mask token"),

@@ -22,6 +22,7 @@ from scipy import stats
 import glue.compare
 from entropy_masking.errors import UsageError
 from glue import report
+from glue.records import Summary
 from glue.tasks import GLUE
 
 COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
@@ -323,7 +324,9 @@ def curves(root: Path, panel: str, **regimes: str) -> Any:
     """The figure of curves of the comparison in ``root``/out; summaries are read from each regime's results."""
     table = json.loads((root / "out" / "table.json").read_text())
     files = {name: (root / each).rglob("rte-seed1.json") for name, each in regimes.items()}
-    summaries = {name: [json.loads(file.read_text())["training"] for file in each] for name, each in files.items()}
+    summaries = {
+        name: [Summary(**json.loads(file.read_text())["training"]) for file in each] for name, each in files.items()
+    }
     return next(figure for heading, figure in report.curves(table, summaries).items() if panel in heading)
 
 

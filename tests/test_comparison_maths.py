@@ -16,6 +16,7 @@ from entropy_masking.commands import figures
 from entropy_masking.commands.figures import Line, Panel, Row
 from glue import costs
 from glue.intervals import estimate, paired_difference, seed_means
+from glue.records import Summary
 from glue.tables import amount
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -79,28 +80,32 @@ def test_break_even_by_hand() -> None:
     assert costs.break_even(once=0.0, extra=1.0) == 0
 
 
-def test_the_bill_of_a_student() -> None:
-    bill = costs.cost([summary("parquet", 1), summary("parquet", 3)])
-    assert bill and bill["total_flops"] == 3e10 + 7e9 and bill["seconds"] == 102 and bill["total_seconds"] == 172
-    assert bill["corpus_tokens"] == SEQUENCES * LENGTH and bill["bytes"] == 1 << 20
-    assert bill["online_flops"] == 7e9 / (SEQUENCES * LENGTH), "seven passes, to rank a row"
-    exact = costs.cost([summary("parquet+kd", 1)])
+def cost(*summaries: dict[str, Any]) -> dict[str, Any] | None:
+    return costs.cost([Summary(**each) for each in summaries])
+
+
+def test_the_cost_of_a_student() -> None:
+    found = cost(summary("parquet", 1), summary("parquet", 3))
+    assert found and found["total_flops"] == 3e10 + 7e9 and found["seconds"] == 102 and found["total_seconds"] == 172
+    assert found["corpus_tokens"] == SEQUENCES * LENGTH and found["bytes"] == 1 << 20
+    assert found["online_flops"] == 7e9 / (SEQUENCES * LENGTH), "seven passes, to rank a row"
+    exact = cost(summary("parquet+kd", 1))
     assert exact and exact["online_flops"] == 8e9 / (SEQUENCES * LENGTH), "and one of four variants"
-    scan = costs.cost([summary("self", 1) | {"regime": "self+kd", "scoring_flops": 7_000_000_000}])
+    scan = cost(summary("self", 1) | {"regime": "self+kd", "scoring_flops": 7_000_000_000})
     assert scan and scan["online_flops"] == 1e9 / (SEQUENCES * LENGTH), "one pass, to distil"
-    kept = costs.cost([summary("parquet+kd", 1) | {"targets": None}])
+    kept = cost(summary("parquet+kd", 1) | {"targets": None})
     assert kept and kept["online_flops"] == 7e9 / (SEQUENCES * LENGTH), "the passes that rank a row have its top-k too"
     assert exact["bytes"] == (1 << 20) + (1 << 19)
-    alone = costs.cost([summary("random", 1)])
+    alone = cost(summary("random", 1))
     assert alone and alone["online_flops"] is None and alone["total_flops"] == alone["training_flops"]
     assert costs.cost([]) is None
-    old = costs.cost([{"regime": "parquet", "steps": 3, "scoring_flops": 7}])
+    old = cost({"regime": "parquet", "steps": 3, "scoring_flops": 7})
     assert old and old["steps"] == 3 and old["total_flops"] is None and old["bytes"] is None
 
 
 def test_when_offline_scores_pay() -> None:
-    bills = {name: costs.cost([summary(name, 1)]) for name in ("random", "parquet", "parquet+kd", "self")}
-    rows = {(row["regime"], row["against"]): row for row in costs.break_evens(bills)}
+    known = {name: cost(summary(name, 1)) for name in ("random", "parquet", "parquet+kd", "self")}
+    rows = {(row["regime"], row["against"]): row for row in costs.break_evens(known)}
     assert set(rows) == {("parquet", costs.ONLINE), ("parquet", "self"), ("parquet+kd", costs.ONLINE)}
     online = rows["parquet", costs.ONLINE]["flops"]
     assert online["epochs"] == pytest.approx(1), "each epoch would cost as much"

@@ -158,10 +158,10 @@ def test_runs_that_collapse_are_counted(
     found = glue_here(tmp_path, *flags)
     assert [result["collapsed"] for result in found.values()] == [True, True, False]
     assert [result["metrics"]["matthews"] for result in found.values()][:2] == [0, 0]
-    assert "2 of 3 say the same of every row" in capsys.readouterr().out
+    assert "2 of 3 predict the same for every row" in capsys.readouterr().out
 
 
-def test_a_cell_that_fails_is_named_and_tried_again(
+def test_a_trial_that_fails_is_named_and_tried_again(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune = glue.trials.finetune
@@ -180,7 +180,7 @@ def test_a_cell_that_fails_is_named_and_tried_again(
     assert len(glue_here(tmp_path, *flags)) == 4
 
 
-def test_a_run_that_diverges_is_a_cell_that_fails(work: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_is_a_trial_that_fails(work: Path, data: Path, tmp_path: Path) -> None:
     """The first step of a warm-up is of rate 0, so STS-B's, its only one, does no harm."""
     flags = ["--model", work / "teacher", "--tasks", "cola,stsb", "--data", data, "--limit-train", "stsb=8", *QUICK]
     flags += ["--learning-rate", "1e30"]
@@ -247,7 +247,7 @@ def test_two_workers_give_the_numbers_of_one_process(
 
 
 @pytest.mark.exhaustive
-def test_a_worker_that_is_killed_costs_its_cell(work: Path, data: Path, words: list[str], tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_its_trial(work: Path, data: Path, words: list[str], tmp_path: Path) -> None:
     for split, rows in (("train", 3000), ("dev", 64)):
         write_rows(make_rows(GLUE["rte"], words, rows, 1), tmp_path / "data" / "rte" / f"{split}.parquet")
     flags = ["--model", work / "teacher", "--tasks", "rte", "--data", tmp_path / "data", "--seeds", "1,2,3,4"]
@@ -259,7 +259,7 @@ def test_a_worker_that_is_killed_costs_its_cell(work: Path, data: Path, words: l
         time.sleep(0.1)
         with contextlib.suppress(psutil.Error):  # some are at their end already
             below = psutil.Process(process.pid).children(recursive=True)
-            workers = [each for each in below if "Worker.work_on" in " ".join(each.cmdline())]
+            workers = [each for each in below if "run_on_worker" in " ".join(each.cmdline())]
     workers[0].kill()
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output

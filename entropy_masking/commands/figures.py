@@ -36,24 +36,19 @@ INK, DIM, CARD = LIGHT["ink"], LIGHT["dim"], LIGHT["card"]
 COLOURS = [LIGHT[f"c{number}"] for number in range(8)]
 MARKERS = "osD^vPX"  # one fewer than the colours, so that 56 pairs differ
 WIDTH = 5.0  # inches of 72 units
-WIDER = 4  # an interval that is wider than the narrowest by this factor leaves the figure
-CHEAPER = 300  # a cost that is smaller than the largest by this factor stands at the left edge
+WIDER = 4  # an interval this many times as wide as the narrowest one is cut off at the edge of the figure
+CHEAPER = 300  # a cost this many times smaller than the largest one is drawn at the left edge
 STYLE: dict[Any, Any] = {
     **{"svg.fonttype": "none", "text.parse_math": False, "text.color": INK, "font.size": 11.5, "legend.frameon": False},
-    **{
-        "axes.edgecolor": DIM,
-        "axes.labelcolor": DIM,
-        "xtick.color": DIM,
-        "ytick.color": DIM,
-        "grid.color": LIGHT["rule"],
-    },
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), DIM),
+    **{"grid.color": LIGHT["rule"]},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.left": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlelocation": "left"},
     **{"axes.titlesize": 11.5, "figure.labelsize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11},
     **{"errorbar.capsize": 4, "lines.linewidth": 2, "lines.markeredgewidth": 1.5, "lines.solid_capstyle": "butt"},
 }
 
-Series = Mapping[str, Sequence[float | None]]  # values by name; None draws nothing, but the others keep their colours
+Series = Mapping[str, Sequence[float | None]]  # values by name; None leaves a gap
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """Rows about a line, and a dashed line where that is in sight."""
+    """Rows, a vertical line, and a dashed one that may lie outside of the figure."""
 
     title: str
     rows: Sequence[Row]
@@ -91,7 +86,7 @@ class Line:
 
 @matplotlib.rc_context(STYLE)
 def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
-    """Panels of dots with their intervals; a hollow dot has none. With a caption, the panels have their titles."""
+    """Panels of dots with their intervals; a hollow dot has none. Titles of panels are drawn only with a caption."""
     columns = min(3, len(panels))
     down = math.ceil(len(panels) / columns)
     height = (0.7 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
@@ -116,7 +111,7 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def lines(curves: Sequence[Line], x_label: str, y_label: str, log: bool = False) -> Figure:
-    """Curves; ``log`` is of the horizontal axis."""
+    """Curves; ``log`` is for the horizontal axis."""
     figure, axes, legend = _new(x_label, y_label)
     for curve in curves:
         look, dash = _look(curve.style), "--" if curve.dashed else "-"
@@ -128,9 +123,9 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str, log: bool = False)
 
 @matplotlib.rc_context(STYLE)
 def scatter(rows: Sequence[Row], costs: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Figure:
-    """Rows by their costs, by decades: filled with all of the scoring, hollow without, the interval upright.
+    """Rows against their costs on a log axis: a filled mark with all of the scoring, a hollow one without.
 
-    Of rows of equal cost each stands a little to the right of the last, so that all intervals can be seen.
+    Rows of equal cost are moved apart a little, so that all intervals can be seen.
     """
     figure, axes, legend = _new(x_label, y_label)
     known = [cost for pair in costs for cost in pair]
@@ -146,7 +141,7 @@ def scatter(rows: Sequence[Row], costs: Sequence[tuple[float, float]], x_label: 
 
 @matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"})
 def bars(labels: Sequence[str], series: Series, x_label: str) -> Figure:
-    """A group of level bars for each label, a bar for each series, each with its value."""
+    """A group of horizontal bars for each label, with a bar and its value for each series."""
     thick = 0.84 / len(series)
     figure, axes, legend = _new(x_label, height=0.6 + 0.24 * len(labels) * max(1.3, len(series)))
     for style, (name, values) in enumerate(series.items()):
@@ -162,7 +157,7 @@ def bars(labels: Sequence[str], series: Series, x_label: str) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def histogram(edges: Sequence[float], series: Series, x_label: str, y_label: str) -> Figure:
-    """Percents by bins: an area for the first series, a line over it for the second; nothing for one without bins."""
+    """Percentages by bin: an area for the first series, a line for the second; nothing for one without values."""
     figure, axes, legend = _new(x_label, y_label)
     for style, (name, values) in enumerate(series.items()):
         if values:
@@ -175,7 +170,7 @@ def histogram(edges: Sequence[float], series: Series, x_label: str, y_label: str
 
 @matplotlib.rc_context(STYLE)
 def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: str, y_label: str) -> Figure:
-    """Shares at places (x, y) of two like axes as squares of that area, with the diagonal."""
+    """Shares at points (x, y) as squares of that area, with the diagonal; both axes end at ``end``."""
     figure, axes, legend = _new(x_label, y_label, height=4.6)
     x, y, shares = zip(*squares, strict=True)
     axes.scatter(x, y, [150 * share / max(shares) for share in shares], color=COLOURS[0], marker="s", linewidths=0)
@@ -184,11 +179,10 @@ def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: 
     return _finished(figure, axes, legend)
 
 
-@matplotlib.rc_context(STYLE)
 def svg(figure: Figure, label: str) -> str:
-    """The figure as an element of a page: words as text, colours as CSS variables; the same bytes each time."""
+    """The figure as an SVG element: words as text, colours as CSS variables; the same bytes each time."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": label}):  # elements with equal ids are equal
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):  # elements with equal ids are equal
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"\n\s*", " ", buffer.getvalue())
     text = re.sub(r"^.*?</defs>", "", text)  # the head: sizes, metadata, a style that would apply to the whole page
@@ -199,17 +193,14 @@ def svg(figure: Figure, label: str) -> str:
 
 @matplotlib.rc_context(STYLE)
 def png(figure: Figure) -> bytes:
-    """The figure as a picture, light."""
+    """The figure as a PNG in light colours."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor=CARD, metadata={"Software": None})
     return buffer.getvalue()
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
 def _themed(tag: str) -> str:
-    """A tag with variables for colours, without fonts and without ids that another figure has too."""
+    """A tag with variables for colours, without fonts and without ids that other figures have too."""
     tag = re.sub(r' id="[\w.]*_\d+"| font-family: [^;"]*;', "", tag.replace("xlink:href", "href"))
     for name, colour in LIGHT.items():
         tag = tag.replace(colour, f"var(--{name})")
@@ -219,14 +210,13 @@ def _themed(tag: str) -> str:
 def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, Axes, dict[str, Any]]:
     """A figure, its axes with the label of the vertical one above it, and artists by name for the legend."""
     figure = Figure((WIDTH, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
+    axes = figure.add_subplot(xlabel=x_label)
     axes.set_title(y_label, color=DIM)
     return figure, axes, {}
 
 
 def _finished(figure: Figure, axes: Axes, legend: dict[str, Any], log: bool = False) -> Figure:
-    """The figure with few ticks, and with a legend below where there is more than one name."""
+    """The figure with few ticks, and with a legend below if there is more than one name."""
     if log:
         axes.set_xscale("log")
         low, high = axes.get_xlim()
@@ -248,7 +238,7 @@ def _finished(figure: Figure, axes: Axes, legend: dict[str, Any], log: bool = Fa
 
 
 def _limits(rows: Sequence[Row], *others: float) -> tuple[float, float]:
-    """Limits that hold all means, and all intervals but those so wide that nothing else could be seen."""
+    """Limits that hold all means, and all intervals but very wide ones."""
     known = [(row.low, row.high) for row in rows if row.low is not None and row.high is not None]
     means = [row.mean for row in rows]
     widest = max(WIDER * min((high - low for low, high in known), default=0.0), max(means) - min(means))
@@ -258,7 +248,7 @@ def _limits(rows: Sequence[Row], *others: float) -> tuple[float, float]:
 
 
 def _error(row: Row) -> list[list[float]] | None:
-    """How far the interval reaches to both sides of the mean."""
+    """Lengths of the interval below and above the mean."""
     return None if row.low is None or row.high is None else [[row.mean - row.low], [row.high - row.mean]]
 
 

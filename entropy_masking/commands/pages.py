@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else: nothing from the network, and no script but their own."""
+"""HTML pages in one file: nothing comes from the network, and no script runs but the page's own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def render(template: Path, script: str = "", **values: Any) -> str:
     """A page of a command: its template extends base.html, and may draw with the macros of macros.html.
 
     Args:
-        script: JavaScript of the page; its security policy allows this by hash, and no other.
-        values: what the template shows; all text is escaped.
+        script: JavaScript of the page, the only one that its security policy allows.
+        values: variables of the template; all text is escaped.
     """
     loader = FileSystemLoader([template.parent, Path(__file__).parent])
     environment = Environment(
