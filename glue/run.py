@@ -199,7 +199,7 @@ def is_done(cell: Cell) -> bool:
     """Whether the result is there.
 
     Raises:
-        UsageError: in its place is a result of another model or of other settings, or what is no whole result.
+        UsageError: the file holds a result of another model or of other settings, or an incomplete one.
     """
     try:
         previous = storage.read_json(cell.file)

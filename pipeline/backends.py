@@ -159,7 +159,7 @@ def _check_visible(output: str, record: dict[str, Any]) -> None:
     while not _has_size(uri, record["bytes"]):
         if time.monotonic() > until:
             raise UsageError(
-                f"{uri}, committed by {record['worker']}, is not to be seen from here; "
+                f"{uri}, committed by {record['worker']}, is not visible from the driver; "
                 "choose an --output on a path that all nodes share, or in an object store"
             )
         time.sleep(0.5)

@@ -58,7 +58,7 @@ def planned_policy(options: Options, targets: Manifest) -> MaskPolicy:
 
 
 def open_evaluated(options: Options, manifest: Manifest) -> Manifest:
-    """The directory that a run is evaluated on, if it is one of its own.
+    """Open the directory of ``--eval-shards``.
 
     Raises:
         UsageError: no shard directory, that of the training, or one of another tokenizer or length.

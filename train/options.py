@@ -166,6 +166,7 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         dataloader_num_workers=None,
         accelerator_config=None,
         eval_strategy=None,
+        eval_on_start=None,
         per_device_eval_batch_size=64,
         num_train_epochs=1.0,
         warmup_steps=0.06,  # below 1 it is a share of all steps
@@ -216,10 +217,12 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
         flags["eval_fraction"] = 0.0 if flags["eval_shards"] else EVAL_FRACTION
     if flags["do_eval"]:
         raise UsageError("--do-eval is not used here; leave it out and set --eval-strategy")
-    if flags["eval_strategy"] is None:  # often enough to see that a run collapses
-        flags["eval_strategy"] = "steps" if flags["eval_fraction"] or flags["eval_shards"] else "no"
-        flags["eval_on_start"] = flags["eval_on_start"] or flags["eval_strategy"] == "steps"
-        flags["eval_steps"] = flags["eval_steps"] or EVAL_STEPS
+    if flags["eval_strategy"] is None:
+        evaluations: dict[str, Any] = {"eval_strategy": "no"}
+        if flags["eval_fraction"] or flags["eval_shards"]:  # often enough to see that a run collapses
+            evaluations = {"eval_strategy": "steps", "eval_steps": EVAL_STEPS, "eval_on_start": True}
+        flags |= {name: value for name, value in evaluations.items() if flags[name] is None}
+    flags["eval_on_start"] = bool(flags["eval_on_start"])
     arguments.check(flags)
     with arguments.taken():  # TrainingArguments checks itself
         options, args = parser.parse_dict(flags)
@@ -341,7 +344,9 @@ def mask_policy(options: MaskOptions, source: str, seed: int, planned: bool = Fa
         recipe = RECIPES[options.recipe or "default"]
     if options.recipe == "paper":
         if "predict_ratio" in given:
-            raise UsageError("--predict-ratio contradicts --recipe paper, which predicts all that is masked")
+            raise UsageError(
+                "--predict-ratio contradicts --recipe paper, which predicts all masked tokens; leave one out"
+            )
         for name, value in recipe.items():
             if name != "ratio" and given.get(name, value) != value:
                 raise UsageError(

@@ -152,7 +152,7 @@ def check_visible(directory: Path, checkpoint: Path | None) -> None:
     until = time.monotonic() + VISIBLE_SECONDS
     while not needed.exists():
         if time.monotonic() > until:
-            raise UsageError(f"{needed} is not to be seen from all nodes; choose an --output-dir on a path they share")
+            raise UsageError(f"{needed} is not visible from all nodes; choose an --output-dir on a path they share")
         time.sleep(0.5)
 
 

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         try_out(trainer)
     with together(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
-    # where torchrun starts its processes anew, what they had trained is not to be overwritten
+    # torchrun may restart the processes of this run; a restart must not overwrite what they have trained
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not on_first(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
