@@ -128,9 +128,9 @@ class Screen:
         for name, part in parts.items():
             path, text = self.output / f"{name}.jsonl", part.write_ndjson()
             if not path.exists():
-                path.with_suffix(".part").write_text(text)
+                path.with_suffix(".part").write_text(text, encoding="utf-8")
                 path.with_suffix(".part").rename(path)  # whole, or not there
-            elif path.read_text() != text:
+            elif path.read_text(encoding="utf-8") != text:
                 raise UsageError(f"{path} was made from other articles or ids; use another --output")
 
     def prepare(self) -> None:
@@ -221,7 +221,7 @@ class Screen:
         """Print the table and write it."""
         rows = {name: self.row(name) for name in self.args.rows}
         text = table(rows)
-        (self.output / "table.md").write_text(text)
+        (self.output / "table.md").write_text(text, encoding="utf-8")
         settings = {"size": asdict(self.size), "trunks": self.args.trunks}
         found = {"settings": settings, "recipes": {name: RECIPES[name].flags for name in rows}, "rows": rows}
         storage.write_json(str(self.output / "table.json"), found)

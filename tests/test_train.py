@@ -378,6 +378,21 @@ def test_presets_bring_defaults_the_last_model_counts() -> None:
         assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
 
 
+def test_evaluations_by_default_and_as_asked() -> None:
+    needed = ["--shards", "S", "--entropy-source", "random", "--output-dir", "O"]
+    for more, expected in (
+        ([], ("steps", 0.2, True)),
+        (["--eval-shards", "E"], ("steps", 0.2, True)),
+        (["--eval-fraction", "0"], ("no", None, False)),
+        (["--eval-on-start", "false"], ("steps", 0.2, False)),
+        (["--eval-steps", "7"], ("steps", 7, True)),
+        (["--eval-strategy", "no"], ("no", None, False)),
+        (["--eval-strategy", "steps", "--eval-steps", "7"], ("steps", 7, False)),
+    ):
+        _, args = parse([*needed, *more], None)
+        assert (args.eval_strategy, args.eval_steps, args.eval_on_start) == expected, more
+
+
 def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
     """Schedulers that ask the optimizer for its rate; biases and tables that are matrices belong to AdamW."""
     for schedule in (["polynomial"], ["cosine_with_min_lr", "--lr-scheduler-kwargs", '{"min_lr": 1e-5}']):

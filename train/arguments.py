@@ -71,7 +71,7 @@ class TrainerFlags:
     )
     eval_steps: float | None = option("evaluate every N steps, or such a share of them (default: --logging-steps)")
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
-    eval_on_start: bool = option("evaluate before the first step", False)
+    eval_on_start: bool | None = option("evaluate before the first step (default: unless --eval-strategy is given)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
     save_steps: float = option("save a checkpoint every N steps, or such a share of them (default: 500)", 500)
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)

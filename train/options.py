@@ -108,10 +108,10 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
-    if flags.eval_strategy is None:  # often enough to see that a run collapses
-        held_out = bool(options.eval_fraction or options.eval_shards)
-        flags.eval_strategy, flags.eval_on_start = "steps" if held_out else "no", flags.eval_on_start or held_out
-        _set_missing(flags, eval_steps=EVAL_STEPS)
+    if flags.eval_strategy is None and (options.eval_fraction or options.eval_shards):
+        # often enough to see that a run collapses
+        _set_missing(flags, eval_strategy="steps", eval_steps=EVAL_STEPS, eval_on_start=True)
+    _set_missing(flags, eval_strategy="no", eval_on_start=False)
     if options.entropy_source == "self":
         _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # step is the paper's
 

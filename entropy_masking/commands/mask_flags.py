@@ -88,7 +88,7 @@ def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training
     unscored = f"{{flag}} needs scores, and {source_flag} random has none"
     at_random = "{flag} has no use with --hard-share 0, which masks at random; leave it out"
     recipes = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
-    papers = "{flag} contradicts --recipe paper, which predicts all that is masked"
+    papers = "{flag} contradicts --recipe paper, which predicts all masked tokens; leave one out"
     length = "{flag} depends on the length of a run, which is not known here; leave it out"
     all_predicted = "{flag} has no use here: all that is masked is predicted; leave it out"
     excess = "{flag} excess needs the student's own loss; train with --entropy-source self to use it"
