@@ -48,7 +48,7 @@ def test_it_works_alone(wheel: Path, tmp_path: Path) -> None:
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    assert subprocess.run([python, "-c", EXAMPLE], check=True, **run).stdout == "torch.Size([2, 6])\n"
+    assert subprocess.run([python, "-c", EXAMPLE], check=True, **run).stdout == "torch.Size([2, 11])\n"
     for name in ("pipeline", "train", "glue"):
         ended = subprocess.run([python, "-c", f"import {name}"], **run)
         assert ended.returncode == 1 and "ModuleNotFoundError" in ended.stderr

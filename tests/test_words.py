@@ -323,11 +323,11 @@ def test_a_run_and_targets_mask_the_words_of_the_shards_surprisals(
         for sequence, positions in zip(batch["sequence_id"].tolist(), as_sets(masked["positions_BP"]), strict=True)
     }
     for sequence, positions in hidden.items():
-        ids, score = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
+        ids, surprisal = rows[sequence]["input_ids"], [float(x) for x in rows[sequence]["surprisal"]]
         keyed = (torch.tensor([0]), torch.tensor([sequence]))
         (draw,) = noise.noise(3, noise.SELECTION, *keyed, torch.arange(len(ids))).tolist()
         continues = [tokens[token].startswith("##") for token in ids]
-        assert positions == slow_words(score, [token >= 5 for token in ids], continues, draw, draw, policy)
+        assert positions == slow_words(surprisal, [token >= 5 for token in ids], continues, draw, draw, policy)
 
     masks = ["--mask-source", "parquet", *WORDS_BY_SURPRISAL, "--mask-seed", 3]
     directory = score(scored, work / "teacher", tmp_path / "targets", *masks)

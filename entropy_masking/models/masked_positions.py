@@ -137,7 +137,7 @@ class MaskedPositions(PreTrainedModel):
     def _projected_scores(self, features_BKH: Tensor, tokens_BK: Tensor) -> dict[str, Tensor]:
         """``_scores`` of the projected features; the full logits are never materialised."""
         rows = _rows_per_chunk(features_BKH, self.config.vocab_size)
-        chunks = zip(features_BKH.flatten(0, 1).split(rows), tokens_BK.flatten().split(rows), strict=True)
+        chunks = zip(features_BKH.detach().flatten(0, 1).split(rows), tokens_BK.flatten().split(rows), strict=True)
         parts = [_scores(self.masked_lm.project(part_NH), part_N) for part_NH, part_N in chunks]
         return {name: torch.cat([part[name] for part in parts]).view_as(tokens_BK) for name in parts[0]}
 
