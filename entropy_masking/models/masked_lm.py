@@ -99,12 +99,40 @@ class MaskedLM:
         output["last_hidden_state"] = output["last_hidden_state"][self._select]
         return output
 
+    def try_training(self, length: int, name: str) -> None:
+        """Run a forward as in training, where some models accept fewer lengths. Changes neither model nor random state.
+
+        Raises:
+            UsageError: it fails.
+        """
+        ids_BL = self._trial_rows(length)
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        was_training = self.model.training
+        self.model.train()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[ids_BL.device] if ids_BL.is_cuda else []):
+                self._run(ids_BL, torch.ones_like(ids_BL))
+        except UNFIT as error:
+            raise UsageError(
+                f"{name} cannot be trained on sequences of {length} tokens ({one_line(error)[:200]}); use sequences of "
+                "another length, or another model"
+            ) from None
+        finally:
+            self.model.train(was_training)
+            with torch.no_grad():
+                for buffer, values in zip(self.model.buffers(), before, strict=True):
+                    buffer.copy_(values)
+
+    def _trial_rows(self, length: int) -> Tensor:
+        """Two rows [2, L] of different tokens."""
+        # no padding: RoBERTa gives padding no position of its own, so its last positions would not be tried
+        ids_L = torch.arange(2 * length, device=self.model.device) % (self.model.config.vocab_size - 1)
+        return (ids_L + (ids_L >= (self.model.config.pad_token_id or 0))).view(2, length)
+
     def _try(self, length: int, name: str) -> None:
         """Find the cheapest way that gives the logits of the plain model."""
         device, V = self.model.device, self.model.config.vocab_size
-        # no padding: RoBERTa gives padding no position of its own, so its last positions would not be tried
-        ids_L = torch.arange(2 * length, device=device) % (V - 1)
-        ids_BL = (ids_L + (ids_L >= (self.model.config.pad_token_id or 0))).view(2, length)
+        ids_BL = self._trial_rows(length)
         mask_BL = torch.ones_like(ids_BL)
         columns_BK = torch.tensor([[1, 2, length // 2], [0, 3, length - 1]], device=device)
         select = torch.tensor([[0], [1]], device=device).expand_as(columns_BK), columns_BK
