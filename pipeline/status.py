@@ -49,7 +49,7 @@ def status(directory: str, now: float) -> dict[str, Any]:
     elif run:
         planned, shards_done, totals = run.shards, len(done), commit.totals(list(done.values()))
     else:
-        raise UsageError(f"{directory} is no shard directory; name the --output of a pipeline/score.py run")
+        raise UsageError(f"{directory} is not a shard directory; name the --output of a pipeline/score.py run")
     records = [record.model_copy(update={"tokens": record.tokens_or_positions}) for record in done.values()]
     rate = recent_rate(records, now)
     tokens, unit = amount(totals)

@@ -193,7 +193,7 @@ def test_mistakes_in_masks(work: Path, scan: Path, teacher: Path, sparse: Path, 
         (scan, [*random, "--hard-share", 0.5], "--hard-share needs scores, and --mask-source random has none"),
         (scan, [*masks, "--mask-warmup", 0.1], "--mask-warmup depends on the length of a run, which is not known here"),
         (scan, [*masks, "--mask-ramp", 0.1], "--mask-ramp depends on the length of a run"),
-        (scan, [*masks, "--predict-ratio", 0.1], "--predict-ratio has no use here: all that is masked is predicted"),
+        (scan, [*masks, "--predict-ratio", 0.1], "--predict-ratio has no effect here, because all masked"),
         (scan, [*masks, "--variants", 0], "--variants 0"),
         (scan, [*masks, "--variants", 1 << 17], "--variants 131072"),
         (scan, [*masks, "--mask-seed=-1"], "--mask-seed -1"),
@@ -399,7 +399,7 @@ def test_rows_out_of_place_end_the_run(scan: Path, sparse: Path, tmp_path: Path)
         return variant.take(pa.array(range(len(variant))[::-1]))
 
     directory = changed(sparse, tmp_path / "targets", "variant", turn)
-    with pytest.raises(RunError, match="does not hold the rows that its manifest says"):
+    with pytest.raises(RunError, match="does not hold the rows of its manifest"):
         train_here(scan, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, "--max-steps", 1)
 
 

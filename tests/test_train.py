@@ -459,7 +459,7 @@ def test_a_broken_manifest_is_refused(scored: Path, tmp_path: Path, broken: dict
     shutil.copytree(scored, tmp_path / "shards")
     manifest = json.loads((scored / "manifest.json").read_text())
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest | broken))
-    with pytest.raises(UsageError, match="is no shard manifest"):
+    with pytest.raises(UsageError, match="is not a shard manifest"):
         train_here(tmp_path / "shards", tmp_path / "out", *REGIMES["random"], "--max-steps", 1)
 
 
@@ -500,7 +500,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "self", "--mask-warmup", 1], "mask warm-up 1 is not at least 0 and below 1"),
         (["--entropy-source", "self", "--mask-ramp", 5], "mask ramp 5 is not between 0 and 1"),
         (["--entropy-source", "self", "--mask-temperature", "inf"], "use hard share 0 for random masks"),
-        (["--entropy-source", "self", "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no use with"),
+        (["--entropy-source", "self", "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no effect with"),
         (["--entropy-source", "self", "--predict-ratio", 0.4], "predict ratio 0.4 is not above 0 and at most the mask"),
         (["--entropy-source", "self", "--predict-by", "entropy"], "--predict-by chooses among the masked tokens"),
         (
@@ -571,7 +571,7 @@ def test_mistakes_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[obj
 
 def test_mistakes_end_with_exit_code_2(tokens: Path, work: Path, tmp_path: Path) -> None:
     flags = ["--output-dir", tmp_path / "out", "--max-steps", 1]
-    assert "no shard directory" in refused(*TRAIN, "--shards", work, *REGIMES["random"], *flags)
+    assert "not a shard directory" in refused(*TRAIN, "--shards", work, *REGIMES["random"], *flags)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("…")
     message = refused(*TRAIN, "--shards", tokens, *REGIMES["random"], "--output-dir", tmp_path / "other")
