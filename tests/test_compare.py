@@ -429,7 +429,7 @@ def test_what_cannot_be_compared(results: Path, tmp_path: Path) -> None:
     fewer = summary("parquet+kd", 2)["targets"] | {"variants": 1}
     cases: list[tuple[list[str], str]] = [
         ([one, "--average", "local6"], "the average local6 needs sst2, mrpc, stsb, qnli; run what is missing"),
-        ([one, case("tasks", {"cola": two["cola"]})], "one has the task rte, tasks has not"),
+        ([one, case("tasks", {"cola": two["cola"]})], "one has the task rte, but tasks does not"),
         ([one, case("seeds", {task: {3: 0.5} for task in two})], "cola has seeds 1, 2 in one but 3 in seeds"),
         (
             [one, case("epochs", **epochs)],
