@@ -1,7 +1,7 @@
 """A corpus without a download: docstrings of the Python packages that this project depends on.
 
-The sources are parsed, not imported. The corpus is written once, as Parquet in the cache, so that no worker parses
-sources. The same package versions give the same files.
+The sources are parsed, not imported. The corpus is written once, as Parquet in the cache, so workers parse no sources.
+The same package versions give the same files.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ PACKAGES = (
     *("torch", "transformers", "ray", "datasets", "pyarrow", "polars", "numpy", "scipy", "sklearn", "pandas"),
     *("matplotlib", "sympy", "networkx", "accelerate", "huggingface_hub", "fsspec", "aiohttp"),
 )
-FORMAT = 1  # raise it when the extraction changes
+FORMAT = 1  # increase it when the extraction changes
 BYTES_PER_PACKAGE = 3_000_000  # so that no package dominates the corpus
-SHORTEST = 120  # characters; shorter docstrings say little
+SHORTEST = 120  # characters; shorter docstrings are left out
 PROBE_SHARE = 10  # one source file in ten is kept for the probe tasks
 ROW_GROUP = 512
 SURROGATE = re.compile("[\ud800-\udfff]")  # has no UTF-8
@@ -37,15 +37,15 @@ SKIPPED = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|third_?party(_files)?|
 
 
 def cache_directory() -> Path:
-    """Where materialised corpora live: ``$ENTROPY_MASKING_CACHE``, or ``~/.cache/entropy-masking``."""
+    """The directory of materialised corpora: ``$ENTROPY_MASKING_CACHE``, or ``~/.cache/entropy-masking``."""
     return Path(os.environ.get("ENTROPY_MASKING_CACHE") or Path.home() / ".cache" / "entropy-masking").expanduser()
 
 
 def materialise() -> dict[str, Path]:
     """Paths of the ``pretrain`` and ``probes`` part: Parquet with the columns ``text`` and ``package``.
 
-    All docstrings of a source file are in one part, and of texts that begin alike only the first is kept, so that the
-    parts share none. Rows are in the order of their hash, which mixes the packages.
+    All docstrings of a source file are in the same part. Of texts with the same beginning only the first is kept, so
+    the parts share no text. Rows are sorted by a hash, which mixes the packages.
 
     Raises:
         UsageError: the cache directory cannot be made.
@@ -56,7 +56,7 @@ def materialise() -> dict[str, Path]:
     paths = {part: directory / f"{part}.parquet" for part in ("pretrain", "probes")}
     if not all(path.exists() for path in paths.values()):
         try:
-            directory.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            directory.mkdir(parents=True, exist_ok=True)  # an error here comes before the work, not after it
         except OSError as error:
             raise UsageError(f"{one_line(error)}; set ENTROPY_MASKING_CACHE to a writable directory") from None
         rows = _collect(installed)
@@ -92,7 +92,7 @@ def _collect(packages: list[str]) -> list[dict[str, str]]:
 
 
 def _docstrings(package: str) -> Iterator[tuple[str, str]]:
-    """(file, docstring) of a package; files in the order of their hash, so that a limit takes a fair sample."""
+    """(file, docstring) of a package. Files are sorted by a hash, so a limit takes a fair sample."""
     spec = find_spec(package)
     for root in (spec.submodule_search_locations or []) if spec else []:
         files = {str(path.relative_to(root)): path for path in Path(root).rglob("*.py")}

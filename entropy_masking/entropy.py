@@ -1,8 +1,8 @@
 """Predictive entropy, surprisal and top-k log-probabilities of logits. Pure tensor functions; all logs are natural.
 
 For logits z over a vocabulary V: ``lse = logsumexp(z)``, entropy ``H = lse - Σ softmax(z)·z`` in nats (Shannon),
-surprisal of token t ``lse - z_t``, log-probability of token i ``z_i - lse``. All is computed in float32; float64 logits
-stay in float64.
+surprisal of token t ``lse - z_t``, log-probability of token i ``z_i - lse``. Computation is in float32, or in float64
+for float64 logits.
 
 Shapes: N positions, V vocabulary, K best tokens, T temperatures, G groups of tokens, C candidates for the best.
 """
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 64  # neighbouring ids of a group: the top k lie in the k groups with the largest logits
-IN_CACHE = 1 << 17  # logits that stay in the cache of a CPU core during several passes over them
+GROUP = 64  # ids of a group; the top k lie in the k groups with the largest maxima
+IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core, which passes over them several times
 
 
 class Reduced(NamedTuple):
@@ -52,7 +52,7 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
         logits_NV: any floating dtype.
         targets_N: the actual tokens, int64.
         top_k: K ≤ V, may be 0.
-        temperatures: T ≠ 1 at which the top k are needed too.
+        temperatures: T ≠ 1 at which the top k can be computed later.
 
     Returns:
         entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id),
@@ -72,8 +72,8 @@ def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values of each row, largest first, ties to the lower id: independent of hardware.
 
     ``torch.topk`` leaves the order of ties open and takes longer than the softmax. So the ids are cut into groups of
-    neighbours. All of the k best lie in the k groups that are best by their largest value and then by lower ids,
-    because each better group holds an id that is better. The ids of these groups are sorted.
+    neighbours, ranked by their largest value, ties to the lower ids. The k best ids lie in the k best groups: for an id
+    in another group, each of the k best groups holds a better id. Only the ids of these groups are sorted.
     """
     V = z_NV.shape[-1]
     groups = V // GROUP
@@ -90,7 +90,8 @@ def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
 
 def _best(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
     """The ids [N, k] of the k largest float32 values, largest first, ties to the lower id."""
-    # a float's bits, read as a whole number, keep its order once those of negative ones are flipped (+ 0 turns -0 to 0)
+    # the bits of a float, read as an integer, sort like the float if those of negative floats are flipped; + 0 turns
+    # -0 into 0
     bits_NC = (values_NC + 0.0).view(torch.int32)
     bits_NC = bits_NC ^ ((bits_NC >> 31) & 0x7FFFFFFF)
     key_NC = (bits_NC.long() << 32) | (0xFFFFFFFF - ids_NC)
@@ -98,7 +99,7 @@ def _best(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
 
 
 def _entropy_and_lse(z_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """H_N and logsumexp_N1 with one exponential: with d = z - max, ``log Σ e^d - Σ e^d·d / Σ e^d``, two terms ≥ 0."""
+    """H_N and logsumexp_N1 with one exponential: ``log Σ e^d - Σ e^d·d / Σ e^d`` with d = z - max, two terms ≥ 0."""
     if z_NV.device.type == "cpu":
         rows = max(1, IN_CACHE // z_NV.shape[-1]) * torch.get_num_threads()
         # at least as many rows as threads: threads would split the sum of a single row, which rounds differently

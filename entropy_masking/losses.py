@@ -30,7 +30,7 @@ def masked_lm_loss(
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
         labels_N: the original tokens, int64; a row with ``IGNORED_LABEL`` gives 0.
         teacher_ids_NK, teacher_logprobs_NK, temperature, temperature_lse_N: see ``distillation``.
-        distill_weight: α, one for all positions or one for each [N]; without a teacher the loss is the cross-entropy.
+        distill_weight: α, a number or one per position [N]; without a teacher the loss is the cross-entropy.
 
     Returns:
         loss_N ≥ 0, in nats.
@@ -54,8 +54,8 @@ def distillation(
 ) -> Tensor:
     """T²·KL(teacher ‖ student), both at temperature T (Hinton et al. 2015, arXiv 1503.02531), by ``tail_kl``.
 
-    The teacher's logits z are not stored, but its log-probabilities at T follow exactly from those at 1 and
-    ``lse_T = log Σ e^{z/T} - (1/T)·log Σ e^z``: they are ``log p / T - lse_T``.
+    The teacher's logits z are not stored. With ``lse_T = log Σ e^{z/T} - (1/T)·log Σ e^z``, its log-probabilities at T
+    are exactly ``log p / T - lse_T``.
 
     Args:
         teacher_logprobs_NK: at temperature 1; see ``tail_kl``.
@@ -63,7 +63,7 @@ def distillation(
         temperature_lse_N: lse_T in nats; needed unless T = 1.
 
     Returns:
-        loss_N ≥ 0. T² keeps its gradient as large as at T = 1.
+        loss_N ≥ 0. The factor T² keeps the gradient as large as at T = 1.
 
     Raises:
         ValueError: T is not 1, and ``temperature_lse_N`` is missing.
@@ -88,8 +88,8 @@ def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tens
     Args:
         logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
         teacher_ids_NK: int64, all different in a row.
-        teacher_logprobs_NK: natural logs under the softmax over the whole vocabulary. Rounded storage may make P ≥ 1:
-            p is renormalised then, and the bucket dropped. A row with NaN (not scored by the teacher) gives 0.
+        teacher_logprobs_NK: natural logs under the softmax over the whole vocabulary. If rounding makes P ≥ 1, p is
+            renormalised and the bucket is dropped. A row with NaN (not scored by the teacher) gives 0.
 
     Returns:
         kl_N ≥ 0, in nats.
@@ -104,9 +104,9 @@ class _OneSoftmax(torch.autograd.Function):
 
         q_i - α·p_i                      in the head
         e_j·((1 - Q) - α·(1 - P))        outside of it
-        less 1 - α                       at y
+        minus 1 - α                      at y
 
-    So the backward needs e, which can neither overflow nor cancel, and two numbers and the head of each row. Autograd
+    So the backward needs e, which can neither overflow nor cancel, and of each row the head and two numbers. Autograd
     through the two losses takes six times as long on a CPU, because it passes over [N, V] a dozen times.
     """
 
@@ -164,5 +164,5 @@ class _OneSoftmax(torch.autograd.Function):
 
 
 def _wide(logits_NV: Tensor) -> Tensor:
-    """In float32, in which losses are computed; float64 stays."""
+    """The logits in float32, in which losses are computed; float64 stays."""
     return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()

@@ -1,7 +1,7 @@
 """Files and directories by path or URI, local or in an object store, through ``pyarrow.fs``.
 
-Local writes are atomic (temporary name, fsync, rename). An object store makes a key visible only when its upload
-is complete, so a file there is uploaded in one write under its final name.
+Local writes are atomic (temporary name, fsync, rename). An object store shows a key only when its upload is complete,
+so a file is uploaded there in one write under its final name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from entropy_masking.errors import UsageError
 
 
 def is_remote(uri: str) -> bool:
-    """Whether ``uri`` names something that is not a path of this machine."""
+    """Whether ``uri`` is not a path on this machine."""
     return "://" in uri and not uri.startswith("file://")
 
 
@@ -43,7 +43,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """A path that holds in any directory; a URI stays."""
+    """The absolute form of a path; a URI is returned unchanged."""
     return uri if is_remote(uri) else resolve(uri)[1]
 
 
@@ -86,7 +86,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write ``data`` so that a reader sees either the old file or the whole new one."""
     filesystem, path = resolve(uri)
     if is_remote(uri):
-        # in a thread, because Ctrl-C or SIGTERM in between would close, and so commit, an object without its bytes
+        # in a thread: here Ctrl-C or SIGTERM would close the stream, and so commit an incomplete object
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_upload, filesystem, path, data).result()
         return
@@ -121,7 +121,7 @@ def delete_temporaries(directory: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make a rename durable: the directory holds it, and has a cache of its own."""
+    """Make a rename durable: the directory has its own cache, which the fsync of a file does not write."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,7 @@ class Tokens:
 
     Attributes:
         ids: token ids [T], int32.
-        segments: which text of a pair each token is from [T], uint8; None where the tokenizer does not say.
+        segments: the text of a pair that each token comes from [T], uint8; None if the tokenizer does not return it.
         starts: [N + 1] int64.
         labels: [N] int64, float64 for a regression.
         pad_id: the padding token.
@@ -40,7 +40,7 @@ class Tokens:
         return np.diff(self.starts)
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``token_type_ids`` [B, L] int64; L is the longest of these rows."""
+        """``input_ids``, ``attention_mask``, ``token_type_ids`` [B, L] int64; L is the length of the longest row."""
         length_B = self.lengths[rows]
         position_L = np.arange(length_B.max())
         real_BL = position_L < length_B[:, None]
@@ -53,7 +53,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TaskTokens:
-    """A task's training rows, and its evaluations by suffix. The rest is as in ``TaskData``."""
+    """The encoded training rows of a task, and its evaluations by suffix. Other fields are as in ``TaskData``."""
 
     task: Task
     train: Tokens
@@ -65,9 +65,9 @@ class TaskTokens:
 def encode_task(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, limit_train: int | None
 ) -> TaskTokens:
-    """The rows of a task as one tokenizer sees them, cut to ``max_length`` tokens.
+    """The rows of a task, encoded by one tokenizer and cut to ``max_length`` tokens.
 
-    Of more training rows than ``limit_train``, that many are drawn, the same for every seed.
+    If there are more training rows than ``limit_train``, this many are drawn, the same for every seed.
     """
     train = data.train
     if limit_train is not None and limit_train < len(train):
@@ -77,7 +77,7 @@ def encode_task(
 
 
 def encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
-    """Each row, a text or a pair of texts, as one sequence."""
+    """Encode each row, a text or a pair of texts, as one sequence."""
     encoded = tokenizer(*split.texts, truncation=True, max_length=max_length, return_attention_mask=False)
     starts = np.cumsum([0, *map(len, encoded["input_ids"])])
     ids = np.concatenate([np.array(row, np.int32) for row in encoded["input_ids"]])
@@ -88,14 +88,14 @@ def encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
 
 
 def shuffled_batches(lengths: np.ndarray, size: int, pool: int, key: tuple[int, ...]) -> list[np.ndarray]:
-    """The row numbers of an epoch's batches, in random order, with rows of similar length together to save padding.
+    """The row numbers of the batches of an epoch. Rows of similar length share a batch, to save padding.
 
-    Rows are shuffled, sorted by length within ``pool`` batches' worth of them, and cut into batches, whose order is
-    shuffled again. Each row is in one batch. All batches have ``size`` rows, but the last one made.
+    Rows are shuffled, cut into pools of ``pool`` batches, sorted by length within a pool, and cut into batches, whose
+    order is shuffled again. Each row is in one batch. All batches but one have ``size`` rows.
 
     Args:
-        lengths: of the rows [N].
-        key: seeds the order.
+        lengths: lengths of the rows [N].
+        key: seed of the order.
     """
     rng = np.random.default_rng(key)
     order = rng.permutation(len(lengths))

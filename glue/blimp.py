@@ -1,8 +1,8 @@
 """BLiMP (Warstadt et al. 2020): pairs of sentences that differ in one point of grammar, scored without fine-tuning.
 
-A sentence is scored by its pseudo-log-likelihood (Salazar et al. 2020): each of its tokens is masked in turn, and the
-log-probabilities of the tokens where they are masked are added up. ``original`` masks that token alone. ``within-word``
-(Kauf and Ivanova 2023) also masks the later tokens of its word, because they would reveal it.
+The score of a sentence is its pseudo-log-likelihood (Salazar et al. 2020): each of its tokens is masked in turn, and
+the log-probabilities of the masked tokens are added up. ``original`` masks only the scored token. ``within-word`` (Kauf
+and Ivanova 2023) also masks the later tokens of its word, because they would reveal it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from glue.batches import Tokens
 from glue.tasks import check_table, find_file, read_file
 
 FORMS = ("within-word", "original")
-PROTOCOL = "zero-shot"  # in the place of a protocol of fine-tuning
-SEED = 0  # in the place of a seed: nothing here depends on one
+PROTOCOL = "zero-shot"  # instead of a fine-tuning protocol
+SEED = 0  # instead of a seed: BLiMP does not depend on one
 TEXTS = ["sentence_good", "sentence_bad"]
 COLUMNS = ["UID", "field", "pairID", *TEXTS]
 BATCH_TOKENS = 2048
@@ -42,8 +42,8 @@ class Pairs:
 
     Attributes:
         frame: the columns ``COLUMNS``; a UID is a phenomenon.
-        limit: how many pairs of each phenomenon were kept; None for all.
-        hash: of all pairs of the file, whatever the limit.
+        limit: number of pairs of each phenomenon that are kept; None for all.
+        hash: of all pairs of the file, independent of the limit.
     """
 
     frame: pl.DataFrame
@@ -52,20 +52,20 @@ class Pairs:
 
     @property
     def sentences(self) -> list[str]:
-        """All good ones, then all bad ones."""
+        """All good sentences, then all bad ones."""
         return [text for name in TEXTS for text in self.frame[name].to_list()]
 
 
 @dataclass(frozen=True)
 class Sentences:
-    """The sentences of pairs, encoded; equal ones once, so that their scores are equal to the last bit.
+    """The encoded sentences of pairs. Equal sentences are encoded once, so their scores are equal to the last bit.
 
     Attributes:
         pairs: the N pairs.
         tokens: of U different sentences, end to end.
-        scored: [T] whether a token counts: those that the tokenizer has added do not.
-        ends: [T] index in ``tokens.ids`` of the last token that is masked when this one is scored.
-        numbers: [2N] which of the U is each pair's good sentence, then each pair's bad one.
+        scored: [T] whether a token counts; tokens that the tokenizer has added do not count.
+        ends: [T] index in ``tokens.ids`` of the last token that is masked when this token is scored.
+        numbers: [2N] the number (below U) of each pair's good sentence, then of each pair's bad one.
         mask_id: the mask token.
     """
 
@@ -88,10 +88,10 @@ class Sentences:
 def load(data: str | None, limit: int | None) -> Pairs:
     """The pairs of ``DATA/blimp/blimp.parquet`` (or .tsv, .jsonl), the first ``limit`` of each phenomenon by pairID.
 
-    Raises UsageError, which names it, for a file, a column or a text that is missing or wrong.
+    Raises UsageError for a file, a column or a text that is missing or wrong, and names it.
     """
     if data is None or data == "hub":
-        raise UsageError("the task blimp needs --data: a directory with blimp/blimp.parquet; it is not read from hub")
+        raise UsageError("the task blimp needs --data: a directory with blimp/blimp.parquet; hub does not have it")
     directory = Path(data) / "blimp"
     if not directory.is_dir():
         raise UsageError(f"--data {data} has no directory blimp; put blimp.parquet in {directory}")
@@ -109,7 +109,7 @@ def load(data: str | None, limit: int | None) -> Pairs:
 
 
 def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
-    """Raises UsageError for a model that cannot score sentences in this form."""
+    """Raises UsageError if a model cannot score sentences in this form."""
     if tokenizer.mask_token_id is None:
         raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
     if form == "within-word":
@@ -117,17 +117,16 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) 
             continuing_tokens(tokenizer, len(tokenizer))
         except ValueError:
             raise UsageError(
-                f"the tokens of the tokenizer in {directory} do not say which of them continue a word; "
-                "pass --pll original"
+                f"the tokenizer in {directory} does not mark the tokens that continue a word; pass --pll original"
             ) from None
     load_masked_lm(directory)
 
 
 def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, form: str) -> Sentences:
-    """The sentences of the pairs as one tokenizer sees them, and what is masked to score each token.
+    """The sentences of the pairs, encoded by one tokenizer, and the masks that score each token.
 
-    A token continues a word if it is marked so and the tokenizer has not split it from the token before: RoBERTa does
-    not mark ``,`` in ``mat,`` as a new word, but it does not belong to ``mat``.
+    A token continues a word if its mark says so and the tokenizer has not split it from the token before: in ``mat,``
+    RoBERTa does not mark ``,`` as a new word, but ``,`` does not belong to ``mat``.
     """
     encodings = tokenizer(pairs.sentences, return_attention_mask=False).encodings or []
     keys = [(tuple(encoding.ids), tuple(encoding.word_ids)) for encoding in encodings]
@@ -155,14 +154,14 @@ def score(
     advance: Callable[[int], None] = lambda rows: None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> np.ndarray:
-    """Pseudo-log-likelihoods [2N] in nats of the good sentences, then of the bad ones.
+    """Pseudo-log-likelihoods [2N] in nats, first of the good sentences, then of the bad ones.
 
-    In float32: bfloat16 is too coarse for the small differences of a pair.
+    They are computed in float32, because bfloat16 is too coarse for the small differences of a pair.
 
     Args:
         directory: checkpoint of a masked LM.
-        sentences: of its own tokenizer.
-        advance: called with the number of sentences, of the 2N, that each batch has completed.
+        sentences: encoded by the model's own tokenizer.
+        advance: called after each batch with the number of completed sentences (of 2N).
 
     Raises:
         RunError: a sentence is too long for the model, or a score is not finite.
@@ -187,10 +186,10 @@ def score(
 
 
 def batches(lengths_I: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Numbers of the inputs, cut so that rows × the longest of them are at most ``batch_tokens``; at least one row.
+    """Numbers of the inputs in batches whose rows × longest row are at most ``batch_tokens``, or of one row.
 
     Args:
-        lengths_I: of the inputs, ascending.
+        lengths_I: lengths of the inputs, ascending.
     """
     start = 0
     while start < len(lengths_I):
@@ -201,7 +200,7 @@ def batches(lengths_I: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
 
 
 def masked_batch(sentences: Sentences, batch_B: np.ndarray) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs [B, L], masked from the scored token to its end in ``sentences.ends``; its position [B]; its id [B]."""
+    """Inputs [B, L], masked from the scored token to its ``sentences.ends``; its position [B] and its id [B]."""
     rows_B, places_B = (column_I[batch_B] for column_I in sentences.inputs)
     inputs = sentences.tokens.batch(rows_B)
     start_B = sentences.tokens.starts[rows_B]
@@ -220,14 +219,14 @@ def log_probabilities(model: MaskedLM, inputs: dict[str, Tensor], position_B: Te
     position_B, target_B = position_B.to(device), target_B.to(device)
     logits_BV = model.logits(ids_BL, attention_BL, (torch.arange(len(position_B), device=device), position_B)).float()
     target_B1, highest_B1 = logits_BV.gather(1, target_B[:, None]), logits_BV.amax(1, keepdim=True)
-    # in place: logsumexp would fill another tensor of this size, and takes as long as the small models' encoder
+    # in place: logsumexp would fill another tensor of this size, and take as long as the encoder of a small model
     return (target_B1 - highest_B1)[:, 0] - logits_BV.sub_(highest_B1).exp_().sum(1).log()
 
 
 def evaluate(directory: Path, sentences: Sentences, advance: Callable[[int], None]) -> dict[str, Any]:
-    """What a result file says of a model: the share of the pairs whose good sentence has the higher score.
+    """The fields of a result file: the share of the pairs whose good sentence has the higher score.
 
-    Equal scores count as wrong: the tokenizer sees no difference.
+    Equal scores count as wrong.
     """
     good_N, bad_N = np.split(score(directory, sentences, advance), 2)
     frame = sentences.pairs.frame.with_columns(right=pl.Series(good_N > bad_N))

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Regimes side by side: scores with intervals over pretraining seeds, what they cost, and a page that shows both.
+"""Compare regimes: scores with intervals over pretraining seeds, and costs, as tables and as a page.
 
 python glue/compare.py random=runs/glue/random parquet=runs/glue/parquet --output runs/comparison
 python glue/compare.py random=runs/glue/random-1,runs/glue/random-2 self=runs/glue/self-1 self=runs/glue/self-2 \\
     --baseline random --average local6 --output runs/comparison
 
 A directory holds the results of one pretrained model (glue/run.py). Directories of one name are pretraining seeds of a
-regime; each is paired with the baseline's of the same seed. Writes table.md, table.json, table.csv, page.html and
-chart.png. Results of different settings or data are refused.
+regime, and each is paired with the same seed of the baseline. Writes table.md, table.json, table.csv, page.html and
+chart.png. Refuses results of different settings or data.
 """
 
 from __future__ import annotations
@@ -60,25 +60,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="glue/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime, and a directory of glue/run.py for each seed")
+    add(
+        "regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime: output directories of glue/run.py, one per seed"
+    )
     add("--output", required=True, help="directory of the comparison")
-    add("--baseline", metavar="NAME", help="regime that the others are compared with (default: the first)")
-    add("--average", action="append", choices=AVERAGES, default=[], help="must be computed; the first is plotted")
-    add("--teacher", metavar="MODEL", help="of the scores, made by train/run.py: costs with its training, and without")
+    add("--baseline", metavar="NAME", help="the regime to compare the others with (default: the first)")
+    add(
+        "--average", action="append", choices=AVERAGES, default=[], help="average that must exist; the first is plotted"
+    )
+    add("--teacher", metavar="MODEL", help="the teacher, trained by train/run.py: adds its training to the costs")
     args = parser.parse_args(argv)
     pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
     for name, equals, directories in pairs:
         if not (name.isprintable() and name and equals and all(directories.split(","))):
-            raise UsageError(f"{name + equals + directories!r} is no NAME=DIR; write it as random=runs/glue/random")
+            raise UsageError(f"{name + equals + directories!r} is not NAME=DIR, such as random=runs/glue/random")
         args.regimes.setdefault(name, []).extend(directories.split(","))
     args.baseline = args.baseline or next(iter(args.regimes))
     if args.baseline not in args.regimes:
-        raise UsageError(f"--baseline {args.baseline} is none of the regimes {', '.join(args.regimes)}")
+        raise UsageError(f"--baseline {args.baseline} is not one of the regimes {', '.join(args.regimes)}")
     return args
 
 
 def teacher_flops(directory: str | None) -> float | None:
-    """FLOPs of training the teacher and of the scores that it read. Raises UsageError if they are not known."""
+    """FLOPs of the teacher's training and of the scores that it read. Raises UsageError if they are unknown."""
     if directory is None:
         return None
     try:
@@ -86,17 +90,17 @@ def teacher_flops(directory: str | None) -> float | None:
         return summary["training_flops"] + summary["scoring_flops"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise UsageError(
-            f"--teacher {directory} has no summary.json that says what its training cost; name a directory made by "
+            f"--teacher {directory} has no summary.json with the costs of its training; name a directory made by "
             "train/run.py, or leave it out"
         ) from None
 
 
 def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> dict[str, Any]:
-    """All numbers of the comparison: what table.json holds.
+    """All numbers of the comparison, as in table.json.
 
     Args:
-        required: averages that have to be computed.
-        teacher: FLOPs of its training.
+        required: averages that must be computed.
+        teacher: FLOPs of the teacher's training.
 
     Raises:
         UsageError: a required average lacks tasks.
@@ -141,7 +145,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
 
 
 def summaries_of(regimes: Regimes) -> dict[str, list[Summary]]:
-    """The summaries of pretraining of each regime, as far as there are any."""
+    """The existing summaries of pretraining by regime."""
     return {name: [run.training for run in runs if run.training] for name, runs in regimes.items()}
 
 
@@ -170,11 +174,11 @@ def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
 def estimates(
     regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]], tasks: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Of one score, average or loss, by regime: its estimate, and that of the difference to the baseline.
+    """Estimates of one score, average or loss, and of its difference to the baseline, by regime.
 
     Args:
         value: the score of a run, by fine-tuning seed.
-        tasks: the tasks that it is of; counts the fine-tunings of them that predict the same for every row.
+        tasks: the tasks of the score; collapsed fine-tunings of these tasks are counted.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
     row: dict[str, Any] = {}
@@ -187,7 +191,7 @@ def estimates(
 
 
 def estimate_of(values: Scores) -> dict[str, Any]:
-    """Mean, deviation and interval over pretraining seeds; and the deviation that fine-tuning seeds alone make."""
+    """Mean, deviation and interval over pretraining seeds, and the deviation between fine-tuning seeds alone."""
     means = seed_means(values)
     variances = [statistics.variance(own.values()) for own in values.values() if len(own) > 1]
     return asdict(estimate(list(means.values()))) | {

@@ -1,6 +1,6 @@
-"""What a regime costs: training, scoring, storage; and when scores that are made once pay. Pure.
+"""The costs of a regime (training, scoring, storage), and when offline scores pay. Pure.
 
-A number that no summary holds is nan in between, so that what is computed from it is unknown too, and None at the end.
+A missing number is nan during the computation, so everything computed from it is nan too. In the result nan is None.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Cost = dict[str, Any]
 def cost(summaries: Sequence[Summary]) -> Cost | None:
     """The cost of one student of a regime, a mean over its pretraining seeds; None without summaries.
 
-    Besides ``NUMBERS`` it has, None where a summary does not say:
+    It has ``NUMBERS`` and these numbers, which are None if a summary lacks them:
 
-    - ``bytes`` of the shards and targets that the run was given; ``corpus_tokens`` of the shards, with padding;
-    - ``total_flops``, ``total_seconds``: training, and all of the scoring, as if there were no other student;
-    - ``online_flops``, ``online_seconds`` of a teacher in memory, for each token of a student's batch: see ``_online``.
+    - ``bytes`` of the shards and targets of the run; ``corpus_tokens`` of the shards, with padding;
+    - ``total_flops``, ``total_seconds``: training and the whole scoring, as if there were no other student;
+    - ``online_flops``, ``online_seconds`` of a teacher in memory per token of a student's batch: see ``_online``.
     """
     if not summaries:
         return None
@@ -43,7 +43,7 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
 
 
 def break_even(once: float, extra: float) -> float | None:
-    """Tokens to train, over all epochs and students, until paying ``once`` is cheaper than ``extra`` for each token.
+    """Trained tokens, over all epochs and students, until a cost ``once`` is cheaper than a cost ``extra`` per token.
 
     0 if it is cheaper from the start, None if it never is.
     """
@@ -53,10 +53,11 @@ def break_even(once: float, extra: float) -> float | None:
 
 
 def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, Any]]:
-    """For each regime that reads scores: when they are cheaper than a teacher in memory, or than self-masking.
+    """For each regime that reads scores: when they become cheaper than a teacher in memory, or than self-masking.
 
-    Self-masking is any regime that masks by the student's own scores, and distils if the other does. In FLOPs and in
-    seconds: ``tokens`` (see ``break_even``), ``epochs`` of the corpus and ``students`` of as many tokens as this one.
+    Self-masking stands for all regimes that mask by the student's own scores, and distil if this regime does. Each row
+    has, in FLOPs and in seconds, ``tokens`` (see ``break_even``), ``epochs`` of the corpus and ``students`` with the
+    tokens of one student of this regime.
     """
     rows = []
     for name, own in costs.items():
@@ -77,7 +78,7 @@ def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, Any]]:
 
 
 def _pays(own: Cost, other: Cost | None, unit: str) -> dict[str, float | None] | None:
-    """When a regime is cheaper than another one, or than itself with a teacher in memory; None if a cost is unknown."""
+    """When a regime becomes cheaper than another, or than an online teacher; None if a cost is unknown."""
     training, scoring = UNITS[unit]
     once, extra = _known(own[scoring]), _known(own[f"online_{unit}"])
     if other:
@@ -101,11 +102,11 @@ def _bytes(summary: Summary) -> float:
 
 
 def _online(summary: Summary, unit: str) -> float:
-    """Cost of a teacher in memory for each token of a batch; nan for a regime that needs none.
+    """Cost of a teacher in memory per token of a batch; nan for a regime without a teacher.
 
-    To mask by its scores it makes all the passes over a row that the shards took, and has its top-k from the same
-    passes. To distil from exact targets it makes one more over the student's input, at what they cost for a token and
-    variant. For a student that masks otherwise and distils from the shards it makes one of their passes.
+    To mask by its scores, it makes all passes over a row that the shards needed; they give the top-k too. To distil
+    from exact targets, it makes one more pass over the student's input, at the cost of the targets per token and
+    variant. For a student that masks in another way and distils from the shards, it makes one pass of the shards.
     """
     name = "worker_seconds" if unit == "seconds" else unit
     source, _, distils = str(summary.regime).partition("+")

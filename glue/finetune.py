@@ -1,4 +1,4 @@
-"""Fine-tuning one model on one task with one seed: a plain loop."""
+"""Fine-tunes one model on one task with one seed, in a plain loop."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ EVAL_BATCH = 128
 
 @dataclass(frozen=True)
 class Result:
-    """What a result file says of one setting.
+    """The fields of a result file for one setting.
 
     Attributes:
         score: the mean of the metrics, in percent.
         collapsed: the model predicts the same for every row of an evaluation.
-        constant_score: what the best model that does so scores.
+        constant_score: the score of the best such model.
     """
 
     metrics: dict[str, float]
@@ -52,13 +52,12 @@ class Result:
 
 
 def check_model(directory: Path, length: int) -> None:
-    """Raises UsageError for a model that cannot be fine-tuned on sequences of ``length`` tokens."""
+    """Raises UsageError if a model cannot be fine-tuned on sequences of ``length`` tokens."""
     safetensors_files(directory)
     tuned = [name for name in load_config(directory).architectures or [] if "ForSequenceClassification" in name]
     if tuned:
         raise UsageError(
-            f"{directory} is fine-tuned already ({tuned[0]}); every task starts from the pretrained model, "
-            "RTE, MRPC and STS-B never from MNLI"
+            f"{directory} is already fine-tuned ({tuned[0]}); use the pretrained model, also for RTE, MRPC and STS-B"
         )
     longest = positions(load_classifier(directory, GLUE["rte"], 0.0))
     if not 8 <= length <= (longest or length):
@@ -78,12 +77,12 @@ def positions(model: Any) -> int | None:
 def finetune(
     directory: Path, tokens: TaskTokens, settings: Settings, seed: int, advance: Callable[[int], None]
 ) -> Result:
-    """Fine-tune on the training rows and evaluate on the others.
+    """Fine-tune on the training rows, and evaluate on the evaluation rows.
 
     Args:
         directory: checkpoint of a masked LM.
-        tokens: of its own tokenizer.
-        seed: of the new head, the order of rows and the dropout: the same for every model of one architecture.
+        tokens: encoded by the model's own tokenizer.
+        seed: of the new head, the order of rows and the dropout. Models of one architecture get the same ones.
         advance: called with the number of rows of each step.
 
     Raises:
@@ -138,7 +137,7 @@ def train(model: Any, rows: Tokens, settings: Settings, seed: int, advance: Call
 
 @torch.no_grad()
 def predict(model: Any, rows: Tokens, dtype: str) -> np.ndarray:
-    """Logits [N, C] float32 of all rows, in their order."""
+    """Logits [N, C] float32 of all rows, in the order of the rows."""
     model.eval()
     batches = batches_by_length(np.arange(len(rows)), rows.lengths, EVAL_BATCH)
     sorted_NC = torch.cat([classify(model, rows.batch(batch), dtype) for batch in batches]).cpu().numpy()
@@ -153,7 +152,7 @@ def classify(model: Any, batch: dict[str, Tensor], dtype: str) -> Tensor:
 
 
 def as_seen_by(model: Any, rows: Tokens) -> Tokens:
-    """Rows without segments if the model does not tell two apart: RoBERTa has one, DistilBERT none."""
+    """Rows without segments if the model does not use them: RoBERTa has one segment, DistilBERT none."""
     several = (getattr(model.config, "type_vocab_size", None) or 0) > 1
     takes = several and "token_type_ids" in inspect.signature(model.forward).parameters
     return rows if takes else replace(rows, segments=None)
@@ -162,7 +161,7 @@ def as_seen_by(model: Any, rows: Tokens) -> Tokens:
 def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     """The encoder with a new head, in float32, with dropout.
 
-    Raises UsageError for a model without a form for classification, or with missing or infinite weights.
+    Raises UsageError if the model has no classification form, or if weights are missing or not finite.
     """
     config = load_config(directory)
     for name in DROPOUTS:

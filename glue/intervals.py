@@ -1,7 +1,7 @@
 """Means, deviations and 95 % intervals over pretraining seeds. Pure.
 
 The unit is the pretrained model. The scores of its fine-tuning seeds are averaged first: they share its weights, so
-they are not independent evidence about its pretraining.
+they are not independent evidence about pretraining.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Scores = Mapping[int, Mapping[int, float]]  # by pretraining seed, by fine-tunin
 class Estimate:
     """Mean of n values, their sample standard deviation, and the interval of the mean.
 
-    One value has only a mean. Values that are all alike (every run collapsed, say) have no interval.
+    One value has only a mean. Equal values (every run collapsed, say) have no interval.
     """
 
     mean: float

@@ -9,25 +9,25 @@ import numpy as np
 
 # Averages differ between papers, so they have names. A part is a task (the mean of its metrics) or task:metric.
 AVERAGES = {
-    # the eight tasks that most papers average, WNLI left out, MNLI's two evaluations as one task
+    # the eight tasks that most papers average, without WNLI; MNLI's two evaluations count as one task
     "glue8": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"),
-    # of the BERT paper (arXiv 1810.04805, table 1; BERT-base 79.6 on test)
+    # the average of the BERT paper (arXiv 1810.04805, table 1; BERT-base 79.6 on test)
     "bert9": (
         *("mnli:accuracy_matched", "mnli:accuracy_mismatched", "qqp:f1", "qnli", "sst2", "cola", "stsb:spearman"),
         *("mrpc:f1", "rte"),
     ),
-    # all nine, as the leaderboard of gluebenchmark.com without its diagnostic set
+    # all nine tasks, as on the leaderboard of gluebenchmark.com, without its diagnostic set
     "leaderboard9": ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"),
-    # what needs no large download: without MNLI and QQP
+    # the tasks without a large download: without MNLI and QQP
     "local6": ("cola", "sst2", "mrpc", "rte", "stsb", "qnli"),
-    # the tasks with many training rows, which tell small models apart
+    # the tasks with many training rows, which separate small models
     "large4": ("sst2", "qqp", "mnli_matched", "qnli"),
     "probes": ("package", "adjacent"),
 }
 
 
 class IncompleteAverage(ValueError):
-    """Results of some tasks of an average, which the message names, are missing."""
+    """Results that an average needs are missing; the message names them."""
 
 
 def evaluate(names: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
@@ -43,7 +43,7 @@ def evaluate(names: tuple[str, ...], labels: np.ndarray, predictions: np.ndarray
         if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
             return 0.0
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nearly constant predictions give a nan, which counts as no correlation
+            warnings.simplefilter("ignore")  # nearly constant predictions give nan, which counts as no correlation
             return float(np.nan_to_num(function(labels, predictions)[0]))
 
     functions = {

@@ -17,38 +17,38 @@ from glue.tasks import PROBES, TASKS, ZERO_SHOT, Task, choose
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
     """The flags, with ``models`` (paths by name), ``tasks``, ``seeds`` and ``limit_train`` (rows by task) parsed.
 
-    Raises UsageError for flags that make no sense, alone or together.
+    Raises UsageError if a flag is wrong, or flags contradict each other.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="glue/run.py", description=description, formatter_class=form)
     add, positive = parser.add_argument, console.positive
-    models = "pretrained masked LM with its tokenizer, by path or Hub id; give several models names"
+    models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
     add("--tasks", required=True, help="comma-separated names, glue (all nine), probes (both) or blimp")
     add("--data", help="directory with TASK/train.parquet|tsv|jsonl and dev.…, or hub")
-    add("--seeds", default="1", help="comma-separated (default: 1)")
+    add("--seeds", default="1", help="comma-separated seeds (default: 1)")
     add("--protocol", choices=PROTOCOLS, default="cramming", help="(default: cramming)")
     add("--output", required=True, help="directory of the result files; those of named models go to OUTPUT/NAME")
     add("--num-workers", type=positive, default=1, help="Ray workers, each with a GPU or a core (default: 1, no Ray)")
-    add("--gpus-per-worker", type=share, default=1.0, help="less than 1: several workers share a GPU (default: 1)")
+    add("--gpus-per-worker", type=share, default=1.0, help="a fraction lets several workers share a GPU (default: 1)")
     add("--learning-rate", type=console.positive_float, help="instead of the protocol's")
     add("--epochs", type=positive, help="instead of the protocol's")
     add("--batch-size", type=positive, help="instead of the protocol's")
     add("--max-length", type=positive, help="tokens of a text or pair (default: 128)")
     add(
         "--limit-train",
-        help="most training rows, the same for every seed: for all tasks, or as in sst2=10000,qnli=5000",
+        help="most training rows, the same for every seed: a number, or by task as in sst2=10000,qnli=5000",
     )
     add(
         "--pll",
         choices=FORMS,
-        help="blimp: mask the rest of the scored token's word too, or not (default: within-word)",
+        help="blimp: whether to mask the rest of the scored token's word too (default: within-word)",
     )
     add("--limit-pairs", type=positive, help="blimp: the first N pairs of each phenomenon (default: all)")
-    add("--drop-overlap", action="store_true", help="do not train on rows that are evaluated on too")
+    add("--drop-overlap", action="store_true", help="do not train on rows that are also evaluation rows")
     dtypes = ["auto", "bfloat16", "float32"]
-    add("--dtype", choices=dtypes, default="auto", help="auto: bfloat16 where the hardware has it")
-    add("--overwrite", action="store_true", help="replace results that exist")
+    add("--dtype", choices=dtypes, default="auto", help="auto (default): bfloat16 if the hardware has it")
+    add("--overwrite", action="store_true", help="replace existing results")
     args = parser.parse_args(argv)
     args.tasks = choose(args.tasks)
     args.models = named_models(args.model)
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     if not any(task.name in ZERO_SHOT for task in args.tasks):
         for flag, value in {"--pll": args.pll, "--limit-pairs": args.limit_pairs}.items():
             if value:
-                raise UsageError(f"{flag} is of the task blimp alone; add it to --tasks, or leave it out")
+                raise UsageError(f"{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out")
     args.pll = args.pll or FORMS[0]
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.absolute(args.output) != args.output:
         raise UsageError(f"--output {args.output} would be lost with the job's directory; name an absolute path")
@@ -68,7 +68,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
 def share(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1: fine-tuning uses one GPU")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1, since a trial uses at most one GPU")
     return value
 
 
@@ -79,11 +79,11 @@ def named_models(texts: list[str]) -> dict[str, str]:
         name, equals, path = text.partition("=")
         named = bool(equals) and "/" not in name and not Path(text).exists()
         if named and not (name and path):
-            raise UsageError(f"--model {text} is no NAME=MODEL; write it as random=runs/random")
+            raise UsageError(f"--model {text} is not NAME=MODEL, such as random=runs/random")
         if not named:
             name, path = (Path(text).absolute().name if len(texts) > 1 else ""), text
         if name in models:
-            raise UsageError(f"two models have the name {name}; name them, as in --model a=PATH b=PATH")
+            raise UsageError(f"two models have the name {name}; give them names, as in --model a=PATH b=PATH")
         models[name] = path
     return models
 
@@ -92,23 +92,21 @@ def parse_seeds(text: str) -> list[int]:
     try:
         seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise UsageError(f"--seeds {text} is no list of whole numbers; write it as 1,2,3") from None
+        raise UsageError(f"--seeds {text} is not a list of whole numbers such as 1,2,3") from None
     if wrong := [seed for seed in seeds if not 0 <= seed < 1 << 32]:
         raise UsageError(f"--seeds {wrong[0]} is not between 0 and {(1 << 32) - 1}")
     if len(set(seeds)) < len(seeds):
-        raise UsageError(f"--seeds {text} names a seed twice; name each once")
+        raise UsageError(f"--seeds {text} has a seed twice; remove one")
     return seeds
 
 
 def parse_limits(text: str | None, tasks: list[Task]) -> dict[str, int]:
-    """Training rows by task of ``10000``, which is for all of them, or of ``sst2=10000,qnli=5000``."""
+    """Training rows by task: of ``10000``, which applies to all tasks, or of ``sst2=10000,qnli=5000``."""
     limits: dict[str, int] = {}
     for part in text.split(",") if text else []:
         name, equals, number = part.strip().rpartition("=")
         if not number.isdecimal() or int(number) < 1 or (not equals and part != text):
-            raise UsageError(
-                f"--limit-train {text} is no number of rows; write it as 10000, or as sst2=10000,qnli=5000"
-            )
+            raise UsageError(f"--limit-train {text} is not a number of rows such as 10000 or sst2=10000,qnli=5000")
         if equals and name not in TASKS.keys() - ZERO_SHOT.keys():
             raise UsageError(f"--limit-train {text}: there is no task {name!r} to train on")
         limits |= dict.fromkeys([name] if equals else [task.name for task in tasks], int(number))

@@ -1,8 +1,8 @@
 """Two tasks for machines without GLUE, made from the held-out part of the docstring corpus.
 
 ``package``: which package a docstring comes from. ``adjacent``: whether the second sentence follows the first in its
-docstring, or comes from another one of the same package. Hashes decide everything, so the same package versions give
-the same rows. Training and evaluation rows never come from the same docstring.
+docstring, or comes from another docstring of the same package. Hashes decide everything, so the same package versions
+give the same rows. Training and evaluation rows never come from the same docstring.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make(task: str) -> dict[str, pl.DataFrame]:
 
 
 def _package_rows(docs: list[Row], most: int) -> list[Row]:
-    """Docstrings without the names that would give them away, as many of each package where there are enough."""
+    """Docstrings without names that reveal the package; equally many per package if there are enough."""
     by_package: dict[str, list[Row]] = {}
     for doc in docs:
         text = anonymise(doc["text"])[:LONGEST]
@@ -56,7 +56,7 @@ def _package_rows(docs: list[Row], most: int) -> list[Row]:
 def _adjacent_rows(docs: list[Row], most: int) -> list[Row]:
     """Pairs of neighbouring sentences of one docstring; every other pair gets the second sentence of another pair.
 
-    Rows of both labels consist of the same kinds of sentences, so only their fit tells them apart.
+    Rows of both labels have the same kinds of sentences, so only the fit of the two sentences separates them.
     """
     by_package: dict[str, list[tuple[str, str]]] = {}
     for doc in docs:
@@ -74,7 +74,7 @@ def _adjacent_rows(docs: list[Row], most: int) -> list[Row]:
 
 
 def sentences(text: str) -> list[str]:
-    """The prose sentences of a docstring's paragraphs that are neither very short nor very long, in order."""
+    """The prose sentences of a docstring in order, without very short and very long ones."""
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split())):
@@ -85,7 +85,7 @@ def sentences(text: str) -> list[str]:
 
 
 def anonymise(text: str) -> str:
-    """A docstring without dotted identifiers, package names and names of modules."""
+    """A docstring without dotted identifiers and without names of packages and modules."""
     text = re.sub(r"\w+(?:\.\w+)+", " ", text)
     return " ".join(re.sub(r"\w+", lambda word: "" if _names_a_package(word[0]) else word[0], text).split())
 

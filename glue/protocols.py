@@ -1,4 +1,4 @@
-"""How tasks are fine-tuned, as data: the protocols of three papers, and what they all have in common."""
+"""The fine-tuning protocols of three papers as data, and the settings that all of them share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """One way to fine-tune; ``scheduler`` by transformers' name, ``limit_train`` training rows at most."""
+    """One setting of fine-tuning. ``scheduler`` is a name of transformers, ``limit_train`` the most training rows."""
 
     learning_rate: float
     epochs: int
@@ -21,7 +21,7 @@ class Settings:
     limit_train: int | None = None
 
 
-# the settings that are tried; of several, the best by its dev score counts
+# the settings to try; the one with the best dev score counts
 PROTOCOLS = {
     # one setting for all tasks: Geiping and Goldstein 2023, arXiv 2212.14034
     "cramming": (Settings(4e-5, 5, 16, scheduler="cosine"),),
@@ -32,7 +32,7 @@ PROTOCOLS = {
 }
 LIMITS = {"babylm": dict.fromkeys(("mnli", "mnli_matched", "qqp"), 10_000)}  # training rows by task
 
-# the same in every protocol; results made with another recipe are not compared
+# the same in every protocol; results of different recipes are not compared
 RECIPE: dict[str, Any] = {
     "optimizer": "adamw",  # β 0.9, 0.999; ε 1e-8
     "weight_decay": 0.01,  # of matrices only
@@ -43,10 +43,10 @@ RECIPE: dict[str, Any] = {
 
 
 def grid_of(protocol: str, task: str, changes: Mapping[str, Any]) -> tuple[Settings, ...]:
-    """The settings tried on a task, without repetition.
+    """The settings to try on a task, without duplicates.
 
     Args:
-        changes: values by field, instead of the protocol's; None leaves the protocol's.
+        changes: values by field that replace those of the protocol; None changes nothing.
     """
     given = {"limit_train": LIMITS.get(protocol, {}).get(task)} | {k: v for k, v in changes.items() if v is not None}
     return tuple(dict.fromkeys(replace(settings, **given) for settings in PROTOCOLS[protocol]))

@@ -1,6 +1,7 @@
 """The JSON files that a comparison reads, as models: results of glue/run.py, and summaries of train/run.py in them.
 
-A summary may be of an older program, or of another one: a value of it that is missing or of a wrong type is None.
+A summary may come from an older version or from another program. Then a value that is missing or of a wrong type is
+None.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Directory(Model):
 
 
 class Summary(Model):
-    """How a model was pretrained: ``summary.json`` of train/run.py. ``history`` is its training curve."""
+    """``summary.json`` of train/run.py: how a model was pretrained. ``history`` is its training curve."""
 
     regime: Known[str] = None
     model: Known[str] = None
@@ -68,7 +69,7 @@ class Summary(Model):
 
 
 class Result(Model):
-    """What a comparison needs of a result file, which holds more."""
+    """The fields of a result file that a comparison needs."""
 
     task: str
     seed: int
@@ -90,5 +91,5 @@ class Result(Model):
     @model_validator(mode="after")
     def has_the_metrics_of_its_task(self) -> Self:
         if self.task not in TASKS or not TASKS[self.task].metric_names <= self.metrics.keys():
-            raise ValueError(f"{self.task} is no task, or lacks metrics")
+            raise ValueError(f"{self.task} is not a task, or lacks metrics")
         return self

@@ -1,6 +1,6 @@
-"""The comparison as a page and as one picture: its figures, and what the intervals say. Its tables are in tables.py.
+"""The comparison as a page and as one PNG: figures, and the conclusions from the intervals. Tables are in tables.py.
 
-``table`` is that of ``glue.compare.compare``; ``summaries`` are those of the models, by regime.
+``table`` comes from ``glue.compare.compare``; ``summaries`` are the models' summaries by regime.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from glue.costs import ONLINE
 from glue.records import Summary
 from glue.results import evaluated_on
 
-STUDENTS, MOST_STUDENTS = 64, 10_000  # smallest and largest end of the axis of students
-EARLY = 0.2  # share of the shortest run that no curve shows: losses fall much more there than they differ
+STUDENTS, MOST_STUDENTS = 64, 10_000  # least and most students at the end of the axis
+EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
 
 Table = dict[str, Any]
 Summaries = Mapping[str, Sequence[Summary]]
@@ -54,13 +54,13 @@ def chart(table: Table) -> bytes:
 
 
 def primary(table: Table) -> tuple[str, dict[str, Any]]:
-    """The score that the page is about: the first average (the one that was asked for), or else the first task."""
+    """The main score of the page: the first average (a requested one comes first), or else the first task."""
     rows = table["averages"] or {task: row["scores"] for task, row in table["tasks"].items()}
     return next(iter(rows.items()))
 
 
 def verdict(table: Table) -> dict[str, list[str]]:
-    """What the intervals of the primary score say: regimes with their difference, by conclusion."""
+    """The conclusions from the intervals of the primary score: regimes with their difference, by conclusion."""
     (label, row), baseline = primary(table), table["baseline"]
     groups: dict[str, list[str]] = {}
     for name in table["set_apart"]:  # all but the baseline
@@ -70,7 +70,7 @@ def verdict(table: Table) -> dict[str, list[str]]:
         elif estimate["n"] == 1:
             kind, text = "Anecdotes, of one pretraining seed each", f"{name} {tables.difference(estimate)}"
         else:
-            low, high = estimate["low"] or 0.0, estimate["high"] or 0.0  # pairs that are all alike have no interval
+            low, high = estimate["low"] or 0.0, estimate["high"] or 0.0  # equal pairs have no interval
             side = "above" if low > 0 else "below" if high < 0 else "not told apart from"
             kind, text = f"{label} {side} {baseline}", f"{name} {tables.difference(estimate)}, n = {estimate['n']}"
         groups.setdefault(kind, []).append(text)
@@ -89,7 +89,7 @@ def differences(table: Table) -> dict[str, Figure]:
 
 
 def scores(table: Table) -> list[Panel]:
-    """A panel for each average and task, about the mean of the baseline."""
+    """A panel for each average and task, with a line at the mean of the baseline."""
     rows = table["averages"] | {task: row["scores"] for task, row in table["tasks"].items()}
     constants = {task: row["constant_score"] for task, row in table["tasks"].items()}
     return [
@@ -107,7 +107,7 @@ def score_rows(row: dict[str, Any]) -> list[Row]:
 
 
 def costs(table: Table) -> dict[str, Figure]:
-    """The primary score by the FLOPs of a student, with and without those of scoring."""
+    """The primary score against the FLOPs of a student, with and without those of scoring."""
     label, row = primary(table)
     flops = {name: (cost["total_flops"], cost["training_flops"]) for name, cost in table["training"].items() if cost}
     rows = [row for row in score_rows(row) if all(flops.get(row.name, [None]))]
@@ -117,7 +117,7 @@ def costs(table: Table) -> dict[str, Figure]:
 
 
 def break_even(table: Table) -> dict[str, Figure]:
-    """FLOPs of a student by how many students share the scores. Equal curves are drawn once, with all names."""
+    """FLOPs of a student against the number of students that share the scores. Equal curves are drawn once."""
     if not table["break_even"]:
         return {}
     names: dict[tuple[float, float], list[tuple[int, str]]] = {}  # by FLOPs of scoring and of each student
@@ -140,7 +140,7 @@ def break_even(table: Table) -> dict[str, Figure]:
 
 
 def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
-    """Losses by heading: held-out ones, where all runs logged them on the same text, else those of training."""
+    """Curves of losses by heading: held-out losses if all runs logged them on the same text, else training losses."""
     histories = {name: [frame for run in runs if len(frame := history(run))] for name, runs in summaries.items()}
     every = [frame for frames in histories.values() for frame in frames]
     if not every:
@@ -159,7 +159,7 @@ def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
         runs = [frame.filter(pl.col("step") >= EARLY * min(lasts)) for frame in runs]
         if runs := [frame for frame in runs if len(frame) > 1]:
             means = pl.concat(runs).group_by("step").agg(pl.len(), pl.col("loss", "seconds", "with_scoring").mean())
-            mean = means.filter(pl.col("len") == len(runs)).sort("step")  # at the steps that all seeds have
+            mean = means.filter(pl.col("len") == len(runs)).sort("step")  # only at steps that all seeds have
             for panel, by in panels.items():
                 points, *seeds = [frame.select(by, "loss").rows() for frame in (mean, *runs)]
                 drawn[panel].append(Line(style, name, points, faint=seeds if len(seeds) > 1 else ()))
@@ -173,7 +173,7 @@ def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
 
 
 def history(summary: Summary) -> pl.DataFrame:
-    """The training curve of a summary; no rows for a run of one step."""
+    """The training curve of a summary; empty for a run of one step."""
     columns = {"step": pl.Int64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
     frame = pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls(["step", "seconds"])
     return frame if frame["step"].n_unique() > 1 else frame.clear()

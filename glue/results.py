@@ -1,4 +1,4 @@
-"""The results of glue/run.py, read back: one model's, a regime's, and whether regimes may be compared."""
+"""Reads the results of glue/run.py by model and regime, and checks that regimes can be compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Run:
     """The results of one pretrained model.
 
     Attributes:
-        seed: of its pretraining; 0 where it was not trained by train/run.py, or its summary does not say.
+        seed: of its pretraining; 0 if its summary is missing or lacks it.
         results: by task, by fine-tuning seed.
         training: its own ``summary.json``, if it has one.
     """
@@ -38,7 +38,7 @@ class Run:
         return sorted(self.results.get(task, {}))
 
     def source(self) -> dict[str, Any]:
-        """What table.json says of the run."""
+        """The entry of the run in table.json."""
         seeds = {task: self.seeds(task) for task in self.results}
         return {"directory": self.directory, "pretraining_seed": self.seed, "fine_tuning_seeds": seeds}
 
@@ -47,7 +47,7 @@ Regimes = dict[str, list[Run]]  # by name, a run for each pretraining seed
 
 
 def read_result(file: str) -> Result:
-    """A result file. Raises FileNotFoundError, or ValueError if it is no whole result."""
+    """A result file. Raises FileNotFoundError, or ValueError if it is not a complete result."""
     try:
         return Result.model_validate(storage.read_json(file))
     except ValidationError as error:
@@ -56,7 +56,7 @@ def read_result(file: str) -> Result:
 
 
 def read_regimes(directories: Mapping[str, list[str]]) -> Regimes:
-    """All runs. Raises UsageError for a directory that cannot be read, or that cannot be compared with the others."""
+    """All runs. Raises UsageError if a directory cannot be read, or cannot be compared with the others."""
     regimes = {name: [read_run(name, directory) for directory in own] for name, own in directories.items()}
     for name, runs in regimes.items():
         check_regime(name, runs)
@@ -65,7 +65,7 @@ def read_regimes(directories: Mapping[str, list[str]]) -> Regimes:
 
 
 def read_run(name: str, directory: str) -> Run:
-    """The result files of one model. Raises UsageError if one cannot be read, or they are of no model or of several."""
+    """The result files of one model. Raises UsageError if one cannot be read, or there are none or several models."""
     results: dict[str, dict[int, Result]] = {}
     models, training = set(), None
     for file in (storage.join(directory, info.base_name) for info in storage.list_files(directory)):
@@ -75,7 +75,7 @@ def read_run(name: str, directory: str) -> Run:
             result = read_result(file)
         except ValueError as error:
             raise UsageError(
-                f"{file} is no result of this glue/run.py ({error}); delete it, and make it again"
+                f"{file} is not a result of this glue/run.py ({error}); delete it, and make it again"
             ) from None
         results.setdefault(result.task, {})[result.seed] = result
         models.add(result.key.get("model_hash"))
@@ -88,7 +88,7 @@ def read_run(name: str, directory: str) -> Run:
 
 
 def check_regime(name: str, runs: list[Run]) -> None:
-    """Raises UsageError, which names two directories, if runs differ in more than their pretraining seed."""
+    """Raises UsageError if runs of a regime differ in more than their pretraining seed, and names two directories."""
     first, *others = runs
     if others and (lacking := [run.directory for run in runs if run.training is None]):
         raise UsageError(
@@ -113,12 +113,12 @@ def check_regime(name: str, runs: list[Run]) -> None:
 
 
 def check_comparable(regimes: Regimes) -> None:
-    """Raises UsageError, which names two regimes, for different tasks, settings or data, or no shared seed."""
+    """Raises UsageError if two regimes have different tasks, settings or data, or no common seed, and names them."""
     (first, (reference, *_)), *others = regimes.items()
     for name, (run, *_) in others:
         for task in sorted(reference.results.keys() ^ run.results.keys()):
             has, lacks = (first, name) if task in reference.results else (name, first)
-            raise UsageError(f"{has} has the task {task}, {lacks} has not; run it there, or compare without it")
+            raise UsageError(f"{has} has the task {task}, but {lacks} does not; run it there, or compare without it")
         for task in run.results:
             if not set(reference.seeds(task)) & set(run.seeds(task)):
                 raise different_seeds(task, reference, first, run, name)
@@ -135,15 +135,15 @@ def check_comparable(regimes: Regimes) -> None:
 
 
 def different_seeds(task: str, one: Run, first: str, other: Run, second: str) -> UsageError:
-    """The error of two runs, by their names, that have other fine-tuning seeds of a task."""
+    """The error for two runs, given by name, with different fine-tuning seeds of a task."""
     seeds = [", ".join(map(str, run.seeds(task))) or "none" for run in (one, other)]
     return UsageError(f"{task} has seeds {seeds[0]} in {first} but {seeds[1]} in {second}; run the same")
 
 
 def pretraining(run: Run) -> dict[str, Any]:
-    """Everything that decides a regime: the flags of its summary without seeds, and how masks of targets were drawn.
+    """Everything that decides a regime: the flags of its summary without seeds, and the masks of its targets.
 
-    Each seed may have a model of its own, so only the FLOPs of training stand for the model.
+    Each seed may have its own model, so only the FLOPs of training represent the model.
     """
     training = run.training or Summary()
     flags = training.flags or {}
@@ -155,7 +155,7 @@ def pretraining(run: Run) -> dict[str, Any]:
 
 
 def set_apart(run: Run, baseline: Run) -> list[str] | None:
-    """How a regime was pretrained otherwise than the baseline; None if one of them does not say."""
+    """The pretraining flags that differ from the baseline's; None if one of the two has no summary."""
     own, other = run.training, baseline.training
     if not (own and other):
         return None
@@ -177,7 +177,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
 
 
 def evaluated_on(training: Summary) -> tuple[str | None, Any]:
-    """The text of a run's held-out loss, and the share of the shards that it is."""
+    """The text of a run's held-out loss, and its share of the shards."""
     if training.eval_shards:
         return training.eval_shards.sequences_hash, None
     return (training.shards or Directory()).sequences_hash, (training.flags or {}).get("eval_fraction")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Fine-tune models on GLUE, or on two probe tasks that need no data: tasks × seeds × models, one result file each.
 
-BLiMP is scored without fine-tuning: one result file for each model, whatever the seeds.
+BLiMP is scored without fine-tuning: one result file per model, for any seeds.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
 python glue/run.py --model runs/student --tasks blimp --data GLUE --output runs/glue/student
 python glue/run.py --model a=runs/random b=runs/parquet --tasks probes --num-workers 4 --output runs/probes
 
-Results that exist are skipped, so the same command continues a run that was interrupted, and tries again what failed.
+Existing results are skipped, so the same command continues an interrupted run, and repeats failed trials.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Model:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # "some weights are newly initialized": of course they are
+    logging.set_verbosity_error()  # without the warning that the weights of the head are new
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
     data = {task.name: load_data(args, task.name) for task in args.tasks}
     trials = [
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
-    """Load what identifies a model. Raises UsageError if it cannot be fine-tuned, or not scored, as asked."""
+    """Load the tokenizer and the hashes of a model. Raises UsageError if the tasks cannot be run with it."""
     directory = checkpoints.local_checkpoint(path)
     tokenizer = checkpoints.load_tokenizer(str(directory))
     vocab_size = checkpoints.load_config(directory).vocab_size
@@ -135,7 +135,7 @@ def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
 
 
 def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
-    """A trial under the protocol and the flags that override it; BLiMP has one for each model."""
+    """A trial under the protocol and the flags that override it; BLiMP has one trial per model."""
     key: dict[str, Any] = {"task": task, "seed": seed, "protocol": args.protocol}
     grid: tuple[Settings, ...] = ()
     if isinstance(data, blimp.Pairs):
@@ -154,22 +154,24 @@ def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, t
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether the result exists. Raises UsageError if another one, or no whole one, is in its place."""
+    """Whether the result exists. Raises UsageError if its file holds another or an incomplete result."""
     try:
         previous = read_result(trial.file)
     except FileNotFoundError:
         return False
     except ValueError:
-        raise UsageError(f"{trial.file} is no result of glue/run.py; choose another --output, or --overwrite") from None
+        raise UsageError(
+            f"{trial.file} is not a result of glue/run.py; choose another --output, or pass --overwrite"
+        ) from None
     if differing := differences(previous.key, trial.key):
         raise UsageError(
-            f"{trial.file} was made otherwise ({'; '.join(differing)}); choose another --output, or pass --overwrite"
+            f"{trial.file} has other settings ({'; '.join(differing)}); choose another --output, or pass --overwrite"
         )
     return True
 
 
 def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callable[[Trial], TrialTokens]:
-    """The tokens of a trial, made once for all seeds, settings and models of the same tokenizer."""
+    """A function that returns the tokens of a trial, made once for all trials with the same tokenizer and task."""
     made: dict[tuple[str, str], TrialTokens] = {}
 
     def tokens_of(trial: Trial) -> TrialTokens:
@@ -180,7 +182,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
         if isinstance(own, blimp.Pairs):
             made[key] = blimp.encode(own, model.tokenizer, form)
         else:
-            settings = trial.grid[0]  # a grid is over learning rates and epochs
+            settings = trial.grid[0]  # the grid varies only learning rates and epochs
             made[key] = encode_task(own, model.tokenizer, settings.max_length, settings.limit_train)
         return made[key]
 
@@ -188,7 +190,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
 
 
 def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
-    """The result file."""
+    """The contents of the result file."""
     return {
         "task": trial.task.name,
         "seed": trial.seed,
@@ -204,18 +206,18 @@ def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
 
 
 def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) -> list[str]:
-    """What is printed before the first trial."""
+    """The lines that are printed before the first trial."""
     lines = []
     if size := max(len(trial.grid) for trial in trials):
-        grid = f"a grid of {size} settings; in each run of each model the best by its dev score counts"
+        grid = f"a grid of {size} settings; in each trial the best by its dev score counts"
         lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
     for name, own in data.items():
         if isinstance(own, TaskData) and own.overlap:
             rows = sum(map(len, own.evaluations.values()))
             lines.append(
-                f"{name}: {own.overlap:,} of {rows:,} evaluation rows are training rows too; see --drop-overlap"
+                f"{name}: {own.overlap:,} of {rows:,} evaluation rows are also training rows; see --drop-overlap"
             )
-    return lines + ([f"{done} of {len(trials)} results are there already"] if done else [])
+    return lines + ([f"{done} of {len(trials)} results exist already"] if done else [])
 
 
 def in_words(result: dict[str, Any]) -> str:
@@ -225,7 +227,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def print_results(output: str, results: list[Result]) -> None:
-    """For each task the mean score, the scores by seed and each metric's mean; then the named averages."""
+    """Print for each task the mean score, the scores by seed and the mean of each metric; then the named averages."""
     print(f"{output}: {len(results)} results")
     by_task: dict[str, dict[int, Result]] = {}
     for result in results:

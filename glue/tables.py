@@ -34,7 +34,7 @@ class Table:
 
 
 def all_tables(table: dict[str, Any]) -> dict[str, Table]:
-    """The tables that have rows, in the order of table.md."""
+    """The non-empty tables, in the order of table.md."""
     made = {
         "scores": score_table(table),
         "differences": difference_table(table),
@@ -56,7 +56,7 @@ def to_markdown(table: dict[str, Any]) -> str:
 
 
 def to_csv(table: dict[str, Any]) -> str:
-    """One line for each regime and task, average or loss: its numbers, and those of the paired difference."""
+    """One line for each regime and each task, average or loss: its numbers, and those of the paired difference."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     own = (*ESTIMATE, "fine_tuning_seeds", "fine_tuning_sd", "collapsed")
@@ -69,7 +69,7 @@ def to_csv(table: dict[str, Any]) -> str:
 
 
 def compared(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The estimates of all regimes, by what is compared: averages first, then tasks and the held-out loss."""
+    """The estimates of all regimes: first averages, then tasks, then the held-out loss."""
     rows = dict(table["averages"])
     for task, row in table["tasks"].items():
         rows[task if row["train_split"] in ("train", "") else f"{task} ({row['train_split']})"] = row["scores"]
@@ -148,7 +148,7 @@ def difference_table(table: dict[str, Any]) -> Table:
 
 
 def set_apart_table(table: dict[str, Any]) -> Table:
-    """How each regime was pretrained otherwise than the baseline; no rows if none was."""
+    """The differences between each regime's pretraining and the baseline's; no rows without differences."""
     unknown = ["not known: not both were pretrained by train/run.py"]
     apart = table["set_apart"] if any(flags != [] for flags in table["set_apart"].values()) else {}
     rows = [[name, "; ".join(unknown if flags is None else flags or ["nothing"])] for name, flags in apart.items()]
@@ -214,14 +214,14 @@ def difference(estimate: dict[str, Any] | None, digits: int = 1) -> str:
 
 
 def interval(estimate: dict[str, Any], form: str = "z.1f") -> str:
-    """The interval behind a mean; nothing behind that of one seed."""
+    """The text of an interval, to follow its mean; empty for one seed."""
     if estimate["low"] is None:
         return "" if estimate["n"] == 1 else " (all alike)"
     return f" [{estimate['low']:{form}}, {estimate['high']:{form}}]"
 
 
 def when(pays: dict[str, Any] | None, name: str) -> str:
-    """From how many epochs or students offline scores are cheaper."""
+    """The number of epochs or students from which offline scores are cheaper."""
     if pays is None or (pays["tokens"] is not None and pays[name] is None):
         return "-"
     if pays["tokens"] is None:
@@ -230,7 +230,7 @@ def when(pays: dict[str, Any] | None, name: str) -> str:
 
 
 def amount(value: float | None, exact: bool = False) -> str:
-    """A number for people: exact, or to three digits with a prefix."""
+    """A number as text: exact, or three digits with a prefix."""
     if value is None:
         return "-"
     if exact or value == 0:

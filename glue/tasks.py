@@ -1,4 +1,4 @@
-"""The tasks as data, and reading them: GLUE's nine from files or the Hub, two probes of our own, and BLiMP."""
+"""The tasks as data, and their readers: GLUE's nine from files or the Hub, two probes, and BLiMP."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Task:
 
     @property
     def directory(self) -> str:
-        """Directory of its files, and its name on the Hub."""
+        """Directory of the task's files, and its name on the Hub."""
         return self.name.removesuffix("_matched")
 
     @property
     def metric_names(self) -> set[str]:
-        """As in a result: each metric of each evaluation."""
+        """The names in a result: each metric of each evaluation."""
         return {metric + suffix for metric in self.metrics for suffix in self.evaluations}
 
 
@@ -77,7 +77,7 @@ GROUPS = {"glue": tuple(GLUE), "probes": tuple(PROBES)}
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a task: a list of texts for each text column, and labels [N] int64 (float64 for a regression)."""
+    """Rows of a task: a list of texts per text column, and labels [N] int64 (float64 for a regression)."""
 
     texts: list[list[str]]
     labels: np.ndarray
@@ -116,16 +116,16 @@ class TaskData:
         return sum(row in trained for split in self.evaluations.values() for row in split.rows())
 
     def without_overlap(self) -> TaskData:
-        """Without the training rows whose texts are evaluated on too. Raises UsageError if no row is left."""
+        """Without the training rows whose texts are also evaluation rows. Raises UsageError if no row is left."""
         evaluated = {row for split in self.evaluations.values() for row in split.rows()}
         kept = [number for number, row in enumerate(self.train.rows()) if row not in evaluated]
         if not kept:
-            raise UsageError(f"all training rows of {self.task.name} are evaluated on too; check its files")
+            raise UsageError(f"all training rows of {self.task.name} are also evaluation rows; check its files")
         return replace(self, train=self.train.select(kept))
 
 
 def choose(names: str) -> list[Task]:
-    """Tasks by comma-separated names, also of ``GROUPS``. Raises UsageError for an unknown name."""
+    """Tasks by comma-separated names of tasks or ``GROUPS``. Raises UsageError for an unknown name."""
     chosen = [task for name in names.split(",") for task in GROUPS.get(name.strip(), (name.strip(),))]
     if unknown := [name for name in chosen if name not in TASKS]:
         raise UsageError(f"there is no task {unknown[0]!r}; the tasks are {', '.join([*GROUPS, *TASKS])}")
@@ -135,7 +135,7 @@ def choose(names: str) -> list[Task]:
 def load(task: Task, data: str | None) -> TaskData:
     """The rows of a task from ``data``: ``hub``, or a directory with ``TASK/train.*`` and ``TASK/dev.*``.
 
-    Raises UsageError, which names it, for a file, column, text or label that is missing or wrong.
+    Raises UsageError for a file, column, text or label that is missing or wrong, and names it.
     """
     train_split = "train"
     if task.name in PROBES:
@@ -161,7 +161,7 @@ def load(task: Task, data: str | None) -> TaskData:
 
 
 def find_file(directory: Path, *stems: str) -> Path:
-    """The first file of these names, in any form. Raises UsageError if there is none."""
+    """The first existing file of these names, in any format. Raises UsageError if there is none."""
     paths = [directory / f"{stem}.{ending}" for stem in stems for ending in ("parquet", "tsv", "jsonl")]
     if existing := [path for path in paths if path.exists()]:
         return existing[0]
@@ -175,7 +175,7 @@ def read_file(path: Path) -> pl.DataFrame:
             return pl.read_parquet(path)
         if path.suffix == ".jsonl":
             return pl.read_ndjson(path, infer_schema_length=None)
-        # GLUE's own files are not quoted: a quotation mark is a character, and an empty field an empty text
+        # GLUE's own files are not quoted: a quotation mark is a character, and an empty field is an empty text
         return pl.read_csv(path, separator="\t", quote_char=None, infer_schema=False).fill_null("")
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from None

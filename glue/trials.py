@@ -1,4 +1,4 @@
-"""The trials of a table, model × task × seed: what decides one, and running many, in this process or on Ray."""
+"""Trials (model × task × seed): their settings, and many of them in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Trial:
 
     Attributes:
         key: everything that decides the result.
-        file: of the result.
-        rows: training rows over the whole grid; of BLiMP sentences.
+        file: the result file.
+        rows: training rows over the whole grid; sentences for BLiMP.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial: its part of the result file, or why it failed."""
+    """The outcome of a trial: its part of the result file, or the reason of its failure."""
 
     result: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
-    """Fine-tune, or score sentences. An error is an outcome too, so that the other trials go on."""
+    """Fine-tune, or score sentences. An error is an outcome too, so that the other trials continue."""
     started = time.monotonic()
     try:
         if isinstance(tokens, blimp.Sentences):
@@ -66,7 +66,7 @@ def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] 
             settings = {name: trial.key[name] for name in ("pll", "limit_pairs")}
             result = {"settings": settings, **blimp.evaluate(trial.directory, tokens, advance)}
         else:
-            torch.set_num_threads(1)  # several slow such small steps down, and round sums differently
+            torch.set_num_threads(1)  # several threads slow such small steps down, and round sums differently
             result = search(trial, tokens, advance)
     except Exception as error:
         kind = "" if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: "
@@ -76,7 +76,7 @@ def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] 
 
 
 def search(trial: Trial, tokens: TaskTokens, advance: Callable[[int], None]) -> dict[str, Any]:
-    """The first best of the grid by its dev score, and all of the grid beside it."""
+    """The first setting of the grid with the best dev score, and the results of the whole grid."""
     tried = [(settings, finetune(trial.directory, tokens, settings, trial.seed, advance)) for settings in trial.grid]
     settings, best = max(tried, key=lambda pair: pair[1].score)
     grid = [
@@ -93,10 +93,10 @@ def run_on_ray(
     workers: int,
     gpus_per_worker: float,
 ) -> Iterator[tuple[Trial, Outcome]]:
-    """At most ``workers`` trials at once, each a task of Ray, the largest first; yields them as they end.
+    """Run at most ``workers`` trials at once as Ray tasks, the largest first; yields them as they end.
 
-    A task has a GPU (or a share of one) where the cluster has any, else a CPU. A worker that dies costs its trial.
-    Workers read the models where they are; the tokens come through Ray's object store, one copy for each node.
+    A task has a GPU (or a share of one) if the cluster has any, else a CPU. If a worker dies, its trial fails. Workers
+    read the models from their paths; the tokens come through Ray's object store, one copy per node.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -106,7 +106,7 @@ def run_on_ray(
         on_gpus = ray.cluster_resources().get("GPU", 0) > 0
         resources = {"num_cpus": 0, "num_gpus": gpus_per_worker} if on_gpus else {"num_cpus": 1}
         task: Any = ray.remote(**resources, max_retries=0)(run_on_worker)
-        waiting = sorted(trials, key=lambda trial: trial.rows)  # the last one is next
+        waiting = sorted(trials, key=lambda trial: trial.rows)  # the last one runs next
         stored: dict[int, Any] = {}  # references to tokens that are in the object store
         running: dict[Any, Trial] = {}
         while waiting or running:

@@ -43,10 +43,10 @@ def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | Failure]:
 def ray_records(
     job: Job, todo: list[Shard], workers: int | None = None, gpus_per_worker: float | None = None
 ) -> Iterator[Record | Failure]:
-    """Score shards on Ray Data's actor pool, on the cluster that ``ray.init`` finds, else on a local one.
+    """Score shards with an actor pool of Ray Data, on the cluster that ``ray_cluster.connect`` joins or starts.
 
-    The dataset's items are shard descriptors: an actor commits its own file and returns the record only, so a retried
-    item does no harm. The pool grows onto nodes that join later. Yields records or failures as shards end.
+    The items of the dataset are shard descriptors. An actor commits its own file and returns only the record, so a
+    retried item does no harm. The pool grows onto nodes that join later. Yields records or failures as shards end.
 
     Raises:
         UsageError: no worker fits the cluster, or a committed shard is not visible from the driver.
@@ -65,7 +65,7 @@ def ray_records(
         context.enable_progress_bars = False  # ours counts tokens
         context.print_on_execution_start = False
         context.execution_options.preserve_order = False
-        # every worker has all the shards that it may have at once: then the pool may grow, if there is room
+        # the pool grows, if there is room, only when every worker has as many shards as it may have at once
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         most = min(workers or len(todo), len(todo))
@@ -97,10 +97,10 @@ def ray_records(
                 _check_visible(job.output, record)
                 yield record
     finally:
-        below = psutil.Process().children(recursive=True)  # a cluster of this run's own
+        below = psutil.Process().children(recursive=True)  # processes of a cluster that this run started
         ray.shutdown()
         psutil.wait_procs(below, timeout=STOP_SECONDS)
-        commit.delete_leftovers(job.output)  # of workers that ended in the middle of a shard
+        commit.delete_leftovers(job.output)  # of workers that ended during a shard
 
 
 class ScoreShard:
@@ -133,10 +133,10 @@ class ScoreShard:
 
 
 def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
-    """How many workers the nodes hold now, and the resources of one; a worker lives on one node.
+    """The number of workers that fit the nodes now, and the resources of one worker, which runs on one node.
 
     Raises:
-        UsageError: not even one fits.
+        UsageError: no worker fits.
     """
     gpus, cpus = ([node.get(name, 0) for node in nodes] for name in ("GPU", "CPU"))
     if gpus_per_worker and not any(gpus):
@@ -154,11 +154,11 @@ def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | N
 
 
 def _check_visible(output: str, record: Record) -> None:
-    """Refuse an output that a worker on another node has written to its own disk. Raises UsageError."""
+    """Refuse an output on the own disk of another node. Raises UsageError."""
     uri = storage.join(output, record.file)
     until = time.monotonic() + VISIBLE_SECONDS
     while True:
-        with contextlib.suppress(OSError):  # a store may answer the next time
+        with contextlib.suppress(OSError):  # an object store may answer the next time
             if storage.size(uri) == record.bytes:
                 return
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""What a scoring run is: its settings, checked and resolved, and the fingerprint of all that decides its bytes."""
+"""A scoring run: its settings, checked and resolved, and the fingerprint of everything that decides its bytes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from pipeline.corpus.plan import Corpus
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker must know besides the shard descriptor; plain data.
+    """The settings that a worker needs besides the shard descriptor; plain data.
 
     Attributes:
-        manifest: of the directory to be written, without its shards.
-        run: a name for this run of the command; attempts are counted by run.
-        sequences: the shards whose masked inputs are scored, for a run that writes targets.
+        manifest: of the directory to write, without its shards.
+        run: a name for this run of the command; attempts are counted per run.
+        sequences: for targets, the shards whose masked inputs are scored.
         threads: torch threads of a CPU worker.
-        max_attempts: how often a shard may fail, or end its worker, before it is given up.
-        shard_timeout: seconds after which a shard's worker counts as hanging, and is ended.
+        max_attempts: a shard that failed, or ended its worker, this many times is given up.
+        shard_timeout: seconds after which the worker of a shard counts as hanging and is ended.
     """
 
     manifest: Manifest
@@ -53,18 +53,18 @@ class Job:
 
     @property
     def output(self) -> str:
-        """Shard directory to be written, an absolute path or a URI."""
+        """The shard directory to write, an absolute path or a URI."""
         return self.manifest.uri
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides the bytes."""
+        """Everything that decides the bytes."""
         return self.manifest.fingerprint
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a shard was not committed: ``usage`` if the user can correct it, ``fatal`` if every other shard fails too."""
+    """Why a shard was not committed. ``usage``: the user can correct it; ``fatal``: all other shards would fail too."""
 
     index: int
     error: str
@@ -74,10 +74,10 @@ class Failure:
 
 
 def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run: the corpus' own if that is a shard directory, else the one given, else the teacher's.
+    """The tokenizer of a run: that of the corpus if it is a shard directory, else the given one, else the teacher's.
 
     Raises:
-        UsageError: none of them, two of them, or one without the special tokens of a masked LM.
+        UsageError: there is none, there are two, or it lacks special tokens of a masked LM.
     """
     if corpus.from_shards:
         if tokenizer:
@@ -94,10 +94,10 @@ def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> Pre
 
 
 def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> Job:
-    """Check the flags of ``score.py`` against what they name.
+    """Check the flags of ``score.py`` against the corpus, the tokenizer and the teacher.
 
     Raises:
-        UsageError: settings that contradict the corpus, the tokenizer or the teacher.
+        UsageError: a flag contradicts one of them.
     """
     length = sequence_length(args.sequence_length, corpus)
     fingerprint: dict[str, Any] = {
@@ -143,7 +143,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
 
 
 def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
-    """The shards whose sequences are masked. Raises UsageError if they lack what the policy needs."""
+    """The shards whose sequences are masked. Raises UsageError if they lack scores that the policy needs."""
     if not (sequences := corpus.from_shards):
         raise UsageError(f"--mask-source masks a shard directory, which {args.corpus} is not; score the text first")
     check_scored(args.policy, args.mask_source, sequences)
@@ -152,7 +152,7 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
 
 
 def masks(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    """The masks of targets, for the manifest; ``positions`` is K, the most that a sequence has."""
+    """The masks of targets, for the manifest; ``positions`` is K, the most masked positions of a sequence."""
     positions = min(args.policy.positions(length), length)
     names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}
     return names | {"positions": positions}
@@ -173,7 +173,7 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
     config = load_config(teacher, args.trust_remote_code)
     if len(tokenizer) > config.vocab_size:
         raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {args.teacher} only predicts {config.vocab_size}; "
+            f"the tokenizer has {len(tokenizer)} tokens, but {args.teacher} predicts only {config.vocab_size}; "
             "use the tokenizer that the teacher was trained with"
         )
     if not 0 <= args.top_k <= len(tokenizer):
@@ -188,14 +188,14 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
 
 
 def try_teacher(job: Job) -> None:
-    """Load the teacher and run it on sequences of the job's length. Raises UsageError: it cannot be used."""
+    """Load the teacher and run it on sequences of the job's length. Raises UsageError if it cannot be used."""
     if teacher := job.manifest.teacher:
         model = load_masked_lm(local_checkpoint(teacher), job.trust_remote_code).eval()
         MaskedLM(model, job.manifest.sequence_length, teacher)
 
 
 def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what turns text into ids: the fast tokenizer's whole definition, less truncation and padding."""
+    """Hash of the conversion of text to ids: the fast tokenizer's whole definition without truncation and padding."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     return storage.sha256_json(
         [definition | {"truncation": None, "padding": None}, manifests.tokenizer_hash(tokenizer)]

@@ -28,7 +28,7 @@ def mask_shard(
         masks: as in the manifest of targets: source, policy, variants and positions.
 
     Raises:
-        RunError: the shard cannot be read, or is not what its manifest says.
+        RunError: the shard cannot be read, or does not match its manifest.
     """
     policy, K, L = MaskPolicy.from_json(masks["policy"]), masks["positions"], sequences.sequence_length
     columns = columns_of(policy, masks["source"])
@@ -44,7 +44,7 @@ def mask_shard(
 
 
 def mask(rows: Rows, variant: int, masker: Masker, policy: MaskPolicy) -> tuple[MaskedRows, np.ndarray]:
-    """One variant of some sequences: the masks that they have in the epoch of that number."""
+    """One variant of some sequences: their masks in the epoch of that number."""
     epoch_N = torch.full((len(rows["sequence_id"]),), variant)
     masked = masker(to_tensors(rows) | {"epoch": epoch_N}, policy)
     inputs_NL, positions_NK = masked["input_ids"].numpy(), masked["positions_BP"].numpy()

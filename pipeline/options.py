@@ -16,9 +16,9 @@ from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, mask_pol
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 
-SEED = 42  # by default, as of a training run
-VARIANTS = 4  # by default, where epochs have different masks
-MOST_VARIANTS = 1 << 16  # that fit a uint16
+SEED = 42  # by default, as in a training run
+VARIANTS = 4  # by default, if epochs have different masks
+MOST_VARIANTS = 1 << 16  # they fit a uint16
 # defaults of the flags that need a teacher
 SCORING: dict[str, Any] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
@@ -37,13 +37,13 @@ class TargetOptions(MaskOptions):
         "corpus, a shard directory"
     )
     variants: int | None = option(
-        f"R: epoch e has mask e mod R (default: {VARIANTS}, or 1 where all epochs mask the same positions)"
+        f"R: epoch e has mask e mod R (default: {VARIANTS}, or 1 if all epochs mask the same positions)"
     )
-    mask_seed: int | None = option(f"of the masks; the --seed of a training run does not change them (default: {SEED})")
+    mask_seed: int | None = option(f"seed of the masks, independent of train/run.py --seed (default: {SEED})")
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
-    """Flags → settings, with ``policy``, the masks to score, in place of the mask flags. Raises UsageError."""
+    """Flags → settings; ``policy`` (the masks to score) replaces the mask flags. Raises UsageError."""
     parser = HfArgumentParser(
         TargetOptions,  # type: ignore[arg-type]
         prog="pipeline/score.py",
@@ -65,7 +65,7 @@ def policy_of(options: TargetOptions) -> MaskPolicy | None:
     given = [name for name in TargetOptions.__dataclass_fields__ if getattr(options, name) is not None]
     if not options.mask_source:
         if given:
-            raise UsageError(f"{flag(given[0])} needs --mask-source, which says what masks the inputs")
+            raise UsageError(f"{flag(given[0])} needs --mask-source, which names the source of the masks")
         return None
     seed = SEED if options.mask_seed is None else options.mask_seed
     if options.variants is not None and not 1 <= options.variants <= MOST_VARIANTS:
@@ -80,36 +80,36 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--corpus",
         required=True,
-        help="docstrings, files, a directory, a glob, hf:NAME[:CONFIG[:SPLIT]], a shard directory",
+        help="docstrings, files, a directory, a glob, hf:NAME[:CONFIG[:SPLIT]] or a shard directory",
     )
     add("--teacher", required=True, help="masked LM by path or Hub id; none writes tokens without scores")
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
-    add("--tokenizer", help="path or Hub id (default: the teacher's, or the corpus' if that is a shard directory)")
+    add("--tokenizer", help="path or Hub id (default: the teacher's, or that of a corpus which is a shard directory)")
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
-    add("--sequence-length", type=positive, help="tokens a sequence, specials included (default: 128)")
-    add("--context", choices=["masked", "full"], help="mask the scored position, or not (default: masked)")
+    add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
+    add("--context", choices=["masked", "full"], help="whether the scored position is masked (default: masked)")
     add("--passes", type=positive, help="masked context: each pass masks one position in P (default: 7)")
-    add("--top-k", type=not_negative, help="log-probabilities to keep a position, 0 for none (default: 16)")
+    add("--top-k", type=not_negative, help="log-probabilities per position, 0 for none (default: 16)")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
     add("--batch-tokens", type=positive, help="tokens in one forward (default: 8192)")
-    add("--shard-tokens", type=positive, help="about how many tokens a shard (default: 262144)")
-    add("--temperatures", type=temperatures, help="also keep what the top-k need at these, as in 1,2 (default: 1)")
-    add("--workers", type=positive, help="actors at most (default: as many as fit the cluster)")
-    add("--gpus-per-worker", type=positive_float, help="GPUs of an actor, fractions too (default: 1 if there are GPUs)")
-    add("--cpus-per-worker", type=positive, help="threads without GPUs (default: 1; --backend local: all cores)")
-    add("--torch-compile", action="store_true", default=None, help="compile the model: worth it on a GPU in a long run")
+    add("--shard-tokens", type=positive, help="approximate tokens per shard (default: 262144)")
+    add("--temperatures", type=temperatures, help="temperatures at which the top-k can be read, as in 1,2 (default: 1)")
+    add("--workers", type=positive, help="most actors (default: as many as fit the cluster)")
+    add("--gpus-per-worker", type=positive_float, help="GPUs of an actor, may be a fraction (default: 1 if any)")
+    add("--cpus-per-worker", type=positive, help="cores of an actor without GPU (default: 1; --backend local: all)")
+    add("--torch-compile", action="store_true", default=None, help="compile the model: pays on a GPU in a long run")
     add("--backend", choices=["ray", "local"], default="ray", help="local scores in this process")
-    add("--max-attempts", type=positive, default=3, help="before a shard is given up (default: 3)")
-    add("--max-failed-shards", type=not_negative, default=0, help="shards a run may end without (default: 0)")
-    add("--shard-timeout", type=positive_float, help="seconds to read, score or write a shard before its worker ends")
-    add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
+    add("--max-attempts", type=positive, default=3, help="attempts before a shard is given up (default: 3)")
+    add("--max-failed-shards", type=not_negative, default=0, help="most shards that a run may end without (default: 0)")
+    add("--shard-timeout", type=positive_float, help="seconds to read, score or write a shard; then its worker ends")
+    add("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
     add("--dry-run", action="store_true", help="show what would be written, and stop")
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Set the defaults that depend on other flags. Raises UsageError for flags that contradict each other."""
+    """Set the defaults that depend on other flags. Raises UsageError if flags contradict each other."""
     if args.teacher == "none" and (given := [name for name in SCORING if getattr(args, name) is not None]):
         raise UsageError(f"{flag(given[0])} needs a teacher; leave it out with --teacher none")
     if args.context == "full" and args.passes is not None:
@@ -120,9 +120,9 @@ def fill_in(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, default)
     if args.policy and not args.top_k:
-        raise UsageError("--mask-source is for the teacher's top-k; set --top-k above 0")
+        raise UsageError("--mask-source stores only the teacher's top-k; set --top-k above 0")
     if len(args.temperatures) > 1 and not args.top_k:
-        raise UsageError("--temperatures are of the top-k; set --top-k above 0")
+        raise UsageError("--temperatures apply to the top-k; set --top-k above 0")
     if args.backend == "local":
         for name in ("workers", "gpus_per_worker"):
             if getattr(args, name) and not (name == "workers" and args.workers == 1):
@@ -141,5 +141,5 @@ def temperatures(text: str) -> list[float]:
     """argparse type of ``1,2``: positive numbers, ascending, 1 always among them."""
     values = {float(part) for part in text.split(",")} | {1.0}
     if not all(0 < value < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(f"{text} are no positive numbers")
+        raise argparse.ArgumentTypeError(f"{text} is not a list of positive numbers")
     return sorted(values)

@@ -7,7 +7,7 @@
     python pipeline/score.py --corpus runs/scored --teacher TEACHER --mask-source parquet --output runs/targets
     ray job submit --working-dir . -- python pipeline/score.py --corpus s3://… --teacher … --output s3://…
 
-A killed run is finished by the same command: shards that are done are not scored again. See docs/scoring.md.
+The same command finishes a killed run: it does not score finished shards again. See docs/scoring.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     if todo or args.dry_run:
-        try_teacher(job)  # fails here, before anything is written and before there are workers
+        try_teacher(job)  # an error here comes before anything is written and before there are workers
     if args.dry_run:
         print_plan(job, len(corpus.shards), len(records))
         return
@@ -64,11 +64,14 @@ def main(argv: list[str] | None = None) -> None:
 def collect(
     run: Iterator[Record | Failure], records: dict[int, Record], shards: int, shard_tokens: int, allowed: int
 ) -> dict[int, str]:
-    """Add the records that a backend yields to ``records``, showing progress in tokens; returns what failed, and why.
+    """Add the records that a backend yields to ``records`` and show progress in tokens; returns the failures.
 
     Raises:
-        UsageError: more shards failed than allowed, one for a reason that the user can correct; the others are done.
+        UsageError: more shards failed than ``allowed``, one of them by a mistake of the user. The others are done.
         RunError: nothing more can be written.
+
+    Returns:
+        Why shards failed, by index.
     """
     tokens = sum(record.tokens_or_positions for record in records.values())
     failures: list[Failure] = []
@@ -88,7 +91,7 @@ def collect(
                 progress.total = round(tokens / len(records) * shards)  # better known with every shard
                 progress.advance(outcome.tokens_or_positions)
         except KeyboardInterrupt:
-            progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command goes on")
+            progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command resumes")
             raise
     if len(failures) > allowed and (usage := [failure.error for failure in failures if failure.usage]):
         raise UsageError(f"{len(failures)} of {shards} shards failed, the first with: {usage[0]}")
@@ -96,11 +99,11 @@ def collect(
 
 
 def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed: int, scored_now: int) -> None:
-    """Write the manifest and print what the directory holds.
+    """Write the manifest, and print the contents of the directory.
 
     Raises:
-        RunError: more shards failed than allowed; the others are kept.
-        UsageError: there is nothing in the corpus.
+        RunError: more shards failed than ``allowed``; the others are kept.
+        UsageError: the corpus has no text, or no token to score.
     """
     named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
     if len(failed) > allowed:
@@ -112,7 +115,7 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed
         reasons = "; ".join(sorted({reason for record in records.values() for reason in record.rejected.reasons}))
         raise UsageError(f"the corpus holds no text: every document was rejected ({reasons or 'there are none'})")
     if job.manifest.teacher and not any(record.scored_tokens for record in records.values()):
-        raise UsageError("no token of the corpus was scored, all are special to the tokenizer; use the teacher's own")
+        raise UsageError("no token of the corpus was scored: all are special tokens; use the teacher's own tokenizer")
     totals = commit.write_manifest(job.manifest, records, failed).totals
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
     if failed:
@@ -122,7 +125,7 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed
 
 
 def print_plan(job: Job, shards: int, done: int) -> None:
-    """What a run would do, without doing it."""
+    """Print what a run would do."""
     manifest, masks = job.manifest, job.manifest.masks
     schema = parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
     inputs, scoring = f"{manifest.context} context, {manifest.passes} passes", "none: tokens only"

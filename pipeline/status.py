@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How far a scoring job is, running, dead or finished, from what it has committed: needs no cluster and no model.
+"""Show the progress of a scoring job, running, dead or finished, from its records. Needs no cluster and no model.
 
 python pipeline/status.py runs/scored
 python pipeline/status.py s3://bucket/scored --json
@@ -22,8 +22,8 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.schema import Attempt, Record, Run
 
-RECENT_SECONDS = 300.0  # the rate now is that of the last five minutes, or of as long as two shards take
-NAMED = 20  # workers and shards at most that are listed
+RECENT_SECONDS = 300.0  # the current rate covers the last five minutes, or twice the time of the slowest shard
+NAMED = 20  # most workers and shards that are listed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def status(directory: str, now: float) -> dict[str, Any]:
-    """What a directory's records say at ``now`` (seconds of the epoch). Raises UsageError if there is no run."""
+    """The progress according to the records at ``now`` (seconds of the epoch). Raises UsageError without a run."""
     manifest, run = manifests.find_manifest(directory), manifests.read_model(Run, manifests.run_uri(directory))
     done = commit.done_records(directory, run.shards, run.fingerprint_hash) if run else {}
     if manifest:
@@ -49,7 +49,7 @@ def status(directory: str, now: float) -> dict[str, Any]:
     elif run:
         planned, shards_done, totals = run.shards, len(done), commit.totals(list(done.values()))
     else:
-        raise UsageError(f"{directory} is no shard directory; name the --output of a pipeline/score.py run")
+        raise UsageError(f"{directory} is not a shard directory; name the --output of a pipeline/score.py run")
     records = [record.model_copy(update={"tokens": record.tokens_or_positions}) for record in done.values()]
     rate = recent_rate(records, now)
     tokens, unit = amount(totals)
@@ -74,7 +74,7 @@ def status(directory: str, now: float) -> dict[str, Any]:
 
 
 def recent_rate(records: list[Record], now: float) -> float:
-    """Tokens a second of the shards that were committed lately, from the start of the first of them until now."""
+    """Tokens per second of recently committed shards, from the start of the first of them until now."""
     if not records:
         return 0.0
     window = max(RECENT_SECONDS, 2 * max(record.seconds for record in records))
@@ -84,20 +84,20 @@ def recent_rate(records: list[Record], now: float) -> float:
 
 
 def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
-    """Attempts of the newest run by shard: those that are under way, and those that ended without a shard."""
+    """Attempts of the newest run by shard file: attempts in progress, and attempts that ended without a shard."""
     infos = storage.list_files(storage.join(directory, "_attempts"))
     newest, attempts = "", {}
     for info in sorted(infos, key=lambda info: info.mtime_ns or 0, reverse=True):
         attempt = commit.read_if_sound(Attempt, storage.join(directory, "_attempts", info.base_name))
         file = info.base_name.replace(".json", ".parquet")
-        newest = newest or (attempt.run if attempt else "")  # None: it ended meanwhile
+        newest = newest or (attempt.run if attempt else "")  # None: the attempt has ended meanwhile
         if attempt and attempt.run == newest and file not in done:
             attempts[file] = attempt.attempts
     return dict(sorted(attempts.items()))
 
 
 def to_text(report: dict[str, Any]) -> str:
-    """The status as a person reads it."""
+    """The status as text."""
     unit, ago, share = report["unit"], report["seconds_since_last_shard"], report["done"] / max(report["shards"], 1)
     last = f", the last one {duration(ago)} ago" if ago is not None else ""
     state = "finished" if report["finished"] else "unfinished"
@@ -120,7 +120,7 @@ def to_text(report: dict[str, Any]) -> str:
 
 
 def totals_lines(totals: dict[str, Any]) -> list[str]:
-    """What shards hold and what they cost, from the totals of a manifest, line by line."""
+    """The contents and costs of shards, from the totals of a manifest, as lines."""
     tokens, unit = amount(totals)
     lines = [line(unit, f"{tokens:,}")]
     if totals["entropy_sum"]:
@@ -140,7 +140,7 @@ def totals_lines(totals: dict[str, Any]) -> list[str]:
 
 
 def amount(totals: dict[str, Any]) -> tuple[int, str]:
-    """How much was scored, in tokens, or in positions for targets, which hold no tokens of their own."""
+    """The scored amount and its unit: tokens, or positions for targets, which hold no tokens."""
     is_targets = totals["scored_tokens"] and not totals["tokens"]
     return (totals["scored_tokens"], "positions") if is_targets else (totals["tokens"], "tokens")
 

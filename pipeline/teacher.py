@@ -23,7 +23,7 @@ from entropy_masking.shards.manifests import Manifest
 from entropy_masking.shards.parquet import Scores
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at a time: enough to multiply at full speed
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at once: enough for full speed
 
 
 class Teacher:
@@ -34,24 +34,24 @@ class Teacher:
     only, and its logits exist for a few hundred positions at a time.
 
     Args:
-        directory: checkpoint of any ``AutoModelForMaskedLM`` whose forward is encoder, head.
+        directory: checkpoint of an ``AutoModelForMaskedLM``.
         mask_id: the [MASK] token.
         pad_id: the padding token.
         special_ids: tokens that are never scored.
-        vocab_size: tokens of the tokenizer; logits beyond (rows that only pad the embedding) are cut off.
+        vocab_size: tokens of the tokenizer; logits of padding rows of the embedding are cut off.
         context: ``masked`` (a position is scored in the pass that masks it) or ``full`` (nothing is masked).
         passes: P; pass g masks the positions i with i mod P = g.
-        top_k: how many log-probabilities to keep.
-        temperatures: T at which the log-probabilities can be computed later; 1 is always among them.
+        top_k: number of log-probabilities per position.
+        temperatures: the log-probabilities can be computed later at these T, and always at 1.
         batch_tokens: tokens in one forward.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         compile: compile the encoder and the reduction with ``torch.compile``.
-        length: tokens of a sequence, on which the model is tried out.
+        length: tokens of a sequence; the model is tried on sequences of this length.
 
     Attributes:
-        forward_seconds, flops: spent so far in forwards (encoder, head and reduction); multiplications and additions of
-            matrix products and attention, counted by torch on one sequence and one position.
-        stopped: once it is set, the next forward raises ``Stopped`` instead.
+        forward_seconds, flops: of all forwards so far (encoder, head and reduction). FLOPs are multiplications and
+            additions of matrix products and attention, counted by torch on one sequence and one position.
+        stopped: if it is set, the next forward raises ``Stopped``.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Teacher:
         self._chunk = max(1, LOGITS_PER_CHUNK[self.device.type] // model.config.vocab_size)
         self._reduce: Callable[..., entropy.Reduced] = entropy.score
         if compile:
-            # the forward alone: the number of positions differs from batch to batch
+            # without the head: the number of positions differs from batch to batch
             model.base_model.forward = torch.compile(model.base_model.forward, dynamic=False)
             self._reduce = torch.compile(entropy.score, dynamic=False)
         self.compiled = compile
@@ -97,7 +97,7 @@ class Teacher:
 
     @classmethod
     def of(cls, manifest: Manifest, directory: Path, *, compile: bool = False, trust_remote_code: bool = False) -> Self:
-        """The teacher in ``directory``, set to score the sequences of a manifest's directory as its run does."""
+        """The teacher in ``directory`` with the settings of the run that a manifest belongs to."""
         return cls(
             directory,
             mask_id=manifest.special_ids["mask"],
@@ -119,25 +119,25 @@ class Teacher:
         """Score N sequences of L tokens; special tokens and padding stay NaN (top-k: id 0, NaN).
 
         The batches are a function of (N, L, P) alone, so the same sequences always give the same bits on the same
-        hardware, whoever scores them.
+        hardware.
         """
         return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
 
     def score_positions(
         self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
     ) -> Scores:
-        """Score given positions of inputs that are masked already.
+        """Score given positions of masked inputs.
 
         Args:
             positions_NK: negative where a row has fewer than K.
 
         Returns:
-            Scores of shape [N, K]. There is no actual token to be known, so the surprisals are those of token 0.
+            Scores of shape [N, K]. The actual tokens are unknown here, so the surprisals are those of token 0.
         """
         return self._gather(self._given(inputs_NL, positions_NK, batch_tokens), positions_NK.shape)
 
     def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
-        """The results of all batches in their places [N, P]."""
+        """The results of all batches, in their places."""
         scores = Scores(
             entropy_NL=np.full(shape, np.nan, np.float32),
             surprisal_NL=np.full(shape, np.nan, np.float32),
@@ -155,7 +155,7 @@ class Teacher:
         return scores
 
     def _scan(self, input_ids_NL: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
-        """(sequence, pass) pairs in order, cut into forwards of at most ``batch_tokens`` tokens."""
+        """All (sequence, pass) pairs in order, in batches of at most ``batch_tokens`` tokens."""
         N, L = input_ids_NL.shape
         ids_NL = input_ids_NL.astype(np.int64)
         candidates_NL = ~np.isin(ids_NL, self.special_ids)
@@ -181,7 +181,7 @@ class Teacher:
             yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
 
     def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, Any]]:
-        """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
+        """Results of each batch as arrays. On a GPU the next batch starts before they are fetched."""
         ahead, pending = int(self.device.type != "cpu"), deque[tuple[Place, list[entropy.Reduced]]]()
         for batch in batches:
             if self.stopped.is_set():
@@ -212,9 +212,7 @@ class Teacher:
     def _forward(self, batch: Batch) -> list[entropy.Reduced]:
         """Entropy, surprisal, top-k ids and log-probabilities of the batch's positions, in chunks, on the device."""
         ids_RL = batch.ids_RL
-        if (
-            self.compiled and len(ids_RL) < batch.size
-        ):  # one shape for all: what is compiled must not depend on the past
+        if self.compiled and len(ids_RL) < batch.size:  # one shape, so that all batches run the same code
             ids_RL = np.concatenate([ids_RL, np.repeat(ids_RL[-1:], batch.size - len(ids_RL), axis=0)])
         ids = self._to_device(ids_RL)
         padding_RL = ids_RL == self.pad_id
@@ -233,7 +231,7 @@ class Teacher:
     def _logits(self, ids_RL: Tensor, attention_RL: Tensor | None, select: Select) -> Iterator[tuple[int, Tensor]]:
         """(start, float32 logits over the tokenizer's vocabulary) of chunks of the chosen positions."""
         rows_N, columns_N = select
-        if self.projection is None:  # without autocast: the model would emit halves, which tie in the top k
+        if self.projection is None:  # without autocast: logits in half precision would tie in the top k
             for start in range(0, len(rows_N), self._chunk):
                 rows_C, columns_C = rows_N[start : start + self._chunk], columns_N[start : start + self._chunk]
                 first, last = int(rows_C[0]), int(rows_C[-1]) + 1  # the rows ascend
@@ -252,7 +250,7 @@ class Teacher:
         if weight_VH.dtype == torch.float32:
             with _bfloat16_products(self.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
                 logits_CV = F.linear(features_CH.float(), weight_VH)
-        else:  # the GPU multiplies halves and keeps the sum whole
+        else:  # the GPU multiplies in half precision and sums in float32
             logits_CV = torch.mm(features_CH.to(weight_VH.dtype), weight_VH.T, out_dtype=torch.float32)
         return logits_CV if bias_V is None else logits_CV.add_(bias_V[: self.vocab_size])
 
@@ -265,12 +263,14 @@ Place = tuple[np.ndarray, np.ndarray]
 
 
 class Stopped(BaseException):
-    """The teacher was stopped before it was done."""
+    """The teacher was stopped before it had scored everything."""
 
 
 class Batch(NamedTuple):
-    """One forward: inputs, the positions to score in them, the actual tokens there, where the results belong, and the
-    rows of a full batch."""
+    """One forward: inputs, positions to score, the actual tokens there, and the places of the results.
+
+    ``size`` is the number of rows of a full batch.
+    """
 
     ids_RL: np.ndarray
     rows: np.ndarray
@@ -282,7 +282,7 @@ class Batch(NamedTuple):
 
 @contextlib.contextmanager
 def _bfloat16_products(enabled: bool) -> Iterator[None]:
-    """Let a CPU that has bfloat16 tiles multiply float32 matrices in them; sums and results stay float32."""
+    """Let a CPU with bfloat16 tiles multiply float32 matrices in bfloat16; sums and results stay float32."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if enabled:

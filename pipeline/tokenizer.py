@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError:
             same = False
         if not same:
-            raise UsageError(f"{args.output} holds a tokenizer made from something else; choose a new --output")
-        print(f"{args.output} is made already")
+            raise UsageError(f"{args.output} holds a tokenizer with other settings; choose a new --output")
+        print(f"{args.output} is finished already")
         return
     if args.output.exists() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; choose a new --output")
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")
-    add("--vocab-size", type=console.positive, default=8192, help="tokens, specials included (default: 8192)")
+    add("--vocab-size", type=console.positive, default=8192, help="tokens, special tokens included (default: 8192)")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="(default: lowercase)")
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
-    """The texts of the whole corpus, with progress by shard."""
+    """The texts of the whole corpus; shows progress by shard."""
     with console.Progress(len(corpus.shards), "shards", "reading") as progress:
         for ranges in corpus.shards:
             yield from (document.text for document in read_documents(ranges, corpus.text_column, rejects))
@@ -85,9 +85,9 @@ def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
 def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
     """A BERT-style WordPiece tokenizer; the same texts give the same tokenizer.
 
-    The trainer alone does not promise that: it numbers single characters in the order of a randomly seeded hash map,
-    and resolves ties by number. So a first pass without merges finds the characters, and the second pass gets them in
-    order, as special tokens.
+    The trainer alone does not guarantee that: it numbers single characters in the order of a randomly seeded hash map,
+    and resolves ties by number. So a first pass without merges collects the characters, and the second pass gets them
+    in order, as special tokens.
 
     Raises:
         UsageError: the vocabulary is too small for the characters of the corpus, or the corpus too small for it.
@@ -103,7 +103,7 @@ def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertToke
     size = wordpiece.get_vocab_size()
     if size > vocab_size:
         raise UsageError(
-            f"--vocab-size {vocab_size} is too small: the corpus' characters alone need {size}; choose a larger one"
+            f"--vocab-size {vocab_size} is too small: the characters of the corpus need {size}; choose a larger one"
         )
     if size < vocab_size:
         raise UsageError(
@@ -113,7 +113,7 @@ def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertToke
 
 
 def most_frequent_characters(texts: list[str], lowercase: bool) -> list[str]:
-    """The ``ALPHABET`` most frequent characters as the tokenizer sees them, ties to the lower code point, sorted."""
+    """The ``ALPHABET`` most frequent normalised characters, sorted; ties to the lower code point."""
     normalizer = BertWordPieceTokenizer(lowercase=lowercase).normalizer
     counts: Counter[str] = Counter()
     for text in texts:

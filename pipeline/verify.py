@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Read a shard directory again (sequences or targets) and name every fault of it.
+"""Read a shard directory again (sequences or targets) and name all of its faults.
 
     python pipeline/verify.py runs/scored
     python pipeline/verify.py runs/scored --deep
     python pipeline/verify.py runs/scored --teacher bert-base-uncased --sample 32
 
-Checks sizes, checksums, columns, row counts, sequence ids, records, manifest and tokenizer; with --deep every value;
-with --teacher some sequences are scored again. Exit code 0 without faults, 1 with some. See docs/shards.md.
+Checks sizes, checksums, columns, row counts, sequence ids, records, manifest and tokenizer. --deep also checks every
+value, --teacher scores some sequences again. The exit code is 0 without faults, 1 with faults. See docs/shards.md.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
-    """The teacher that scored the sequences, set as it was then. Raises UsageError if there was none, or another."""
+    """The teacher that scored the sequences, with the same settings. Raises UsageError if none or another one did."""
     from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
     from pipeline.teacher import Teacher
 
@@ -84,17 +84,17 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
 
 
 def print_harmless(manifest: Manifest) -> None:
-    """What is odd, but does no harm."""
+    """Print oddities that do no harm."""
     known = {entry.file for entry in manifest.shards}
     for info in storage.list_files(manifest.uri):
         if info.base_name.startswith("part-") and info.base_name not in known:
-            print(f"note: {info.base_name} belongs to no committed shard, and is not read")
+            print(f"note: {info.base_name} belongs to no committed shard and is not read")
     if not manifests.record_files(manifest.uri):
         print("note: there are no records; the shards are checked against the manifest alone")
 
 
 def print_faults(faults: Iterable[Fault]) -> list[str]:
-    """Print faults as they come; returns the file of each."""
+    """Print faults as they are found; returns their files."""
     faulty = []
     for file, fault in faults:
         print(f"{file}: {fault}")
@@ -103,7 +103,7 @@ def print_faults(faults: Iterable[Fault]) -> list[str]:
 
 
 def summary(manifest: Manifest, finished: bool, count: int, args: argparse.Namespace) -> str:
-    """What was checked and what came of it, in a line."""
+    """One line about the checks and their outcome."""
     done, rows = len(manifest.shards), sum(entry.rows for entry in manifest.shards)
     state = f"{len(manifest.failed)} shards were given up; " if manifest.failed else ""
     state = state if finished else f"unfinished, {done:,} of {manifest.planned_shards:,} shards; "

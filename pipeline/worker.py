@@ -1,4 +1,4 @@
-"""From a shard descriptor to a committed shard: read, tokenize, pack, score, write, record. The unit of all work.
+"""From a shard descriptor to a committed shard: read, tokenize, pack, score, write, record.
 
 Shapes: N rows, L tokens, K masked positions.
 """
@@ -40,7 +40,7 @@ LEAST_BATCH_TOKENS = 64
 
 
 class ShardScorer:
-    """Scores shards of one job; loads the tokenizer and the teacher once, when first needed.
+    """Scores shards of one job; loads the tokenizer and the teacher once, at their first use.
 
     May be called from ``SHARDS_AT_ONCE`` threads: the forwards of one shard overlap the reading and writing of another.
     """
@@ -54,13 +54,13 @@ class ShardScorer:
         torch.set_num_threads(job.threads)
 
     def stop(self) -> None:
-        """Drop the shards under way at the next forward. A rerun does them again."""
+        """Drop the shards in progress at the next forward. The next run scores them again."""
         self.stopped.set()
 
     def __call__(self, index: int, ranges: list[FileRange]) -> Record | Failure:
         """Score and commit shard ``index``; returns its record, or why there is none.
 
-        A shard that raises is tried up to ``max_attempts`` times, and one that ended its process so often is given up.
+        A shard that raises an error, or ends its process, is given up after ``max_attempts`` times.
         """
         job = self.job
         try:
@@ -78,7 +78,7 @@ class ShardScorer:
                 try:
                     commit.begin_attempt(job.output, index, job.run, attempt, alone=failed > 0)
                     record = self._score(index, ranges, attempt)
-                    with contextlib.suppress(OSError):  # what stays of the attempt does no harm to a committed shard
+                    with contextlib.suppress(OSError):  # an attempt that stays does no harm to a committed shard
                         commit.end_attempt(job.output, index)
                     return record
                 except UsageError as failure:
@@ -92,8 +92,8 @@ class ShardScorer:
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Hold so many of the ``SHARDS_AT_ONCE`` places; a shard that holds all is alone in its process."""
-        with self.entrance:  # one shard at a time: two that hold one place each would wait for the other for ever
+        """Hold ``count`` of the ``SHARDS_AT_ONCE`` places; a shard that holds all places is alone in its process."""
+        with self.entrance:  # one shard at a time: two with one place each would wait for each other for ever
             for _ in range(count):
                 self.places.acquire()
         try:
@@ -102,9 +102,10 @@ class ShardScorer:
             self.places.release(count)
 
     def _earlier(self, index: int) -> tuple[Record | None, int, bool]:
-        """The record of a shard that is done, else its failed attempts and whether it was alone in the last one.
+        """The record of a shard that is done, or its failed attempts and whether it was alone in the last one.
 
-        Ray gives a shard to another worker if its own died after the commit. A store that fails is asked again.
+        If a worker died after the commit, Ray gives the shard to another worker. A failed request to an object store is
+        repeated.
         """
         for retry in range(self.job.max_attempts):
             try:
@@ -126,7 +127,7 @@ class ShardScorer:
             rows, ids_NL = self._masked(index) if manifest.masks else (None, self._sequences(ranges, rejects))
         if manifest.teacher:
             with self.model:
-                teacher = self.teacher  # loading it is no part of a shard's time
+                teacher = self.teacher  # loading it does not count as time of the shard
             with self.model, self.deadlines.within(job.shard_timeout):
                 scores = self._in_the_model(teacher, ids_NL, rows, costs)
         with self.deadlines.within(job.shard_timeout):
@@ -163,7 +164,7 @@ class ShardScorer:
         return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
 
     def _masked(self, index: int) -> tuple[targets.MaskedRows, np.ndarray]:
-        """The masked positions of a shard of targets, and the inputs [N, L]."""
+        """The masked positions of a shard of targets, and its inputs [N, L]."""
         sequences, masks = self.job.sequences, self.job.manifest.masks
         assert sequences and masks
         entry = next(entry for entry in sequences.shards if entry.index == index)
@@ -172,9 +173,9 @@ class ShardScorer:
     def _in_the_model(
         self, teacher: Teacher, ids_NL: np.ndarray, rows: targets.MaskedRows | None, costs: dict[str, Any]
     ) -> parquet.Scores:
-        """Scores of the sequences, or at the masked positions of ``rows``; their costs are added to ``costs``.
+        """Scores of the sequences, or at the masked positions of ``rows``; sets ``costs``.
 
-        Where memory does not suffice, the batch is halved until it does.
+        If memory runs out, the batch is halved until it fits.
         """
         seconds, flops = teacher.forward_seconds, teacher.flops
         batch_tokens = teacher.batch_tokens
@@ -190,8 +191,8 @@ class ShardScorer:
                 if not _out_of_memory(failure) or batch_tokens // 2 < LEAST_BATCH_TOKENS:
                     raise
                 batch_tokens //= 2
-                costs["batch_tokens"] = batch_tokens  # marks a shard whose bytes another machine may not repeat
-                print(f"out of memory: going on with batches of {batch_tokens} tokens", file=sys.stderr)
+                costs["batch_tokens"] = batch_tokens  # marks a shard whose bytes another machine may not reproduce
+                print(f"out of memory: continuing with batches of {batch_tokens} tokens", file=sys.stderr)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         costs["forward_seconds"] = round(teacher.forward_seconds - seconds, 3)
@@ -199,7 +200,7 @@ class ShardScorer:
         return scores
 
     def _check_finite(self, values: np.ndarray) -> None:
-        """Refuse a teacher that gives NaN, which in a shard means *not scored*. Raises UsageError."""
+        """Refuse a teacher that gives NaN, because in a shard NaN means *not scored*. Raises UsageError."""
         if np.isnan(values).any():
             teacher, dtype = self.job.manifest.teacher, self.job.fingerprint["dtype"]
             raise UsageError(f"{teacher} gives NaN in {dtype}; use --dtype float32, or another teacher")
@@ -232,7 +233,7 @@ def _out_of_memory(failure: BaseException) -> bool:
 
 
 class _Deadlines:
-    """End the process, with a traceback, if a body takes too long: nothing else interrupts what hangs in C."""
+    """End the process, with a traceback, if a block takes too long: nothing else interrupts code that hangs in C."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -255,7 +256,7 @@ class _Deadlines:
                 self._arm()
 
     def _arm(self) -> None:
-        """Set the timer to the next end; there is one timer a process."""
+        """Set the timer of the process to the next deadline."""
         faulthandler.cancel_dump_traceback_later()
         if self.ends:
             left = max(min(self.ends.values()) - time.monotonic(), 0.001)

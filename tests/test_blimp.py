@@ -217,14 +217,14 @@ def test_the_command(checkpoints: dict[str, Path], data: Path, tmp_path: Path) -
 
     before = (tmp_path / "blimp.json").stat().st_mtime_ns
     again = run(*command)
-    assert "1 of 1 results are there already" in again and "rows/s" not in again
+    assert "1 of 1 results exist already" in again and "rows/s" not in again
     assert (tmp_path / "blimp.json").stat().st_mtime_ns == before
     for changed, said in (
         (["--limit-pairs", 6], "limit_pairs: 5 → 6"),
         (["--limit-pairs", PAIRS], "limit_pairs: 5 → None"),
         (["--limit-pairs", 5, "--pll", "original"], "pll: within-word → original"),
     ):
-        with pytest.raises(UsageError, match=rf"blimp.json was made otherwise \({said}\)"):
+        with pytest.raises(UsageError, match=rf"blimp.json has other settings \({said}\)"):
             glue.run.main([str(flag) for flag in (*flags, *changed, "--output", tmp_path)])
 
 
@@ -299,7 +299,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
     )
     cases: list[tuple[list[object], str]] = [
         ([], "needs --data: a directory with blimp/blimp.parquet"),
-        (["--data", "hub"], "it is not read from hub"),
+        (["--data", "hub"], "hub does not have it"),
         (["--data", tmp_path / "nothing"], "nothing has no directory blimp; put blimp.parquet in"),
         (["--data", tmp_path / "bare"], "bare/blimp has no blimp as .parquet"),
         (holding("column", good.drop("field")), "has no column 'field', only"),
@@ -308,7 +308,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
         (holding("null", good.with_columns(sentence_bad=pl.lit(None))), "has no sentence_bad in row 0"),
         (["--data", data, "--model", tmp_path / "model"], "there is no model directory|neither a local"),
         (with_tokenizer("maskless", maskless), "has no mask token"),
-        (with_tokenizer("whole", whole), "do not say which of them continue a word; pass --pll original"),
+        (with_tokenizer("whole", whole), "does not mark the tokens that continue a word; pass --pll original"),
     ]
     for flags, sentence in cases:
         with pytest.raises(UsageError, match=sentence):
@@ -323,7 +323,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
     for wrong in ("--limit-pairs=-1", "--pll=other"):
         with pytest.raises(SystemExit):
             parse([*flags, "--tasks=blimp", wrong], "")
-    with pytest.raises(UsageError, match="--limit-pairs is of the task blimp alone"):
+    with pytest.raises(UsageError, match="--limit-pairs only applies to the task blimp"):
         parse([*flags, "--tasks=cola", "--limit-pairs=1"], "")
     with pytest.raises(UsageError, match="there is no task 'blimp' to train on"):
         parse([*flags, "--tasks=blimp", "--limit-train=blimp=1"], "")

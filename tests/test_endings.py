@@ -57,7 +57,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     argv = [*flags, "--output-dir", tmp_path / "out"]
     stopped = Run(tmp_path / "log", *argv, kill_at=4, kill_with=signal.SIGTERM)
     assert stopped.end() == [143]
-    assert "stopped after step 5 of 8; the same command goes on" in stopped.output()
+    assert "stopped after step 5 of 8; the same command resumes" in stopped.output()
     assert "Traceback" not in stopped.output()
     again = Run(tmp_path / "again", *argv)
     assert again.end() == [0] and "checkpoint-5" in again.output()
@@ -83,7 +83,7 @@ def test_sigterm_at_all_processes_leaves_the_loader_at_work(flags: list[object],
     workers = psutil.Process(stopped.processes[0].pid).children()
     os.killpg(stopped.processes[0].pid, signal.SIGTERM)
     assert stopped.end() == [143], stopped.output()
-    assert "the same command goes on" in stopped.output() and "Traceback" not in stopped.output()
+    assert "the same command resumes" in stopped.output() and "Traceback" not in stopped.output()
     assert len(workers) == 2 and not psutil.wait_procs(workers, 10)[1]
 
 
@@ -142,7 +142,7 @@ def test_a_loader_worker_that_is_killed_ends_the_run(flags: list[object], tmp_pa
     workers = psutil.Process(run.processes[0].pid).children()
     workers[0].kill()
     line = sentence(run, 1)
-    assert "a loader worker was ended from outside" in line and "--dataloader-num-workers" in line
+    assert "a loader worker was killed" in line and "--dataloader-num-workers" in line
     assert len(workers) == 2 and not psutil.wait_procs(workers, 10)[1], "a loader worker is left behind"
     assert resume.last_checkpoint(tmp_path / "out")
 
@@ -168,7 +168,7 @@ def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) 
     first = Run(tmp_path / "log", *argv)
     wait_for(first, tmp_path / "out" / "checkpoint-6")
     line = sentence(Run(tmp_path / "second", *argv), 2)
-    assert line == f"error: another run is at work in {tmp_path}/out; wait for its end, or end it"
+    assert line == f"error: another run is active in {tmp_path}/out; wait for its end, or end it"
     first.processes[0].kill()
     assert first.end() == [-9]
     third = Run(tmp_path / "third", *flags, "--output-dir", tmp_path / "out", "--overwrite")

@@ -262,7 +262,7 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
     pipeline.score.main([*corpus, "--teacher", "none", *tokenizer, "--output", str(blank)])
     manifest = json.loads((blank / "manifest.json").read_text())
     for arguments, sentence in (
-        ([tmp_path / "nowhere"], "is no shard directory"),
+        ([tmp_path / "nowhere"], "is not a shard directory"),
         ([blank], "has no entropies"),
         ([scored, "--limit", 0], "--limit 0 is out of range; use at least 1"),
         ([scored, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),

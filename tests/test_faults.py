@@ -197,7 +197,7 @@ def test_sigterm_ends_a_run_cleanly(work: Path, scored: Path, slow: Path, tmp_pa
         wait_for(process, lambda backend=backend: records(tmp_path / backend))
         process.terminate()
         output = end_of(process, code=143)
-        assert "shards are done; the same command goes on" in output and "Traceback" not in output
+        assert "shards are done; the same command resumes" in output and "Traceback" not in output
         assert not list((tmp_path / backend).glob(".*.tmp"))
         assert len(records(tmp_path / backend)) < len(hashes(scored))
     hurry(slow)

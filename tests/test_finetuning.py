@@ -133,7 +133,7 @@ def test_the_grid_is_told_and_every_raw_metric_kept(
 ) -> None:
     flags = ["--model", work / "teacher", "--tasks", "mrpc", "--data", data, "--protocol", "bert-grid"]
     (result,) = glue_here(tmp_path, *flags, "--max-length", 16).values()
-    assert "bert-grid: a grid of 8 settings; in each run of each model the best" in capfd.readouterr().err
+    assert "bert-grid: a grid of 8 settings; in each trial the best" in capfd.readouterr().err
     assert len(result["grid"]) == 8 and all(set(tried["metrics"]) == {"accuracy", "f1"} for tried in result["grid"])
     first = next(tried for tried in result["grid"] if tried["score"] == result["score"])
     assert {name: first[name] for name in result["settings"]} == result["settings"]
@@ -242,7 +242,7 @@ def test_two_workers_give_the_numbers_of_one_process(
     capfd.readouterr()
     two = glue_here(tmp_path / "two", *flags, "--num-workers", 2)
     output = "".join(capfd.readouterr())
-    assert "1 of 8 results are there already" in output and "ray" not in output.lower(), output
+    assert "1 of 8 results exist already" in output and "ray" not in output.lower(), output
     assert two == one
 
 
@@ -265,5 +265,5 @@ def test_a_worker_that_is_killed_costs_its_trial(work: Path, data: Path, words: 
     assert process.returncode == 1, output
     assert "1 of 4 failed: rte seed" in output and "its worker died" in output and "Traceback" not in output
     assert len(read(tmp_path / "out")) == 3
-    assert "3 of 4 results are there already" in run(*command)
+    assert "3 of 4 results exist already" in run(*command)
     assert len(read(tmp_path / "out")) == 4

@@ -96,18 +96,18 @@ def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
             (copy / path.name).write_bytes(path.read_bytes())
     flags = ["--model", work / "teacher", "--tasks", "glue", "--data", data, "--seeds", "1,2", "--output", copy]
     before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
-    assert "17 of 18 results are there already" in run(*GLUE_RUN, *flags, *QUICK)
+    assert "17 of 18 results exist already" in run(*GLUE_RUN, *flags, *QUICK)
     assert {name: (copy / name).stat().st_mtime_ns for name in before} == before
     old, new = (read(path)["rte-seed2"] for path in (results, copy))
     assert {**old, "seconds": 0} == {**new, "seconds": 0}
 
     again = [str(flag) for flag in (*flags, *QUICK)]
-    with pytest.raises(UsageError, match=r"made otherwise .settings.1.epochs: 1 → 2.*; choose another.*--overwrite"):
+    with pytest.raises(UsageError, match=r"has other settings .settings.1.epochs: 1 → 2.*; .*--overwrite"):
         glue.run.main([*again, "--epochs", "2"])
     result = json.loads((copy / "cola-seed1.json").read_text())
     for damaged in ("{", "[]", json.dumps({"key": result["key"]}), json.dumps({**result, "seconds": None})):
         (copy / "cola-seed1.json").write_text(damaged)
-        with pytest.raises(UsageError, match=r"cola-seed1.json is no result of glue/run.py; .* or --overwrite"):
+        with pytest.raises(UsageError, match=r"cola-seed1.json is not a result of glue/run.py; .* --overwrite"):
             glue.run.main(again)
     glue_here(work / "teacher", copy, "--tasks", "cola", "--data", data, *QUICK, "--epochs", 2, "--overwrite")
     assert read(copy)["cola-seed1"]["settings"]["epochs"] == 2
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on(work: Path, data: Path, results: Path, tmp_path: P
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(list(tmp_path.glob("*.json"))) < 6
-    assert "results are there already" in run(*command)
+    assert "results exist already" in run(*command)
     whole = read(results)
     for name, result in read(tmp_path).items():
         assert {**result, "seconds": 0} == {**whole[name], "seconds": 0}
@@ -163,12 +163,12 @@ def test_rows_that_are_trained_and_evaluated_on(
     write_rows(leaked, tmp_path / "data" / "stsb" / "dev.parquet")
     found = glue_here(work / "teacher", tmp_path / "as-it-is", *flags)["stsb-seed1"]
     assert (found["train_rows"], found["eval_rows"], found["overlap"]) == (64, 24, 6)
-    assert "stsb: 6 of 24 evaluation rows are training rows too; see --drop-overlap" in capfd.readouterr().err
+    assert "stsb: 6 of 24 evaluation rows are also training rows; see --drop-overlap" in capfd.readouterr().err
     found = glue_here(work / "teacher", tmp_path / "dropped", *flags, "--drop-overlap")["stsb-seed1"]
     assert (found["train_rows"], found["eval_rows"], found["overlap"]) == (58, 24, 0)
-    assert "training rows too" not in capfd.readouterr().err
+    assert "also training rows" not in capfd.readouterr().err
     write_rows(train, tmp_path / "data" / "stsb" / "dev.parquet")
-    with pytest.raises(UsageError, match="all training rows of stsb are evaluated on too"):
+    with pytest.raises(UsageError, match="all training rows of stsb are also evaluation rows"):
         glue_here(work / "teacher", tmp_path / "none", *flags, "--drop-overlap")
 
 
@@ -243,7 +243,7 @@ def test_other_data_of_the_same_size_is_other_data(work: Path, words: list[str],
     glue_here(work / "teacher", tmp_path / "out", *flags)
     glue_here(work / "teacher", tmp_path / "out", *flags)
     write_rows(make_rows(GLUE["rte"], words, 16, 2), tmp_path / "data" / "rte" / "dev.parquet")
-    with pytest.raises(UsageError, match=r"rte-seed1.json was made otherwise .data_hash: "):
+    with pytest.raises(UsageError, match=r"rte-seed1.json has other settings .data_hash: "):
         glue_here(work / "teacher", tmp_path / "out", *flags)
 
 
@@ -262,10 +262,10 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, "--tasks", "cola", "--data", tmp_path / "nothing"], "there is no directory"),
         ([*model, "--tasks", "sst3", "--data", data], "there is no task 'sst3'"),
         ([*model, "--tasks", "probes", "--data", data], "leave out --data"),
-        ([*model, "--tasks", "cola", "--data", data, "--seeds", "one"], "no list of whole numbers"),
+        ([*model, "--tasks", "cola", "--data", data, "--seeds", "one"], "not a list of whole numbers"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=-1"], "--seeds -1 is not between 0 and"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=1,5000000000"], "--seeds 5000000000 is not between 0"),
-        ([*model, "--tasks", "cola", "--data", data, "--seeds=1,2,1"], "names a seed twice"),
+        ([*model, "--tasks", "cola", "--data", data, "--seeds=1,2,1"], "has a seed twice"),
         ([*model, "--tasks", "cola", "--data", data, "--max-length=65"], "--max-length 65 must be between 8 and 64"),
         ([*model, "--tasks", "cola", "--data", data, "--max-length=7"], "--max-length 7 must be between 8 and 64"),
         ([*model, *table("column", good.rename({"sentence": "text"}))], "has no column 'sentence'"),
@@ -307,11 +307,11 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         (["--model", diverged, *cola], "diverged has weights that are not finite .bert.embeddings.LayerNorm.bias."),
         (["--model", generator, *cola], "is a gpt2 model, which has no masked-LM head"),
         (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., the model 200"),
-        ([*model, *cola, "--limit-train", "rte"], "is no number of rows"),
+        ([*model, *cola, "--limit-train", "rte"], "is not a number of rows"),
         ([*model, *cola, "--limit-train", "sst3=10"], "there is no task 'sst3'"),
         (["--model", work / "teacher", work / "teacher", *cola], "two models have the name teacher"),
-        (["--model", "=x", *cola], "no NAME=MODEL"),
-        (["--model", tuned, "--tasks", "cola", "--data", data], "is fine-tuned already"),
+        (["--model", "=x", *cola], "not NAME=MODEL"),
+        (["--model", tuned, "--tasks", "cola", "--data", data], "is already fine-tuned"),
         (["--model", pickled, "--tasks", "cola", "--data", data], "pickle"),
         (["--model", headless, "--tasks", "cola", "--data", data], "headless"),
     ]

@@ -104,7 +104,7 @@ def test_torchrun(train_here: Any, flags: list[object], tmp_path: Path) -> None:
         time.sleep(0.02)
     process.terminate()
     output, _ = process.communicate(timeout=120)
-    (step,) = re.findall(r"stopped after step (\d+) of 100000; the same command goes on", output)
+    (step,) = re.findall(r"stopped after step (\d+) of 100000; the same command resumes", output)
     assert resume.last_checkpoint(tmp_path / "stopped") == tmp_path / "stopped" / f"checkpoint-{step}"
 
 

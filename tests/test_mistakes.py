@@ -21,7 +21,7 @@ from train.options import parse
 
 BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
 RANDOM = ["--entropy-source", "random"]
-UNSUPPORTED = "of transformers.TrainingArguments is not supported here; train/run.py --help lists what is"
+UNSUPPORTED = "of transformers.TrainingArguments is not supported; --help lists the supported flags"
 
 
 def refusal(shards: Path, output: object, *flags: object) -> str:
@@ -78,7 +78,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--accelerator-config", '{"split_batches": true}'], f"--accelerator-config {UNSUPPORTED}"),
         (["--accelerator_config={}"], f"--accelerator_config {UNSUPPORTED}"),
         (["--no-dataloader-pin-memory"], f"--no-dataloader-pin-memory {UNSUPPORTED}"),
-        (["--maximal-steps", 3], "--maximal-steps is not a flag of train/run.py; --help lists those that are"),
+        (["--maximal-steps", 3], "--maximal-steps is not a flag of train/run.py; --help lists its flags"),
         (["--max-steps", "three"], "--max-steps: invalid int value: 'three'"),
         (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is a URI; use a path"),
     ],

@@ -64,7 +64,7 @@ def test_nothing_of_a_run_at_work_is_overwritten(flags: list[object], tmp_path: 
         time.sleep(0.02)
     os.kill(first.processes[0].pid or 0, signal.SIGSTOP)
     before = resume.checkpoints(tmp_path / "out")
-    assert "another run is at work" in refused(*TRAIN, *argv, *SEVERAL, "--overwrite")
+    assert "another run is active" in refused(*TRAIN, *argv, *SEVERAL, "--overwrite")
     assert resume.checkpoints(tmp_path / "out") == before
     first.processes[0].kill()
     assert first.end() == [-9]
@@ -80,7 +80,7 @@ def test_two_clusters_do_not_share_a_directory(flags: list[object], tmp_path: Pa
         assert other.stdout and other.stdout.readline() == b"held\n"
         refusal = refused(*TRAIN, *flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path)
         other.communicate()
-    assert "another run is at work" in refusal
+    assert "another run is active" in refusal
     assert (tmp_path / ".ray" / "log").read_text() == "the other's"
 
 
@@ -146,6 +146,6 @@ def test_sigterm_reaches_the_workers_and_a_mistake_the_user(flags: list[object],
     os.kill(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 143, output
-    assert "the same command goes on" in output and "Traceback" not in output
+    assert "the same command resumes" in output and "Traceback" not in output
     refusal = run(*TRAIN, *argv, "--mask-ratio", 0.2, code=2)
     assert "mask_ratio: 0.3 → 0.2" in refusal and "Traceback" not in refusal

@@ -200,7 +200,7 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
     other = AutoTokenizer.from_pretrained(work / "tokenizer")
     other.add_tokens(["zzzz"])
     other.save_pretrained(tmp_path / "other")
-    assert "only predicts" in score(corpus, teacher, "--tokenizer", tmp_path / "other")
+    assert "predicts only" in score(corpus, teacher, "--tokenizer", tmp_path / "other")
     swap_two_words(work / "tokenizer", tmp_path / "swapped")
     assert "does not fit" in score(corpus, teacher, "--tokenizer", tmp_path / "swapped")
     assert "passes: 7 → 5" in refused(*command(work, scored, "--passes", "5"))
@@ -246,4 +246,4 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     manifest["shards"][0]["file"] = "../../etc/part-00000.parquet"
     (tmp_path / "forged").mkdir()
     (tmp_path / "forged" / "manifest.json").write_text(json.dumps(manifest))
-    assert "only part-NNNNN.parquet" in refused(*TRAIN, *trainer_flags(tmp_path / "forged", tmp_path / "student"))
+    assert "form part-NNNNN.parquet" in refused(*TRAIN, *trainer_flags(tmp_path / "forged", tmp_path / "student"))

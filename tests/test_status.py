@@ -100,9 +100,9 @@ def test_a_run_that_has_just_begun(under_way: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(scored: Path, tmp_path: Path) -> None:
-    assert "no shard directory" in refused(*STATUS, tmp_path / "missing")
+    assert "not a shard directory" in refused(*STATUS, tmp_path / "missing")
     (tmp_path / "text.txt").write_text("text")
-    assert "no shard directory" in refused(*STATUS, tmp_path)
+    assert "not a shard directory" in refused(*STATUS, tmp_path)
     (tmp_path / "_records").mkdir()
     (tmp_path / "_records" / "run.json").write_text('{"shards": 3}')
     assert "run.json cannot be read" in refused(*STATUS, tmp_path)

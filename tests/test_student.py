@@ -314,7 +314,7 @@ def test_a_model_without_logits_for_each_token_is_refused() -> None:
         def forward(self, *args: Any, **others: Any) -> MaskedLMOutput:
             return MaskedLMOutput(logits=super().forward(*args, **others).logits.mean(1))
 
-    with pytest.raises(UsageError, match=r"Pooled gives no logits for each token .*\[2, 211\]"):
+    with pytest.raises(UsageError, match=r"Pooled does not give logits for each token .*\[2, 211\]"):
         with_masked_positions(Pooled(ARCHITECTURES["bert"]), LENGTH)
 
 

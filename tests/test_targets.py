@@ -193,7 +193,7 @@ def test_mistakes_in_masks(work: Path, scan: Path, teacher: Path, sparse: Path, 
         (scan, [*random, "--hard-share", 0.5], "--hard-share needs scores, and --mask-source random has none"),
         (scan, [*masks, "--mask-warmup", 0.1], "--mask-warmup depends on the length of a run, which is not known here"),
         (scan, [*masks, "--mask-ramp", 0.1], "--mask-ramp depends on the length of a run"),
-        (scan, [*masks, "--predict-ratio", 0.1], "--predict-ratio has no use here: all that is masked is predicted"),
+        (scan, [*masks, "--predict-ratio", 0.1], "--predict-ratio has no effect here, because all masked"),
         (scan, [*masks, "--variants", 0], "--variants 0"),
         (scan, [*masks, "--variants", 1 << 17], "--variants 131072"),
         (scan, [*masks, "--mask-seed=-1"], "--mask-seed -1"),
@@ -381,16 +381,16 @@ def test_targets_for_another_input_end_the_run(scan: Path, sparse: Path, tmp_pat
         output = run(*TRAIN, *flags, code=1)
         assert "Traceback" not in output
         (failure,) = [line for line in output.splitlines() if line.startswith("failed: ")]
-        assert "the masked input of sequence" in failure and "make targets for these shards" in failure
+        assert "the targets of sequence" in failure and "make targets for these shards" in failure
     else:
-        with pytest.raises(RunError, match=r"^the masked input of sequence \d+ is not the one"):
+        with pytest.raises(RunError, match=r"^the targets of sequence \d+ were made for another masked input"):
             train.run.main([str(flag) for flag in flags])
 
 
 def test_targets_for_another_scan_end_the_run(scan: Path, work: Path, sparse: Path, tmp_path: Path) -> None:
     """The same sequences with other entropies: nothing in the manifests says so, only the inputs."""
     rescored = score(scan, work / "teacher", tmp_path / "rescored", "--passes", 2)
-    with pytest.raises(RunError, match="the masked input of sequence"):
+    with pytest.raises(RunError, match="the targets of sequence"):
         train_here(rescored, tmp_path / "out", *PARQUET, "--targets", sparse, *DISTIL, "--max-steps", 1)
 
 
@@ -399,7 +399,7 @@ def test_rows_out_of_place_end_the_run(scan: Path, sparse: Path, tmp_path: Path)
         return variant.take(pa.array(range(len(variant))[::-1]))
 
     directory = changed(sparse, tmp_path / "targets", "variant", turn)
-    with pytest.raises(RunError, match="does not hold the rows that its manifest says"):
+    with pytest.raises(RunError, match="does not hold the rows of its manifest"):
         train_here(scan, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, "--max-steps", 1)
 
 
@@ -415,21 +415,21 @@ def test_targets_that_do_not_fit_are_refused(scan: Path, scored: Path, sparse: P
     (vague / "manifest.json").write_text(json.dumps(manifest | {"masks": {"variants": 4}}))
     targets = ["--targets", sparse]
     for sequences, flags, sentence in (
-        (scan, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.2], "--mask-ratio 0.2 is not 0.3"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--mask-temperature", 0], "--mask-temperature 0.0 is not 1.0"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--hard-share", 0.3], "--hard-share 0.3 is not 1.0"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 is not 0.3"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only is not bert"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.2], "--mask-ratio 0.2 differs from 0.3"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--mask-temperature", 0], "--mask-temperature 0.0 differs from 1.0"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--hard-share", 0.3], "--hard-share 0.3 differs from 1.0"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 differs from 0.3"),
+        (scan, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only differs from bert"),
         (scan, ["--entropy-source", "random", *DISTIL, *targets], "made with --mask-source parquet"),
-        (scan, ["--entropy-source", "self", *DISTIL, *targets], "masks that are known beforehand"),
-        (scan, [*PARQUET, *targets], "--targets is for distillation"),
-        (scan, [*PARQUET, "--distill-temperature", 2], "--distill-temperature is for distillation"),
+        (scan, ["--entropy-source", "self", *DISTIL, *targets], "masks that are known before the run"),
+        (scan, [*PARQUET, *targets], "--targets needs distillation"),
+        (scan, [*PARQUET, "--distill-temperature", 2], "--distill-temperature needs distillation"),
         (scan, [*PARQUET, *DISTIL, *targets, "--distill-temperature", 3], r"3 was not scored: .* has 1, 2;"),
         (scored, [*PARQUET, *DISTIL, "--distill-temperature", 2], r"2 was not scored: .* has 1;"),
         (scored, [*PARQUET, *DISTIL, *targets], "made for other sequences"),
         (scan, [*PARQUET, *DISTIL, "--targets", scan], "holds sequences, not targets"),
         (scan, [*PARQUET, *DISTIL, "--targets", lacking], "lacks rows for part-00000.parquet"),
-        (scan, [*PARQUET, *DISTIL, "--targets", vague], "does not say for which masks"),
+        (scan, [*PARQUET, *DISTIL, "--targets", vague], "does not name the masks"),
         (sparse, PARQUET, "holds targets, not sequences"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:

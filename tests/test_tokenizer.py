@@ -31,9 +31,9 @@ def test_it_loads_and_is_reproducible(work: Path, tmp_path: Path) -> None:
     assert encoded[0] == 2 and encoded.count(3) == 2 and encoded[-1] == 3
     assert tokenizer.decode(tokenizer("Abcde fghab").input_ids, skip_special_tokens=True) == "abcde fghab"
 
-    assert "made already" in run(*COMMAND, *flags, "--output", tmp_path / "one")
+    assert "finished already" in run(*COMMAND, *flags, "--output", tmp_path / "one")
     flags[-1] = 260
-    assert "made from something else" in refused(*COMMAND, *flags, "--output", tmp_path / "one")
+    assert "with other settings" in refused(*COMMAND, *flags, "--output", tmp_path / "one")
 
 
 def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_files_and_directories_that_cannot_be_used(work: Path, tmp_path: Path) -
     assert "file" in refused(*SCORE, *corpus, *tokens, tmp_path / "file")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "made_from.json").write_text("{")
-    assert "made from something else" in refused(*COMMAND, *flags, tmp_path / "half")
+    assert "with other settings" in refused(*COMMAND, *flags, tmp_path / "half")
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ def test_evaluation_on_text_of_its_own(work: Path, scored: Path, tmp_path: Path)
     again = [*score, "--corpus", work / "corpus.jsonl", "--shard-tokens", 3000]
     run(*again, "--sequence-length", LENGTH, "--output", tmp_path / "cut", "--backend", "local")
     for mistake, sentence in (
-        (["--eval-shards", scored], "holds what is trained on"),
-        (["--eval-shards", tmp_path / "cut"], "holds what is trained on"),
+        (["--eval-shards", scored], "holds text of --shards"),
+        (["--eval-shards", tmp_path / "cut"], "holds text of --shards"),
         (["--eval-shards", tmp_path / "long"], "sequences of 64 tokens"),
         (["--eval-shards", tmp_path / "nowhere"], "nowhere"),
         (["--eval-shards", other, "--eval-fraction", 0.2], "use one"),
@@ -437,7 +437,7 @@ def test_a_damaged_checkpoint_is_passed_over(scored: Path, students: dict[str, P
 def test_a_configuration_that_makes_no_model_is_refused(scored: Path, tmp_path: Path, odd: dict[str, Any]) -> None:
     config = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 5000} | odd
     (tmp_path / "odd.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=r"odd\.json is no configuration that a model can be made of") as caught:
+    with pytest.raises(UsageError, match=r"odd\.json is not a usable configuration") as caught:
         train_here(scored, tmp_path / "out", *REGIMES["random"], "--model", tmp_path / "odd.json", "--max-steps", 1)
     assert "\n" not in str(caught.value)
 
@@ -459,7 +459,7 @@ def test_a_broken_manifest_is_refused(scored: Path, tmp_path: Path, broken: dict
     shutil.copytree(scored, tmp_path / "shards")
     manifest = json.loads((scored / "manifest.json").read_text())
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest | broken))
-    with pytest.raises(UsageError, match="is no shard manifest"):
+    with pytest.raises(UsageError, match="is not a shard manifest"):
         train_here(tmp_path / "shards", tmp_path / "out", *REGIMES["random"], "--max-steps", 1)
 
 
@@ -500,7 +500,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "self", "--mask-warmup", 1], "mask warm-up 1 is not at least 0 and below 1"),
         (["--entropy-source", "self", "--mask-ramp", 5], "mask ramp 5 is not between 0 and 1"),
         (["--entropy-source", "self", "--mask-temperature", "inf"], "use hard share 0 for random masks"),
-        (["--entropy-source", "self", "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no use with"),
+        (["--entropy-source", "self", "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no effect with"),
         (["--entropy-source", "self", "--predict-ratio", 0.4], "predict ratio 0.4 is not above 0 and at most the mask"),
         (["--entropy-source", "self", "--predict-by", "entropy"], "--predict-by chooses among the masked tokens"),
         (
@@ -529,7 +529,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         ),
         (["--entropy-source", "random", "--self-refresh", "step"], "--self-refresh only applies to --entropy-source"),
         (["--entropy-source", "self", "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),
-        (["--entropy-source", "self", "--distill-positions", 0.5], "--distill-positions is for distillation"),
+        (["--entropy-source", "self", "--distill-positions", 0.5], "--distill-positions needs distillation"),
         (["--entropy-source", "self", "--distill-weight", 2], "--distill-weight 2 is out of range"),
         (["--entropy-source", "self", "--seed=-1"], "--seed -1 is out of range; use at least 0 and at most 4294967295"),
         (["--entropy-source", "self", "--seed", 5_000_000_000], "--seed 5000000000"),
@@ -542,15 +542,15 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
         (["--entropy-source", "self", "--max-steps", 0], "--max-steps 0 is out of range; use at least 1"),
         (
             ["--entropy-source", "self", "--do-eval"],
-            "--do-eval of transformers.TrainingArguments is not supported here",
+            "--do-eval of transformers.TrainingArguments is not supported",
         ),
         (
             ["--entropy-source", "self", "--disable-tqdm", "false"],
-            "--disable-tqdm of transformers.* is not supported here",
+            "--disable-tqdm of transformers.* is not supported",
         ),
         (
             ["--entropy-source", "self", "--save-only-model"],
-            "--save-only-model of transformers.* is not supported here",
+            "--save-only-model of transformers.* is not supported",
         ),
         (["--entropy-source", "self", "--eval-fraction", 1], "--eval-fraction"),
         (["--entropy-source", "self", "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out shards"),
@@ -558,7 +558,7 @@ def test_tokens_alone_train_a_reference(tokens: Path, tmp_path: Path) -> None:
             ["--entropy-source", "self", "--label-smoothing-factor", 0.1],
             "--label-smoothing-factor of .* is not supported",
         ),
-        (["--entropy-source", "self", "--model", "huge"], "no preset"),
+        (["--entropy-source", "self", "--model", "huge"], "not a preset"),
         (["--entropy-source", "self", "--model", "./nowhere"], "nowhere"),
         (["--entropy-source", "self", "--output-dir", ""], "--output-dir is empty; give it a value"),
     ],
@@ -571,7 +571,7 @@ def test_mistakes_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[obj
 
 def test_mistakes_end_with_exit_code_2(tokens: Path, work: Path, tmp_path: Path) -> None:
     flags = ["--output-dir", tmp_path / "out", "--max-steps", 1]
-    assert "no shard directory" in refused(*TRAIN, "--shards", work, *REGIMES["random"], *flags)
+    assert "not a shard directory" in refused(*TRAIN, "--shards", work, *REGIMES["random"], *flags)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("…")
     message = refused(*TRAIN, "--shards", tokens, *REGIMES["random"], "--output-dir", tmp_path / "other")

@@ -143,7 +143,7 @@ def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatc
     shutil.rmtree(copy / "_records")
     check_shards(manifest)
     rows = [entry.model_copy(update={"rows": entry.rows + 1}) for entry in manifest.shards]
-    with pytest.raises(UsageError, match="rows, its manifest says"):
+    with pytest.raises(UsageError, match="rows, but its manifest says"):
         check_shards(manifest.model_copy(update={"shards": rows}))
 
     def denied(uri: str) -> str:
@@ -203,7 +203,7 @@ def test_an_unfinished_run_says_how_far_it_is(scored: Path, copy: Path, tmp_path
     assert f"unfinished, {total - 2} of {total} shards" in output and "note: part-00004.parquet" in output
     flip_a_byte(copy)
     assert "part-00002.parquet: is not the file that was committed" in run(*VERIFY, copy, code=1)
-    assert "no shard directory" in refused(*VERIFY, tmp_path)
+    assert "not a shard directory" in refused(*VERIFY, tmp_path)
 
 
 def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
@@ -216,9 +216,9 @@ def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
     renamed = [manifest.shards[0].model_copy(update={"index": 1}), *manifest.shards[1:]]
     for fields, fault in (
         ({"planned_shards": 99}, "lacks part-00098.parquet"),
-        ({"fingerprint": forged}, "fingerprint does not have the hash"),
+        ({"fingerprint": forged}, "fingerprint_hash is not the hash of its fingerprint"),
         ({"shards": renamed}, "calls shard 1 part-00000.parquet"),
-        ({"shards": manifest.shards[::-1]}, "not each once and in order"),
+        ({"shards": manifest.shards[::-1]}, "does not list each shard once and in order"),
         ({"sequences_hash": "0"}, "sequences_hash"),
     ):
         assert any(fault in found for found in manifest_faults(manifest.model_copy(update=fields))), fault
@@ -243,7 +243,7 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
     edit(copy / "manifest.json", shards=entries, totals=totals)
     assert "no faults" in run(*VERIFY, copy)
     output = run(*VERIFY, copy, *teacher, code=1)
-    assert "part-00001.parquet: has entropies up to 0.1" in output and "another most probable token" in output
+    assert "part-00001.parquet: has entropies up to 0.1" in output and "different most probable token" in output
     assert "has surprisals up to 0.2" in output and "has log-probabilities up to 0.2" in output
     assert "part-00002" not in output
 
@@ -346,7 +346,7 @@ def test_wrong_tables_are_named(tempered: Path) -> None:
         (padded, None, "has entropy at a special token"),
         (wide, None, "has other columns than the contract"),
         (reverse, None, "its sequence ids are not contiguous (first at row 0)"),
-        (table, [table.slice(0, 7), table.slice(7)], "its row groups are cut elsewhere"),
+        (table, [table.slice(0, 7), table.slice(7)], "its row groups do not have the sizes"),
     ]
     for bad, groups, fault in cases:
         entry, data = recommitted(manifest.shards[0], bad, groups)

@@ -216,7 +216,7 @@ def test_tokens_that_do_not_say_are_refused() -> None:
     end.train_from_iterator(TEXTS, vocab_size=60, show_progress=False)
     plain = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
     for backend in (end._tokenizer, plain):
-        with pytest.raises(ValueError, match="do not say which of them go on with a word") as caught:
+        with pytest.raises(ValueError, match="do not mark which of them continue a word") as caught:
             words.continuing_tokens(PreTrainedTokenizerFast(tokenizer_object=backend), 60)
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="object"):
@@ -374,10 +374,10 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
         (scored, "parquet", ["--mask-ratio", 0], "mask ratio 0 is not above 0"),
         (scored, "parquet", ["--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
         (scored, "random", ["--mask-by", "surprisal"], "--mask-by needs scores, and --(entropy|mask)-source random"),
-        (scored, "parquet", ["--mask-by", "entropy", "--hard-share", 0], "--mask-by has no use with --hard-share 0"),
+        (scored, "parquet", ["--mask-by", "entropy", "--hard-share", 0], "--mask-by has no effect with --hard-share 0"),
         (scored, "parquet", ["--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
         (unscored, "parquet", ["--mask-by", "surprisal"], "has no scores"),
-        (blind, "random", ["--mask-unit", "word"], "do not say which of them go on with a word"),
+        (blind, "random", ["--mask-unit", "word"], "do not mark which of them continue a word"),
     ):
         named = ["--shards", shards, "--output-dir", tmp_path / "out"]
         with pytest.raises(UsageError, match=sentence) as caught:

@@ -1,4 +1,4 @@
-"""The flags of transformers.TrainingArguments that work here, their ranges, and the settings that a run cannot vary."""
+"""The supported flags of transformers.TrainingArguments, the ranges of all numbers, and the fixed settings."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ def required(help: str) -> Any:
 
 
 def switch(help: str) -> Any:
-    """A flag that is true, false or, where it is not given, None."""
+    """A flag that is true, false, or None if it is not given."""
     return option(help, nargs="?", const=True)
 
 
 @dataclass(kw_only=True)
 class TrainerFlags:
-    """The flags of transformers.TrainingArguments that work here, with the defaults that pretraining wants."""
+    """The supported flags of transformers.TrainingArguments, with defaults for pretraining."""
 
     output_dir: str = required("directory of the trained model, its checkpoints and its summary")
-    max_steps: int | None = option("steps of the run (default: those of the epochs)")
+    max_steps: int | None = option("steps of the run (default: from the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
-    per_device_train_batch_size: int | None = option("sequences of a batch (default: by the model's size)")
-    gradient_accumulation_steps: int = option("batches of a step on each device (default: 1)", 1)
-    per_device_eval_batch_size: int = option("sequences of a batch in an evaluation (default: 64)", 64)
+    per_device_train_batch_size: int | None = option("sequences per batch of a device (default: by the model's size)")
+    gradient_accumulation_steps: int = option("batches per step on each device (default: 1)", 1)
+    per_device_eval_batch_size: int = option("sequences per batch in an evaluation (default: 64)", 64)
 
-    optim: str | None = option("muon (default for presets), or an optimizer of transformers by its name")
+    optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
     optim_args: str | None = option("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = option("peak learning rate of AdamW or its like (default: by the model's size)")
-    weight_decay: float = option("weight decay of AdamW or its like (default: 0.01)", 0.01)
+    learning_rate: float | None = option("peak learning rate of AdamW, or of --optim (default: by the model's size)")
+    weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
     adam_epsilon: float = option("AdamW's ε (default: 1e-6)", 1e-6)
     max_grad_norm: float = option("clip gradients to this norm; 0 for no clipping (default: 1)", 1.0)
-    lr_scheduler_type: str = option("learning-rate schedule of transformers by its name (default: linear)", "linear")
+    lr_scheduler_type: str = option("name of a learning-rate schedule of transformers (default: linear)", "linear")
     lr_scheduler_kwargs: str | None = option("arguments of the schedule, as a JSON object")
-    warmup_steps: float = option("steps of the learning-rate warm-up, or below 1 their share (default: 0.06)", 0.06)
+    warmup_steps: float = option("steps of learning-rate warm-up; below 1 a share of all steps (default: 0.06)", 0.06)
 
-    bf16: bool | None = switch("train in bfloat16 (default: where the hardware has it)")
+    bf16: bool | None = switch("train in bfloat16 (default: if the hardware has it)")
     fp16: bool = option("train in float16", False)
     tf32: bool | None = switch("multiply float32 matrices in TF32")
-    activation_checkpointing: bool | None = switch("compute activations twice, to save memory")
+    activation_checkpointing: bool | None = switch("compute activations twice to save memory")
     gradient_checkpointing: bool | None = switch("the older name of --activation-checkpointing")
     torch_compile: bool = option("compile the model", False)
     torch_compile_backend: str | None = option("backend of the compiler")
@@ -62,49 +62,49 @@ class TrainerFlags:
     )
 
     logging_strategy: Literal["no", "steps"] = option("whether to log the loss (default: steps)", "steps")
-    logging_steps: float = option("log every N steps, or below 1 every such share of them (default: 50)", 50)
-    logging_first_step: bool = option("log the first step, too", False)
-    report_to: str = option("where else to log, e.g. tensorboard (default: none)", "none")
-    run_name: str | None = option("name of the run there")
+    logging_steps: float = option("log every N steps; below 1 a share of all steps (default: 50)", 50)
+    logging_first_step: bool = option("also log the first step", False)
+    report_to: str = option("another place to log, e.g. tensorboard (default: none)", "none")
+    run_name: str | None = option("name of the run for --report-to")
     eval_strategy: Literal["no", "steps"] | None = option(
-        "whether to evaluate during training (default: at its start and after each fifth of it)"
+        "whether to evaluate during training (default: at its start and after each fifth)"
     )
-    eval_steps: float | None = option("evaluate every N steps, or such a share of them (default: --logging-steps)")
+    eval_steps: float | None = option("evaluate every N steps; below 1 a share of all steps (default: --logging-steps)")
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
     eval_on_start: bool | None = option("evaluate before the first step (default: unless --eval-strategy is given)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
-    save_steps: float = option("save a checkpoint every N steps, or such a share of them (default: 500)", 500)
+    save_steps: float = option("save a checkpoint every N steps; below 1 a share of all steps (default: 500)", 500)
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
     load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
-    metric_for_best_model: Literal["loss", "accuracy"] | None = option("what makes it the best (default: loss)")
-    greater_is_better: bool | None = switch("whether more of that is better (default: of accuracy)")
+    metric_for_best_model: Literal["loss", "accuracy"] | None = option("metric of the best evaluation (default: loss)")
+    greater_is_better: bool | None = switch("whether a higher metric is better (default: for accuracy)")
 
     seed: int = option("seed of the weights and of the masks (default: 42)", 42)
     data_seed: int | None = option("seed of the order of the sequences (default: --seed)")
     full_determinism: bool = option("use deterministic kernels only, which are slower", False)
-    use_cpu: bool | None = switch("train on the CPU (default: where there is neither CUDA nor XPU)")
+    use_cpu: bool | None = switch("train on the CPU (default: without CUDA and XPU)")
     dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
-    dataloader_prefetch_factor: int | None = option("batches that each of them keeps ready (default: 2)")
-    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("what connects devices (default: by device)")
-    # all ranks wait while one process a machine checks every byte of the shards, some 2 TB in an hour; a cluster waits
+    dataloader_prefetch_factor: int | None = option("batches that each of these processes keeps ready (default: 2)")
+    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("communication backend (default: by device)")
+    # all ranks wait while one process per machine checks every byte of the shards, about 2 TB per hour; a cluster waits
     # as long for a rank that hangs
     ddp_timeout: int = option("seconds that a device waits for the others (default: 3600)", 3_600)
 
 
 # settings of transformers that a run cannot vary
 FIXED: dict[str, Any] = {
-    "train_sampling_strategy": "sequential",  # the dataset knows the order
+    "train_sampling_strategy": "sequential",  # the dataset has its own order
     "remove_unused_columns": False,
     "disable_tqdm": True,  # the trainer draws its own bar
-    "logging_nan_inf_filter": False,  # it hides NaN, and waits for the device at each batch
-    "ddp_find_unused_parameters": False,  # a search at each step; there are none
+    "logging_nan_inf_filter": False,  # it would hide NaN, and wait for the device at each batch
+    "ddp_find_unused_parameters": False,  # it would search at each step; there are none
 }
-# prefixes of flags that do not decide what is learned; the global batch does, how it is split does not
+# prefixes of flags that do not decide what is learned; the global batch does, its split does not
 FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
 )
-# ranges of numbers that would otherwise fail late or, worse, not at all
+# ranges of numbers; a number outside would fail late or, worse, not at all
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
@@ -144,11 +144,11 @@ def check_ranges(flags: dict[str, Any]) -> None:
 
 
 def training_arguments(flags: TrainerFlags) -> TrainingArguments:
-    """Trainer's arguments. Raises UsageError if transformers refuses the flags, or the device cannot make the masks."""
+    """Trainer's arguments. Raises UsageError if transformers refuses the flags, or the device cannot compute masks."""
     given = asdict(flags) | {"max_steps": flags.max_steps or TrainingArguments.max_steps}
     # the host does not wait for copies from pinned memory to a device
     given["accelerator_config"] = {"non_blocking": not flags.use_cpu}
-    with refused_by_transformers():  # TrainingArguments checks itself
+    with refused_by_transformers():  # TrainingArguments checks its fields
         args = TrainingArguments(**given, **FIXED)
     if args.device.type == "mps":
         raise UsageError("--use-cpu false would train on Apple's GPU, which has no float64 for the masks; leave it out")
@@ -162,13 +162,13 @@ def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def global_batch(args: TrainingArguments) -> int:
-    """Sequences a step, over all devices."""
+    """Sequences per step on all devices."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 @contextmanager
 def refused_by_transformers() -> Iterator[None]:
-    """Say in one sentence why transformers, or a library below it, refuses a flag. Raises UsageError."""
+    """Turn an error by which transformers, or a library below it, refuses a flag into a UsageError."""
     try:
         yield
     except (ValueError, ImportError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:

@@ -22,7 +22,7 @@ from train import guard, resume
 from train.options import Options
 
 MOST_FAILURES = 3  # of workers, in one call
-POLL_SECONDS = 0.5  # between two reads of what the first worker has written
+POLL_SECONDS = 0.5  # between two reads of the first worker's log
 RAY = ".ray"  # Ray Train's own files, in the output directory
 TERMINATED = 143  # exit code
 
@@ -30,8 +30,8 @@ TERMINATED = 143  # exit code
 def run(main: Callable[[list[str]], None], argv: list[str], options: Options, args: TrainingArguments) -> None:
     """Call ``main`` in ``--num-workers`` processes, on a running cluster or on one that is started here.
 
-    Each worker gets a GPU, where the cluster has any. When one dies, all are started again and go on from the last
-    checkpoint. SIGTERM is passed on.
+    Each worker gets a GPU if the cluster has any. If a worker dies, all start again from the last checkpoint. SIGTERM
+    is passed on.
 
     Raises:
         UsageError, RunError, Terminated: as the workers say.
@@ -47,7 +47,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     log, stop, overwrite = directory / RAY / "log", directory / guard.STOP, directory / resume.OVERWRITE
     for file in (log, stop, overwrite):
         file.unlink(missing_ok=True)
-    if options.overwrite:  # the workers drop the run once they know that theirs can begin, and then delete this file
+    if options.overwrite:  # the workers drop the old run when the new one can begin, and then delete this file
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
@@ -75,7 +75,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
 
 
 def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str]:
-    """The result of ``_work``; shows what the first worker writes meanwhile. Raises RunError."""
+    """The result of ``_work``; meanwhile shows the output of the first worker. Raises RunError."""
     import ray
     import ray.train.torch
 
@@ -93,7 +93,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             name="run",
             storage_path=str(config["log"].parent),
             failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
-            # other levels show the tracebacks of failures that a restart cures
+            # other levels show tracebacks of failures that a restart repairs
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
@@ -115,7 +115,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
 
 
 def _show(log: Path, result: Future[Any]) -> None:
-    """Print what is written to ``log`` until there is a result. Ray would mix its own messages with it."""
+    """Print the lines of ``log`` until there is a result. Ray's own way would add its messages."""
     shown, ended = 0, False
     while not ended:
         ended = bool(wait([result], POLL_SECONDS).done)
@@ -128,7 +128,7 @@ def _show(log: Path, result: Future[Any]) -> None:
 
 
 def _for_workers(options: Options, output: Path) -> list[str]:
-    """Flags for the workers, with paths that hold in any directory; they come last, and the last counts."""
+    """Flags for the workers, with absolute paths. They come last, so they override earlier ones."""
     flags = ["--num-workers", "1", "--output-dir", str(output)]
     for name, uri in (
         ("--shards", options.shards),
@@ -141,7 +141,7 @@ def _for_workers(options: Options, output: Path) -> list[str]:
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:
-    """A worker: exit code and message if all ranks end alike; otherwise it raises, and Ray starts all workers again."""
+    """A worker: exit code and message if all ranks end in the same way. Otherwise it raises, and Ray restarts all."""
     import ray.train
 
     if ray.train.get_context().get_world_rank() == 0:

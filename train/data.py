@@ -25,18 +25,18 @@ from entropy_masking.shards.read import Columns, Rows, read_block, read_targets,
 from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
 
-WINDOW = 16  # row groups that are shuffled together, and all that a loader keeps decoded
-REMOTE_READS = 8  # row groups asked of an object store at a time: eight answers take as long as one
-SPLIT_SEED = 0  # the split is the same for every run on the same shards, whatever its --seed
+WINDOW = 16  # row groups that are shuffled together; a loader keeps only these decoded
+REMOTE_READS = 8  # row groups that are read at once from an object store: eight answers take as long as one
+SPLIT_SEED = 0  # the split does not depend on --seed: it is the same for every run on the same shards
 ORDER_STREAM = 1
 
 
 def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEntry], list[ShardEntry]]:
     """(train, evaluation) shards: ⌈fraction · n⌉ are held out, at least one is on each side.
 
-    Shards are ranked by a hash of their index, so that a reference trained on tokens and students trained on the same
-    shards with scores hold out the same documents, even where a scoring run ended without some of its shards. Raises
-    UsageError where there are fewer than two.
+    Shards are ranked by a hash of their index. So a reference trained on tokens and students trained on the same shards
+    with scores hold out the same documents, even if a scoring run ended without some shards. Raises UsageError if there
+    are fewer than two shards.
     """
     entries = [entry for entry in manifest.shards if entry.rows]
     if not eval_fraction:
@@ -56,19 +56,19 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run, epoch after epoch, as a map from the position in the run to a sequence.
 
     Order of an epoch: row groups are shuffled and split into windows of ``WINDOW``; rows are shuffled within a window.
-    A run goes through the windows one after another, and the next one is decoded into the memory of the last: that
-    bounds the memory, whatever the corpus. Each loader worker decodes all windows; workers share the masking alone.
+    A run reads one window after another, each into the memory of the previous one. So the memory does not grow with the
+    corpus. Each loader worker decodes all windows; workers share only the masking.
 
     Args:
         entries: the shards to train on.
         columns: what to read.
         size: sequences of the whole run.
         seed: of the order.
-        prepare: from raw batch to what the model takes, called in the loader worker. A raw batch has ``input_ids``
+        prepare: turns a raw batch into the inputs of the model, in the loader worker. A raw batch has ``input_ids``
             [B, L], ``sequence_id``, ``epoch`` and ``progress`` (place in the run, from 0 to 1) [B], and by ``columns``
             ``entropy``, ``surprisal`` and ``temperature_lse`` [B, L] and ``topk_*`` [B, L, k].
-        targets: a target directory, whose rows are added to the raw batch (see ``read_targets``). ``epoch``, which
-            decides the mask, is then the variant: epoch e has variant e mod R.
+        targets: a target directory; its rows are added to the raw batch (see ``read_targets``). Then ``epoch``, which
+            decides the mask, is the variant e mod R.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         for (epoch, window), group in groupby(map(self._locate, indices), key=lambda place: place[:2]):
             self._decode(epoch, window)
             rows = self._shuffled[[offset for *_, offset in group]]
-            part = {name: array[rows] for name, array in self._rows.items()}  # copied: the next window comes here
+            part = {name: array[rows] for name, array in self._rows.items()}  # a copy: the next window overwrites them
             parts.append(part | {"epoch": np.full(len(rows), self._mask_of(epoch), np.int64)})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         progress_B = torch.tensor(indices, dtype=torch.float64) / self.size
@@ -118,7 +118,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch
 
     def _locate(self, index: int) -> tuple[int, int, int]:
-        """(epoch, window, offset in it) of a position of the run."""
+        """(epoch, window, offset in the window) of a position of the run."""
         epoch, position = divmod(index, self.rows)
         _, starts = self._epoch(epoch)
         window = bisect_right(starts, position) - 1
@@ -134,7 +134,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return self._order_of[1:]
 
     def _decode(self, epoch: int, window: int) -> None:
-        """Read the rows of a window over those of the one before, and make their order."""
+        """Read the rows of a window into the memory of the previous one, and compute their order."""
         if self._decoded == (epoch, window):
             return
         self._decoded = None  # until all rows are read
@@ -156,7 +156,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self._decoded = epoch, window
 
     def _read(self, epoch: int, group: int) -> Rows:
-        """A row group, joined with its targets. Raises RunError as ``read_block``."""
+        """A row group, joined with its targets. Raises RunError like ``read_block``."""
         entry, block, _ = self.groups[group]
         rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
@@ -166,11 +166,11 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
 
 
 class PrepareBatch:
-    """What a loader worker does with a raw batch. A class, because it is pickled for workers that are not forked.
+    """Prepares a raw batch in a loader worker. A class, because it is pickled for workers that are not forked.
 
     Args:
         by_student: the batch is masked later, on the device, by the student's scores.
-        padded: whether all batches get an attention mask; None: those with padding.
+        padded: whether batches get an attention mask; None gives one to batches with padding.
     """
 
     def __init__(self, masker: Masker, policy: MaskPolicy, by_student: bool, padded: bool | None) -> None:
@@ -182,8 +182,8 @@ class PrepareBatch:
             batch["reference"] = batch["surprisal"]
         if self.by_student:
             batch.pop("surprisal", None)
-            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # here nothing waits for the device
-            # a GPU may not know every type of integer
+            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # here it waits for no device
+            # a GPU may not support every integer type
             return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
         masked: dict[str, Any] = self.masker(batch, self.policy)
         if (by := self.policy.by) in batch and not self.policy.uniform:
@@ -199,8 +199,8 @@ def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, T
     if not same_B.all():
         sequence = int(batch["sequence_id"][~same_B][0])
         raise RunError(
-            f"the masked input of sequence {sequence} is not the one that its targets were made for; make targets "
-            "for these shards with pipeline/score.py --mask-source"
+            f"the targets of sequence {sequence} were made for another masked input; make targets for these shards "
+            "with pipeline/score.py --mask-source"
         )
     shapes = {"teacher_ids": "BPT", "teacher_logprobs": "BPT", "temperature_lse": "BP"}
     return {f"{name}_{shape}": batch[name] for name, shape in shapes.items() if name in batch}

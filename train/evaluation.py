@@ -1,4 +1,4 @@
-"""Evaluation under one fixed random mask, the same positions for every run: losses at positions, and their means."""
+"""Evaluation under one fixed random mask, the same for every run: losses at positions, and their means."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_block, to_tensors
 
-# at random, whatever the regime, seed and mask ratio of the run
+# random, for every regime, seed and mask ratio of a run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
 
@@ -37,9 +37,9 @@ def batches(
 def outcomes(
     model: Any, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[np.ndarray, ...]:
-    """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch; in nats.
+    """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch, in nats.
 
-    The entropy is that of the shards, 0 where they have none.
+    The entropy comes from the shards; it is 0 if they have none.
     """
     entropy_BL = raw.get("entropy", torch.zeros(raw["input_ids"].shape))
     sequences = {name: tensor for name, tensor in raw.items() if name != "entropy"}
@@ -58,7 +58,7 @@ def outcomes(
 def metrics(columns: Sequence[np.ndarray], scored: bool) -> dict[str, float]:
     """The means of ``outcomes``: loss (nats), accuracy, positions; and the loss by decile of the known entropies.
 
-    Summed by sequence and position, so that neither sums nor ties depend on the number of ranks.
+    The positions are sorted, so neither sums nor ties depend on the number of ranks.
     """
     order = np.lexsort((columns[1], columns[0]))
     loss_N, hit_N, entropy_N = (column[order] for column in columns[2:])

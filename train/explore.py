@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""See the entropies of a shard directory, and what would be masked: a summary here, and a page to look at.
+"""Show the entropies of a shard directory and the tokens that would be masked: a summary, and optionally a page.
 
     python train/explore.py runs/scored
     python train/explore.py runs/scored --output entropy.html
     python train/explore.py runs/scored --mask-temperature 1 --mask-unit word --output entropy.html
     python train/explore.py runs/scored runs/self-entropies --output difference.html
 
-The page is one file that needs no network. Two directories must hold the same tokens: entropies of a teacher and of a
-student, or of a student early and late. See docs/explore.md.
+The page is one file that needs no network. Two directories must hold the same tokens, scored by a teacher and by a
+student, say, or by an early and a late student. See docs/explore.md.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from train.explorer.summary import summarise
 
 @dataclass(kw_only=True)
 class Options(MaskOptions):
-    """What to look at; the mask flags are those of train/run.py."""
+    """The flags; the mask flags are those of train/run.py."""
 
-    output: str | None = option("HTML file to write (default: only the summary here)")
-    limit: int = option("sequences to take the statistics of", 10_000)
+    output: str | None = option("HTML file to write (default: only print the summary)")
+    limit: int = option("most sequences for the statistics", 10_000)
     sequences: int = option("sequences to show as text on the page", 6)
     entropy_source: Literal["parquet", "random"] = option("mask by the scores of the shards, or at random", "parquet")
-    seed: int = option("of the masks, as of a run; those of its first epoch are shown", 42)
+    seed: int = option("seed of the masks; the masks of the first epoch are shown", 42)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("directory", metavar="DIR", help="shard directory with scores, a path or a URI")
-    parser.add_argument("other", metavar="DIR2", nargs="?", help="another, with other scores of the same tokens")
+    parser.add_argument("other", metavar="DIR2", nargs="?", help="another directory: other scores of the same tokens")
     flags = vars(parser.parse_args(argv))
     directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
     check_ranges(flags)
@@ -92,10 +92,10 @@ def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
 
 
 def open_directories(uris: list[str]) -> list[Manifest]:
-    """Their manifests.
+    """The manifests of the directories.
 
     Raises:
-        UsageError: one is no shard directory or has no scores, or they hold different tokens.
+        UsageError: one is not a shard directory or has no scores, or they hold different tokens.
     """
     manifests = [read_manifest(uri) for uri in uris]
     for manifest in manifests:
@@ -114,10 +114,10 @@ def open_directories(uris: list[str]) -> list[Manifest]:
 
 
 def check_scored(sources: list[Source]) -> None:
-    """Refuse sources that have nothing to show, or nothing to compare.
+    """Refuse sources without scores, or without common scores.
 
     Raises:
-        UsageError: one has no score in the sample, or two have different tokens, or no scores of the same positions.
+        UsageError: one has no score in the sample, or two have different tokens or no common scored position.
     """
     for source in sources:
         if not source.frame["entropy"].count():
@@ -125,11 +125,11 @@ def check_scored(sources: list[Source]) -> None:
         if not source.frame["token"].equals(sources[0].frame["token"]):
             raise UsageError("the two directories hold different tokens; check both with pipeline/verify.py")
         if statistics.side_by_side(sources[0].frame, source.frame).is_empty():
-            raise UsageError("the two directories have scored no position in common; name others")
+            raise UsageError("the two directories have no scored position in common; name others")
 
 
 def names(uris: list[str]) -> list[str]:
-    """A short name for each directory: the end of its path, as long as needed to tell them apart."""
+    """A short name for each directory: the end of its path, long enough to tell them apart."""
     parts = [storage.absolute(uri).rstrip("/").split("/") for uri in uris]
     for depth in range(1, max(map(len, parts))):
         short = ["/".join(part[-depth:]) for part in parts]

@@ -1,4 +1,4 @@
-"""How a run ends early: SIGTERM, NaN, a full disk, a lost process. Each leaves a whole checkpoint and one sentence."""
+"""How a run ends early: SIGTERM, NaN, a full disk, a lost process. The last checkpoint stays whole."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that
 
 
 class AllRanksFailed(RunError):
-    """A failure that all ranks know of at the same point."""
+    """A failure that all ranks raise at the same point."""
 
 
 class Guard(TrainerCallback):
-    """Ends a run at the step after SIGTERM, with a checkpoint; and at a loss that is not finite, without one.
+    """Ends a run after SIGTERM, with a checkpoint, and at a loss that is not finite, without one.
 
-    A signal may reach the ranks at different steps, or only one of them. So they agree after each step, in a process
-    group of their own that waits for no device. Repeated signals change nothing: launchers send them again.
+    A signal may reach the ranks at different steps, or reach only one rank. So the ranks agree after each step, in a
+    separate process group that waits for no device. Repeated signals change nothing, since launchers send them again.
 
     Attributes:
         stopped: SIGTERM has ended the run.
@@ -75,19 +75,19 @@ class Guard(TrainerCallback):
             raise _not_finite(f"the loss is {loss}", state.global_step, self.output)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Name the best checkpoint, which Trainer then loads, by its step: the directory may have been moved."""
+        """Name the best checkpoint by its step, because the directory may have been moved. Trainer then loads it."""
         best = resume.best_checkpoint(args, state)
         if best and not self.stopped and (self.output / best).exists():
             state.best_model_checkpoint = str(self.output / best)
 
 
 def _in_main_thread() -> bool:
-    """False in Ray's workers, where no signal can be handled: there a file asks the run to stop."""
+    """False in Ray's workers, which cannot handle signals; there a file asks the run to stop."""
     return threading.current_thread() is threading.main_thread()
 
 
 def check_finite(model: torch.nn.Module, step: int, output: Path) -> None:
-    """Raises AllRanksFailed for weights that are NaN or infinite: all ranks have the same."""
+    """Raises AllRanksFailed if weights are NaN or infinite; all ranks have the same weights."""
     with torch.no_grad():
         finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
     if not finite:
@@ -106,13 +106,13 @@ def _last_good(output: Path) -> str:
 
 @contextmanager
 def writing(what: str, output: Path) -> Iterator[None]:
-    """Say in one sentence why a file could not be written, and which checkpoint is left. Raises RunError."""
+    """Turn the error of a failed write into a RunError that names the reason and the last good checkpoint."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if _lost_loader(error) or is_of_device(error):
             raise
-        # torch's writer tells the position, not the reason
+        # torch's writer names the position, not the reason
         cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
         reason = "it was cut short" if cut_short else one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
@@ -122,9 +122,9 @@ def writing(what: str, output: Path) -> Iterator[None]:
 
 @contextmanager
 def on_all_ranks(rank: int) -> Iterator[None]:
-    """Let all ranks fail where one fails, so that none waits for the others.
+    """Let all ranks fail if one fails, so that none waits for the others.
 
-    Rank 0 raises UsageError, AllRanksFailed or OSError, as the lowest rank that failed; the others SystemExit.
+    Rank 0 raises the error of the lowest failed rank (UsageError, AllRanksFailed or OSError), the others SystemExit.
     """
     own: Exception | None = None
     try:
@@ -147,24 +147,24 @@ def on_first_rank(rank: int, action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def as_run_error(guard: Guard) -> Iterator[None]:
-    """Handle SIGTERM, and say in one sentence that training has lost a loader worker or another rank.
+    """Handle SIGTERM, and report a lost loader worker or rank in one sentence.
 
     Raises RunError, or Terminated if a signal to all processes has ended the loader workers.
     """
     report = sys.unraisablehook
-    # torch says that a loader worker has died wherever the signal reaches the process, even in a destructor at its end
+    # torch reports a dead loader worker at any point where the signal arrives, even in a destructor at the end
     sys.unraisablehook = lambda what: None if LOST_WORKER in str(what.exc_value) else report(what)
     previous = signal.signal(signal.SIGTERM, guard.ask) if _in_main_thread() else None
     try:
         yield
         sys.unraisablehook = report
-    except RunError as error:  # a loader worker's comes with its traceback
+    except RunError as error:  # that of a loader worker contains a traceback
         raise type(error)(last_line(error)) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         if _lost_loader(error):
             if guard.asked:
                 raise Terminated from None
-            reason = f"a loader worker was ended from outside, perhaps for lack of memory ({last_line(error)})"
+            reason = f"a loader worker was killed, perhaps for lack of memory ({last_line(error)})"
             fix = "run the command again, with fewer --dataloader-num-workers"
             raise RunError(f"{reason}; {_last_good(guard.output)}; {fix}") from None
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
@@ -176,20 +176,20 @@ def as_run_error(guard: Guard) -> Iterator[None]:
 
 
 def _lost_loader(error: Exception) -> bool:
-    """Whether a loader worker has died, perhaps while it handed over a batch."""
+    """Whether a loader worker has died, perhaps while it sent a batch."""
     return isinstance(error, ConnectionError | EOFError) or LOST_WORKER in str(error)
 
 
 def last_line(error: Exception) -> str:
-    """The message of an error from another process, which comes with a traceback."""
+    """The message of an error from another process, without its traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip().removeprefix(f"{RunError.__module__}.RunError: ")
 
 
 def ignore_sigterm_of_group(worker: int) -> None:
-    """In a loader worker: end at SIGTERM from the trainer, not at one that is sent to all processes of a run.
+    """In a loader worker: end at SIGTERM from the trainer, but ignore SIGTERM to all processes of a run.
 
-    The trainer still needs its batches then, up to the end of the step.
+    After the latter, the trainer still needs batches until the end of the step.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return

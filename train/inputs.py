@@ -1,4 +1,4 @@
-"""Opens what a run reads, and refuses flags that contradict it or each other."""
+"""Opens the inputs of a run, and refuses flags that contradict them or each other."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Inputs:
 
 
 def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
-    """Open what the flags name. Raises UsageError where it cannot be read, or flags contradict it or each other."""
+    """Open the inputs. Raises UsageError if one cannot be read, or flags contradict them or each other."""
     manifest, source = read_manifest(options.shards), options.entropy_source
     targets = open_targets(options.targets, manifest, source) if options.targets else None
     eval_shards = open_eval_shards(options.eval_shards, manifest) if options.eval_shards else None
-    # one process a machine checks every byte, and only when a run begins: so a run resumes at once
+    # one process per machine checks every byte, and only when a run begins, so that a run resumes at once
     begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
     for directory in filter(None, (manifest, targets, eval_shards)):
         check_shards(directory, contents=not (begun or args.local_process_index))
@@ -68,7 +68,7 @@ def contradictions(options: Options, args: TrainingArguments, teacher: Manifest)
         if not options.muon and getattr(options, name) is not None:
             yield f"{flag(name)} only applies to --optim muon; leave it out"
     if options.eval_shards and options.eval_fraction:
-        yield "--eval-fraction holds shards out, and --eval-shards says what is evaluated on; use one"
+        yield "--eval-fraction holds shards out, and --eval-shards names other ones to evaluate on; use one"
     for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
         if wanted and not (options.eval_shards or options.eval_fraction):
             yield f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
@@ -85,7 +85,7 @@ def contradictions(options: Options, args: TrainingArguments, teacher: Manifest)
     if not options.distill_weight:
         for name, unused in (("targets", None), ("distill_temperature", 1.0), ("distill_positions", 1.0)):
             if getattr(options, name) != unused:
-                yield f"{flag(name)} is for distillation; set --distill-weight above 0, or leave it out"
+                yield f"{flag(name)} needs distillation; set --distill-weight above 0, or leave it out"
     elif not options.targets and not teacher.top_k:
         yield f"{teacher.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16"
     elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
@@ -94,12 +94,12 @@ def contradictions(options: Options, args: TrainingArguments, teacher: Manifest)
 
 
 def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
-    """A target directory. Raises UsageError if it is none, or was made for other shards or another entropy source."""
+    """A target directory. Raises UsageError if it was made for other shards or another entropy source, or is broken."""
     if source == "self":
-        raise UsageError("--targets needs masks that are known beforehand, which --entropy-source self has none of")
+        raise UsageError("--targets needs masks that are known before the run; those of --entropy-source self are not")
     targets = read_manifest(uri, kind="targets")
     if not _names_masks(targets):
-        raise UsageError(f"the manifest of {uri} does not say for which masks it was made; make it again")
+        raise UsageError(f"the manifest of {uri} does not name the masks that it was made for; make it again")
     assert targets.masks
     if targets.sequences_hash != manifest.sequences_hash:
         raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; {MAKE} {manifest.uri}")
@@ -122,32 +122,32 @@ def _names_masks(targets: Manifest) -> bool:
 
 
 def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
-    """The policy that targets were made for, with its seed. Raises UsageError if a mask flag differs."""
+    """The policy of targets, with its seed. Raises UsageError if a mask flag differs."""
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
     recipe = RECIPES["paper"] if options.recipe == "paper" else {}
     for name, value in (recipe | given_masks(options)).items():
         if value != (of_targets := getattr(policy, name)):
-            raise UsageError(f"{mask_flag(name)} {value} is not {of_targets}, as in {targets.uri}; leave it out")
+            raise UsageError(f"{mask_flag(name)} {value} differs from {of_targets} in {targets.uri}; leave it out")
     return policy
 
 
 def open_eval_shards(uri: str, manifest: Manifest) -> Manifest:
-    """Shards of other text to evaluate on. Raises UsageError if they are none, or have another tokenizer or length."""
+    """Shards of other text to evaluate on. Raises UsageError for training text, another tokenizer or another length."""
     evaluated = read_manifest(uri)
     if evaluated.tokenizer_hash != manifest.tokenizer_hash:
-        raise UsageError(f"--eval-shards {uri} was made with another tokenizer than {manifest.uri}; use that of both")
+        raise UsageError(f"--eval-shards {uri} was made with another tokenizer than {manifest.uri}; use one for both")
     own, length = evaluated.sequence_length, manifest.sequence_length
     if own != length:
         raise UsageError(
-            f"--eval-shards {uri} has sequences of {own} tokens, {manifest.uri} of {length}; make them alike"
+            f"--eval-shards {uri} has sequences of {own} tokens, {manifest.uri} of {length}; use the same length"
         )
-    # however it was cut
+    # the same text, even if it was cut differently
     if evaluated.sequences_hash == manifest.sequences_hash or _files(evaluated) & _files(manifest):
-        raise UsageError(f"--eval-shards {uri} holds what is trained on; name other text, or use --eval-fraction")
+        raise UsageError(f"--eval-shards {uri} holds text of --shards; name other text, or use --eval-fraction")
     return evaluated
 
 
 def _files(manifest: Manifest) -> set[str]:
-    """Content hashes of the text that the sequences were made of."""
+    """Content hashes of the text files of the sequences."""
     corpus = manifest.fingerprint["corpus"]
     return set(corpus.get("sequences", corpus).get("files", {}).values())

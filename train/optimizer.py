@@ -17,7 +17,7 @@ class MuonAdamW(Optimizer):
     """Two optimizers behind one interface, so that schedulers and checkpoints see one list of parameter groups.
 
     Args:
-        groups: parameter groups of Trainer; AdamW gets what Muon does not train.
+        groups: parameter groups of Trainer; AdamW trains the parameters that Muon does not train.
         matrices: the parameters for Muon.
         muon: Muon's arguments.
         adamw: AdamW's arguments.

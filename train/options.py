@@ -1,4 +1,4 @@
-"""The flags of train/run.py: its own and those of Trainer that work here, parsed and filled in."""
+"""The flags of train/run.py, its own and those of Trainer, parsed and filled in."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from entropy_masking.models.checkpoints import resolve_dtype
 from train.arguments import TrainerFlags, check_ranges, required, training_arguments
 from train.student import SIZES
 
-# AdamW's learning rate, together with Muon and alone, by size of preset; other models use that of base
+# AdamW's learning rate, beside Muon and alone, by size of the preset; other models use that of base
 MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY = "muon", 0.02, 0.01
 LEARNING_RATES = {
     MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
     "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
 }
-BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # sequences a step
+BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
 
 
@@ -32,28 +32,28 @@ class Options(MaskOptions):
 
     shards: str = required("shard directory made by pipeline/score.py, a path or a URI")
     entropy_source: Literal["random", "parquet", "self"] = required(
-        "mask at random, by the entropies of the shards, or by the student's own"
+        "mask at random, by the scores of the shards (parquet), or by the student's own (self)"
     )
     model: str = option("tiny (default), mini, small, medium, base; a config.json; or a checkpoint", "tiny")
     targets: str | None = option("distil from this target directory, with its masks (default: from the shards)")
     distill_weight: float = option("α in (1 - α)·CE + α·T²·KL(teacher ‖ student) (default: 0)", 0.0)
-    distill_temperature: float = option("T, one that the teacher's scores include (default: 1)", 1.0)
+    distill_temperature: float = option("T, one of the scores' --temperatures (default: 1)", 1.0)
     distill_positions: float = option(
-        "share of the predicted tokens to distil at, those with the highest student entropy (default: 1)", 1.0
+        "distil at this share of the predicted tokens, those with the highest student entropy (default: 1)", 1.0
     )
     muon_learning_rate: float | None = option(
         f"Muon's learning rate, for the hidden matrices (default: {MUON_LEARNING_RATE})"
     )
     muon_weight_decay: float | None = option(f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})")
     self_refresh: Literal["means", "step"] | None = option(
-        "self: running means of the scores at masked tokens, by type (default), or a separate forward on each batch "
-        "(default of --recipe paper)"
+        "with self: running means of the scores of masked tokens by type (means, default), or an extra forward on each "
+        "batch (step, default of --recipe paper)"
     )
-    eval_fraction: float | None = option("share of the shards held out (default: 0.01); 0 for no evaluation")
-    eval_shards: str | None = option("evaluate on this shard directory (default: on the shards held out)")
-    trust_remote_code: bool = option("run model code that a checkpoint brings along", False)
+    eval_fraction: float | None = option("share of the shards to hold out (default: 0.01); 0 for no evaluation")
+    eval_shards: str | None = option("evaluate on this shard directory (default: on held-out shards)")
+    trust_remote_code: bool = option("run model code from the checkpoint", False)
     num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
-    overwrite: bool = option("drop the run that the output directory holds", False)
+    overwrite: bool = option("drop the run in the output directory", False)
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
 
 
@@ -88,8 +88,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
 def _unsupported(text: str) -> str:
     name = text.partition("=")[0]
     if name.lstrip("-").replace("-", "_").removeprefix("no_") in TrainingArguments.__dataclass_fields__:
-        return f"{name} of transformers.TrainingArguments is not supported here; train/run.py --help lists what is"
-    return f"{name} is not a flag of train/run.py; --help lists those that are"
+        return f"{name} of transformers.TrainingArguments is not supported; --help lists the supported flags"
+    return f"{name} is not a flag of train/run.py; --help lists its flags"
 
 
 def fill_in(options: Options, flags: TrainerFlags) -> None:
@@ -109,11 +109,11 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
     if flags.eval_strategy is None and (options.eval_fraction or options.eval_shards):
-        # often enough to see that a run collapses
+        # often enough to notice a collapse
         _set_missing(flags, eval_strategy="steps", eval_steps=EVAL_STEPS, eval_on_start=True)
     _set_missing(flags, eval_strategy="no", eval_on_start=False)
     if options.entropy_source == "self":
-        _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # step is the paper's
+        _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # the paper has step
 
 
 def _set_missing(flags: Options | TrainerFlags, **defaults: object) -> None:

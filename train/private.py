@@ -1,4 +1,4 @@
-"""The private parts of other libraries that training needs; pyproject.toml bounds their versions for it."""
+"""The private parts of other libraries that training needs; pyproject.toml limits their versions for this."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Trainer
 def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
     """Let a trainer save each of its checkpoints within a context.
 
-    There is no public way: the event ``on_save`` comes after a save, so no rank would learn that another one failed.
+    There is no public way: the event ``on_save`` comes after a save, so a rank would not learn that another one failed.
     """
     save = trainer._save_checkpoint
 

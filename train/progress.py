@@ -1,4 +1,4 @@
-"""What a run shows while it trains: its progress, its losses, and how its masks develop.
+"""The output of a run while it trains: progress, losses, and the development of its masks.
 
 Shapes: B rows, L tokens, K masked positions of a row, V vocabulary, N names.
 """
@@ -22,11 +22,11 @@ from train.arguments import global_batch
 
 RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
 MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
-LEAST_TOKENS = 100  # to estimate it from
+LEAST_TOKENS = 100  # to estimate this probability
 
 
 class RunningMeans:
-    """Means, kept as sums on the device that computes them, so that nothing waits for it until they are logged."""
+    """Means, kept as sums on the device, so that nothing waits for the device until they are logged."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -37,7 +37,7 @@ class RunningMeans:
             self.sums[name] = self.sums.get(name, 0.0) + sum_and_count
 
     def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The means by name, after which the sums start at zero. ``reduce`` adds up the sums of all ranks."""
+        """Return the means by name, and reset the sums. ``reduce`` adds up the sums of all ranks."""
         names = sorted(self.sums)
         if not names:
             return {}
@@ -47,7 +47,7 @@ class RunningMeans:
 
 
 def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK: Tensor) -> dict[str, Tensor]:
-    """(sum, count) [2] float64 of the scores, of all candidates and, as ``masked_…``, of the masked positions."""
+    """(sum, count) [2] float64 of the scores of all candidates and, as ``masked_…``, of the masked positions."""
     known_BL = candidates_BL & ~score_BL.isnan()
     where_BK = positions_BK.clamp_min(0)
     masked_BK = (positions_BK != IGNORED) & known_BL.gather(1, where_BK)
@@ -64,14 +64,14 @@ def _sum_and_count(values: Tensor, where: Tensor) -> Tensor:
 def type_concentration(count_V: Tensor) -> float:
     """Σ n_t (n_t − 1) / (n (n − 1)) over the types of n tokens: the probability that two of them have the same type.
 
-    0 for fewer than ``LEAST_TOKENS`` tokens, which tell nothing.
+    0 for fewer than ``LEAST_TOKENS`` tokens.
     """
     n, count_V = int(count_V.sum()), count_V.double()
     return float((count_V * (count_V - 1)).sum()) / (n * (n - 1)) if n >= LEAST_TOKENS else 0.0
 
 
 class CollapseWarnings(TrainerCallback):
-    """Warns when masking makes a run worse, once for each sign; ``warnings`` are those printed so far."""
+    """Warns if masking makes a run worse, once per sign. ``warnings`` holds the warnings so far."""
 
     def __init__(self, policy: MaskPolicy, vocab_size: int) -> None:
         self.policy, self.vocab_size = policy, vocab_size
@@ -82,7 +82,7 @@ class CollapseWarnings(TrainerCallback):
         return list(self.by_sign.values())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check the whole history, which a resumed run has too."""
+        """Check the whole history, which includes that before a resume."""
         if not self.policy.uses_scores:
             return
         late = [entry for entry in state.log_history if entry["step"] >= self.policy.warmup * state.max_steps]
@@ -117,7 +117,7 @@ def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> Iterator[t
 
 
 class ProgressReport(TrainerCallback):
-    """A bar on a terminal, lines in a log, and the losses; counts the seconds of training, of all sessions of a run."""
+    """A bar on a terminal or lines in a log, and the losses; counts the seconds of training over all sessions."""
 
     def __init__(self, sequence_length: int) -> None:
         self.sequence_length = sequence_length
@@ -141,7 +141,7 @@ class ProgressReport(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.progress:
             self.progress.advance(self.tokens_per_step)
-        # a logged loss is a mean since the last one: logged at every checkpoint, it is the same after a resume
+        # a logged loss is a mean since the last log: with a log at every checkpoint, a resume does not change it
         if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
             control.should_log = True
 

@@ -1,4 +1,4 @@
-"""What a run is and what it costs: its flags in ``run.json``, its results in ``summary.json``."""
+"""The flags of a run in ``run.json``, and its results and costs in ``summary.json``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from train.options import Options
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
-MOST_POINTS = 200  # of a curve in a run's summary
+MOST_POINTS = 200  # most points of a curve in a summary
 FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, Any]:
-    """Everything that decides what is learned; two runs with the same flags may share a directory."""
+    """All flags that decide what is learned. Runs with equal flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
     run = {
@@ -61,7 +61,7 @@ def flops_of(student: Any, options: Options, args: TrainingArguments, inputs: In
 
 
 def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metrics: dict[str, float]) -> dict[str, Any]:
-    """The results of a run that has been trained and evaluated."""
+    """The results of a finished run."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
     manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
@@ -94,7 +94,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metri
 
 
 def costs(manifest: Manifest) -> dict[str, Any]:
-    """What a directory is and what it cost, for a comparison of runs that does not have the directory at hand."""
+    """The identity and the costs of a directory, for a comparison that cannot read the directory."""
     names = ("uri", "fingerprint_hash", "sequences_hash", "passes", "sequence_length")
     totals = ("sequences", "bytes", "flops", "worker_seconds")
     return {name: getattr(manifest, name) for name in names} | {name: manifest.totals[name] for name in totals}
@@ -103,15 +103,15 @@ def costs(manifest: Manifest) -> dict[str, Any]:
 def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
     """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
 
-    At most ``MOST_POINTS`` of each kind, evenly among its steps, the last one included.
+    At most ``MOST_POINTS`` points of each loss, spread evenly, with the last one.
     """
     seconds: dict[int, float] = {}
     for entry in log:
         if "train_seconds" in entry:
-            seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # an evaluation does not count
+            seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # without those of an evaluation
     points = []
     for name in ("loss", "eval_loss"):
-        # the last step may be evaluated twice
+        # the last step may have two evaluations
         losses = {entry["step"]: entry[name] for entry in log if name in entry and entry["step"] in seconds}
         stride = max(1, math.ceil(len(losses) / MOST_POINTS))
         points += [{"step": step, "seconds": seconds[step], name: losses[step]} for step in list(losses)[::-stride]]

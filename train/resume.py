@@ -21,18 +21,18 @@ from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
-UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole, and where one is deleted
-FILES = "files.json"  # written last into a checkpoint: size and CRC-32 of each of its files
+UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
+FILES = "files.json"  # the last file of a checkpoint: size and CRC-32 of each other file
 LOCK = ".lock"
-OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster have a run to drop
+OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster must drop the old run
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 
 def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
-    """Bind an output directory to the flags of a run; False if that run is finished already.
+    """Bind an output directory to the flags of a run; False if this run is already finished.
 
-    A run without a checkpoint gives way to any other: nothing is lost. ``overwrite`` drops the run that is there, with
-    its checkpoints. Raises UsageError for a run with other flags, and for files of no run.
+    A run without a checkpoint gives way to any other run, since nothing is lost. ``overwrite`` drops the existing run
+    with its checkpoints. Raises UsageError for a run with other flags, and for files that belong to no run.
     """
     if _is_foreign(directory):
         raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
@@ -41,11 +41,11 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     if previous is None:
         raise UsageError(f"{directory / FLAGS} does not hold the flags of a run; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
-    # a flag that a library has added or removed since does not make another run
+    # a flag that a library has added or removed since then does not make another run
     shared = {name: value for name, value in flags.items() if name in previous}
     differing = differences({name: previous[name] for name in shared}, shared)
     if differing and not overwrite and (finished or last_checkpoint(directory)):
-        fix = "choose another --output-dir, or pass --overwrite to start afresh"
+        fix = "choose another --output-dir, or pass --overwrite to start again"
         raise UsageError(f"{directory} holds a run with other flags ({'; '.join(differing)}); {fix}")
     shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
     if overwrite and (directory / FLAGS).exists():
@@ -60,7 +60,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _read_flags(directory: Path) -> dict[str, Any] | None:
-    """The flags of the run in a directory, none if there is no run; None if the file holds something else."""
+    """The flags of the run in a directory, empty without a run; None if the file holds something else."""
     try:
         flags = storage.read_json(str(directory / FLAGS))
     except FileNotFoundError:
@@ -78,7 +78,7 @@ def _is_foreign(directory: Path) -> bool:
 
 
 def has_begun(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
-    """Whether there is a checkpoint of a run on these shards and targets, which were checked when it began."""
+    """Whether there is a checkpoint of a run on these shards and targets. They were checked when the run began."""
     flags = _read_flags(directory) or {}
     expected = {"shards": shards.fingerprint_hash, "targets": targets and targets.fingerprint_hash}
     return all(flags.get(name) == value for name, value in expected.items()) and last_checkpoint(directory) is not None
@@ -91,21 +91,21 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
-    """The newest whole checkpoint; with ``contents`` the newest in which every byte is as it was written."""
+    """The newest whole checkpoint; ``contents`` also compares every byte with its checksum."""
     return next((path for path in reversed(checkpoints(directory)) if _is_whole(path, contents)), None)
 
 
 def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The name of the checkpoint that becomes the model if that need not be the last; None if it is the last."""
+    """The name of the best checkpoint if it becomes the model; None if the last checkpoint does."""
     step = state.best_global_step if args.load_best_model_at_end else None
     return f"checkpoint-{step}" if step else None
 
 
 def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
-    """Keep other runs out of an output directory until the file that is returned is closed, or this process ends.
+    """Keep other runs out of an output directory until the returned file is closed, or this process ends.
 
-    Nothing is locked in a directory that holds no run, nor on a file system without locks. ``of_cluster`` keeps out
-    other commands that would start workers on a cluster, not the workers. Raises UsageError if a run is at work there.
+    A directory with other files is not locked, nor is a file system without locks. ``of_cluster`` keeps out other
+    commands that would start workers on a cluster, not the workers. Raises UsageError if a run is active there.
     """
     if _is_foreign(directory):
         return None
@@ -117,17 +117,17 @@ def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             return None
-        raise UsageError(f"another run is at work in {directory}; wait for its end, or end it") from None
+        raise UsageError(f"another run is active in {directory}; wait for its end, or end it") from None
     return file
 
 
 def check_visible(directory: Path, checkpoint: Path | None) -> None:
-    """Raises UsageError where a rank does not see what rank 0 has just written."""
+    """Raises UsageError if a rank does not see a file that rank 0 has written."""
     needed = checkpoint or directory / FLAGS
     until = time.monotonic() + VISIBLE_SECONDS
     while not needed.exists():
         if time.monotonic() > until:
-            raise UsageError(f"{needed} is not visible from all nodes; choose an --output-dir on a path they share")
+            raise UsageError(f"{needed} is not visible from all nodes; choose an --output-dir on a shared path")
         time.sleep(0.5)
 
 
@@ -153,7 +153,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
 
 
 def _delete(checkpoint: Path) -> None:
-    """Rename it first, so that half a checkpoint never has the name of a whole one."""
+    """Delete a checkpoint after a rename, so that half a checkpoint never has the name of a whole one."""
     doomed = checkpoint.parent / UNFINISHED / f"{checkpoint.name}.old"
     shutil.rmtree(doomed, ignore_errors=True)
     doomed.parent.mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _is_whole(checkpoint: Path, contents: bool = False) -> bool:
-    """Whether all files of a checkpoint have the size, and with ``contents`` the CRC-32, of when they were written."""
+    """Whether all files of a checkpoint have their size and, with ``contents``, their CRC-32 of ``files.json``."""
     try:
         for name, (size, crc32) in json.loads((checkpoint / FILES).read_text()).items():
             file = checkpoint / name

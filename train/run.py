@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a masked LM on scored shards; which tokens to mask comes from the shards, from the student, or from chance.
+"""Train a masked LM on a shard directory, with masks by the shards' scores, by the student's scores, or at random.
 
 python train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
 python train/run.py --shards runs/scored --entropy-source parquet --distill-weight 0.5 --output-dir runs/student-kd
@@ -10,7 +10,7 @@ python train/run.py --shards runs/scored --entropy-source parquet --targets runs
 torchrun --nproc-per-node 2 train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
 python train/run.py --num-workers 2 --shards runs/scored --entropy-source parquet --output-dir runs/student
 
-The same command resumes a run that was cut short.
+The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         trainer.try_out()
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
-    # torchrun may have started these processes again: then they go on with what they had trained
+    # torchrun may have restarted these processes: then they resume their own run
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
-            print(f"{output} is finished already; pass --overwrite to train it again")
+            print(f"{output} is finished already; pass --overwrite to train again")
         return
     train(trainer)
     metrics = trainer.evaluate() if inputs.held_out else {}
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
-    """Set the number of steps from the epochs where it is not given, and the decay of warmup_stable_decay."""
+    """Set the number of steps from the epochs if it is not given, and the decay of warmup_stable_decay."""
     if args.max_steps <= 0:
         rows = sum(entry.rows for entry in inputs.shards)
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
@@ -88,7 +88,7 @@ def train(trainer: MaskedLMTrainer) -> None:
     """Train from the last checkpoint to the end.
 
     Raises:
-        RunError, Terminated: the run ends early, as all ranks know.
+        RunError, Terminated: the run ends early, on all ranks.
     """
     rank, output = trainer.args.process_index, trainer.output
     checkpoint = on_first_rank(rank, lambda: resume.last_checkpoint(output, contents=True))
@@ -104,7 +104,7 @@ def train(trainer: MaskedLMTrainer) -> None:
         if rank:
             raise SystemExit(143)
         state = trainer.state
-        print(f"stopped after step {state.global_step} of {state.max_steps}; the same command goes on", file=sys.stderr)
+        print(f"stopped after step {state.global_step} of {state.max_steps}; the same command resumes", file=sys.stderr)
         raise console.Terminated
 
 

@@ -30,9 +30,9 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
     """A masked LM whose head runs on masked positions only (see ``models.masked_positions``).
 
     Args:
-        name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint by
-            path or Hub id, which is trained further.
-        manifest: the shards to train on; a preset takes its vocabulary from their tokenizer, and any new model the
+        name: a preset, a configuration (``config.json``, or a directory with one and no weights), or a checkpoint to
+            train further, by path or Hub id.
+        manifest: the shards to train on. A preset gets the vocabulary of their tokenizer, and every new model their
             padding token.
         seed: of the initial weights.
 
@@ -43,7 +43,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
         model = _from_config(name, _preset(name, manifest), manifest, seed)
     else:
         if "/" not in name and not Path(name).exists():
-            raise UsageError(f"--model {name} is no preset ({', '.join(PRESETS)}), file, directory or Hub id")
+            raise UsageError(f"--model {name} is not a preset ({', '.join(PRESETS)}), file, directory or Hub id")
         path = _source(name)
         if _has_weights(path):
             _check_tokenizer(name, path, manifest)
@@ -52,7 +52,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
             model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
     if model.config.vocab_size < manifest.vocab_size:
         raise UsageError(
-            f"--model {name} has {model.config.vocab_size} tokens, the shards {manifest.vocab_size}; "
+            f"--model {name} has {model.config.vocab_size} tokens, but the shards {manifest.vocab_size}; "
             "use shards made with the model's tokenizer"
         )
     model = with_masked_positions(model, manifest.sequence_length, f"--model {name}")
@@ -63,7 +63,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
 
 
 def model_identity(name: str) -> str:
-    """What decides the initial weights besides the seed: a preset's name, else a hash of configuration and weights."""
+    """The identity of the initial weights, without the seed: a preset's name, else a hash of the files."""
     if name in PRESETS:
         return name
     path = _source(name)
@@ -84,7 +84,7 @@ def _has_weights(path: Path) -> bool:
 def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
     """A ModernBERT (arXiv 2412.13663) whose layers all attend to the whole sequence, or a BERT.
 
-    Without dropout: each token is seen a few times only, and fine-tuning uses dropout again.
+    There is no dropout: each token occurs only a few times, and fine-tuning uses dropout again.
     """
     layers, hidden = SIZES[name.removeprefix("bert-")]
     size: dict[str, Any] = {
@@ -103,13 +103,13 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
 
 
 def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:
-    # its embedding is not trained, and RoBERTa's position ids skip it
+    # the embedding of the padding token is not trained, and RoBERTa's position ids skip this token
     config.pad_token_id = manifest.special_ids["pad"]
     torch.manual_seed(seed)
     try:
         return AutoModelForMaskedLM.from_config(config)
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, KeyError) as error:
-        raise UsageError(f"--model {name} is no configuration that a model can be made of: {one_line(error)}") from None
+        raise UsageError(f"--model {name} is not a usable configuration: {one_line(error)}") from None
 
 
 def _check_tokenizer(name: str, directory: Path, manifest: Manifest) -> None:

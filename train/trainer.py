@@ -41,8 +41,8 @@ SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run wi
 class MaskedLMTrainer(Trainer):
     """Trains a student (``train.student``) on the sequences of a shard directory.
 
-    For Trainer a run is one epoch over a dataset as long as the run, in sequence. The dataset knows the real epochs, so
-    a run resumes by index.
+    For Trainer a run is one epoch over a dataset of the length of the run, in order. The dataset has the real epochs,
+    so a run resumes by index.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -54,7 +54,7 @@ class MaskedLMTrainer(Trainer):
         self.score = "entropy" if self.policy.by == "entropy" else "surprisal"  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
         self.output = Path(str(args.output_dir))
-        self.guard = Guard(self.output)  # before the report, which has to know what it decides
+        self.guard = Guard(self.output)  # before the report, which reads its decisions
         self.report = ProgressReport(self.manifest.sequence_length)
         self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size)
         self.sequences = training_sequences(args, options, inputs, self.masker)
@@ -77,13 +77,13 @@ class MaskedLMTrainer(Trainer):
             self.means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
 
     def try_out(self) -> None:
-        """Build the loader, the optimizer and the schedule once, so that flags which they refuse are known early."""
+        """Build the loader, the optimizer and the schedule once, so that they refuse wrong flags early."""
         self.get_train_dataloader()
         self.create_optimizer_and_scheduler(self.args.max_steps)
         self.optimizer = self.lr_scheduler = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches of the dataset, in its order. Workers draw nothing at random, so they need no seeds."""
+        """The batches of the dataset, in its order. Workers use no random generator, so they need no seeds."""
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=self.args.train_batch_size,
@@ -102,7 +102,7 @@ class MaskedLMTrainer(Trainer):
         self.train(str(checkpoint) if checkpoint else None)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """Loss of a batch that a loader worker has masked or, with ``self``, of a raw one, masked on the device."""
+        """Loss of a batch that a loader worker has masked or, with ``self``, of a raw batch that is masked here."""
         masked = self.mask_by_student(inputs) if self.options.entropy_source == "self" else dict(inputs)
         self.scores.add(masked.pop("score_sums", {}))
         labels_N = masked["labels_BP"].flatten()
@@ -121,7 +121,7 @@ class MaskedLMTrainer(Trainer):
         return output["loss"]
 
     def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Mask by the student's scores: running means, or those of a separate forward once the warm-up is over."""
+        """Mask by the student's scores: running means, or the scores of an extra forward after the warm-up."""
         ids_BL, at_random = batch["input_ids"], batch.pop("random")
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
         if self.means:
@@ -133,7 +133,7 @@ class MaskedLMTrainer(Trainer):
             student_BL = scores[self.score].double()
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
-        # at random nothing is counted, but under the same names: at the end of the warm-up ranks may differ
+        # random masks count nothing, but have the same names: at the end of the warm-up ranks may differ
         counted_BL = self.device_masker.candidates(ids_BL) & (not at_random)
         masked["score_sums"] = score_sums(self.score, student_BL, counted_BL, masked["positions_BP"])
         return masked
@@ -142,7 +142,7 @@ class MaskedLMTrainer(Trainer):
         return self.accelerator.reduce(tensor, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a loss with the seconds so far, and with the means of the scores since the last one."""
+        """Log a loss with the seconds so far, and with the means of the scores since the last log."""
         if "loss" in logs:
             self.log_seconds()
             logs |= self.scores.take(self.sum_over_ranks)
@@ -152,15 +152,15 @@ class MaskedLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:
-        """Log the seconds as a separate entry: a logged loss is the same in every run, its seconds are not."""
+        """Log the seconds as a separate entry: the entry of a loss is then the same in every run."""
         self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Cross-entropy (nats) and accuracy on the held-out sequences under one fixed random mask.
 
-        Overall, and where the shards have entropies by their decile over the masked positions: a model trained on hard
-        tokens is judged unfairly by the easy ones alone.
+        Overall and, if the shards have entropies, by their decile over the masked positions: easy tokens alone would
+        judge a model that was trained on hard tokens unfairly.
         """
         started = time.monotonic()
         self.log_seconds()
@@ -184,7 +184,7 @@ class MaskedLMTrainer(Trainer):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Save in another directory until the checkpoint is whole on all ranks; then give it its name.
+        """Save in another directory, and rename the checkpoint when it is whole on all ranks.
 
         Raises:
             AllRanksFailed: the weights are not finite, or the checkpoint cannot be written.
@@ -192,13 +192,13 @@ class MaskedLMTrainer(Trainer):
         rank, unfinished = self.args.process_index, self.output / resume.UNFINISHED
         name = f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step, self.output)
-        self.log_seconds()  # for a run that is resumed
+        self.log_seconds()  # for a resumed run
         means = self.means.state() if self.means else None  # on all ranks, which add up their sums
         self.args.output_dir = str(unfinished)
         try:
             with on_all_ranks(rank), writing(name, self.output):
                 yield
-                self.state.best_model_checkpoint = None  # it is known by its step: the directory may be moved
+                self.state.best_model_checkpoint = None  # its step names it, because the directory may be moved
                 if self.args.should_save:
                     self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
                     if means:
@@ -208,7 +208,7 @@ class MaskedLMTrainer(Trainer):
                     best = resume.best_checkpoint(self.args, self.state)
                     resume.complete(self.output, name, self.args.save_total_limit, best)
         except RunError:
-            shutil.rmtree(unfinished, ignore_errors=True)  # it may be what fills the disk
+            shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
             raise
         finally:
             self.args.output_dir = str(self.output)
@@ -217,7 +217,7 @@ class MaskedLMTrainer(Trainer):
 def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs, masker: Masker) -> TrainingSequences:
     """The dataset of a whole run."""
     manifest, policy, source = inputs.manifest, inputs.policy, options.entropy_source
-    # a compiled model should see one shape: an attention mask always, or never
+    # a compiled model should get one shape: always or never an attention mask
     padded = any(entry.tokens < entry.rows * manifest.sequence_length for entry in inputs.shards)
     top_k = options.distill_weight > 0 and inputs.targets is None
     return TrainingSequences(
@@ -232,18 +232,18 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
 
 
 def muon_and_adamw(model: Any, args: TrainingArguments, options: Options) -> tuple[type[MuonAdamW], dict[str, Any]]:
-    """The optimizer of ``--optim muon`` for Trainer, which adds its own parameter groups."""
+    """The class and the arguments of ``--optim muon`` for Trainer, which adds its own parameter groups."""
     muon = {"lr": options.muon_learning_rate, "weight_decay": options.muon_weight_decay}
     _, adamw = Trainer.get_optimizer_cls_and_kwargs(args)
     return MuonAdamW, {"matrices": hidden_matrices(model), "muon": muon, **adamw}
 
 
 def _whole_batch(batch: Any) -> Any:
-    """Collator: the dataset hands out batches."""
+    """Collator: the dataset already returns batches."""
     return batch
 
 
 def _expect_tied_weights(model: Any, keys: Any) -> None:
-    """Checkpoints leave out weights that are tied to others, as the decoder's to the embedding's."""
+    """Do not report tied weights as missing: checkpoints leave them out."""
     tied = getattr(model, "all_tied_weights_keys", {})
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in tied]

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
-FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a machine; other file errors are wrong paths
+FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of the machine; other file errors are wrong paths
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM asks this process to end. It unwinds as for Ctrl-C."""
+    """SIGTERM asks this process to end. It unwinds like Ctrl-C."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -36,7 +36,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has gone, as `head` does
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except UsageError as error:
@@ -66,7 +66,7 @@ def flag(name: str) -> str:
 
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
-    """A field of a dataclass of flags, which is None where the flag is not given and has no default."""
+    """A field of a dataclass of flags. It is None if the flag is not given and has no default."""
     return field(default=default, metadata={"help": help, **settings})
 
 
@@ -98,7 +98,7 @@ class Progress:
         total: amount of work in ``unit``; 0 if unknown.
         unit: of the amounts, e.g. ``"tok"``.
         label: names the work, e.g. ``"scoring"``.
-        done: amount that was finished before this run; it counts as progress but not towards the rate.
+        done: amount that was finished before this run; it counts as progress, but not for the rate.
     """
 
     def __init__(self, total: int, unit: str, label: str, done: int = 0) -> None:

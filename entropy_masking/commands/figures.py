@@ -1,6 +1,6 @@
 """Figures of the pages and of chart.png: numbers in, a matplotlib ``Figure`` out; ``svg`` and ``png`` write it.
 
-A figure is 360 units wide, about as many pixels as a phone shows, so its words are as large there as the page's. It is
+A figure is 360 units wide, about as wide as a phone in pixels, so its text there is as large as that of the page. It is
 drawn in the colours of ``LIGHT``; in an SVG these become CSS variables, which base.html defines for light and dark.
 matplotlib is slow to import, so commands import this module only when they draw.
 """
@@ -36,8 +36,8 @@ INK, DIM, CARD = LIGHT["ink"], LIGHT["dim"], LIGHT["card"]
 COLOURS = [LIGHT[f"c{number}"] for number in range(8)]
 MARKERS = "osD^vPX"  # one fewer than the colours, so that 56 pairs differ
 WIDTH = 5.0  # inches of 72 units
-WIDER = 4  # an interval this many times as wide as the narrowest one is cut off at the edge of the figure
-CHEAPER = 300  # a cost this many times smaller than the largest one is drawn at the left edge
+WIDER = 4  # intervals more than this many times as wide as the narrowest one are cut off at the edge
+CHEAPER = 300  # costs more than this many times smaller than the largest one are drawn at the left edge
 STYLE: dict[Any, Any] = {
     **{"svg.fonttype": "none", "text.parse_math": False, "text.color": INK, "font.size": 11.5, "legend.frameon": False},
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), DIM),
@@ -75,7 +75,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; ``faint`` are the curves that it is the mean of."""
+    """A curve; ``faint`` are the curves of which it is the mean."""
 
     style: int
     name: str
@@ -86,7 +86,7 @@ class Line:
 
 @matplotlib.rc_context(STYLE)
 def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
-    """Panels of dots with their intervals; a hollow dot has none. Titles of panels are drawn only with a caption."""
+    """Panels of dots with their intervals; a hollow dot has none. Panels have titles only if there is a caption."""
     columns = min(3, len(panels))
     down = math.ceil(len(panels) / columns)
     height = (0.7 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
@@ -102,7 +102,7 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
             axes.axvline(panel.dashed, color=INK, linewidth=1, linestyle="--")
         for place, row in enumerate(panel.rows):
             axes.errorbar(row.mean, place, xerr=_error(row), **_look(row.style, hollow=row.low is None))
-            box = {"facecolor": CARD, "linewidth": 0, "pad": 1}  # words stay legible where a line crosses them
+            box = {"facecolor": CARD, "linewidth": 0, "pad": 1}  # text stays legible where a line crosses it
             above: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom", "bbox": box}
             axes.text(0, place - 0.2, row.name if len(row.name) < 25 else f"{row.name[:12]}…{row.name[-11:]}", **above)
             axes.text(1, place - 0.2, row.text, ha="right", **above)
@@ -123,9 +123,9 @@ def lines(curves: Sequence[Line], x_label: str, y_label: str, log: bool = False)
 
 @matplotlib.rc_context(STYLE)
 def scatter(rows: Sequence[Row], costs: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Figure:
-    """Rows against their costs on a log axis: a filled mark with all of the scoring, a hollow one without.
+    """Rows against their costs on a log axis: a filled mark with the whole scoring, a hollow mark without it.
 
-    Rows of equal cost are moved apart a little, so that all intervals can be seen.
+    Rows of equal cost are moved apart a little, so that all intervals are visible.
     """
     figure, axes, legend = _new(x_label, y_label)
     known = [cost for pair in costs for cost in pair]
@@ -157,7 +157,7 @@ def bars(labels: Sequence[str], series: Series, x_label: str) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def histogram(edges: Sequence[float], series: Series, x_label: str, y_label: str) -> Figure:
-    """Percentages by bin: an area for the first series, a line for the second; nothing for one without values."""
+    """Percentages by bin: an area for the first series, a line for the second. A series without values is left out."""
     figure, axes, legend = _new(x_label, y_label)
     for style, (name, values) in enumerate(series.items()):
         if values:
@@ -180,7 +180,7 @@ def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: 
 
 
 def svg(figure: Figure, label: str) -> str:
-    """The figure as an SVG element: words as text, colours as CSS variables; the same bytes each time."""
+    """The figure as an SVG element, with text as text and colours as CSS variables; the same bytes each time."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):  # elements with equal ids are equal
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -200,7 +200,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _themed(tag: str) -> str:
-    """A tag with variables for colours, without fonts and without ids that other figures have too."""
+    """A tag with variables for colours, without fonts, and without ids that other figures use too."""
     tag = re.sub(r' id="[\w.]*_\d+"| font-family: [^;"]*;', "", tag.replace("xlink:href", "href"))
     for name, colour in LIGHT.items():
         tag = tag.replace(colour, f"var(--{name})")
@@ -208,7 +208,7 @@ def _themed(tag: str) -> str:
 
 
 def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, Axes, dict[str, Any]]:
-    """A figure, its axes with the label of the vertical one above it, and artists by name for the legend."""
+    """A figure, its axes with ``y_label`` above them, and an empty legend: artists by name."""
     figure = Figure((WIDTH, height), layout="constrained")
     axes = figure.add_subplot(xlabel=x_label)
     axes.set_title(y_label, color=DIM)
@@ -216,7 +216,7 @@ def _new(x_label: str, y_label: str = "", height: float = 3.0) -> tuple[Figure, 
 
 
 def _finished(figure: Figure, axes: Axes, legend: dict[str, Any], log: bool = False) -> Figure:
-    """The figure with few ticks, and with a legend below if there is more than one name."""
+    """The figure with few ticks, and with a legend below if the legend has more than one name."""
     if log:
         axes.set_xscale("log")
         low, high = axes.get_xlim()
@@ -238,7 +238,7 @@ def _finished(figure: Figure, axes: Axes, legend: dict[str, Any], log: bool = Fa
 
 
 def _limits(rows: Sequence[Row], *others: float) -> tuple[float, float]:
-    """Limits that hold all means, and all intervals but very wide ones."""
+    """Limits that include all means, and all intervals except very wide ones."""
     known = [(row.low, row.high) for row in rows if row.low is not None and row.high is not None]
     means = [row.mean for row in rows]
     widest = max(WIDER * min((high - low for low, high in known), default=0.0), max(means) - min(means))

@@ -16,7 +16,7 @@ SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"warmup": 0.3, "ramp": 0.3},
-    # MaskPolicy.paper(); only the ratio may be set otherwise
+    # MaskPolicy.paper(); only the ratio may be changed
     "paper": {"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
 }
 # field of MaskPolicy → field of MaskOptions
@@ -26,31 +26,31 @@ FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "tempera
 
 @dataclass(kw_only=True)
 class MaskOptions:
-    """Which tokens to mask and to predict; None where the flag was not given."""
+    """Which tokens to mask and to predict; None if the flag was not given."""
 
     recipe: Literal["default", "paper"] | None = option(
         "paper: mask the highest entropies alone, from the first step (2605.28526)"
     )
     mask_ratio: float | None = option(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
-    predict_ratio: float | None = option("share to predict, at most the mask ratio (default: all that is masked)")
+    predict_ratio: float | None = option("share to predict, at most the mask ratio (default: all masked tokens)")
     hard_share: float | None = option(
-        f"share of a mask that is chosen by score, the rest at random (default: {MaskPolicy.hard_share})"
+        f"share of a mask that is chosen by score; the rest is random (default: {MaskPolicy.hard_share})"
     )
     mask_warmup: float | None = option(
-        f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
+        f"share of the run at its start that has random masks (default: {RECIPES['default']['warmup']})"
     )
     mask_ramp: float | None = option(
-        f"share of the run after it in which the hard share rises from 0 (default: {RECIPES['default']['ramp']})"
+        f"share of the run, after the warm-up, in which the hard share rises (default: {RECIPES['default']['ramp']})"
     )
     mask_temperature: float | None = option(
         f"τ: sample from softmax(rank/τ); 0 takes the highest scores (default: {MaskPolicy.temperature})"
     )
     mask_by: Literal["entropy", "surprisal", "excess"] | None = option(
-        "score: entropy of the prediction (default), surprisal of the token, or excess of the student's surprisal over "
+        "score: entropy of the prediction (default), surprisal of the token, or excess: the student's surprisal minus "
         "that of the shards (self only)"
     )
     predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
-        "what chooses the predicted tokens among the masked ones (default: random)"
+        "how to choose the predicted tokens among the masked ones (default: random)"
     )
     corruption: Literal["bert", "mask-only"] | None = option(
         "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"
@@ -64,9 +64,9 @@ def mask_policy(
     """The policy that the mask flags name.
 
     Args:
-        source: where the scores of tokens come from: ``random`` (nowhere), ``parquet`` or ``self``.
-        training: False where there is no training run: then a policy has neither warm-up nor ramp, and predicts all
-            that it masks.
+        source: the source of the scores: ``random`` (there are none), ``parquet`` or ``self``.
+        training: False without a training run: then a policy has neither warm-up nor ramp, and predicts all masked
+            positions.
         source_flag: the flag that names the source, for messages.
 
     Raises:
@@ -86,16 +86,16 @@ def mask_policy(
 def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
     """Refuse mask flags that contradict others or have no effect with them. Raises UsageError."""
     unscored = f"{{flag}} needs scores, and {source_flag} random has none"
-    at_random = "{flag} has no use with --hard-share 0, which masks at random; leave it out"
+    at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
     recipes = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
     papers = "{flag} contradicts --recipe paper, which predicts all masked tokens; leave one out"
     length = "{flag} depends on the length of a run, which is not known here; leave it out"
-    all_predicted = "{flag} has no use here: all that is masked is predicted; leave it out"
+    all_predicted = "{flag} has no effect here, because all masked tokens are predicted; leave it out"
     excess = "{flag} excess needs the student's own loss; train with --entropy-source self to use it"
     part = "{flag} chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
     of_scores = ("warmup", "ramp", "temperature", "by")
     ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
-    # (where a rule holds, the only value that a field may be given, or None for no value, the sentence)
+    # (when the rule holds; by field the only value that may be given, None for no value; the sentence)
     rules: list[tuple[bool, dict[str, Any], str]] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
         (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),

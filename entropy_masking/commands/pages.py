@@ -1,4 +1,4 @@
-"""HTML pages in one file: nothing comes from the network, and no script runs but the page's own."""
+"""HTML pages in one file: nothing comes from the network, and only the page's own script runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from entropy_masking.commands import figures
 
 
 def render(template: Path, script: str = "", **values: Any) -> str:
-    """A page of a command: its template extends base.html, and may draw with the macros of macros.html.
+    """A page of a command. Its template extends base.html, and may use the macros of macros.html.
 
     Args:
         script: JavaScript of the page, the only one that its security policy allows.

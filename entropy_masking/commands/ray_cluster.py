@@ -19,18 +19,18 @@ CONNECT_SECONDS = 10.0
 def connect(*applications: str, cpus: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
 
+    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
+
     Args:
         applications: packages that workers import besides the library.
-        cpus: that a cluster which is started here has at least.
+        cpus: a new cluster has at least this many.
 
     Raises:
-        UsageError: that cluster does not answer.
-
-    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
+        UsageError: the cluster does not answer.
     """
     import ray
 
-    # there is no public way to learn of a `ray start` here without joining what another run has started for itself
+    # no public function finds a `ray start` here without also finding a cluster that another run started for itself
     from ray._private.services import find_bootstrap_address
 
     root = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            if port.isdigit():  # Ray itself tries for minutes
+            if port.isdigit():  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
             ray.init(address=address, **settings)
         except OSError:
@@ -52,4 +52,4 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
         settings |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
         ray.init(address="local", include_dashboard=False, **settings)
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler

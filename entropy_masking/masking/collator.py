@@ -22,24 +22,23 @@ Row = Mapping[str, Sequence[float] | Tensor]  # a row of ``datasets``, in any of
 
 
 class EntropyMaskingCollator(TrainerCallback):
-    """Replaces ``DataCollatorForLanguageModeling`` for rows that bring their scores.
+    """Replaces ``DataCollatorForLanguageModeling`` for rows with scores.
 
-    A row's mask depends on the policy, its id and the epoch alone: not on the batch, its padding or the loader worker.
+    A row's mask depends on the policy, the row, its id and the epoch: not on the batch, its padding or the worker.
     Pass the collator to Trainer as a callback too, so that the masks change with the epoch; otherwise set ``epoch``
     yourself. Set ``remove_unused_columns=False``, or Trainer drops the scores.
 
     Args:
-        tokenizer: gives the special tokens and, for the word unit, the tokens that continue a word.
+        tokenizer: defines the special tokens and, for the word unit, the tokens that continue a word.
         policy: which positions to mask, by entropy or by surprisal.
-        pad_to_multiple_of: of the batch's length.
+        pad_to_multiple_of: the length of a batch is a multiple of this.
 
     Attributes:
-        epoch: decides which mask a row gets.
+        epoch: each epoch has its own masks.
 
     Raises:
-        ValueError: a tokenizer without [MASK] or padding, or, with the word unit, one that does not mark words; or a
-            policy with a warm-up or ramp, or that chooses the predicted positions by another score than the masked
-            ones.
+        ValueError: the tokenizer has no [MASK] or padding token, or does not mark words (word unit). Or the policy has
+            a warm-up or a ramp, or masks and predicts by different scores.
     """
 
     def __init__(
@@ -50,11 +49,11 @@ class EntropyMaskingCollator(TrainerCallback):
         self.policy, self.pad_to_multiple_of = policy or MaskPolicy(), pad_to_multiple_of
         if not self.policy.predicts_all and self.policy.predict_by not in ("random", self.policy.by):
             raise ValueError(
-                f"rows bring {self.policy.by} only, so {self.policy.predict_by} cannot choose the predicted positions; "
+                f"rows have only {self.policy.by}, so {self.policy.predict_by} cannot choose the predicted positions; "
                 "use random or the same score"
             )
         if self.policy.warmup or self.policy.ramp:
-            raise ValueError("a collator does not know how far the run is; set the policy's warmup and ramp to 0")
+            raise ValueError("a collator does not know the progress of the run; set the policy's warmup and ramp to 0")
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers may outlive an epoch
         self.masker = Masker(
             vocab_size=len(tokenizer),
@@ -81,8 +80,8 @@ class EntropyMaskingCollator(TrainerCallback):
         """Mask a batch.
 
         Args:
-            rows: with input_ids [l]; entropy or surprisal [l] in nats, as the policy says (NaN where there is none);
-                and, where rows have an id of their own, sequence_id (int). Other columns are left out.
+            rows: with input_ids [l]; the policy's score (entropy or surprisal) [l] in nats, NaN where there is none;
+                and sequence_id (int) if rows have ids. Other columns are ignored.
 
         Returns:
             input_ids, attention_mask and labels (-100 where nothing is masked), int64 [B, L], with L rounded up to a

@@ -29,10 +29,10 @@ def corrupt(
     mask_id: int,
     replacement_ids_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Corrupt the tokens at ``positions_BK``, whose ``IGNORED`` ones come last.
+    """Corrupt the tokens at ``positions_BK``; ``IGNORED`` positions come last.
 
     Args:
-        replacement_ids_R: the ids from which a random replacement is drawn: all except special tokens.
+        replacement_ids_R: the candidates for a random replacement: all ids except special tokens.
 
     Returns:
         inputs_BL, and labels_BK: the original tokens, ``IGNORED_LABEL`` where the position is ``IGNORED``.
@@ -47,8 +47,8 @@ def corrupt(
         random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
         corrupted_BK = torch.where(fate_BK < MASKED_SHARE, corrupted_BK, random_BK)
         corrupted_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
-    # ignored slots must not change the row: they repeat the write of its first slot; if that is ignored too, they write
-    # the original token
+    # ignored slots must not change the row: they repeat the write of the row's first slot, which is the original token
+    # if that slot is ignored too
     corrupted_BK = torch.where(ignored_BK, original_BK, corrupted_BK)
     corrupted_BK = torch.where(ignored_BK, corrupted_BK[:, :1], corrupted_BK)
     where_BK = torch.where(ignored_BK, where_BK[:, :1], where_BK)
@@ -58,7 +58,7 @@ def corrupt(
 class Masker:
     """Masks batches: selects positions, corrupts inputs, and gathers the teacher's top k there.
 
-    Nothing in it waits for an accelerator or copies to one, except ``to``, which moves its tables there once.
+    Only ``to`` copies to an accelerator; all other methods neither copy nor wait for one.
 
     Args:
         vocab_size: of the tokenizer; a random replacement is one of its tokens that are not special.
@@ -94,8 +94,8 @@ class Masker:
     def attention_mask(self, batch: dict[str, Tensor]) -> Tensor | None:
         """[B, L] int64, 0 at padding; None for a batch without padding.
 
-        To look for padding is to wait for an accelerator. So a batch may carry ``padded``, a bool that was determined
-        on the CPU; a batch on an accelerator without it counts as padded.
+        A search for padding would wait for an accelerator. So a batch may have ``padded``, a bool that was computed on
+        the CPU. A batch on an accelerator without ``padded`` counts as padded.
         """
         attended_BL = batch["input_ids"] != self.pad_id
         if "padded" in batch:
@@ -109,8 +109,8 @@ class Masker:
 
         Args:
             batch: ``input_ids`` [B, L], ``sequence_id`` [B], ``epoch`` [B]. Optional: ``progress`` [B] for warm-up and
-                ramp; unless h = 0 the score [B, L] that ``policy.by`` names, or ``score`` in its place; the score that
-                ``policy.predict_by`` names; ``reference`` [B, L], the reference's surprisal, for ``excess``;
+                ramp; unless h = 0 the score [B, L] that ``policy.by`` names, or ``score`` instead; the score [B, L]
+                that ``policy.predict_by`` names; ``reference`` [B, L], the reference's surprisal, for ``excess``;
                 ``topk_ids`` and ``topk_logprobs`` [B, L, T] for distillation, and ``temperature_lse`` [B, L] at T ≠ 1;
                 ``padded`` (see ``attention_mask``).
 

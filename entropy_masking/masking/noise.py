@@ -1,4 +1,4 @@
-"""Noise as a hash of its key instead of a generator's state: it is the same for any split of the work. Pure functions.
+"""Noise as a hash of a key, without a generator's state: it is the same for any split of the work. Pure functions.
 
 Shapes: B rows, L tokens, K positions of a row, N numbers.
 """

@@ -17,7 +17,7 @@ class MaskPolicy:
     Attributes:
         ratio: share of the candidates to mask, in (0, 1].
         hard_share: h, share of the masked positions that is chosen by score, in [0, 1].
-        temperature: τ of the hard part, in units of the rank within a row (0 to 1), finite.
+        temperature: τ of the hard part, in units of the rank within a row (0 to 1); finite, at least 0.
         warmup: share of the run in which all masks are random, in [0, 1).
         ramp: share of the run after the warm-up over which h rises from 0 to its value, in [0, 1].
         by: the score: ``entropy`` (of the prediction), ``surprisal`` (of the actual token), or ``excess`` (the
@@ -90,12 +90,12 @@ class MaskPolicy:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        """The policy that ``to_json`` wrote. Raises TypeError or ValueError for anything else."""
+        """The policy that ``to_json`` wrote. Raises TypeError or ValueError for other fields or values."""
         return cls(**fields)
 
     @property
     def uniform(self) -> bool:
-        """Whether every candidate is equally likely, so that masking reads no scores."""
+        """Whether all candidates are equally likely. Then masking reads no scores."""
         return self.hard_share == 0
 
     @property
@@ -104,7 +104,7 @@ class MaskPolicy:
 
     @property
     def uses_scores(self) -> bool:
-        """Whether scores choose what is masked, or what is predicted."""
+        """Whether scores choose the masked or the predicted positions."""
         return not self.uniform or not (self.predicts_all or self.predict_by == "random")
 
     def repeats(self) -> bool:

@@ -6,14 +6,14 @@ k positions of a row are masked. The hard share h of them is chosen by score, th
    probability of about (1 - h) · ratio or more.
 2. The hard part takes the remaining candidates with the highest ``r + τ·G``: r in (0, 1] is the rank of the score
    within the row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from
-   softmax(r/τ) (the Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). Ranks make τ mean the same for every
+   softmax(r/τ) (the Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). With ranks, τ means the same for every
    teacher and student.
 
-h is a function of the progress of the run: 0 during the warm-up, then it rises to its value over the ramp. Without
+h is a function of the progress of the run: 0 during the warm-up, then it rises over the ramp to the hard share. Without
 warm-up and ramp, h = 1 and τ = 0 is the selection of Srinivasagan et al. (arXiv 2605.28526), and h = 0 masks at random.
 
-All noise is a hash of (seed, stream, epoch, sequence id, position). So the mask of a row depends on nothing else: not
-on the batch, the number of loader workers or ranks, nor on where a run was resumed.
+All noise is a hash of (seed, stream, epoch, sequence id, position). So the mask of a row does not depend on the batch,
+the number of loader workers or ranks, or the step at which a run was resumed.
 
 Shapes: B rows, L tokens, K masked positions of a row (or slots of them), P predicted ones.
 """
@@ -44,18 +44,18 @@ def select_positions(
     A row with c candidates masks max(1, round(ratio · c)) of them, at most K.
 
     Args:
-        score_BL: any floating dtype; not read where h = 0. NaN ranks below every score.
+        score_BL: any floating dtype; not read if h = 0. NaN ranks below every score.
         candidates_BL: bool; False at special tokens and padding.
         sequence_id_B: int64, the row's stable id.
-        epoch_B: int64, the number of the pass over the data.
+        epoch_B: int64, the epoch, counted from 0.
         continues_BL: bool, the tokens that continue the word before them; the word unit needs it.
-        progress_B: float64, how far the run is at each row, 0 to 1; without it warm-up and ramp are over.
+        progress_B: float64, the progress of the run at each row, 0 to 1; None means after warm-up and ramp.
 
     Returns:
         positions_BK: int64, ascending; a row with fewer than K ends in ``IGNORED``.
 
     Raises:
-        ValueError: the policy's unit is the word, and ``continues_BL`` is None.
+        ValueError: the unit is the word, and ``continues_BL`` is None.
     """
     L = candidates_BL.shape[1]
     K = min(policy.positions(L), L)
@@ -103,7 +103,7 @@ def take(values_BK: Tensor, slots_BP: Tensor, ignored: int) -> Tensor:
 def _slots(chosen_BL: Tensor, size: int) -> Tensor:
     """The chosen positions [B, size], ascending, then ``IGNORED``."""
     position_L = torch.arange(chosen_BL.shape[1], device=chosen_BL.device)
-    slot_BL = torch.where(chosen_BL, chosen_BL.cumsum(1) - 1, size)  # all others go to an extra slot, cut off below
+    slot_BL = torch.where(chosen_BL, chosen_BL.cumsum(1) - 1, size)  # the others go to an extra slot, cut off below
     slots_BK = torch.full((len(slot_BL), size + 1), IGNORED, device=slot_BL.device)
     return slots_BK.scatter(1, slot_BL, position_L.expand_as(slot_BL))[:, :size]
 
@@ -118,9 +118,9 @@ def _first(
 ) -> Tensor:
     """The first ``count_B1`` candidates by score, ties by noise, then by position; bool [B, L].
 
-    With ``gumbel_BL``, by the sum of it and the rank of the score within the row. With ``continues_BL``, words are
-    chosen first, in the order of the mean score of their tokens (ties by the noise at their first token), each one that
-    still fits; then single tokens fill the rest in their own order.
+    With ``gumbel_BL``, the order is that of ``gumbel_BL`` plus the rank of the score within the row. With
+    ``continues_BL``, words are chosen first if they still fit, in the order of the mean score of their tokens (ties by
+    the noise at their first token). Then single tokens fill the rest in their own order.
     """
 
     def order(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _first(
     if continues_BL is not None:
         head_BL = word_heads(candidates_BL, continues_BL)
         size_BL, mean_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)
-        if score_BL is noise_BL:  # one number draws a word
+        if score_BL is noise_BL:  # the noise at its first token draws a word
             mean_BL = noise_BL
         order_BL = order(mean_BL, size_BL > 0)
         fits_BL = take_while_it_fits(size_BL.gather(1, order_BL), count_B1)
@@ -146,7 +146,7 @@ def _first(
 
 
 def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
-    """The rank of each candidate's score within its row, divided by their number, in (0, 1]; ties at their mean."""
+    """The rank of each candidate's score in its row, divided by the number of candidates; ties have their mean rank."""
     values_BL = score_BL.double().masked_fill(~candidates_BL, torch.inf).contiguous()
     sorted_BL = values_BL.sort(dim=1).values
     below_BL, upto_BL = torch.searchsorted(sorted_BL, values_BL), torch.searchsorted(sorted_BL, values_BL, right=True)
@@ -155,7 +155,7 @@ def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
 
 def _descending(key_BL: Tensor, candidates_BL: Tensor) -> Tensor:
     """Positions of the candidates by key, ties by position; all others come last."""
-    lowest = torch.finfo(key_BL.dtype).min  # a candidate's key stays above the -inf of the others
+    lowest = torch.finfo(key_BL.dtype).min  # a candidate's key stays above -inf, the key of the others
     return key_BL.clamp_min(lowest).masked_fill(~candidates_BL, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 

@@ -1,7 +1,7 @@
-"""Self-masking without a further forward: running means of the student's own scores at masked positions, by token type.
+"""Self-masking without an extra forward: running means of the student's own scores at masked positions, by token type.
 
-A masked LM gets no loss at visible positions, so its entropy there is not a prediction. At masked positions it is one,
-and the training forward gives it at no cost. The running mean of a type ranks the tokens of the next batches::
+A masked LM gets no loss at visible positions, so its entropy there is not a prediction. At masked positions it is, and
+the training forward computes it anyway. The running mean of a type ranks the tokens of the next batches::
 
     mean(type) ← mean(type) + n · (mean of the n new scores - mean(type)) / (count + n)        count ≤ ``MOST_COUNTED``
 
@@ -18,15 +18,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_COUNTED = 20.0  # occurrences that the earlier mean counts as, at most
-UNITS = 1 << 20  # of a nat: sums of whole numbers are exact in any order
+MOST_COUNTED = 20.0  # the earlier mean counts as at most this many occurrences
+UNITS = 1 << 20  # per nat: sums of integers are exact in any order
 
 
 class TypeMeans:
     """The running mean score of each token type, in nats, on the device that trains.
 
     Args:
-        reduce: maps the sums of a rank to those of all ranks.
+        reduce: maps the sums of one rank to the sums over all ranks.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, reduce: Callable[[Tensor], Tensor]) -> None:
@@ -35,10 +35,10 @@ class TypeMeans:
         self.count_V = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self.level = torch.zeros((), dtype=torch.float64, device=device)
         self._sums_2V = torch.zeros((2, vocab_size), dtype=torch.int64, device=device)  # Σ score, n
-        self._step: int | None = None  # the step of these sums
+        self._step: int | None = None  # the step that the sums come from
 
     def add(self, step: int, tokens_BM: Tensor, score_BM: Tensor) -> None:
-        """Add the scores of masked tokens; negative tokens and scores that are not finite do not count."""
+        """Add the scores of masked tokens; negative tokens and non-finite scores do not count."""
         valid_N = ((tokens_BM >= 0) & score_BM.isfinite()).flatten()
         token_N = tokens_BM.flatten().clamp_min(0)
         units_N = (score_BM.flatten().double().nan_to_num(0.0, 0.0, 0.0) * UNITS).round().long() * valid_N
@@ -47,7 +47,7 @@ class TypeMeans:
         self._step = step
 
     def update(self, before: int | None = None) -> None:
-        """Add the sums to the means if they are of a step before ``before`` (None: of any step).
+        """Add the sums to the means if they come from a step before ``before`` (None: from any step).
 
         All ranks must call this at the same step.
         """
@@ -66,7 +66,7 @@ class TypeMeans:
         return torch.where(self.count_V > 0, self.mean_V, self.level)[ids_BL]
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         self.update()
         return {"mean_V": self.mean_V, "count_V": self.count_V, "level": self.level}
 

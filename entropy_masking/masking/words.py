@@ -35,8 +35,8 @@ def continuing_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Te
     if not marks:
         kind = type(backend.model if backend else tokenizer).__name__
         raise ValueError(
-            f"the tokens of this tokenizer ({kind}) do not say which of them go on with a word; WordPiece, byte-level "
-            "BPE and SentencePiece do: use --mask-unit token"
+            f"the tokens of this tokenizer ({kind}) do not mark which of them continue a word, as those of WordPiece, "
+            "byte-level BPE and SentencePiece do; use --mask-unit token"
         )
     added = set(tokenizer.get_added_vocab().values())
     continues_V = torch.zeros(vocab_size, dtype=torch.bool)
@@ -47,23 +47,23 @@ def continuing_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Te
 
 
 def _word_marks(backend: Tokenizer) -> tuple[tuple[str, ...], bool]:
-    """The marks of a token, and whether they begin a word; none if spaces are removed or left as they are."""
+    """The marks of a token, and whether they begin a word; no marks if spaces are removed or unchanged."""
     if prefix := getattr(backend.model, "continuing_subword_prefix", None):
         return (prefix,), False
     text = backend.normalizer.normalize_str("a a") if backend.normalizer else "a a"
     if backend.pre_tokenizer:
         text = "".join(part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text))
-    mark = text.rstrip("a").rpartition("a")[2].strip()  # what stands for the space
+    mark = text.rstrip("a").rpartition("a")[2].strip()  # the replacement of the space
     if mark in BYTE_LEVEL_SPACES:
         return BYTE_LEVEL_SPACES, True
     return ((mark,) if mark else ()), True
 
 
 def apart_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Which tokens are no part of a word, bool [V]: special ones, whitespace, punctuation.
+    """Which tokens belong to no word, bool [V]: special tokens, whitespace, punctuation.
 
-    Where a mark begins a word, a token without it need not continue one: the comma in ``mat,``, or a word after a
-    bracket or a line break. WordPiece marks every token that continues a word, so there no token is apart.
+    If marks begin words, a token without a mark does not always continue a word: the comma in ``mat,`` does not, nor a
+    word after a bracket or a line break. WordPiece marks every token that continues a word, so it has no such tokens.
     """
     apart_V = torch.zeros(vocab_size, dtype=torch.bool)
     if getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
@@ -83,7 +83,7 @@ def _is_space_or_punctuation(character: str) -> bool:
 def word_heads(candidates_BL: Tensor, continues_BL: Tensor) -> Tensor:
     """The position of the first token of each candidate's word.
 
-    A word is a candidate and the candidates directly after it that continue it. So if some tokens of a word are no
+    A word is a candidate and the candidates directly after it that continue it. So if some tokens of a word are not
     candidates, the remaining ones count as words.
     """
     after_candidate_BL = F.pad(candidates_BL[:, :-1], (1, 0))
@@ -100,17 +100,17 @@ def word_sizes_and_means(score_BL: Tensor, candidates_BL: Tensor, head_BL: Tenso
 
 
 def take_while_it_fits(size_BL: Tensor, room_B1: Tensor) -> Tensor:
-    """Choose words in order, each one that fits into the room that the words before it left; bool [B, L].
+    """Choose words in order if they fit into the space that earlier words left; bool [B, L].
 
-    A round chooses words until one does not fit; words that are larger than the remaining room are then dropped. Each
-    round ends at a word that is smaller than the one before it ended at, because that one was dropped. Sizes add up to
-    L, so there are at most √(2L) rounds.
+    A round chooses words until one does not fit. Then all words that are larger than the remaining space are dropped.
+    So the words at which rounds end become smaller from round to round. Sizes add up to L, so there are at most √(2L)
+    rounds.
     """
     chosen_BL = torch.zeros_like(size_BL, dtype=torch.bool)
     open_BL = size_BL > 0
     for _ in range(math.isqrt(2 * size_BL.shape[1]) + 1):
         open_BL = open_BL & (size_BL <= room_B1)
-        if open_BL.device.type == "cpu" and not open_BL.any():  # an accelerator would have to be waited for
+        if open_BL.device.type == "cpu" and not open_BL.any():  # this check would wait for an accelerator
             break
         fits_BL = open_BL & ((size_BL * open_BL).cumsum(1) <= room_B1)
         room_B1 = room_B1 - (size_BL * fits_BL).sum(1, keepdim=True)

@@ -40,7 +40,7 @@ def local_checkpoint(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"{name} is neither a local directory nor a model that the Hub gives: {reason}") from None
+        raise UsageError(f"{name} is neither a local directory nor an available model on the Hub: {reason}") from None
 
 
 def safetensors_files(directory: Path) -> list[Path]:
@@ -61,7 +61,7 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def weights_hash(directory: Path) -> str:
-    """Hash of a checkpoint's configuration, weights and own code. Raises UsageError as ``safetensors_files``."""
+    """Hash of a checkpoint's configuration, weights and own code. Raises UsageError like ``safetensors_files``."""
     files = safetensors_files(directory)
     config = json.loads((directory / "config.json").read_text())
     config.pop("transformers_version", None)
@@ -96,7 +96,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UsageError: there is none, or only a slow one.
     """
     directory = local_checkpoint(name)
-    # without these files AutoTokenizer makes up a tokenizer of special tokens from config.json alone
+    # without these files AutoTokenizer builds a tokenizer of special tokens from config.json alone
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise UsageError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's own there")
     try:
@@ -116,7 +116,7 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> PreTrain
     """
     config = load_config(directory, trust_remote_code)
     safetensors_files(directory)
-    logging.disable_progress_bar()  # a bar for each model load only fills the log
+    logging.disable_progress_bar()  # a bar for each loaded model only fills the log
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)

@@ -1,4 +1,4 @@
-"""What training costs in floating-point operations: matrix products and attention, multiplications and additions.
+"""The cost of training: multiplications and additions of matrix products and attention.
 
 pipeline/score.py counts scoring in the same way, so the two can be added up. Torch counts a forward of any
 architecture. For a BERT of l layers of width H and inner width 4·H it gives::
@@ -29,9 +29,9 @@ def training_flops(
 
     Args:
         encoder, head: from ``forward_flops``.
-        sequences: that the run trains on, counted as often as they occur.
+        sequences: the run trains on this many, counted as often as they occur.
         predicted: P, positions of a sequence that the head learns from.
-        scored: K, positions of a sequence that the head scores without gradient, to choose those (``--predict-by``).
+        scored: K, positions of a sequence that the head scores without gradient to choose the predicted ones.
         fresh: sequences that are scored at all positions in an extra forward (``--self-refresh step``).
         length: L, tokens of a fresh sequence.
     """
@@ -47,7 +47,7 @@ def forward_flops(masked_lm: MaskedLM, length: int) -> tuple[int, int]:
     """
     try:
         one, two = (_count(masked_lm, length, positions) for positions in (1, 2))
-    except Exception:  # counting traces the model, which fails on scripted code, for instance; the run must go on
+    except Exception:  # counting traces the model, which fails on scripted code, for instance; the run continues
         projection = 0 if masked_lm.projection is None else masked_lm.projection.weight.numel()
         embedding = masked_lm.model.get_input_embeddings().weight.numel()
         weights = sum(weight.numel() for weight in masked_lm.model.parameters()) - embedding
@@ -58,7 +58,7 @@ def forward_flops(masked_lm: MaskedLM, length: int) -> tuple[int, int]:
 def _count(masked_lm: MaskedLM, length: int, positions: int) -> int:
     ids_1L = torch.zeros((1, length), dtype=torch.long, device=masked_lm.model.device)
     columns_N = torch.arange(positions, device=ids_1L.device)
-    # attention as plain products: torch counts those on any device
+    # attention as plain products, which torch counts on any device
     with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         masked_lm.logits(ids_1L, torch.ones_like(ids_1L), (torch.zeros_like(columns_N), columns_N))
     return counter.get_total_flops()

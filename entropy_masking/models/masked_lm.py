@@ -19,7 +19,7 @@ from entropy_masking.errors import UsageError, one_line
 
 Select = tuple[Tensor, Tensor]  # rows and columns of positions, two index tensors of one shape
 
-# what a forward raises that was not made for such input
+# errors of a forward that does not support such input
 UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError)
 
 
@@ -27,17 +27,17 @@ class MaskedLM:
     """Runs a masked LM at chosen positions.
 
     The head runs at these positions alone: a hook selects them from the encoder's output. A head that needs whole
-    sequences runs everywhere, and the logits are selected. A trial on rows of the run's own length decides.
+    sequences runs at every position, and the logits are selected. A trial on rows of this length decides.
 
     Args:
-        model: of ``AutoModelForMaskedLM``; it keeps its class, its weights and its forward.
+        model: an ``AutoModelForMaskedLM``; it keeps its class, its weights and its forward.
         length: L, tokens of a sequence.
         name: of the model, for messages.
 
     Attributes:
         selective: the head can run at chosen positions alone.
-        projection: the vocabulary projection, if its input is available at the chosen positions (then ``selective`` is
-            true); else None.
+        projection: the vocabulary projection if its input is available at the chosen positions (this implies
+            ``selective``), else None.
 
     Raises:
         UsageError: the model gives no logits [B, L, V] for rows of this length.
@@ -77,7 +77,7 @@ class MaskedLM:
             self._select = None
 
     def _cut_projection(self) -> nn.Linear | None:
-        """The vocabulary projection, which from now on returns its input while positions are selected."""
+        """Make the vocabulary projection return its input while positions are selected; returns the projection."""
         projection = self.model.get_output_embeddings()
         if not isinstance(projection, nn.Linear):
             return None
@@ -125,12 +125,12 @@ class MaskedLM:
 
     def _trial_rows(self, length: int) -> Tensor:
         """Two rows [2, L] of different tokens."""
-        # no padding: RoBERTa gives padding no position of its own, so its last positions would not be tried
+        # without padding, to which RoBERTa gives no position: its last positions must be tried too
         ids_L = torch.arange(2 * length, device=self.model.device) % (self.model.config.vocab_size - 1)
         return (ids_L + (ids_L >= (self.model.config.pad_token_id or 0))).view(2, length)
 
     def _try(self, length: int, name: str) -> None:
-        """Find the cheapest way that gives the logits of the plain model."""
+        """Choose the cheapest way that gives the logits of the plain model."""
         device, V = self.model.device, self.model.config.vocab_size
         ids_BL = self._trial_rows(length)
         mask_BL = torch.ones_like(ids_BL)
@@ -145,11 +145,11 @@ class MaskedLM:
             ) from None
         if logits_BLV.shape != (2, length, V):
             raise UsageError(
-                f"{name} gives no logits for each token of a batch (their shape is {list(logits_BLV.shape)}); use "
+                f"{name} does not give logits for each token of a batch (their shape is {list(logits_BLV.shape)}); use "
                 "another masked LM"
             )
         if not logits_BLV.isfinite().all():
-            return  # there is nothing to compare with, and whoever uses the logits will notice
+            return  # they cannot be compared; the run that uses them ends with its own error
         for projection, selective in ((self.projection, True), (None, True), (None, False)):
             self.projection, self.selective = projection, selective
             try:
@@ -157,7 +157,7 @@ class MaskedLM:
                     return
             except UNFIT:
                 continue
-        raise UsageError(f"{name} gives other logits for the same batch each time; use another masked LM")
+        raise UsageError(f"{name} gives different logits each time for the same batch; use another masked LM")
 
 
 @contextmanager

@@ -24,14 +24,14 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits computed at once 
 def with_masked_positions(model: PreTrainedModel, length: int, name: str = "") -> MaskedPositions:
     """Give a masked LM the forward of ``MaskedPositions``, and its adapter as ``masked_lm``.
 
-    It keeps its class name, so it is saved as what it was.
+    The class keeps its name, so the model is saved as its original class.
 
     Args:
         length: L, tokens of a sequence.
         name: of the model, for messages.
 
     Raises:
-        UsageError: the model cannot be used on such sequences.
+        UsageError: the model cannot be used on sequences of this length.
     """
     masked_lm = MaskedLM(model, length, name)
     masked_lm.try_training(length, name or type(model).__name__)
@@ -78,18 +78,18 @@ class MaskedPositions(PreTrainedModel):
             temperature_lse_BP: lse_T of the teacher there (``entropy_masking.losses``); needed if T is not 1.
             predicted_B1: if given, the arguments above cover all masked positions, and the student predicts this many
                 of each row: those with the highest ``predict_by`` (``entropy``, ``surprisal``, ``excess``).
-            predictions: P, the width of the result then.
-            reference_BP: surprisal of the reference in nats; needed for ``excess``.
+            predictions: P, the most positions that the student predicts in a row; needed with ``predicted_B1``.
+            reference_BP: surprisal under the reference in nats; needed for ``excess``.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
-            distill_share: share of a row's predicted positions that is distilled, those of the student's highest
+            distill_share: share of a row's predicted positions that is distilled, those with the student's highest
                 entropies; the others have the cross-entropy alone.
             measure: also return the student's scores of masked tokens, without gradient.
 
         Returns:
             ``{"loss": scalar}``, or without labels ``{"logits": logits_BPV}``. With ``measure`` also ``tokens``,
             ``entropy`` and ``surprisal`` [B, M] in nats, of one in ``MEASURED_EVERY`` predicted positions, or of all
-            masked ones where the student chooses; tokens are -100 where ignored.
+            masked ones if the student chooses; tokens are -100 where ignored.
         """
         if positions_BP is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **others)
@@ -100,7 +100,7 @@ class MaskedPositions(PreTrainedModel):
         if labels_BP is None:
             return {"logits": project(features_BPH)}
         output: dict[str, Tensor] = {}
-        if predicted_B1 is not None:  # all are scored without gradient, and those chosen are projected again with it
+        if predicted_B1 is not None:  # all are scored without gradient; the chosen ones are projected again with it
             scores = self._projected_scores(features_BPH, labels_BP)
             if measure:
                 output = {"tokens": labels_BP, **scores}
@@ -168,7 +168,7 @@ def student_scores(model: MaskedPositions, input_ids_BL: Tensor, attention_BL: T
 
 @torch.no_grad()
 def _scores(logits_XV: Tensor, tokens_X: Tensor) -> dict[str, Tensor]:
-    """Entropy and surprisal [*X] float32 in nats; those of a negative token mean nothing."""
+    """Entropy and surprisal [*X] float32 in nats; meaningless for negative tokens."""
     V = logits_XV.shape[-1]
     entropy_N, surprisal_N = entropy_and_surprisal(logits_XV.reshape(-1, V), tokens_X.flatten().clamp_min(0))
     return {"entropy": entropy_N.view_as(tokens_X), "surprisal": surprisal_N.view_as(tokens_X)}
@@ -186,5 +186,5 @@ def _rows(columns_BX: Tensor) -> Tensor:
 
 
 def _rows_per_chunk(on: Tensor, logits: int) -> int:
-    """How many rows of so many logits are computed at once, at least one."""
+    """The number of rows, of ``logits`` logits each, that are computed at once; at least one."""
     return max(1, LOGITS_PER_CHUNK["cuda" if on.is_cuda else "cpu"] // logits)

@@ -1,7 +1,7 @@
-"""Committing shards: records, attempts, one fingerprint a directory, and the manifest that ends a run.
+"""Committing shards: records, attempts, one fingerprint per directory, and the manifest that ends a run.
 
-One shard is one unit of work with one file name. Its file is written whole first, its record second; a shard without a
-matching record is done again. So no shard is half done, and a late write of a lost worker changes nothing.
+One shard is one unit of work with one file name. Its file is written first, as a whole, and its record second. A shard
+without a matching record is scored again. So no shard is half done, and a late write of a lost worker changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-READERS = 16  # files read at a time: an object store answers many requests as fast as one
+READERS = 16  # files that are read at once: an object store answers many requests as fast as one
 
 
 # --- one shard -------------------------------------------------------------------------------------------------------
@@ -35,8 +35,8 @@ def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any]
     """Write a shard, read its footer back, then write its record, which marks the shard as done.
 
     Args:
-        fields: of the record, without the file's name, size and hash and the time; ``rows`` is checked against the
-            footer.
+        fields: the fields of the record, without the file's name, size and hash and without times. ``rows`` is checked
+            against the footer.
         started: ``time.monotonic()`` when work on the shard began.
 
     Raises:
@@ -59,13 +59,13 @@ def attempt_uri(directory: str, index: int) -> str:
 
 
 def begin_attempt(directory: str, index: int, run: str, attempt: int, alone: bool) -> None:
-    """Write down that a worker begins a shard, since Ray retries a shard whose process died for ever."""
+    """Record that a worker begins a shard: Ray would retry for ever a shard that ends its process."""
     begun = Attempt(run=run, attempts=attempt, alone=alone)
     storage.write_json(attempt_uri(directory, index), begun.model_dump())
 
 
 def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
-    """How many attempts of this run on a shard have begun and not ended well, and whether it was alone in the last."""
+    """The number of failed attempts of this run on a shard, and whether it was alone in its process in the last one."""
     last = read_if_sound(Attempt, attempt_uri(directory, index))
     return (last.attempts, last.alone) if last and last.run == run else (0, False)
 
@@ -76,7 +76,7 @@ def end_attempt(directory: str, index: int) -> None:
 
 
 def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if there is none or it is damaged: then the work is done again."""
+    """The file at ``uri``; None if it is missing or damaged. Then the work is done again."""
     try:
         return manifests.read_model(model, uri)
     except UsageError:
@@ -112,7 +112,7 @@ def check_directory(directory: str, fingerprint: dict[str, Any]) -> None:
 
 
 def begin_run(directory: str, run: Run) -> None:
-    """Write the record of a run, which binds a directory to its fingerprint. Raises as ``check_directory``."""
+    """Write the record of a run, which binds a directory to its fingerprint. Raises like ``check_directory``."""
     check_directory(directory, run.fingerprint)
     if not storage.exists(run_uri(directory)):
         storage.write_json(run_uri(directory), run.model_dump())
@@ -136,7 +136,7 @@ def _short(value: Any) -> str:
 
 
 def read_records(directory: str) -> dict[int, Record]:
-    """All records of a directory that can be read, by index, whatever run they belong to."""
+    """All readable records of a directory, of any run, by index."""
     with ThreadPoolExecutor(READERS) as pool:
         records = pool.map(lambda file: _read_record(directory, file), manifests.record_files(directory))
         return {record.index: record for record in records if record}
@@ -170,14 +170,14 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
 
 
 def unfinished_manifest(uri: str) -> Manifest:
-    """What the manifest of a scoring run would be if it ended now; ``teacher`` is not known.
+    """The manifest that a scoring run would have if it ended now, without ``teacher``.
 
     Raises:
-        UsageError: there is no such run, no shard of it, or no tokenizer.
+        UsageError: the directory has no run, no finished shard, or no tokenizer.
     """
     run = manifests.read_model(Run, run_uri(uri))
     if run is None:
-        raise UsageError(f"{uri} is no shard directory; name the --output of a pipeline/score.py run")
+        raise UsageError(f"{uri} is not a shard directory; name the --output of a pipeline/score.py run")
     records = {i: record for i, record in read_records(uri).items() if record.fingerprint_hash == run.fingerprint_hash}
     if not records:
         raise UsageError(f"{uri} is unfinished (none of {run.shards} shards); run the same command again")
@@ -192,7 +192,7 @@ def unfinished_manifest(uri: str) -> Manifest:
 
 
 def busy_seconds(records: list[Record]) -> float:
-    """Seconds in which at least one shard was worked on: the wall time of a run, however often it was resumed."""
+    """Seconds in which a worker was busy with at least one shard: the wall time of a run over all its sessions."""
     total, until = 0.0, float("-inf")
     for start, end in sorted((record.ended - record.seconds, record.ended) for record in records):
         total += max(0.0, end - max(start, until))
@@ -201,9 +201,9 @@ def busy_seconds(records: list[Record]) -> float:
 
 
 def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
-    """By worker: shards, tokens, ``seconds`` it was busy, ``forward_seconds`` of them inside the model, and its rate.
+    """By worker: shards, tokens, busy ``seconds``, ``forward_seconds`` inside the model, and the rate.
 
-    A worker prepares one shard while it scores another, so its seconds are the union of its shards', not their sum.
+    A worker prepares one shard while it scores another, so its seconds are the union of its shards' times, not the sum.
     """
     costs = {}
     for worker in sorted({record.worker for record in records}):
@@ -220,7 +220,7 @@ def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
 
 
 def totals(records: list[Record]) -> dict[str, Any]:
-    """The sums that a manifest and a summary show."""
+    """The sums in a manifest and in the summary of a run."""
     workers = worker_costs(records)
     worker_seconds = sum(cost["seconds"] for cost in workers.values())
     forward = sum(cost["forward_seconds"] for cost in workers.values())
@@ -240,7 +240,7 @@ def totals(records: list[Record]) -> dict[str, Any]:
 
 
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """Write ``manifest.json``, which makes the directory a finished one. For the arguments see ``summed_up``."""
+    """Write ``manifest.json``, which marks the directory as finished. For the arguments see ``summed_up``."""
     manifest = summed_up(empty, records, failed)
     storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
     delete_leftovers(empty.uri)
@@ -251,8 +251,8 @@ def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str
     """The manifest of the shards that have ``records``.
 
     Args:
-        empty: all that is known of the directory before its shards.
-        failed: why the run goes without the other shards, besides those that ``empty`` names.
+        empty: the manifest without shards.
+        failed: by index, why shards are missing, in addition to those that ``empty`` names.
     """
     ordered = [records[index] for index in sorted(records)]
     return empty.model_copy(
@@ -266,6 +266,6 @@ def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str
 
 
 def delete_leftovers(uri: str) -> None:
-    """Delete the temporary files that killed workers have left in a shard directory."""
+    """Delete the temporary files of killed workers in a shard directory."""
     for folder in ([], ["_records"], ["_attempts"]):
         storage.delete_temporaries(storage.join(uri, *folder))

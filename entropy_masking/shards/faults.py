@@ -1,4 +1,4 @@
-"""What is wrong with a shard directory: one list of faults, for the start of training and for pipeline/verify.py."""
+"""The faults of a shard directory: one list for the start of training and for pipeline/verify.py."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from entropy_masking.shards import commit, manifests, parquet, targets, values
 from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
-# of a manifest's totals; not the times, since a late writer may have done a shard again
+# totals of a manifest; without times, since a late writer may have written a shard again
 SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
 DENIED = "may not be read"
 
-Fault = tuple[str, str]  # a file of the directory, and a phrase that follows its name
+Fault = tuple[str, str]  # a file of the directory, and a phrase that follows the file's name
 
 
 class Depth(IntEnum):
-    """How much is looked at: names and sizes; also every byte; also ids and row groups; also every value."""
+    """What is checked: names and sizes; also every byte; also ids and row groups; also every value."""
 
     NAMES = 0
     BYTES = 1
@@ -38,10 +38,10 @@ class Depth(IntEnum):
 def check_shards(manifest: Manifest, contents: bool = True) -> None:
     """Check that all shards exist, every byte is what was committed, and the tokenizer is the one that made the ids.
 
-    Several threads read every byte once: about a second a GB, or as long as a store takes to send it.
+    Several threads read every byte once: about a second per GB, or as long as the object store takes to send it.
 
     Args:
-        contents: False for shards that are checked already: then names, sizes and the tokenizer only.
+        contents: False checks only names, sizes and the tokenizer, for shards that were checked before.
 
     Raises:
         UsageError: names the first file that is missing, damaged, swapped, edited or unreadable.
@@ -58,7 +58,7 @@ def check_shards(manifest: Manifest, contents: bool = True) -> None:
 
 
 def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
-    """All faults of a directory, the quickly detected ones first.
+    """All faults of a directory. Quick checks come first.
 
     Args:
         advance: called with the size of every shard whose content has been checked.
@@ -70,7 +70,7 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
     yield from ((entry.file, "is missing") for entry in manifest.shards if entry.file not in sizes)
     for entry in there:
         if (size := sizes[entry.file]) != entry.bytes:
-            yield entry.file, f"has {size:,} bytes, its manifest says {entry.bytes:,}"
+            yield entry.file, f"has {size:,} bytes, but its manifest says {entry.bytes:,}"
     if text := tokenizer_fault(manifest):
         yield "tokenizer", text
     if depth == Depth.NAMES:
@@ -87,7 +87,7 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
 
 
 def lacking(manifest: Manifest) -> list[str]:
-    """Shards of the run that the manifest neither holds nor names as failed."""
+    """Planned shards that the manifest neither lists nor names as failed."""
     known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
     return [f"lacks {file}" for file in map(shard_file, range(manifest.planned_shards)) if file not in known]
 
@@ -96,18 +96,18 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     """Faults of the manifest alone: planned shards, names, and its hashes."""
     texts, indices = lacking(manifest), [entry.index for entry in manifest.shards]
     if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
-        texts.append(f"its shards are not each once and in order among {manifest.planned_shards}")
+        texts.append(f"does not list each shard once and in order (of {manifest.planned_shards})")
     wrong = [entry for entry in manifest.shards if entry.file != shard_file(entry.index)]
     texts += [f"calls shard {entry.index} {entry.file}" for entry in wrong]
     if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
-        texts.append("its fingerprint does not have the hash that stands beside it")
+        texts.append("its fingerprint_hash is not the hash of its fingerprint")
     if manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
-        texts.append("its sequences_hash is not that of its fingerprint")
+        texts.append("its sequences_hash does not match its fingerprint")
     return texts
 
 
 def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
-    """Records against the manifest, and its totals against their sums; a copy may do without any."""
+    """Compare records with the manifest, and its totals with their sums. A copy of a directory may have no records."""
     if not (files := manifests.record_files(manifest.uri)):
         return
     records, intact = commit.read_records(manifest.uri), []
@@ -130,7 +130,7 @@ def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
 
 
 def tokenizer_fault(manifest: Manifest) -> str | None:
-    """What is wrong with ``tokenizer/``."""
+    """The fault of ``tokenizer/``, or None."""
     try:
         own = manifests.tokenizer_hash(manifests.load_tokenizer(manifest.uri))
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -146,10 +146,10 @@ def content_faults(manifest: Manifest, entry: ShardEntry, size: int, depth: Dept
     uri, texts = manifest.shard_uri(entry), []
     try:
         if size == entry.bytes and storage.sha256(uri) != entry.sha256:
-            texts.append("is not the file that was committed (its SHA-256 is another)")
+            texts.append("is not the file that was committed (its SHA-256 differs)")
         filesystem, path = storage.resolve(uri)
         with pq.ParquetFile(path, filesystem=filesystem) as file:
-            # the values of damaged bytes say nothing
+            # the values of damaged bytes are meaningless
             return texts + table_faults(manifest, entry, file, min(depth, Depth.TABLES) if texts else depth)
     except (pa.ArrowException, OSError) as error:
         return texts if texts or size != entry.bytes else [unreadable(error)]
@@ -171,7 +171,7 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
         if foreign := sorted({*shards} - {entry.index}):
             return [f"holds sequences of shard {foreign[0]}, not of {entry.index}"]
     if file.metadata.num_rows != entry.rows:
-        return [f"has {file.metadata.num_rows:,} rows, its manifest says {entry.rows:,}"]
+        return [f"has {file.metadata.num_rows:,} rows, but its manifest says {entry.rows:,}"]
     if depth < Depth.TABLES or not entry.rows:
         return []
     texts = layout_faults(manifest, entry, file, table)
@@ -179,10 +179,10 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
 
 
 def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, table: pa.Table) -> list[str]:
-    """Sequence ids and variants, which are in ``table``, and row groups, which readers address by number."""
+    """Faults of sequence ids and variants (in ``table``), and of row groups, which readers address by number."""
     ids_N, variants = table["sequence_id"].to_numpy(), int(manifest.masks["variants"]) if manifest.masks else 1
     if entry.rows % variants:
-        return [f"has {entry.rows} rows, which are not {variants} variants of every sequence"]
+        return [f"has {entry.rows} rows, not {variants} variants of every sequence"]
     blocks, texts = targets.blocks(entry.rows // variants, variants), []
     wrong_N = ids_N & np.uint64(0xFFFFFFFF) != np.concatenate([rows for rows, _ in blocks])
     if wrong_N.any():
@@ -192,7 +192,7 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, t
         texts.append(f"its variants are not 0 … {variants - 1} of each block (first at row {wrong_N.argmax()})")
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if groups != [len(rows) for rows, _ in blocks]:
-        texts.append("its row groups are cut elsewhere than the contract says")
+        texts.append("its row groups do not have the sizes of the contract")
     return texts
 
 
@@ -210,7 +210,7 @@ def rescored_faults(
     manifest: Manifest, entries: list[ShardEntry], score: Callable[[np.ndarray], Scores], sample: int
 ) -> Iterator[Fault]:
     """Compare stored scores of ``sample`` sequences (chosen by the fingerprint) with the teacher's scores now."""
-    from entropy_masking.shards.read import Columns, read_rows  # takes seconds, and so does a teacher
+    from entropy_masking.shards.read import Columns, read_rows  # takes seconds; only a check with a teacher needs it
 
     columns = Columns(entropy=True, surprisal=True, top_k=manifest.top_k > 0)
     ends = [0, *accumulate(entry.rows for entry in entries)]

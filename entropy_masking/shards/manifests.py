@@ -38,13 +38,13 @@ def record_file(index: int) -> str:
 
 
 def record_files(directory: str) -> list[str]:
-    """The records that are there: people copy shards without them."""
+    """The existing records. A copy of the shards may have none."""
     names = [info.base_name for info in storage.list_files(storage.join(directory, "_records"))]
     return [f"_records/{name}" for name in names if name.startswith("part-")]
 
 
 def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if there is none. Raises UsageError if it holds something else."""
+    """The file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
     try:
         return model.model_validate_json(storage.read_bytes(uri))
     except FileNotFoundError:
@@ -53,7 +53,7 @@ def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
         first = error.errors()[0]
         reason = " ".join([*map(str, first["loc"]), first["msg"]])
         title = model.model_config["title"]
-        raise UsageError(f"{uri} cannot be read: it is no {title} ({reason}); restore it, or make it anew") from None
+        raise UsageError(f"{uri} cannot be read: it is not a {title} ({reason}); restore or remake it") from None
 
 
 def find_manifest(uri: str) -> Manifest | None:
@@ -75,19 +75,19 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
     if run := read_model(Run, run_uri(uri)):
         done = f"{len(record_files(uri))} of {run.shards} shards"
         raise UsageError(f"{uri} is unfinished ({done}); run the same {MADE_BY[kind]} command again to finish it")
-    raise UsageError(f"{uri} is no shard directory (it has no manifest.json); make one with {MADE_BY[kind]}")
+    raise UsageError(f"{uri} is not a shard directory (it has no manifest.json); make one with {MADE_BY[kind]}")
 
 
 def read_table(
     manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups: list[int] | None = None
 ) -> pa.Table:
-    """Columns of one shard, all of it or some row groups (each of ``ROW_GROUP`` rows, the last one shorter)."""
+    """Columns of one shard, of all or of some row groups (of ``ROW_GROUP`` rows each; the last may be shorter)."""
     filesystem, path = storage.resolve(manifest.shard_uri(entry))
-    # a store is asked for all columns at once
+    # request all columns from an object store at once
     with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=storage.is_remote(manifest.uri)) as file:
         if row_groups is None:
             row_groups = list(range(file.num_row_groups))
-        # one thread: readers are loader workers, which are parallel already and may be forks
+        # one thread: loader workers call this, which run in parallel already and may be forks
         return file.read_row_groups(row_groups, columns=columns, use_threads=False)
 
 
@@ -109,13 +109,13 @@ def copy_tokenizer(directory: str, destination: Path) -> None:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the special tokens by role (pad, cls, sep, mask, unk), those that the tokenizer has."""
+    """Ids of the tokenizer's special tokens by role (pad, cls, sep, mask, unk)."""
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", "cls", "sep", "mask", "unk")}
     return {role: token for role, token in ids.items() if token is not None}
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what token ids mean: the vocabulary and the special ids. Equal hashes can share shards."""
+    """Hash of the meaning of token ids: the vocabulary and the special ids."""
     return storage.sha256_json([tokenizer.get_vocab(), special_ids(tokenizer)])
 
 
@@ -126,11 +126,11 @@ def new_manifest(
     teacher: str | None = None,
     failed: dict[str, str] | None = None,
 ) -> Manifest:
-    """The manifest of a scoring run before its shards, from its fingerprint and its tokenizer.
+    """The manifest of a scoring run without shards, from its fingerprint and its tokenizer.
 
     Args:
-        teacher: its path or Hub id; the fingerprint knows the hash of its weights alone.
-        failed: shards that the corpus lacks, and why.
+        teacher: its path or Hub id; the fingerprint has only the hash of its weights.
+        failed: by file, why the corpus lacks shards.
     """
     fingerprint = run.fingerprint
     return Manifest(
@@ -159,7 +159,7 @@ def new_manifest(
 
 
 def sequences_hash(fingerprint: dict[str, Any]) -> str:
-    """What decides the tokens of a run, whether they came from text or from a shard directory."""
+    """Hash of everything that decides the tokens of a run, whether they come from text or from a shard directory."""
     corpus = fingerprint["corpus"]
     tokens = [corpus.get("sequences", corpus), fingerprint["tokenizer"], fingerprint["sequence_length"]]
     return storage.sha256_json(tokens)

@@ -1,4 +1,4 @@
-"""The Parquet contract of shards of sequences: schema, tables, bytes, and reading back. See docs/shards.md."""
+"""The Parquet format of shards of sequences: schema, tables, bytes, and reading. See docs/shards.md."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from entropy_masking.errors import UsageError
 
 SCHEMA_VERSION: Final = 2
 ROW_GROUP = 1024
-ZSTD_LEVEL = 9  # 3 to 6 % smaller than pyarrow's 1 for microseconds a token; 15 takes four times as long for 1 % more
+ZSTD_LEVEL = 9  # 3 to 6 % smaller than pyarrow's 1, for microseconds per token; 15 takes four times as long for 1 %
 SCORE_COLUMNS = ("entropy", "surprisal")
 TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a teacher predicts at the L positions of N sequences, or at K chosen ones, which then stand for L.
+    """The predictions of a teacher at the L positions of N sequences, or at K chosen positions instead of L.
 
     Natural logarithms; NaN where a position is not scored.
 
@@ -47,7 +47,7 @@ class Scores:
 
 
 def shard_file(index: int) -> str:
-    """``part-00000.parquet``: one shard, one name, whoever writes it."""
+    """``part-00000.parquet``: every writer uses the same name for a shard."""
     return f"part-{index:05d}.parquet"
 
 
@@ -60,7 +60,7 @@ def list_of(value: pa.DataType) -> pa.DataType:
 
 
 def token_type(vocab_size: int) -> pa.DataType:
-    """uint16 whenever the vocabulary fits."""
+    """uint16 if the vocabulary fits, else uint32."""
     return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
 
 
@@ -70,13 +70,13 @@ def temperature_column(temperature: float) -> str:
 
 
 def top_k_fields(vocab_size: int, temperatures: Sequence[float]) -> dict[str, pa.DataType]:
-    """Types of the columns that hold the most probable tokens, and what they need at other temperatures."""
+    """Types of the top-k columns, including those for other temperatures."""
     lse = {temperature_column(t): list_of(pa.float16()) for t in temperatures if t != 1}
     return {"topk_ids": list_of(token_type(vocab_size)), "topk_logprobs": list_of(pa.float16()), **lse}
 
 
 def top_k_columns(scores: Scores) -> dict[str, np.ndarray]:
-    """The values of those columns."""
+    """Values of the top-k columns."""
     lse = {temperature_column(t): values for t, values in scores.temperature_lse_NL.items()}
     return {"topk_ids": scores.topk_ids_NLK, "topk_logprobs": scores.topk_logprobs_NLK, **lse}
 
@@ -119,9 +119,9 @@ def list_array(values: np.ndarray, lengths_N: np.ndarray, kind: pa.DataType) -> 
 
 
 def to_parquet(groups: Sequence[pa.Table]) -> bytes:
-    """Parquet bytes of a shard, a row group for each table: a pure function of the tables (and of the Arrow version).
+    """Parquet bytes of a shard, one row group per table: a pure function of the tables (and of the Arrow version).
 
-    Integer columns are split by byte (their upper bytes are mostly zero), floats stay plain because DuckDB
+    Integer columns are split by byte, because their upper bytes are mostly zero. Floats stay plain, because DuckDB
     cannot read a split float16.
     """
     arrow_schema = groups[0].schema
@@ -165,12 +165,12 @@ def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict
 
 
 def footer_rows(uri: str) -> int:
-    """Number of rows by a Parquet file's footer."""
+    """Number of rows according to a Parquet file's footer."""
     filesystem, path = storage.resolve(uri)
     return pq.read_metadata(path, filesystem=filesystem).num_rows
 
 
 def column_2d(table: pa.Table, name: str, width: int) -> np.ndarray:
-    """A list column as an array [rows, width] without copying single values; width is L, or L·k for top-k columns."""
+    """A list column as an array [rows, width], without a loop over values; width is L, or L·k for top-k columns."""
     column = table.column(name).combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

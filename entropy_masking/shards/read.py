@@ -23,7 +23,7 @@ from entropy_masking.shards.targets import predictions_of, row_group, rows_of
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of a shard: no more than a run uses. ``temperature`` is that of the top k."""
+    """The columns to read of a shard. ``temperature`` is that of the top k."""
 
     entropy: bool = False
     top_k: bool = False
@@ -64,23 +64,22 @@ def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: i
     """One row group of a shard.
 
     Raises:
-        RunError: it cannot be read, or is not what the manifest says, as files may change during a run.
+        RunError: it cannot be read, or does not match the manifest, since files may change during a run.
     """
     rows = read_rows(manifest, entry, columns, [block])
     expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
     if not np.array_equal(rows["sequence_id"], (entry.index << 32) + expected):
         raise RunError(
-            f"{manifest.shard_uri(entry)} does not hold the rows that its manifest says; "
-            "pipeline/verify.py says what is wrong with it"
+            f"{manifest.shard_uri(entry)} does not hold the rows of its manifest; pipeline/verify.py names its faults"
         )
     return rows
 
 
 def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: int, variant: int, T: float) -> Rows:
-    """What a teacher predicts for one variant of one row group of sequences.
+    """The predictions of a teacher for one variant of one row group of sequences.
 
     Args:
-        targets: manifest of a target directory, and ``entry`` its shard.
+        targets: manifest of a target directory; ``entry`` is one of its shards.
         sequences: the rows of the row group ``block``.
         T: temperature of the top k.
 
@@ -89,7 +88,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
         teacher_logprobs [N, K, k], and with T ≠ 1 temperature_lse [N, K].
 
     Raises:
-        RunError: the file cannot be read, or holds other rows.
+        RunError: the file cannot be read, or holds different rows.
     """
     assert targets.masks
     K, variants, lse = targets.masks["positions"], targets.masks["variants"], [T] if T != 1 else []
@@ -97,7 +96,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     table = _table(targets, entry, columns, [row_group(block, variant, variants)])
     rows = rows_of(table, K)
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
-        raise RunError(f"{targets.shard_uri(entry)} does not hold the rows that its manifest says; make it anew")
+        raise RunError(f"{targets.shard_uri(entry)} does not hold the rows of its manifest; make it again")
     predictions = predictions_of(table, K, targets.top_k, lse)
     joined = {
         "target_positions": rows.positions_NK,
@@ -113,15 +112,13 @@ def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups
         return read_table(manifest, entry, columns, row_groups)
     except (OSError, pa.ArrowException) as error:
         uri = manifest.shard_uri(entry)
-        raise RunError(
-            f"cannot read {uri} ({one_line(error)}); pipeline/verify.py says what is wrong with it"
-        ) from None
+        raise RunError(f"cannot read {uri} ({one_line(error)}); pipeline/verify.py names its faults") from None
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:
-    """Integers as int64, floats as float32: what torch computes with.
+    """Rows as tensors: integers as int64, floats as float32.
 
-    The top k stay as they are stored: they are k times as many as the rest, and few of them are used.
+    The top k keep their stored types: they are k times as large as other columns, and only a few of them are used.
     """
     wide = {name: array for name, array in rows.items() if name not in TOP_K_COLUMNS}
     tensors = {
@@ -140,14 +137,14 @@ def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     """The masker of a directory's sequences, by tokens or by words.
 
     Raises:
-        UsageError: by words, and the tokenizer does not tell which tokens continue one.
+        UsageError: the unit is the word, and the tokenizer does not mark the tokens that continue a word.
     """
     continues_V = None
     if unit == "word":
         try:
             continues_V = continuing_tokens(load_tokenizer(manifest.uri), manifest.vocab_size)
         except ValueError as error:
-            raise UsageError(f"--mask-unit word has no use with {manifest.uri}: {error}") from None
+            raise UsageError(f"--mask-unit word cannot be used with {manifest.uri}: {error}") from None
     return Masker(
         vocab_size=manifest.vocab_size,
         special_token_ids=manifest.special_token_ids,
@@ -158,7 +155,7 @@ def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
 
 
 def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> Columns:
-    """The columns that a policy needs, whose scores come from ``source``, and those that distillation needs."""
+    """The columns that a policy with scores from ``source`` needs, and those that distillation needs."""
     predict_by = "random" if policy.predicts_all else policy.predict_by
     read = {"surprisal"} if "excess" in (predict_by, None if policy.uniform else policy.by) else set()
     if source == "parquet":

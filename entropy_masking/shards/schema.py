@@ -1,4 +1,4 @@
-"""The JSON files of a shard directory as models, their fields in the order of the files. See docs/shards.md."""
+"""The JSON files of a shard directory as models, with fields in the order of the files. See docs/shards.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from entropy_masking.shards.parquet import SCHEMA_VERSION
 
 def _check_file(file: str) -> str:
     if not re.fullmatch(r"part-\d{5,}\.parquet", file):
-        raise ValueError(f"{file!r} is not read, only part-NNNNN.parquet in its directory")
+        raise ValueError(f"{file!r} is not a file name of the form part-NNNNN.parquet")
     return file
 
 
@@ -25,16 +25,16 @@ def _check_special_ids(special_ids: dict[str, int]) -> dict[str, int]:
 
 
 class Model(BaseModel):
-    """A file, which messages call by its title, or a part of one. An unknown field is as wrong as a wrong type."""
+    """A file or a part of a file; messages use its title. An unknown field is an error, like a wrong type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
 class Run(Model, title="record of a run"):
-    """``_records/run.json``, written first: the run that a directory belongs to."""
+    """``_records/run.json``, written first: the run to which a directory belongs."""
 
-    fingerprint: dict[str, Any]  # all that decides the bytes of the shards
-    shards: int  # that are planned
+    fingerprint: dict[str, Any]  # everything that decides the bytes of the shards
+    shards: int  # planned
 
     @property
     def fingerprint_hash(self) -> str:
@@ -50,13 +50,13 @@ class Attempt(Model, title="record of an attempt"):
 
 
 class ShardEntry(Model):
-    """One committed shard, as the manifest names it."""
+    """One committed shard, as in the manifest."""
 
     index: int
     file: Annotated[str, AfterValidator(_check_file)]
     rows: int
     tokens: int  # without padding; 0 in targets
-    scored_tokens: int  # positions that a teacher scored
+    scored_tokens: int  # positions with scores
     bytes: int
     sha256: str
     entropy_sum: float  # of the scored tokens, in nats
@@ -71,13 +71,13 @@ class Rejected(Model):
 
 
 class Record(ShardEntry, title="record of a shard"):
-    """``_records/part-00000.json``, written after its shard: what the manifest says of it, and what it cost."""
+    """``_records/part-00000.json``, written after its shard: the shard's entry in the manifest, and its costs."""
 
     fingerprint_hash: str
     attempt: int
     forward_seconds: float  # inside the model
     flops: int
-    batch_tokens: int | None = None  # only where memory asked for smaller batches
+    batch_tokens: int | None = None  # only if the memory required smaller batches
     device: str
     worker: str
     documents: int
@@ -96,11 +96,11 @@ class Record(ShardEntry, title="record of a shard"):
 
     @property
     def tokens_or_positions(self) -> int:
-        """The work of a shard, which is counted in positions for targets, as they hold no tokens of their own."""
+        """The work of a shard: tokens, or positions for targets, which hold no tokens."""
         return self.tokens or self.scored_tokens
 
     def to_json(self) -> dict[str, Any]:
-        """The fields in the order of the file, where name, size and hash come first."""
+        """The fields in the order of the file, in which name, size and hash come first."""
         fields = self.model_dump(exclude_none=True)
         return {name: fields[name] for name in ("index", "file", "bytes", "sha256")} | fields
 
@@ -110,19 +110,19 @@ class Manifest(Model, title="shard manifest"):
 
     uri: str = Field("", exclude=True)  # the directory; not in the file
     schema_version: Literal[2] = SCHEMA_VERSION
-    kind: Literal["sequences", "targets"]  # tokens, and scores if there was a teacher; or see ``shards.targets``
+    kind: Literal["sequences", "targets"]  # tokens, with scores if there was a teacher; or targets (``shards.targets``)
     sequence_length: int
     vocab_size: int
     special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]  # by role
     special_token_ids: list[int]  # all ids that are never masked
     scored: bool
-    top_k: int  # of the teacher, as the next four; 0 without one
+    top_k: int  # of the teacher, like the next four fields; 0 without a teacher
     temperatures: list[float]
     context: str | None
     passes: int | None
     teacher: str | None
     masks: dict[str, Any] | None  # of targets: source, policy, variants and positions (K)
-    sequences_hash: str  # of what decides the tokens; equal in sequences and the targets made for them
+    sequences_hash: str  # of everything that decides the tokens; sequences and their targets have the same
     fingerprint: dict[str, Any]
     fingerprint_hash: str
     tokenizer_hash: str

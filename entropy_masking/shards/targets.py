@@ -1,8 +1,8 @@
-"""Target shards: what a teacher predicts at the masked positions of exactly the inputs that a student will see.
+"""Target shards: the predictions of a teacher at the masked positions of exactly the inputs that a student will see.
 
-Targets (``score.py --mask-source``) have the shards of the sequences that they were made for, one file each. A row is
-one variant of one sequence. Within a file the rows go block by block: for each row group of the sequences R row groups,
-one a variant. So to train on variant v of a row group is to read one row group. See docs/shards.md.
+Targets (``score.py --mask-source``) have the same shards as the sequences that they were made for, one file per shard.
+A row is one variant of one sequence. Each row group of the sequences becomes a block of R row groups, one per variant.
+So to train on one variant, a loader reads one row group per block. See docs/shards.md.
 
 Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
 """
@@ -58,7 +58,7 @@ def input_crc32(inputs_NL: np.ndarray) -> np.ndarray:
 
 
 def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
-    """Arrow schema of a target shard; top-k columns are position-major over ``positions``."""
+    """Arrow schema of a target shard; top-k columns hold position after position of ``positions``."""
     columns = {"sequence_id": pa.uint64(), "variant": pa.uint16(), "positions": list_of(pa.uint16())}
     columns |= top_k_fields(vocab_size, temperatures) | {"input_crc32": pa.uint32()}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
@@ -82,7 +82,7 @@ def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int) -> pa.Table
 
 
 def rows_of(table: pa.Table, most: int) -> MaskedRows:
-    """The rows of targets, with up to ``most`` positions each."""
+    """The rows of a target table, with up to ``most`` positions each."""
     return MaskedRows(
         table["sequence_id"].to_numpy(),
         table["variant"].to_numpy(),
@@ -94,7 +94,7 @@ def rows_of(table: pa.Table, most: int) -> MaskedRows:
 def predictions_of(table: pa.Table, most: int, top_k: int, temperatures: list[float]) -> dict[str, np.ndarray]:
     """The top-k columns of targets: ``topk_ids``, ``topk_logprobs`` [N, K, k], ``temperature_lse_T`` [N, K].
 
-    Where there is no position, ids are 0 and logarithms NaN.
+    Without a position, ids are 0 and logarithms NaN.
     """
     fills = {"topk_ids": 0, "topk_logprobs": np.nan}
     columns = {name: _padded(table, name, most, fills[name], top_k) for name in TOP_K_COLUMNS}
@@ -129,7 +129,7 @@ def blocks(sequences: int, variants: int) -> list[tuple[np.ndarray, int]]:
 
 
 def row_groups(table: pa.Table, rows: MaskedRows) -> list[pa.Table]:
-    """A table cut into the row groups of its file: where the variant or the block changes."""
+    """A table cut into the row groups of its file, at each change of the variant or the block."""
     row_numbers = (rows.sequence_id_N & np.uint64(0xFFFFFFFF)).astype(np.int64)
     cuts = [*np.flatnonzero(row_numbers % ROW_GROUP == 0).tolist(), len(table)]
     return [table.slice(a, b - a) for a, b in pairwise(cuts)] or [table]

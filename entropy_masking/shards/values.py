@@ -1,4 +1,4 @@
-"""Pure: the values of a shard → their faults, each a phrase that follows the file's name.
+"""Pure: the values of a shard → their faults. A fault is a phrase that follows the file's name.
 
 Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names; P stands for L or K.
 """
@@ -14,17 +14,17 @@ from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import NO_POSITION, predictions_of, rows_of
 
-PROBABILITY_SUM = 1.01  # float16 is good for a two-thousandth of a log-probability, and that of what it weighs
-ABOVE_ZERO = 1e-3  # nats that float32 may leave of a logarithm that ought to be 0
-RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # what other batches change
-RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # positions that they may change more
+PROBABILITY_SUM = 1.01  # float16 rounds a log-probability by up to a two-thousandth of its value
+ABOVE_ZERO = 1e-3  # nats by which float32 may miss a logarithm of 0
+RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # differences that other batches cause
+RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # share of positions with larger differences
 
-BadValues = dict[str, np.ndarray]  # by fault where it is, [N, …]
+BadValues = dict[str, np.ndarray]  # fault → where it occurs, bool [N, …]
 Sums = dict[str, float]
 
 
 def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) -> list[str]:
-    """Faults of every value of a file, a row group at a time, and of the sums that its entry gives of them."""
+    """Faults of all values of a file, read by row group, and of the sums in its entry."""
     check = sequence_values if manifest.kind == "sequences" else target_values
     texts: list[str] = []
     sums = {"tokens": 0.0, "scored_tokens": 0.0, "entropy_sum": 0.0}
@@ -45,14 +45,14 @@ def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) ->
     for name in ("tokens", "scored_tokens"):
         if sums[name] != getattr(entry, name):
             texts.append(f"has {sums[name]:,.0f} {name.replace('_', ' ')}, not {getattr(entry, name):,}")
-    rounding = entry.entropy_sum * np.finfo(np.float16).eps / 2  # if all entropies were rounded the same way
+    rounding = entry.entropy_sum * np.finfo(np.float16).eps / 2  # if all entropies were rounded in the same direction
     if not abs(sums["entropy_sum"] - entry.entropy_sum) <= rounding + 1e-6 * entry.scored_tokens:
         texts.append(f"its entropies sum to {sums['entropy_sum']:.3f} nats, not {entry.entropy_sum:.3f}")
     return texts
 
 
 def length_fault(manifest: Manifest, table: pa.Table) -> str | None:
-    """A list column that has not one value, or k, for each of a row's positions."""
+    """The fault of a list column that does not have one value (or k values) per position of a row."""
     masked = manifest.kind != "sequences"
     positions_N = list_lengths(table, "positions") if masked else manifest.sequence_length
     for field in table.schema:
@@ -91,7 +91,7 @@ def sequence_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sum
 
 
 def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]:
-    """Bad values of a table of targets, and how many positions it has."""
+    """Bad values of a table of targets, and its number of positions."""
     counts_N = list_lengths(table, "positions")
     K = int(counts_N.max())
     most = int(manifest.masks["positions"]) if manifest.masks else K
@@ -108,7 +108,7 @@ def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]
 
 
 def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) -> BadValues:
-    """Bad values of the k most probable tokens [N, P, k], and of what they need at other temperatures [N, P]."""
+    """Bad values of the top-k columns [N, P, k], and of those for other temperatures [N, P]."""
     ids_NPk, logprobs_NPk = columns["topk_ids"], columns["topk_logprobs"].astype(np.float32)
     scored_NP1 = scored_NP[..., None]
     sorted_NPk = np.sort(ids_NPk, axis=-1)
@@ -126,10 +126,10 @@ def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) 
 
 
 def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[str]:
-    """Differences between the scores of one sequence now and those stored: entropy, surprisal [L], topk_* [L, k].
+    """Differences between the stored and the new scores of one sequence: entropy, surprisal [L], topk_* [L, k].
 
-    The batch has another shape than the first time, so a few positions in a hundred may lie further apart in half
-    precision, and neighbours among the most probable tokens may have changed places.
+    The batch has a different shape than the first time. So in half precision a few positions in a hundred may differ
+    more, and neighbours among the most probable tokens may have changed places.
     """
     nats, share, scored_L = RESCORED_NATS[dtype], RESCORED_SHARE[dtype], ~np.isnan(stored["entropy"])
     if not scored_L.any():
@@ -138,18 +138,18 @@ def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[s
         "entropies": (stored["entropy"], again.entropy_NL[0], nats),
         "surprisals": (stored["surprisal"], again.surprisal_NL[0], 2 * nats),
     }
-    if "topk_ids" in stored:  # in order of size: neighbours that changed places differ by little
+    if "topk_ids" in stored:  # sorted by size, so neighbours that changed places differ little
         pairs["log-probabilities"] = (stored["topk_logprobs"], again.topk_logprobs_NLK[0], 2 * nats)
     texts = []
     for name, (old, new, most) in pairs.items():
         old_M, new_M = old[scored_L].astype(np.float16), new[scored_L]
         apart_M = np.abs(old_M.astype(np.float32) - new_M)
         if not (apart_M <= most + np.spacing(np.abs(old_M)).astype(np.float32)).mean() >= 1 - share:
-            texts.append(f"has {name} up to {apart_M.max():.3f} nats from what the teacher says")
+            texts.append(f"has {name} up to {apart_M.max():.3f} nats away from the teacher's")
     if "topk_ids" in stored:
         first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again.topk_logprobs_NLK[0][scored_L]
         near_Mk = logprobs_Mk >= logprobs_Mk[:, :1] - 2 * nats
         same_M = ((again.topk_ids_NLK[0][scored_L] == first_M1) & near_Mk).any(1)
         if not same_M.mean() >= 1 - share:
-            texts.append(f"names another most probable token than the teacher at {(~same_M).sum()} positions")
+            texts.append(f"has a different most probable token than the teacher at {(~same_M).sum()} positions")
     return texts

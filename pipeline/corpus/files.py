@@ -1,4 +1,4 @@
-"""The files of a corpus: finding them by path, directory or glob, telling what they hold, and their identity."""
+"""The files of a corpus: found by path, directory or glob, with their kind and their identity."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def find_files(part: str) -> list[tuple[str, str]]:
-    """(path, name within the corpus) of the files of one path, directory or glob, sorted by name."""
+    """(path, name within the corpus) of the files of a path, directory or glob, sorted by name."""
     filesystem, path = storage.resolve(part)
     prefix = part.split("://")[0] + "://" if storage.is_remote(part) else ""
     if any(character in part for character in "*?[") and not storage.exists(part):
@@ -39,7 +39,7 @@ def find_files(part: str) -> list[tuple[str, str]]:
         if info.type == fs.FileType.File:
             root, names = os.path.dirname(path), [path]
             if file_kind(path) is None:
-                raise UsageError(f"cannot tell what {part} is; the known endings are {_endings()}")
+                raise UsageError(f"{part} has an unknown ending; the known endings are {_endings()}")
         else:
             root, names = path, [name for name in _files_below(filesystem, path) if file_kind(name)]
     if not names:
@@ -48,7 +48,7 @@ def find_files(part: str) -> list[tuple[str, str]]:
 
 
 def _files_below(filesystem: fs.FileSystem, root: str) -> Iterator[str]:
-    """Every file below a directory, without hidden ones."""
+    """Every file below a directory, except hidden ones."""
     for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
         if info.type == fs.FileType.File and not _hidden(info.path, root):
             yield info.path
@@ -59,7 +59,7 @@ def _hidden(path: str, root: str) -> bool:
 
 
 def _glob_root(pattern: str) -> str:
-    """The directory above the first part of a path with a wildcard."""
+    """The path before its first part with a wildcard."""
     parts = pattern.split("/")
     first = next(i for i, part in enumerate(parts) if any(character in part for character in "*?["))
     return "/".join(parts[:first]) or "/"
@@ -83,12 +83,12 @@ def _matching(filesystem: fs.FileSystem, pattern: str) -> list[str]:
 
 
 def file_kind(path: str) -> str | None:
-    """What a file holds by its ending, or None."""
+    """The kind of a file by its ending, or None."""
     return KINDS.get(Path(path.removesuffix(compression_suffix(path) or "")).suffix.lower())
 
 
 def compression_suffix(path: str) -> str | None:
-    """The ending that tells how a file is compressed, or None."""
+    """The ending of a compressed file, or None."""
     suffix = Path(path).suffix
     return suffix if suffix in COMPRESSIONS else None
 
@@ -98,7 +98,7 @@ def _endings() -> str:
 
 
 def content_identity(path: str) -> str:
-    """Hash of a local file's bytes; of a remote file its size and etag (or time, where the store has no etag)."""
+    """For a local file the hash of its bytes, for a remote file its size and etag (or its time without an etag)."""
     if not storage.is_remote(path):
         return storage.sha256(path)
     filesystem, name = storage.resolve(path)

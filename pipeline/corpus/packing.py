@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.corpus.readers import Document, Rejects
 
-BATCH = 256  # documents the tokenizer takes at a time
+BATCH = 256  # documents per call of the tokenizer
 
 
 def tokenize(
@@ -19,7 +19,7 @@ def tokenize(
 ) -> Iterator[np.ndarray]:
     """Token ids (uint32) of each document, without special tokens: ``[MASK]`` written out in a text is plain text.
 
-    A document on which the tokenizer fails is rejected, the others go on.
+    A document on which the tokenizer fails is rejected.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()

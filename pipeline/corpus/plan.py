@@ -1,6 +1,6 @@
 """A corpus in any common form → a plan of shards: ranges of whole documents, from metadata alone.
 
-Nothing is tokenized here. What is read are file sizes, Parquet footers, first lines (to find a wrong text column early)
+Nothing is tokenized here. The plan reads file sizes, Parquet footers, first lines (to detect a wrong text column early)
 and, for the fingerprint, the bytes of local files.
 """
 
@@ -26,7 +26,7 @@ from pipeline.corpus.readers import COMPRESSIONS, FileRange, Rejects, csv_rows, 
 
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
 SHARD_TOKENS = 1 << 18
-JSON_LINES = 100  # of JSON lines are looked at to find a wrong key
+JSON_LINES = 100  # this many lines are read to detect a wrong key
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Corpus:
 
     Attributes:
         shards: the ranges of each shard; the place in the list is the shard's index.
-        identity: what the corpus is, for the fingerprint: names and content hashes (remote: etags) of its files in
-            order, and reading options.
+        identity: of the corpus, for the fingerprint: names and content hashes (remote: etags) of its files in order,
+            and reading options.
         text_column: column or key of the text.
-        shard_tokens: about how many tokens a shard has.
-        from_shards: the manifest, if the corpus is a shard directory, whose tokens, ids and shards are kept.
+        shard_tokens: approximate tokens per shard.
+        from_shards: the manifest if the corpus is a shard directory; its tokens, ids and shards are kept.
     """
 
     shards: list[list[FileRange]]
@@ -64,15 +64,15 @@ def plan_corpus(
             separated by commas, local or as URIs.
         text_column: column or key of the text in Parquet, CSV and JSON lines (default: text).
         document: what a document is in a plain-text file: ``line`` (default) or ``file``.
-        shard_tokens: about how many tokens a shard should have (default: 262144).
-        limit_documents: only the first so many documents, rejected ones included.
+        shard_tokens: approximate tokens per shard (default: 262144).
+        limit_documents: use only this many documents from the start, rejected ones included.
 
     Raises:
-        UsageError: no such files, unreadable ones, no such text column, an unfinished shard directory, or an option
-            that does not apply to such a corpus.
+        UsageError: files are missing or unreadable, there is no such text column, a shard directory is unfinished, or
+            an option does not apply to the corpus.
     """
     if not all(part.strip() for part in spec.split(",")):
-        raise UsageError(f"--corpus {spec!r} has an empty part, which names nothing; leave out the comma, or name it")
+        raise UsageError(f"--corpus {spec!r} has an empty part; remove the extra comma")
     if _is_shard_directory(spec):
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
         flags |= {"limit-documents": limit_documents}
@@ -99,7 +99,7 @@ def plan_corpus(
     if not shards:
         raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
     identity = {
-        # numbered: their order counts, and two may have the same name
+        # numbered, because their order matters and two may have the same name
         "files": {f"{number} {name}": content_identity(path) for number, (path, name) in enumerate(files, 1)},
         "text_column": text_column,
         "document": document,
@@ -113,7 +113,7 @@ def plan_corpus(
 
 
 def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
-    """(range, estimated bytes) of one file, each range of about ``shard_bytes`` where the file can be split."""
+    """(range, estimated bytes) of one file; a file that can be split has ranges of about ``shard_bytes``."""
     kind, suffix = file_kind(path), compression_suffix(path)
     if kind == "parquet":
         yield from _cut_parquet(path, text_column, shard_bytes)
@@ -158,12 +158,12 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
 
 
 def _check_text_column(file_range: FileRange, text_column: str) -> None:
-    """Find a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
+    """Detect a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
     if file_range.kind not in ("csv", "tsv", "jsonl"):
         return
     try:
         if file_range.kind == "jsonl":
-            names = json_keys(file_range, JSON_LINES) or [text_column]  # broken lines only are rejected like any other
+            names = json_keys(file_range, JSON_LINES) or [text_column]  # broken lines are rejected later
         else:
             names = next(csv_rows(file_range), (1, [text_column]))[1] or []
     except (OSError, EOFError) as error:
@@ -173,7 +173,7 @@ def _check_text_column(file_range: FileRange, text_column: str) -> None:
 
 
 def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tuple[FileRange, int]]:
-    """The ranges that hold the first ``documents`` documents; text is read only as far as they reach."""
+    """The ranges with the first ``documents`` documents. Text files are read only up to there."""
     for file_range, size in ranges:
         if documents <= 0:
             return
@@ -188,7 +188,7 @@ def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tupl
 
 
 def _count_documents(file_range: FileRange, most: int) -> int:
-    """Number of documents in a range of a text file, or ``most`` if there are more."""
+    """Number of documents in a range of a text file, at most ``most``."""
     rejects = Rejects()
     for _ in read_documents([replace(file_range, limit=most)], "", rejects):
         pass
@@ -196,7 +196,7 @@ def _count_documents(file_range: FileRange, most: int) -> int:
 
 
 def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[tuple[FileRange, int]]]:
-    """Neighbouring ranges put together into shards of about ``shard_bytes``."""
+    """Join neighbouring ranges into shards of about ``shard_bytes``."""
     shards: list[list[tuple[FileRange, int]]] = []
     filled = shard_bytes
     for file_range, size in ranges:
@@ -208,7 +208,7 @@ def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[t
     return shards
 
 
-# --- corpora that are no files ---------------------------------------------------------------------------------------
+# --- other corpora ---------------------------------------------------------------------------------------------------
 
 
 def _is_shard_directory(spec: str) -> bool:
@@ -223,7 +223,7 @@ def _plan_shard_directory(spec: str) -> Corpus:
     ranges: list[list[FileRange]] = [[] for _ in range(manifest.planned_shards)]  # no ranges: the shard was given up
     for entry in manifest.shards:
         ranges[entry.index] = [FileRange(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
-    # only the tokens count: to score a scored directory again is to score its tokens
+    # only the tokens matter: scoring a scored directory again means scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
     tokens = sum(entry.tokens for entry in manifest.shards)

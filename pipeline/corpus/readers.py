@@ -1,4 +1,4 @@
-"""Documents out of files, one by one. What cannot be used is rejected with its file and line, never silently lost."""
+"""Documents out of files, one by one. An unusable document is rejected with its file and line, never silently lost."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 
 LISTED = 100  # rejected documents that a record names; all are counted
-COUNTED_BYTES = 1 << 28  # to number a line, those before it are counted: not from the start of a file without end
+COUNTED_BYTES = 1 << 28  # a line number needs a count of all lines before it; this bounds the count in a huge file
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-# a field is a document, and the default of 131,072 characters is for spreadsheets; but an unclosed quote ends here
+# a field is a document, for which the default of 131,072 characters is too small; an unclosed quote ends at the limit
 csv.field_size_limit(1 << 26)
 DIALECTS: dict[str, Any] = {"csv": {"strict": True}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of whole documents in one file; plain data, made without reading the documents.
+    """A range of whole documents in one file: plain data, planned without reading the documents.
 
     Attributes:
         path: path or URI.
         kind: ``parquet`` (the rows from start to stop), ``text`` or ``jsonl`` (the lines that begin in the bytes from
-            start to stop), ``file`` (one document), ``csv`` or ``tsv`` (whole), ``shard`` (of a shard directory).
-        start, stop: the range; ``stop`` None means to the end.
+            start to stop), ``file`` (one document), ``csv`` or ``tsv`` (the whole file), ``shard`` (of a shard
+            directory).
+        start, stop: the range; ``stop`` None means the end of the file.
         limit: at most this many documents of the range, rejected ones included.
         compression: ``gzip``, ``zstd`` or ``bz2``; a compressed file is never split.
     """
@@ -50,7 +51,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it stands: ``line`` is 1-based within its range (a row for Parquet)."""
+    """A text and its place: ``line`` is 1-based within its range (a row for Parquet)."""
 
     text: str
     file_range: FileRange
@@ -59,13 +60,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands for a text that could not be read."""
+    """Replaces a text that could not be read."""
 
     reason: str
 
 
 class Rejects:
-    """Counts documents, and lists those that could not be used."""
+    """Counts documents, and lists the unusable ones."""
 
     def __init__(self) -> None:
         self.documents = 0
@@ -75,7 +76,7 @@ class Rejects:
     def add(self, file_range: FileRange, line: int, reason: str) -> None:
         """Reject the document at ``line`` of ``file_range``; it is listed with its line in the file.
 
-        Far into a large file it is the line among those that begin ``from_byte``.
+        Far into a large file, the line is counted from the byte ``from_byte``.
         """
         self.reasons[reason] += 1
         if len(self.listed) == LISTED:
@@ -90,7 +91,7 @@ class Rejects:
 
 
 def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) -> Iterator[Document]:
-    """The usable documents of ``ranges`` in order; memory is bounded by single documents and a few Parquet rows.
+    """The usable documents of ``ranges`` in order. Memory holds one document, or a few Parquet rows, at a time.
 
     Raises:
         UsageError: a file cannot be read to its end.
@@ -108,7 +109,7 @@ def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) 
         except (OSError, EOFError, pa.ArrowInvalid) as error:
             store_failed = isinstance(error, OSError) and storage.is_remote(file_range.path)
             if store_failed and not isinstance(error, FileNotFoundError):
-                raise  # a store may answer the next time
+                raise  # an object store may answer the next time
             raise UsageError(f"cannot read {file_range.path} to its end: {one_line(error)}") from None
 
 
@@ -126,13 +127,13 @@ def _why_unusable(value: Any) -> str | None:
         return "NUL characters (UTF-16?)"
     try:
         value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair: of bad UTF-8 in a CSV, or of an escape in JSON
+    except UnicodeEncodeError:  # half a surrogate pair, from bad UTF-8 in a CSV or an escape in JSON
         return "bad UTF-8"
     return None
 
 
 def _values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
-    """(line, text) of a file_range; in place of a text there may be ``Broken`` or any other value."""
+    """(line, text) of a range; instead of a text there may be ``Broken`` or any other value."""
     if file_range.kind == "parquet":
         yield from _parquet_values(file_range, text_column)
     elif file_range.kind == "file":
@@ -158,11 +159,11 @@ def open_binary(file_range: FileRange, start: int = 0) -> BinaryIO:
 
 
 def _lines(file_range: FileRange) -> Iterator[bytes]:
-    """The lines that begin within the range, without their line ends."""
+    """The lines that begin within the range, without line ends."""
     position = max(0, file_range.start - 1)
     with open_binary(file_range, position) as stream:
         if file_range.start:
-            position += len(stream.readline())  # a line that began before belongs to the range before
+            position += len(stream.readline())  # a line that began earlier belongs to the previous range
         for raw in stream:
             if file_range.stop is not None and position >= file_range.stop:
                 return
@@ -172,7 +173,7 @@ def _lines(file_range: FileRange) -> Iterator[bytes]:
 
 @lru_cache(maxsize=64)
 def lines_before(file_range: FileRange) -> int:
-    """Number of lines (rows) of the file before the range; reads the file up to there."""
+    """Number of lines (rows) of the file before the range; reads the file up to the range."""
     if file_range.kind == "parquet":
         return file_range.start
     position, lines = 0, 0
@@ -185,7 +186,7 @@ def lines_before(file_range: FileRange) -> int:
 
 
 def json_keys(file_range: FileRange, lines: int) -> list[str]:
-    """The keys of the objects in the first so many lines of JSON lines."""
+    """The keys of the objects in the first ``lines`` lines of JSON lines."""
     values = (_json_object(_decode(raw)) for raw in islice(_lines(file_range), lines))
     return list(dict.fromkeys(key for value in values if isinstance(value, dict) for key in value))
 
@@ -198,7 +199,7 @@ def _decode(raw: bytes) -> str | Broken:
 
 
 def _json_object(line: str | Broken) -> Any:
-    """The object of a line; ``Broken`` where there is none, nothing for a blank line."""
+    """The object of a line; ``Broken`` if there is none, "" for a blank line."""
     if isinstance(line, Broken):
         return line
     if not line.strip():
@@ -218,13 +219,13 @@ def _json_value(line: str | Broken, key: str) -> Any:
 
 
 def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | None]]:
-    """(line that it begins on, cells) of each row, the header first; None for a row that is broken.
+    """(first line, fields) of each row, the header first; None instead of the fields of a broken row.
 
-    A row ends at a line end outside quotes. A quotation mark that is not closed must not swallow the rows after it, so
-    only the first line of a broken row is dropped, and the lines after it are read again.
+    A row ends at a line end outside quotes. An unclosed quotation mark must not swallow the rows after it. So only the
+    first line of a broken row is dropped, and the lines after it are read again.
     """
     with open_binary(file_range) as stream:
-        # bytes that are no UTF-8 become lone surrogates, which condemn their own row only
+        # bytes that are not UTF-8 become lone surrogates, so only their own row is rejected
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         of_row: list[str] = []
         again: deque[str] = deque()
@@ -279,7 +280,7 @@ def _parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[i
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-            for raw in column.cast(binary).to_pylist():  # as bytes: one bad text must not fail its batch
+            for raw in column.cast(binary).to_pylist():  # as bytes: one bad text must not make its batch fail
                 if file_range.start <= row < stop:
                     yield row - file_range.start + 1, None if raw is None else _decode(raw)
                 row += 1

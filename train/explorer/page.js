@@ -1,4 +1,4 @@
-// The card of a token: what its sources predict there. Shown on hover, kept on a click or tap, moved by arrow keys.
+// The card of a token shows the predictions of the sources. Hover shows it, a click or tap keeps it, arrow keys move it.
 'use strict'
 const data = JSON.parse(document.getElementById('data').textContent)
 const card = document.getElementById('card')
@@ -30,7 +30,7 @@ function prediction(source, token, index) {
     element('div', 'dim', data.sources.length > 1 ? source : ''),
     element('div', '', `${score('entropy')} · ${score('surprisal')}`),
     element('div', '', seen === null ? '' : masked),
-    rows.length ? element('ol', '', ...rows) : element('div', 'dim', 'its predictions were not kept'))
+    rows.length ? element('ol', '', ...rows) : element('div', 'dim', 'no predictions are stored'))
 }
 
 function show(span) {
@@ -50,7 +50,7 @@ function show(span) {
 
 function keep(span) {
   kept = span
-  span?.scrollIntoView({ block: 'nearest' }) // on a narrow screen the card lies at the bottom
+  span?.scrollIntoView({ block: 'nearest' }) // on a narrow screen the card is at the bottom
   show(span)
 }
 
@@ -72,5 +72,5 @@ document.addEventListener('keydown', event => {
 })
 for (const input of document.querySelectorAll('.views input')) {
   input.addEventListener('change', () => { document.body.className = `view-${input.value}` })
-  if (input.checked) document.body.className = `view-${input.value}` // a reload keeps what was chosen
+  if (input.checked) document.body.className = `view-${input.value}` // a reload keeps the chosen view
 }

@@ -1,4 +1,4 @@
-"""The page of train/explore.py: its figures, and the colours of its text. Its words are in page.html."""
+"""The page of train/explore.py: its figures, and the colours of its text. Its sentences are in page.html."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BIN, WIDE_BIN = 0.25, 0.5  # nats, of a distribution and of the density of two s
 def render(
     sources: list[Source], mask: MaskPolicy, summary: dict[str, dict[str, str]], texts: list[list[Token]]
 ) -> str:
-    """The page of one source, or of two with frames of the same positions, with the sequences ``texts``."""
+    """The page of one source, or of two with frames of the same positions. ``texts`` are sequences to show."""
     spreads = [statistics.spread(source.frame, "entropy") for source in sources]
     low, high = min(spread["low"] for spread in spreads), max(spread["high"] for spread in spreads)
     high = max(high, low + 0.5)
@@ -52,7 +52,7 @@ def render(
 
 
 def look(token: Token, low: float, high: float) -> tuple[str, str]:
-    """Classes and style of a token: its colours for each source and for their difference, 0 to 1 on the scale."""
+    """CSS classes and style of a token: its place on the colour scale (0 to 1) by source, and of the difference."""
     classes, style = ["t"], []
     for view, entropy, seen in zip("ab", token.entropy, token.seen, strict=False):
         if entropy is not None:
@@ -67,7 +67,7 @@ def look(token: Token, low: float, high: float) -> tuple[str, str]:
 
 
 def by_measure(draw: Callable[[list[Source], str], Figure], sources: list[Source]) -> dict[str, Figure]:
-    """A figure for each measure that any source has: saved self-scores have no surprisals."""
+    """A figure for each measure that a source has."""
     known = [name for name in statistics.MEASURES if any(source.frame[name].count() for source in sources)]
     return {measure: draw(sources, measure) for measure in known}
 
@@ -94,7 +94,7 @@ def curves(means: list[pl.DataFrame], sources: list[Source], measure: str) -> Fi
 
 
 def two_sources(first: Source, second: Source) -> dict[str, Figure]:
-    """Both entropies of the tokens, and how alike both rank the tokens of a sequence."""
+    """Figures of both entropies of the tokens, and of the rank correlation within sequences."""
     bins = round(math.log(first.manifest.vocab_size) / WIDE_BIN) + 1
     joint = statistics.joint(first.frame, second.frame, WIDE_BIN, bins)
     squares = [(WIDE_BIN * (x + 0.5), WIDE_BIN * (y + 0.5), share) for x, y, share in joint.iter_rows()]

@@ -1,4 +1,4 @@
-"""A sample of scored sequences: which ones, their frame of tokens with what a policy would mask, and some as text."""
+"""A sample of scored sequences: a frame of their tokens, with the masks of a policy, and some of them as text."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from train.explorer.statistics import MEASURES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GROUPS = 64  # row groups that a sample comes from, where they have enough sequences: a group is read whole
-SAMPLE_SEED = 0  # the same sequences whenever the same shards are explored
-MOST_PREDICTIONS = 10  # that are shown of a token
+GROUPS = 64  # row groups of a sample, if they have enough sequences: a row group is read as a whole
+SAMPLE_SEED = 0  # the same shards always give the same sample
+MOST_PREDICTIONS = 10  # that the page shows for a token
 
 Pick = tuple[int, int, np.ndarray]  # shard index, row group, rows in it
 
@@ -36,9 +36,9 @@ class View:
     """How sequences are masked, and how their tokens are shown.
 
     Attributes:
-        continues_V, apart_V: see ``masking.words``; None where the tokenizer does not mark words.
-        label: from a token to its text and its label, in characters that any terminal can print. The label marks with
-            ``##`` that the token continues a word.
+        continues_V, apart_V: see ``masking.words``; None if the tokenizer does not mark words.
+        label: token → its text and its label, in printable characters. A label begins with ``##`` if the token
+            continues a word.
     """
 
     def __init__(self, masker: Masker, mask: MaskPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,7 +53,7 @@ class View:
     def _label(self, token: int) -> tuple[str, str]:
         name = text = str(self.tokenizer.convert_ids_to_tokens(token) or f"#{token}")
         if token not in self.tokenizer.all_special_ids:
-            # behind another token, where decoders leave out the marks of words
+            # after another token, where decoders replace the marks of words
             text = self.tokenizer.convert_tokens_to_string(["a", name])[1:].strip()
         if not text or not text.isprintable() or "\N{REPLACEMENT CHARACTER}" in text:
             text = name if name.isprintable() else name.encode("unicode_escape").decode()
@@ -85,8 +85,8 @@ class Token:
     Attributes:
         text, label: see ``View``.
         entropy, surprisal: in nats, None where not scored.
-        seen: what the student's input has in its place, as a label; None where it is not masked.
-        top: label and probability of the teacher's most probable tokens; empty if they were not kept.
+        seen: the label of the token in the student's input; None if the token is not masked.
+        top: label and probability of the teacher's most probable tokens; empty if the shards have no top k.
     """
 
     text: str
@@ -127,7 +127,7 @@ def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
 
 
 def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:
-    """Columns of the picked sequences [N, …]; ``masked`` and ``student_ids`` [N, L] as in a run's first epoch."""
+    """Columns of the picked sequences [N, …], with ``masked`` and ``student_ids`` [N, L] of the first epoch."""
     index, group, rows_N = pick
     entry = next(entry for entry in manifest.shards if entry.index == index)
     columns = read_rows(manifest, entry, Columns(entropy=True, surprisal=True, top_k=top_k), [group])
@@ -142,7 +142,7 @@ def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dic
 
 
 def texts(sources: list[Source], picks: list[Pick], number: int, view: View) -> list[list[Token]]:
-    """Some of the sequences that all sources have scored, evenly out of the sample, without padding."""
+    """Some sequences that all sources have scored, spread evenly over the sample, without padding."""
     scored = [set(source.frame.drop_nulls("entropy")["sequence"].unique()) for source in sources]
     numbers = sorted(set.intersection(*scored))
     where = [(index, group, row) for index, group, rows in picks for row in rows.tolist()]

@@ -1,8 +1,8 @@
 """Statistics of the entropies of tokens: frames of tokens → small tables. Pure polars functions; nats.
 
 A *frame of tokens* has one row for each position of N sequences of L tokens, in order: ``sequence`` (0 … N - 1),
-``position``, ``token``, ``part`` (of ``PARTS``, null where the tokenizer does not say), ``entropy`` and ``surprisal``
-(float32, null where not scored) and ``masked``. Frames of the same sequences, one for each source, have the same rows.
+``position``, ``token``, ``part`` (of ``PARTS``, null if the tokenizer does not mark words), ``entropy`` and
+``surprisal`` (float32, null where not scored) and ``masked``. Frames of the same sequences have the same rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 
 MEASURES = ("entropy", "surprisal")
-PARTS = ("whole word", "first token", "continuation")  # of a word of one token, or of several
-RANKS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # the last rank by frequency of each group but one
+PARTS = ("whole word", "first token", "continuation")  # of words of one token, and of longer words
+RANKS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # last rank by frequency of all groups but the last
 THIRDS = ("first third", "second", "last")
 MOST_POSITIONS = 64  # points of a curve over positions
 
@@ -31,8 +31,8 @@ def tokens(
     Args:
         scores: by measure [N, L], any float; NaN where not scored.
         masked_NL: bool.
-        continues_V, apart_V: bool, the tokens that continue a word, and those that are no part of one, so that nothing
-            continues them (``masking.words``); None where the tokenizer does not say.
+        continues_V, apart_V: bool, the tokens that continue a word, and those that belong to no word, which no token
+            continues (``masking.words``); None if the tokenizer does not mark words.
     """
     N, L = ids_NL.shape
     frame = pl.DataFrame(
@@ -55,7 +55,7 @@ def tokens(
 
 
 def spread(frame: pl.DataFrame, column: str) -> dict[str, float]:
-    """``mean``, ``median`` and the first (``low``) and last (``high``) decile of a column; empty without any value."""
+    """``mean``, ``median``, first decile (``low``) and last decile (``high``) of a column; empty without values."""
     values = frame[column].drop_nulls().to_numpy().astype(np.float64)
     if not len(values):
         return {}
@@ -64,7 +64,7 @@ def spread(frame: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def histogram(frame: pl.DataFrame, column: str, width: float, bins: int, start: float = 0.0) -> list[float]:
-    """Shares of the known values in bins of ``width``; the last bin has all above it. Empty without any value."""
+    """Shares of the values in bins of ``width``; the last bin has all higher values too. Empty without values."""
     values = frame[column].drop_nulls().to_numpy()
     bin_N = np.floor((values - start) / width).clip(0, bins - 1).astype(int)
     return (np.bincount(bin_N, minlength=bins) / len(values)).tolist() if len(values) else []
@@ -90,7 +90,7 @@ def by_third(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_part(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` by part of a word; empty where the tokenizer does not say."""
+    """``means`` by part of a word; empty if the tokenizer does not mark words."""
     return means(frame, pl.col("part"))
 
 
@@ -116,7 +116,7 @@ def by_token(frame: pl.DataFrame, least: int) -> pl.DataFrame:
 
 
 def often_enough(frame: pl.DataFrame) -> int:
-    """How often a token must occur for its mean to say something: 10 times, or once in 20,000 tokens."""
+    """How often a token must occur for a reliable mean: 10 times, and once in 20,000 tokens."""
     return max(10, len(frame) // 20_000)
 
 
@@ -124,15 +124,15 @@ def often_enough(frame: pl.DataFrame) -> int:
 
 
 def side_by_side(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
-    """The positions that both have scored: ``sequence``, ``token``, and ``first``, ``second`` (entropies)."""
+    """The positions that both frames have scored: ``sequence``, ``token``, and ``first``, ``second`` (entropies)."""
     columns = first.select("sequence", "token", pl.col("entropy").alias("first"))
     return columns.with_columns(second["entropy"].alias("second")).drop_nulls()
 
 
 def agreement(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
-    """By ``sequence``: Spearman's ``correlation`` of the entropies, null where there is none, and mask ``overlap``.
+    """By ``sequence``: Spearman's ``correlation`` of the entropies (null if undefined), and ``overlap`` of the masks.
 
-    The overlap is the share of what the first masks that the second masks too.
+    The overlap is the share of the first frame's masked positions that the second frame masks too.
     """
     correlation = pl.corr("first", "second", method="spearman").fill_nan(None)
     ranks = side_by_side(first, second).group_by("sequence").agg(correlation=correlation)
@@ -142,8 +142,9 @@ def agreement(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
 
 
 def movements(first: pl.DataFrame, second: pl.DataFrame, least: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The tokens (``label``) that occur ``least`` times or more and whose mean entropy rises from first to second, the
-    largest ``rise`` first; and those whose entropy falls, the largest fall first.
+    """Tokens (``label``) whose mean entropy rises from first to second, and tokens whose mean entropy falls.
+
+    The largest changes come first. Only tokens that occur at least ``least`` times count.
     """
     both = side_by_side(first, second).group_by(pl.col("token").alias("label"))
     moved = both.agg(pl.len().alias("count"), pl.col("first", "second").cast(pl.Float64).mean())
@@ -153,7 +154,7 @@ def movements(first: pl.DataFrame, second: pl.DataFrame, least: int) -> tuple[pl
 
 
 def joint(first: pl.DataFrame, second: pl.DataFrame, width: float, bins: int) -> pl.DataFrame:
-    """``first`` and ``second`` (bins of both entropies, as in ``histogram``) and the ``share`` of the tokens there."""
+    """``first`` and ``second`` (bins of both entropies, as in ``histogram``) and the ``share`` of tokens in them."""
     both = side_by_side(first, second)
     bin_of = (pl.col("first", "second") / width).floor().clip(0, bins - 1).cast(pl.UInt32)
     counts = both.group_by(bin_of).len()

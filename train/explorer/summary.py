@@ -1,4 +1,4 @@
-"""The summary of train/explore.py in words: the sources, the masks, how far two sources agree."""
+"""The summary of train/explore.py as text: the sources, the masks, and the agreement of two sources."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from train.explorer.sample import Source
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_TOKENS = 8
 CONTEXTS = {
-    "masked": "each position was masked when the model was asked about it",
-    "full": "nothing was masked, so the model saw the tokens that it was asked about and is surer than it would be",
+    "masked": "each position was masked when it was scored",
+    "full": "nothing was masked, so the model saw the tokens that it scored, and its entropies are too low",
 }
 
-Label = Callable[[int], tuple[str, str]]  # from a token to its text and its label
+Label = Callable[[int], tuple[str, str]]  # token → its text and its label
 
 
 def summarise(sources: list[Source], mask: MaskPolicy, label: Label) -> dict[str, dict[str, str]]:
-    """Lines of text by name, by title: one title for each source, and one for the change from one to the other."""
+    """Lines of text by title and name. Each source has a title, and so has the comparison of two sources."""
     summary = {f"{source.manifest.uri}: {describe(source)}": of_source(source, mask, label) for source in sources}
     if len(sources) > 1:
         first, second = (source.frame for source in sources)
@@ -66,7 +66,7 @@ def sparkline(shares: list[float]) -> str:
 
 
 def describe(source: Source) -> str:
-    """What was scored, by which model, and how much of it was sampled."""
+    """The teacher, its context, and the size of the sample."""
     manifest, frame = source.manifest, source.frame
     sampled, total = frame["sequence"].n_unique(), sum(entry.rows for entry in manifest.shards)
     context = f"{manifest.context} ({CONTEXTS.get(str(manifest.context), 'unknown')})"
@@ -77,7 +77,7 @@ def describe(source: Source) -> str:
 
 
 def mask_words(mask: MaskPolicy) -> str:
-    """Which tokens a policy masks, in words."""
+    """The masks of a policy as text."""
     share = f"{mask.ratio:.0%} of a sequence's {'tokens, whole words' if mask.unit == 'word' else 'tokens'}"
     if mask.uniform:
         return f"{share}, any"
@@ -86,7 +86,7 @@ def mask_words(mask: MaskPolicy) -> str:
 
 
 def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:
-    """How far two sources agree: ranks within a sequence, and masks."""
+    """The agreement of two sources: ranks within a sequence, and masks."""
     agreement, words = statistics.agreement(first, second), []
     if rho := statistics.spread(agreement, "correlation"):
         words.append(
