@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -32,6 +31,7 @@ from glue.intervals import Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
 from glue.records import Summary
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
+from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT
 
 
@@ -91,7 +91,7 @@ def teacher_flops(directory: str | None) -> float | None:
         ) from None
 
 
-def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> dict[str, Any]:
+def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> Comparison:
     """All numbers of the comparison: what table.json holds.
 
     Args:
@@ -103,7 +103,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     """
     reference = regimes[baseline][0]
     results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
-    table: dict[str, Any] = {
+    table: Comparison = {
         "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,
         "regimes": list(regimes),
@@ -159,7 +159,7 @@ def averages(name: str, run: Run) -> dict[int, float]:
     raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
 
 
-def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
+def losses(regimes: Regimes, baseline: str) -> Estimates | None:
     """The held-out loss of pretraining, in nats; None unless every summary has one, all on the same text."""
     summaries = [run.training or Summary() for runs in regimes.values() for run in runs]
     if any(summary.eval_loss is None for summary in summaries) or len(set(map(evaluated_on, summaries))) > 1:
@@ -169,7 +169,7 @@ def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
 
 def estimates(
     regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]], tasks: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> Estimates:
     """Of one score, average or loss, by regime: its estimate, and that of the difference to the baseline.
 
     Args:
@@ -177,7 +177,7 @@ def estimates(
         tasks: the tasks that it is of; counts the fine-tunings of them that predict the same for every row.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
-    row: dict[str, Any] = {}
+    row: Estimates = {}
     for name, values in by_regime.items():
         difference = None if name == baseline else paired_difference(values, by_regime[baseline])
         row[name] = estimate_of(values) | {"difference": difference and asdict(difference)}
@@ -186,7 +186,7 @@ def estimates(
     return row
 
 
-def estimate_of(values: Scores) -> dict[str, Any]:
+def estimate_of(values: Scores) -> dict[str, object]:
     """Mean, deviation and interval over pretraining seeds; and the deviation that fine-tuning seeds alone make."""
     means = seed_means(values)
     variances = [statistics.variance(own.values()) for own in values.values() if len(own) > 1]

@@ -52,7 +52,7 @@ def break_even(once: float, extra: float) -> float | None:
     return once / extra if extra > 0 else None
 
 
-def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, Any]]:
+def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, object]]:
     """For each regime that reads scores: when they are cheaper than a teacher in memory, or than self-masking.
 
     Self-masking is any regime that masks by the student's own scores, and distils if the other does. In FLOPs and in

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -180,8 +180,8 @@ class Teacher:
             columns = positions_NK[rows_R][rows, places]
             yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
 
-    def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, Any]]:
-        """Results of each batch as arrays; on a GPU the next batch is under way before they are fetched."""
+    def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, entropy.Reduced]]:
+        """Results of each batch in memory; on a GPU the next batch is under way before they are fetched."""
         ahead, pending = int(self.device.type != "cpu"), deque[tuple[Place, list[entropy.Reduced]]]()
         for batch in batches:
             if self.stopped.is_set():
@@ -200,11 +200,10 @@ class Teacher:
         for place, parts in pending:
             yield self._fetch(place, parts)
 
-    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, Any]:
-        """The chunks of a batch joined, as numpy arrays; waits for the device."""
+    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, entropy.Reduced]:
+        """The chunks of a batch joined, on the CPU; waits for the device."""
         started = time.monotonic()
-        columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-        reduced = entropy.Reduced(*columns)
+        reduced = entropy.Reduced(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
         self.forward_seconds += time.monotonic() - started
         return place, reduced
 

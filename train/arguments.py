@@ -92,7 +92,7 @@ class TrainerFlags:
 
 
 # settings of transformers that a run cannot vary
-FIXED: dict[str, Any] = {
+FIXED = {
     "train_sampling_strategy": "sequential",  # the dataset knows the order
     "remove_unused_columns": False,
     "disable_tqdm": True,  # the trainer draws its own bar
@@ -149,13 +149,13 @@ def training_arguments(flags: TrainerFlags) -> TrainingArguments:
     # the host does not wait for copies from pinned memory to a device
     given["accelerator_config"] = {"non_blocking": not flags.use_cpu}
     with refused_by_transformers():  # TrainingArguments checks itself
-        args = TrainingArguments(**given, **FIXED)
+        args = TrainingArguments(**(given | FIXED))
     if args.device.type == "mps":
         raise UsageError("--use-cpu false would train on Apple's GPU, which has no float64 for the masks; leave it out")
     return args
 
 
-def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
+def deciding_arguments(args: TrainingArguments) -> dict[str, object]:
     """The flags of Trainer that decide what is learned."""
     values = args.to_dict()
     return {name: values[name] for name in TrainerFlags.__dataclass_fields__ if not name.startswith(FREE)}

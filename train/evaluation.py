@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
@@ -25,7 +25,7 @@ DECILES = 10
 
 def batches(
     manifest: Manifest, entries: list[ShardEntry], columns: Columns, batch_size: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Tensor]]:
     """The sequences of the held-out shards in order, as raw batches."""
     for entry in entries:
         for group in range(math.ceil(entry.rows / ROW_GROUP)):
@@ -35,7 +35,7 @@ def batches(
 
 
 def outcomes(
-    model: Any, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], AbstractContextManager[Any]]
+    model: PreTrainedModel, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], AbstractContextManager]
 ) -> tuple[np.ndarray, ...]:
     """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch; in nats.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 from transformers import Trainer
 
@@ -16,7 +15,7 @@ def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[N
     """
     save = trainer._save_checkpoint
 
-    def save_checkpoint(model: Any, trial: Any) -> None:
+    def save_checkpoint(model: object, trial: object) -> None:
         with context():
             save(model, trial)
 

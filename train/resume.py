@@ -11,7 +11,7 @@ import shutil
 import time
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from transformers import TrainerState, TrainingArguments
 
@@ -28,7 +28,7 @@ OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster have a 
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 
-def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
+def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     """Bind an output directory to the flags of a run; False if that run is finished already.
 
     A run without a checkpoint gives way to any other: nothing is lost. ``overwrite`` drops the run that is there, with
@@ -59,7 +59,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _read_flags(directory: Path) -> dict[str, Any] | None:
+def _read_flags(directory: Path) -> dict[str, object] | None:
     """The flags of the run in a directory, none if there is no run; None if the file holds something else."""
     try:
         flags = storage.read_json(str(directory / FLAGS))

@@ -83,7 +83,7 @@ def mask_policy(
         raise UsageError(str(error)) from None
 
 
-def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
+def _check_uses(given: dict[str, object], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
     """Refuse mask flags that contradict others or have no effect with them. Raises UsageError."""
     unscored = f"{{flag}} needs scores, and {source_flag} random has none"
     at_random = "{flag} has no use with --hard-share 0, which masks at random; leave it out"
@@ -96,7 +96,7 @@ def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training
     of_scores = ("warmup", "ramp", "temperature", "by")
     ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
     # (where a rule holds, the only value that a field may be given, or None for no value, the sentence)
-    rules: list[tuple[bool, dict[str, Any], str]] = [
+    rules: list[tuple[bool, dict[str, object], str]] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
         (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
         (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
