@@ -19,8 +19,8 @@ from entropy_masking import entropy
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.models.masked_lm import MaskedLM, Select
-from entropy_masking.shards.manifests import Manifest
 from entropy_masking.shards.parquet import Scores
+from entropy_masking.shards.schema import Manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at a time: enough to multiply at full speed

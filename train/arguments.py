@@ -18,10 +18,6 @@ from entropy_masking.commands.mask_flags import MOST_SEED
 from entropy_masking.errors import UsageError, one_line
 
 
-def required(help: str) -> Any:
-    return option(help, MISSING)
-
-
 def switch(help: str) -> Any:
     """A flag that is true, false or, where it is not given, None."""
     return option(help, nargs="?", const=True)
@@ -31,7 +27,7 @@ def switch(help: str) -> Any:
 class TrainerFlags:
     """The flags of transformers.TrainingArguments that work here, with the defaults that pretraining wants."""
 
-    output_dir: str = required("directory of the trained model, its checkpoints and its summary")
+    output_dir: str = option("directory of the trained model, its checkpoints and its summary", MISSING)
     max_steps: int | None = option("steps of the run (default: those of the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
     per_device_train_batch_size: int | None = option("sequences of a batch (default: by the model's size)")

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_block, to_tensors
+from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # at random, whatever the regime, seed and mask ratio of the run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)

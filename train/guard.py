@@ -29,7 +29,6 @@ STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIG
 STOP_SECONDS = 1.0  # between two checks for it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
-
 T = TypeVar("T")
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim.optimizer import StateDict
 from transformers.pytorch_utils import Conv1D
 
 
@@ -42,10 +41,10 @@ class MuonAdamW(Optimizer):
         self.muon.step()
         return loss
 
-    def state_dict(self) -> StateDict:
+    def state_dict(self) -> dict[str, object]:
         return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state_dict["adamw"])
         self.muon.load_state_dict(state_dict["muon"])
         self.param_groups = self._groups()

@@ -13,7 +13,7 @@ from transformers import SchedulerType, TrainingArguments
 from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
-from entropy_masking.shards.manifests import Manifest
+from entropy_masking.shards.schema import Manifest
 from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES
 from train.inputs import Inputs

@@ -18,7 +18,7 @@ from transformers import TrainerState, TrainingArguments
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.manifests import Manifest
+from entropy_masking.shards.schema import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
 UNFINISHED = ".unfinished"  # where a checkpoint is written until it is whole, and where one is deleted
