@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def as_seen_by(model: PreTrainedModel, rows: Tokens) -> Tokens:
     return rows if takes else replace(rows, segments=None)
 
 
-def load_classifier(directory: Path, task: Task, dropout: float) -> PreTrainedModel:
+def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     """The encoder with a new head, in float32, with dropout.
 
     Raises UsageError for a model without a form for classification, or with missing or infinite weights.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def batches(
 
 
 def outcomes(
-    model: PreTrainedModel, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], AbstractContextManager]
+    model: PreTrainedModel, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], ExitStack]
 ) -> tuple[np.ndarray, ...]:
     """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch; in nats.
 

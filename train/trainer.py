@@ -62,7 +62,7 @@ class MaskedLMTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.sequences,
-            eval_dataset=inputs.held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
+            eval_dataset=inputs.held_out or None,  # read by evaluate() alone
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )

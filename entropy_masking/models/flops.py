@@ -49,7 +49,7 @@ def forward_flops(masked_lm: MaskedLM, length: int) -> tuple[int, int]:
         one, two = (_count(masked_lm, length, positions) for positions in (1, 2))
     except Exception:  # counting traces the model, which fails on scripted code, for instance; the run must go on
         projection = 0 if masked_lm.projection is None else masked_lm.projection.weight.numel()
-        embedding = masked_lm.model.get_input_embeddings().get_parameter("weight").numel()
+        embedding = masked_lm.model.get_input_embeddings().weight.numel()
         weights = sum(weight.numel() for weight in masked_lm.model.parameters()) - embedding
         return 2 * length * max(0, weights - projection), 2 * (projection or embedding)
     return 2 * one - two, two - one

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class MaskedLM:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, name: str = "") -> None:
-        self.model, self.forward = model, model.forward
+        self.model: Any = model  # transformers annotates ``to`` wrongly
+        self.forward = model.forward
         self.selective, self.projection = True, self._cut_projection()
         self._select: Select | None = None
         model.base_model.register_forward_hook(self._select_positions)
