@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -223,7 +222,7 @@ def log_probabilities(model: MaskedLM, inputs: dict[str, Tensor], position_B: Te
     return (target_B1 - highest_B1)[:, 0] - logits_BV.sub_(highest_B1).exp_().sum(1).log()
 
 
-def evaluate(directory: Path, sentences: Sentences, advance: Callable[[int], None]) -> dict[str, Any]:
+def evaluate(directory: Path, sentences: Sentences, advance: Callable[[int], None]) -> dict[str, object]:
     """The fields of a result file: the share of the pairs whose good sentence has the higher score.
 
     Equal scores count as wrong.

@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -32,6 +31,7 @@ from glue.intervals import Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
 from glue.records import Summary
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
+from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT
 
 
@@ -95,7 +95,7 @@ def teacher_flops(directory: str | None) -> float | None:
         ) from None
 
 
-def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> dict[str, Any]:
+def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> Comparison:
     """All numbers of the comparison, as in table.json.
 
     Args:
@@ -107,7 +107,7 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     """
     reference = regimes[baseline][0]
     results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
-    table: dict[str, Any] = {
+    table: Comparison = {
         "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,
         "regimes": list(regimes),
@@ -163,7 +163,7 @@ def averages(name: str, run: Run) -> dict[int, float]:
     raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
 
 
-def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
+def losses(regimes: Regimes, baseline: str) -> Estimates | None:
     """The held-out loss of pretraining, in nats; None unless every summary has one, all on the same text."""
     summaries = [run.training or Summary() for runs in regimes.values() for run in runs]
     if any(summary.eval_loss is None for summary in summaries) or len(set(map(evaluated_on, summaries))) > 1:
@@ -173,7 +173,7 @@ def losses(regimes: Regimes, baseline: str) -> dict[str, Any] | None:
 
 def estimates(
     regimes: Regimes, baseline: str, value: Callable[[Run], dict[int, float]], tasks: Sequence[str] = ()
-) -> dict[str, Any]:
+) -> Estimates:
     """Estimates of one score, average or loss, and of its difference to the baseline, by regime.
 
     Args:
@@ -181,7 +181,7 @@ def estimates(
         tasks: the tasks of the score; collapsed fine-tunings of these tasks are counted.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
-    row: dict[str, Any] = {}
+    row: Estimates = {}
     for name, values in by_regime.items():
         difference = None if name == baseline else paired_difference(values, by_regime[baseline])
         row[name] = estimate_of(values) | {"difference": difference and asdict(difference)}
@@ -190,7 +190,7 @@ def estimates(
     return row
 
 
-def estimate_of(values: Scores) -> dict[str, Any]:
+def estimate_of(values: Scores) -> dict[str, object]:
     """Mean, deviation and interval over pretraining seeds, and the deviation between fine-tuning seeds alone."""
     means = seed_means(values)
     variances = [statistics.variance(own.values()) for own in values.values() if len(own) > 1]

@@ -31,15 +31,14 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
     """
     if not summaries:
         return None
-    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
-    for name in NUMBERS:
-        row[name] = _mean([_known(getattr(summary, name)) for summary in summaries])
-    row["bytes"] = _mean([_bytes(summary) for summary in summaries])
-    row["corpus_tokens"] = _mean([_tokens(summary.shards or Directory()) for summary in summaries])
+    numbers = {name: _mean([_known(getattr(summary, name)) for summary in summaries]) for name in NUMBERS}
+    numbers["bytes"] = _mean([_bytes(summary) for summary in summaries])
+    numbers["corpus_tokens"] = _mean([_tokens(summary.shards or Directory()) for summary in summaries])
     for unit, (training, scoring) in UNITS.items():
-        row[f"total_{unit}"] = row[training] + row[scoring]
-        row[f"online_{unit}"] = _mean([_online(summary, unit) for summary in summaries])
-    return {name: _or_none(value) for name, value in row.items()}
+        numbers[f"total_{unit}"] = numbers[training] + numbers[scoring]
+        numbers[f"online_{unit}"] = _mean([_online(summary, unit) for summary in summaries])
+    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
+    return row | {name: _or_none(value) for name, value in numbers.items()}
 
 
 def break_even(once: float, extra: float) -> float | None:
@@ -52,14 +51,14 @@ def break_even(once: float, extra: float) -> float | None:
     return once / extra if extra > 0 else None
 
 
-def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, Any]]:
+def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, object]]:
     """For each regime that reads scores: when they become cheaper than a teacher in memory, or than self-masking.
 
     Self-masking stands for all regimes that mask by the student's own scores, and distil if this regime does. Each row
     has, in FLOPs and in seconds, ``tokens`` (see ``break_even``), ``epochs`` of the corpus and ``students`` with the
     tokens of one student of this regime.
     """
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, own in costs.items():
         if not own or not own["scoring_flops"]:
             continue
@@ -137,5 +136,5 @@ def _known(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

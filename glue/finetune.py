@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, get_scheduler, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_scheduler, set_seed
 
 from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.models.checkpoints import load_config, safetensors_files
@@ -64,7 +64,7 @@ def check_model(directory: Path, length: int) -> None:
         raise UsageError(f"--max-length {length} must be between 8 and {longest}, the positions of {directory}")
 
 
-def positions(model: Any) -> int | None:
+def positions(model: PreTrainedModel) -> int | None:
     """Length of the longest sequence; RoBERTa never uses its first positions, up to the padding's."""
     embeddings = [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
@@ -111,7 +111,7 @@ def finetune(
     return Result(values, metrics.score(values), collapsed, constant_score, tokens.train_split, *sizes, tokens.overlap)
 
 
-def train(model: Any, rows: Tokens, settings: Settings, seed: int, advance: Callable[[int], None]) -> None:
+def train(model: PreTrainedModel, rows: Tokens, settings: Settings, seed: int, advance: Callable[[int], None]) -> None:
     """AdamW with warm-up and clipped gradients, as ``RECIPE`` says; the weights stay float32."""
     steps = settings.epochs * math.ceil(len(rows) / settings.batch_size)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -136,7 +136,7 @@ def train(model: Any, rows: Tokens, settings: Settings, seed: int, advance: Call
 
 
 @torch.no_grad()
-def predict(model: Any, rows: Tokens, dtype: str) -> np.ndarray:
+def predict(model: PreTrainedModel, rows: Tokens, dtype: str) -> np.ndarray:
     """Logits [N, C] float32 of all rows, in the order of the rows."""
     model.eval()
     batches = batches_by_length(np.arange(len(rows)), rows.lengths, EVAL_BATCH)
@@ -144,14 +144,14 @@ def predict(model: Any, rows: Tokens, dtype: str) -> np.ndarray:
     return sorted_NC[np.argsort(np.concatenate(batches))]
 
 
-def classify(model: Any, batch: dict[str, Tensor], dtype: str) -> Tensor:
+def classify(model: PreTrainedModel, batch: dict[str, Tensor], dtype: str) -> Tensor:
     """Logits [B, C] float32; ``dtype`` is that of the matrix products."""
     inputs = {name: tensor_BL.to(model.device, non_blocking=True) for name, tensor_BL in batch.items()}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         return model(**inputs).logits.float()
 
 
-def as_seen_by(model: Any, rows: Tokens) -> Tokens:
+def as_seen_by(model: PreTrainedModel, rows: Tokens) -> Tokens:
     """Rows without segments if the model does not use them: RoBERTa has one segment, DistilBERT none."""
     several = (getattr(model.config, "type_vocab_size", None) or 0) > 1
     takes = several and "token_type_ids" in inspect.signature(model.forward).parameters

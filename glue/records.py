@@ -7,7 +7,7 @@ None.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator, model_validator
 
@@ -16,7 +16,7 @@ from glue.tasks import TASKS
 T = TypeVar("T")
 
 
-def _none_if_wrong(value: Any, validate: Callable[[Any], Any]) -> Any:
+def _none_if_wrong(value: object, validate: Callable[[object], object]) -> object:
     try:
         return validate(value)
     except ValidationError:
@@ -41,10 +41,10 @@ class Directory(Model):
     worker_seconds: Number = None
     passes: Number = None
     sequences_hash: Known[str] = None
-    context: Any = None
+    context: object = None
     source: Known[str] = None
     variants: Known[int] = None
-    policy: Known[dict[str, Any]] = None
+    policy: Known[dict[str, object]] = None
 
 
 class Summary(Model):
@@ -65,7 +65,7 @@ class Summary(Model):
     targets: Known[Directory] = None
     eval_shards: Known[Directory] = None
     history: Known[list[dict[str, Number]]] = None
-    flags: Known[dict[str, Any]] = None
+    flags: Known[dict[str, object]] = None
 
 
 class Result(Model):
@@ -74,7 +74,7 @@ class Result(Model):
     task: str
     seed: int
     protocol: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     metrics: dict[str, float]
     score: float
     fields: dict[str, float] = {}
@@ -86,7 +86,7 @@ class Result(Model):
     overlap: int
     seconds: float
     training: Summary | None
-    key: dict[str, Any]
+    key: dict[str, object]
 
     @model_validator(mode="after")
     def has_the_metrics_of_its_task(self) -> Self:

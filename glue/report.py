@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from matplotlib.figure import Figure
@@ -18,15 +17,15 @@ from glue import tables
 from glue.costs import ONLINE
 from glue.records import Summary
 from glue.results import evaluated_on
+from glue.tables import Comparison, Estimates
 
 STUDENTS, MOST_STUDENTS = 64, 10_000  # least and most students at the end of the axis
 EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
 
-Table = dict[str, Any]
 Summaries = Mapping[str, Sequence[Summary]]
 
 
-def page(table: Table, summaries: Summaries) -> str:
+def page(table: Comparison, summaries: Summaries) -> str:
     """The HTML page."""
     how = "scored" if all("zero_shot" in row for row in table["tasks"].values()) else "fine-tuned"
     return pages.render(
@@ -44,7 +43,7 @@ def page(table: Table, summaries: Summaries) -> str:
     )
 
 
-def chart(table: Table) -> bytes:
+def chart(table: Comparison) -> bytes:
     """PNG of the scores of all averages and tasks."""
     caption = (
         f"Score (%), {table['protocol']} protocol. Bar: 95 % interval over n pretraining seeds; hollow: no interval; "
@@ -53,13 +52,13 @@ def chart(table: Table) -> bytes:
     return figures.png(figures.intervals(scores(table), caption))
 
 
-def primary(table: Table) -> tuple[str, dict[str, Any]]:
+def primary(table: Comparison) -> tuple[str, Estimates]:
     """The main score of the page: the first average (a requested one comes first), or else the first task."""
     rows = table["averages"] or {task: row["scores"] for task, row in table["tasks"].items()}
     return next(iter(rows.items()))
 
 
-def verdict(table: Table) -> dict[str, list[str]]:
+def verdict(table: Comparison) -> dict[str, list[str]]:
     """The conclusions from the intervals of the primary score: regimes with their difference, by conclusion."""
     (label, row), baseline = primary(table), table["baseline"]
     groups: dict[str, list[str]] = {}
@@ -77,7 +76,7 @@ def verdict(table: Table) -> dict[str, list[str]]:
     return groups
 
 
-def differences(table: Table) -> dict[str, Figure]:
+def differences(table: Comparison) -> dict[str, Figure]:
     """The primary score of each regime minus that of the baseline."""
     label, row = primary(table)
     rows = [
@@ -88,7 +87,7 @@ def differences(table: Table) -> dict[str, Figure]:
     return {label: figures.intervals([Panel(label, rows, line=0.0)])} if rows else {}
 
 
-def scores(table: Table) -> list[Panel]:
+def scores(table: Comparison) -> list[Panel]:
     """A panel for each average and task, with a line at the mean of the baseline."""
     rows = table["averages"] | {task: row["scores"] for task, row in table["tasks"].items()}
     constants = {task: row["constant_score"] for task, row in table["tasks"].items()}
@@ -97,7 +96,7 @@ def scores(table: Table) -> list[Panel]:
     ]
 
 
-def score_rows(row: dict[str, Any]) -> list[Row]:
+def score_rows(row: Estimates) -> list[Row]:
     rows = []
     for style, (name, score) in enumerate(row.items()):
         text = f"{score['mean']:z.1f}{tables.interval(score)}, n = {score['n']}"
@@ -106,7 +105,7 @@ def score_rows(row: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def costs(table: Table) -> dict[str, Figure]:
+def costs(table: Comparison) -> dict[str, Figure]:
     """The primary score against the FLOPs of a student, with and without those of scoring."""
     label, row = primary(table)
     flops = {name: (cost["total_flops"], cost["training_flops"]) for name, cost in table["training"].items() if cost}
@@ -116,7 +115,7 @@ def costs(table: Table) -> dict[str, Figure]:
     return {f"{label} by cost": figures.scatter(rows, [flops[row.name] for row in rows], "FLOPs of one student", label)}
 
 
-def break_even(table: Table) -> dict[str, Figure]:
+def break_even(table: Comparison) -> dict[str, Figure]:
     """FLOPs of a student against the number of students that share the scores. Equal curves are drawn once."""
     if not table["break_even"]:
         return {}
@@ -139,7 +138,7 @@ def break_even(table: Table) -> dict[str, Figure]:
     return {heading: figures.lines(drawn, "students", "FLOPs", log=True)} if drawn else {}
 
 
-def curves(table: Table, summaries: Summaries) -> dict[str, Figure]:
+def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
     """Curves of losses by heading: held-out losses if all runs logged them on the same text, else training losses."""
     histories = {name: [frame for run in runs if len(frame := history(run))] for name, runs in summaries.items()}
     every = [frame for frames in histories.values() for frame in frames]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -37,7 +36,7 @@ class Run:
         """The fine-tuning seeds of a task."""
         return sorted(self.results.get(task, {}))
 
-    def source(self) -> dict[str, Any]:
+    def source(self) -> dict[str, object]:
         """The entry of the run in table.json."""
         seeds = {task: self.seeds(task) for task in self.results}
         return {"directory": self.directory, "pretraining_seed": self.seed, "fine_tuning_seeds": seeds}
@@ -140,7 +139,7 @@ def different_seeds(task: str, one: Run, first: str, other: Run, second: str) ->
     return UsageError(f"{task} has seeds {seeds[0]} in {first} but {seeds[1]} in {second}; run the same")
 
 
-def pretraining(run: Run) -> dict[str, Any]:
+def pretraining(run: Run) -> dict[str, object]:
     """Everything that decides a regime: the flags of its summary without seeds, and the masks of its targets.
 
     Each seed may have its own model, so only the FLOPs of training represent the model.
@@ -160,11 +159,11 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     if not (own and other):
         return None
     new, old = pretraining(run), pretraining(baseline)
-    targets = new.pop("targets", None)
-    differing = [name for name in new if new[name] != old.get(name) and name not in ("shards", "training_flops")]
+    separate = ("shards", "targets", "training_flops")
+    differing = [name for name in new if new[name] != old.get(name) and name not in separate]
     apart = [f"--{name.replace('_', '-')} {new[name]}" for name in differing]
-    if targets:
-        apart.append(f"targets of {targets['variants']} variants of {targets['source']} masks")
+    if targets := own.targets:
+        apart.append(f"targets of {targets.variants} variants of {targets.source} masks")
     shards, others = own.shards or Directory(), other.shards or Directory()
     if new.get("shards") != old.get("shards"):
         apart.append(f"shards of context {shards.context}")
@@ -176,7 +175,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     return apart
 
 
-def evaluated_on(training: Summary) -> tuple[str | None, Any]:
+def evaluated_on(training: Summary) -> tuple[str | None, object]:
     """The text of a run's held-out loss, and its share of the shards."""
     if training.eval_shards:
         return training.eval_shards.sequences_hash, None

@@ -60,7 +60,7 @@ class Model:
     output: str
 
     @property
-    def training(self) -> Any:
+    def training(self) -> object:
         """Its summary, if it was pretrained by train/run.py."""
         try:
             return storage.read_json(str(self.directory / "summary.json"))
@@ -136,7 +136,7 @@ def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
 
 def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
     """A trial under the protocol and the flags that override it; BLiMP has one trial per model."""
-    key: dict[str, Any] = {"task": task, "seed": seed, "protocol": args.protocol}
+    key: dict[str, object] = {"task": task, "seed": seed, "protocol": args.protocol}
     grid: tuple[Settings, ...] = ()
     if isinstance(data, blimp.Pairs):
         key |= {"protocol": blimp.PROTOCOL, "pll": args.pll, "limit_pairs": data.limit}
@@ -189,7 +189,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
     return tokens_of
 
 
-def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, Any]:
+def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
     """The contents of the result file."""
     return {
         "task": trial.task.name,

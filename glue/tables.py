@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ COSTS = {  # heading: name in a regime's costs
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 ESTIMATE = ("mean", "sd", "low", "high", "n")
 
+Comparison = dict[str, Any]  # what table.json holds; see glue.compare.compare
+Estimates = dict[str, dict[str, Any]]  # of one score, average or loss, by regime; see glue.compare.estimates
+
 
 @dataclass(frozen=True)
 class Table:
@@ -33,7 +36,7 @@ class Table:
     words: bool = False
 
 
-def all_tables(table: dict[str, Any]) -> dict[str, Table]:
+def all_tables(table: Comparison) -> dict[str, Table]:
     """The non-empty tables, in the order of table.md."""
     made = {
         "scores": score_table(table),
@@ -45,7 +48,7 @@ def all_tables(table: dict[str, Any]) -> dict[str, Table]:
     return {name: own for name, own in made.items() if own.rows}
 
 
-def to_markdown(table: dict[str, Any]) -> str:
+def to_markdown(table: Comparison) -> str:
     parts = []
     for own in all_tables(table).values():
         rule = "---|" if own.words else "---:|"
@@ -55,7 +58,7 @@ def to_markdown(table: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(table: dict[str, Any]) -> str:
+def to_csv(table: Comparison) -> str:
     """One line for each regime and each task, average or loss: its numbers, and those of the paired difference."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -68,7 +71,7 @@ def to_csv(table: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
-def compared(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def compared(table: Comparison) -> dict[str, Estimates]:
     """The estimates of all regimes: first averages, then tasks, then the held-out loss."""
     rows = dict(table["averages"])
     for task, row in table["tasks"].items():
@@ -76,7 +79,7 @@ def compared(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows | ({"eval loss": table["eval_loss"]} if table["eval_loss"] else {})
 
 
-def score_table(table: dict[str, Any]) -> Table:
+def score_table(table: Comparison) -> Table:
     rows, tasks = compared(table), table["tasks"]
     tuned = [row["scores"] for row in tasks.values() if "zero_shot" not in row]
     tuned = tuned or [row["scores"] for row in tasks.values()]
@@ -93,7 +96,7 @@ def score_table(table: dict[str, Any]) -> Table:
     return Table("Scores", [table["protocol"], *columns, "n", "runs"], lines, score_notes(table))
 
 
-def score_notes(table: dict[str, Any]) -> list[str]:
+def score_notes(table: Comparison) -> list[str]:
     notes = [
         "Scores in percent: mean ± sample standard deviation over n pretraining seeds, the fine-tuning seeds of each "
         "averaged first. One pretraining seed is an anecdote. runs: fine-tunings of a task.",
@@ -124,14 +127,14 @@ def score_notes(table: dict[str, Any]) -> list[str]:
     return notes
 
 
-def constant(name: str, table: dict[str, Any]) -> str:
+def constant(name: str, table: Comparison) -> str:
     """The mean of the tasks' constant scores; empty for an average of single metrics."""
     if any(":" in part for part in AVERAGES[name]):
         return ""
     return f"{statistics.fmean(table['tasks'][task]['constant_score'] for task in AVERAGES[name]):.1f}"
 
 
-def difference_table(table: dict[str, Any]) -> Table:
+def difference_table(table: Comparison) -> Table:
     rows, baseline, lines = compared(table), table["baseline"], []
     for name in table["set_apart"]:  # all but the baseline
         differences = {label: row[name]["difference"] for label, row in rows.items()}
@@ -147,7 +150,7 @@ def difference_table(table: dict[str, Any]) -> Table:
     return Table(f"Difference to {baseline}", [f"minus {baseline}", *rows, "n"], lines, [note])
 
 
-def set_apart_table(table: dict[str, Any]) -> Table:
+def set_apart_table(table: Comparison) -> Table:
     """The differences between each regime's pretraining and the baseline's; no rows without differences."""
     unknown = ["not known: not both were pretrained by train/run.py"]
     apart = table["set_apart"] if any(flags != [] for flags in table["set_apart"].values()) else {}
@@ -156,7 +159,7 @@ def set_apart_table(table: dict[str, Any]) -> Table:
     return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, [note], words=True)
 
 
-def cost_table(table: dict[str, Any]) -> Table:
+def cost_table(table: Comparison) -> Table:
     costs = {name: cost for name, cost in table["training"].items() if cost}
     shown = {heading: key for heading, key in COSTS.items() if any(key in cost for cost in costs.values())}
     rows = []
@@ -173,7 +176,7 @@ def cost_table(table: dict[str, Any]) -> Table:
     return Table("Cost", ["cost", "regime", *shown], rows, [note])
 
 
-def break_even_table(table: dict[str, Any]) -> Table:
+def break_even_table(table: Comparison) -> Table:
     kinds = {
         f"{name}, by {heading}": (unit, name)
         for unit, heading in (("flops", "FLOPs"), ("seconds", "seconds"))
@@ -201,19 +204,19 @@ def seeds(n: int) -> str:
     return f"{n} (anecdote)" if n == 1 else f"{n}"
 
 
-def score(estimate: dict[str, Any], digits: int) -> str:
+def score(estimate: Mapping[str, float | None], digits: int) -> str:
     text = f"{estimate['mean']:z.{digits}f}"
     text += "" if estimate["sd"] is None else f" ± {estimate['sd']:.{digits}f}"
     return text + (f" †{estimate['collapsed']}" if estimate.get("collapsed") else "")
 
 
-def difference(estimate: dict[str, Any] | None, digits: int = 1) -> str:
+def difference(estimate: Mapping[str, float | None] | None, digits: int = 1) -> str:
     if estimate is None:
         return "-"
     return f"{estimate['mean']:+z.{digits}f}{interval(estimate, f'+z.{digits}f')}"
 
 
-def interval(estimate: dict[str, Any], form: str = "z.1f") -> str:
+def interval(estimate: Mapping[str, float | None], form: str = "z.1f") -> str:
     """The text of an interval, to follow its mean; empty for one seed."""
     if estimate["low"] is None:
         return "" if estimate["n"] == 1 else " (all alike)"

@@ -41,7 +41,7 @@ class Trial:
     grid: tuple[Settings, ...]
     rows: int
     file: str
-    key: dict[str, Any]
+    key: dict[str, object]
 
     def __str__(self) -> str:
         return f"{self.model} {self.task.name}{f' seed {self.seed}' if self.grid else ''}".strip()
@@ -51,7 +51,7 @@ class Trial:
 class Outcome:
     """The outcome of a trial: its part of the result file, or the reason of its failure."""
 
-    result: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, object] = field(default_factory=dict)
     seconds: float = 0.0
     device: str = ""
     failure: str = ""
@@ -75,7 +75,7 @@ def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] 
     return Outcome(result, time.monotonic() - started, device)
 
 
-def search(trial: Trial, tokens: TaskTokens, advance: Callable[[int], None]) -> dict[str, Any]:
+def search(trial: Trial, tokens: TaskTokens, advance: Callable[[int], None]) -> dict[str, object]:
     """The first setting of the grid with the best dev score, and the results of the whole grid."""
     tried = [(settings, finetune(trial.directory, tokens, settings, trial.seed, advance)) for settings in trial.grid]
     settings, best = max(tried, key=lambda pair: pair[1].score)

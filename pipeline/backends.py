@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import psutil
 
 from entropy_masking import storage
@@ -119,7 +120,7 @@ class ScoreShard:
         self.rate.set_default_tags(tags)
         self.last = time.monotonic()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         ranges = [FileRange(**fields) for fields in json.loads(batch["ranges"][0])]
         outcome = self.scorer(int(batch["index"][0]), ranges)
         if isinstance(outcome, Failure):

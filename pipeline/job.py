@@ -7,7 +7,6 @@ import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +24,7 @@ from entropy_masking.models.checkpoints import (
 from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.read import masker_of
-from entropy_masking.shards.schema import Manifest, Run
+from entropy_masking.shards.schema import Fingerprint, Manifest, Masks, Run
 from pipeline.corpus.plan import Corpus
 
 
@@ -57,7 +56,7 @@ class Job:
         return self.manifest.uri
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """Everything that decides the bytes."""
         return self.manifest.fingerprint
 
@@ -100,7 +99,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
         UsageError: a flag contradicts one of them.
     """
     length = sequence_length(args.sequence_length, corpus)
-    fingerprint: dict[str, Any] = {
+    fingerprint: Fingerprint = {
         "schema_version": parquet.SCHEMA_VERSION,
         "corpus": corpus.identity,
         "tokenizer": tokenization_hash(tokenizer),
@@ -151,7 +150,7 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
     return sequences.model_copy(update={"uri": storage.absolute(sequences.uri)})
 
 
-def masks(args: argparse.Namespace, length: int) -> dict[str, Any]:
+def masks(args: argparse.Namespace, length: int) -> Masks:
     """The masks of targets, for the manifest; ``positions`` is K, the most masked positions of a sequence."""
     positions = min(args.policy.positions(length), length)
     names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}

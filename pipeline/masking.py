@@ -6,7 +6,6 @@ Shapes: N rows, L tokens, K masked positions.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,11 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Rows, columns_of, read_block, to_tensors
-from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.schema import Manifest, Masks, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, input_crc32
 
 
-def mask_shard(
-    sequences: Manifest, entry: ShardEntry, masks: dict[str, Any], masker: Masker
-) -> tuple[MaskedRows, np.ndarray]:
+def mask_shard(sequences: Manifest, entry: ShardEntry, masks: Masks, masker: Masker) -> tuple[MaskedRows, np.ndarray]:
     """All variants of the sequences of a shard, in the order of a target file, and their inputs [N, L].
 
     Args:

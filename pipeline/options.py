@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from transformers import HfArgumentParser
@@ -20,7 +20,7 @@ SEED = 42  # by default, as in a training run
 VARIANTS = 4  # by default, if epochs have different masks
 MOST_VARIANTS = 1 << 16  # they fit a uint16
 # defaults of the flags that need a teacher
-SCORING: dict[str, Any] = {
+SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
     **{"mask_source": None, "gpus_per_worker": None, "torch_compile": False},
 }

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(report, indent=1) if args.json else to_text(report))
 
 
-def status(directory: str, now: float) -> dict[str, Any]:
+def status(directory: str, now: float) -> dict[str, object]:
     """The progress according to the records at ``now`` (seconds of the epoch). Raises UsageError without a run."""
     manifest, run = manifests.find_manifest(directory), manifests.read_model(Run, manifests.run_uri(directory))
     done = commit.done_records(directory, run.shards, run.fingerprint_hash) if run else {}
@@ -139,7 +139,7 @@ def totals_lines(totals: dict[str, Any]) -> list[str]:
     return [*lines, line("rejected documents", f"{totals['rejected']:,}{listed}")]
 
 
-def amount(totals: dict[str, Any]) -> tuple[int, str]:
+def amount(totals: dict[str, int]) -> tuple[int, str]:
     """The scored amount and its unit: tokens, or positions for targets, which hold no tokens."""
     is_targets = totals["scored_tokens"] and not totals["tokens"]
     return (totals["scored_tokens"], "positions") if is_targets else (totals["tokens"], "tokens")

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from entropy_masking import entropy
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.models.masked_lm import MaskedLM, Select
-from entropy_masking.shards.manifests import Manifest
 from entropy_masking.shards.parquet import Scores
+from entropy_masking.shards.schema import Manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at once: enough for full speed
@@ -180,7 +180,7 @@ class Teacher:
             columns = positions_NK[rows_R][rows, places]
             yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
 
-    def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, Any]]:
+    def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, entropy.Reduced]]:
         """Results of each batch as arrays. On a GPU the next batch starts before they are fetched."""
         ahead, pending = int(self.device.type != "cpu"), deque[tuple[Place, list[entropy.Reduced]]]()
         for batch in batches:
@@ -200,11 +200,10 @@ class Teacher:
         for place, parts in pending:
             yield self._fetch(place, parts)
 
-    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, Any]:
-        """The chunks of a batch joined, as numpy arrays; waits for the device."""
+    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, entropy.Reduced]:
+        """The chunks of a batch joined, on the CPU; waits for the device."""
         started = time.monotonic()
-        columns: Any = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-        reduced = entropy.Reduced(*columns)
+        reduced = entropy.Reduced(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
         self.forward_seconds += time.monotonic() - started
         return place, reduced
 

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -122,7 +121,7 @@ class ShardScorer:
         if self.stopped.is_set():
             raise Stopped
         rejects, scores = Rejects(), None
-        costs: dict[str, Any] = {"forward_seconds": 0.0, "flops": 0}
+        costs: dict[str, float] = {"forward_seconds": 0.0, "flops": 0}
         with self.deadlines.within(job.shard_timeout):
             rows, ids_NL = self._masked(index) if manifest.masks else (None, self._sequences(ranges, rejects))
         if manifest.teacher:
@@ -171,7 +170,7 @@ class ShardScorer:
         return mask_shard(sequences, entry, masks, self.masker)
 
     def _in_the_model(
-        self, teacher: Teacher, ids_NL: np.ndarray, rows: targets.MaskedRows | None, costs: dict[str, Any]
+        self, teacher: Teacher, ids_NL: np.ndarray, rows: targets.MaskedRows | None, costs: dict[str, float]
     ) -> parquet.Scores:
         """Scores of the sequences, or at the masked positions of ``rows``; sets ``costs``.
 

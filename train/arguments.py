@@ -18,10 +18,6 @@ from entropy_masking.commands.mask_flags import MOST_SEED
 from entropy_masking.errors import UsageError, one_line
 
 
-def required(help: str) -> Any:
-    return option(help, MISSING)
-
-
 def switch(help: str) -> Any:
     """A flag that is true, false, or None if it is not given."""
     return option(help, nargs="?", const=True)
@@ -31,7 +27,7 @@ def switch(help: str) -> Any:
 class TrainerFlags:
     """The supported flags of transformers.TrainingArguments, with defaults for pretraining."""
 
-    output_dir: str = required("directory of the trained model, its checkpoints and its summary")
+    output_dir: str = option("directory of the trained model, its checkpoints and its summary", MISSING)
     max_steps: int | None = option("steps of the run (default: from the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
     per_device_train_batch_size: int | None = option("sequences per batch of a device (default: by the model's size)")
@@ -92,7 +88,7 @@ class TrainerFlags:
 
 
 # settings of transformers that a run cannot vary
-FIXED: dict[str, Any] = {
+FIXED = {
     "train_sampling_strategy": "sequential",  # the dataset has its own order
     "remove_unused_columns": False,
     "disable_tqdm": True,  # the trainer draws its own bar
@@ -149,13 +145,13 @@ def training_arguments(flags: TrainerFlags) -> TrainingArguments:
     # the host does not wait for copies from pinned memory to a device
     given["accelerator_config"] = {"non_blocking": not flags.use_cpu}
     with refused_by_transformers():  # TrainingArguments checks its fields
-        args = TrainingArguments(**given, **FIXED)
+        args = TrainingArguments(**(given | FIXED))
     if args.device.type == "mps":
         raise UsageError("--use-cpu false would train on Apple's GPU, which has no float64 for the masks; leave it out")
     return args
 
 
-def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
+def deciding_arguments(args: TrainingArguments) -> dict[str, object]:
     """The flags of Trainer that decide what is learned."""
     values = args.to_dict()
     return {name: values[name] for name in TrainerFlags.__dataclass_fields__ if not name.startswith(FREE)}

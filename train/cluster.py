@@ -114,7 +114,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
         raise RunError(_reason(error)) from None
 
 
-def _show(log: Path, result: Future[Any]) -> None:
+def _show(log: Path, result: Future[object]) -> None:
     """Print the lines of ``log`` until there is a result. Ray's own way would add its messages."""
     shown, ended = 0, False
     while not ended:

@@ -19,9 +19,9 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order, hashes
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
+from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
 

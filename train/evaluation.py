@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import Manifest, ShardEntry
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_block, to_tensors
+from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # random, for every regime, seed and mask ratio of a run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
@@ -25,7 +25,7 @@ DECILES = 10
 
 def batches(
     manifest: Manifest, entries: list[ShardEntry], columns: Columns, batch_size: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Tensor]]:
     """The sequences of the held-out shards in order, as raw batches."""
     for entry in entries:
         for group in range(math.ceil(entry.rows / ROW_GROUP)):
@@ -35,7 +35,7 @@ def batches(
 
 
 def outcomes(
-    model: Any, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], AbstractContextManager[Any]]
+    model: PreTrainedModel, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], ExitStack]
 ) -> tuple[np.ndarray, ...]:
     """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch, in nats.
 

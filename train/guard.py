@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIG
 STOP_SECONDS = 1.0  # between two checks for it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
+T = TypeVar("T")
 
 
 class AllRanksFailed(RunError):
@@ -48,17 +49,17 @@ class Guard(TrainerCallback):
     def __init__(self, output: Path) -> None:
         self.output, self.last_check = output, 0.0
         self.asked = self.stopped = False
-        self.group: Any = None
+        self.group: dist.ProcessGroup | None = None
 
     def ask(self, *_: object) -> None:
         """Handler of SIGTERM."""
         self.asked = True
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         if args.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         now = time.monotonic()
         if not _in_main_thread() and state.is_world_process_zero and now - self.last_check > STOP_SECONDS:
             self.last_check = now
@@ -74,7 +75,7 @@ class Guard(TrainerCallback):
         if not math.isfinite(loss := event["logs"].get("loss", 0.0)):
             raise _not_finite(f"the loss is {loss}", state.global_step, self.output)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Name the best checkpoint by its step, because the directory may have been moved. Trainer then loads it."""
         best = resume.best_checkpoint(args, state)
         if best and not self.stopped and (self.output / best).exists():
@@ -138,7 +139,7 @@ def on_all_ranks(rank: int) -> Iterator[None]:
         raise AllRanksFailed(str(errors[0])) if isinstance(errors[0], RunError) else errors[0]
 
 
-def on_first_rank(rank: int, action: Callable[[], Any]) -> Any:
+def on_first_rank(rank: int, action: Callable[[], T]) -> T:
     """Call ``action`` on rank 0 and return its result on all ranks. Errors as in ``on_all_ranks``."""
     with on_all_ranks(rank):
         result = action() if rank == 0 else None

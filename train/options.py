@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Literal, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from entropy_masking.commands.console import option
 from entropy_masking.commands.mask_flags import MaskOptions
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.arguments import TrainerFlags, check_ranges, required, training_arguments
+from train.arguments import TrainerFlags, check_ranges, training_arguments
 from train.student import SIZES
 
 # AdamW's learning rate, beside Muon and alone, by size of the preset; other models use that of base
@@ -30,9 +30,9 @@ EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps 
 class Options(MaskOptions):
     """The flags of train/run.py besides TrainerFlags."""
 
-    shards: str = required("shard directory made by pipeline/score.py, a path or a URI")
-    entropy_source: Literal["random", "parquet", "self"] = required(
-        "mask at random, by the scores of the shards (parquet), or by the student's own (self)"
+    shards: str = option("shard directory made by pipeline/score.py, a path or a URI", MISSING)
+    entropy_source: Literal["random", "parquet", "self"] = option(
+        "mask at random, by the scores of the shards (parquet), or by the student's own (self)", MISSING
     )
     model: str = option("tiny (default), mini, small, medium, base; a config.json; or a checkpoint", "tiny")
     targets: str | None = option("distil from this target directory, with its masks (default: from the shards)")

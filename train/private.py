@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
+from torch import nn
 from transformers import Trainer
 
 
@@ -16,7 +16,7 @@ def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[N
     """
     save = trainer._save_checkpoint
 
-    def save_checkpoint(model: Any, trial: Any) -> None:
+    def save_checkpoint(model: nn.Module, trial: object) -> None:
         with context():
             save(model, trial)
 

@@ -81,7 +81,7 @@ class CollapseWarnings(TrainerCallback):
     def warnings(self) -> list[str]:
         return list(self.by_sign.values())
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Check the whole history, which includes that before a resume."""
         if not self.policy.uses_scores:
             return
@@ -93,7 +93,7 @@ class CollapseWarnings(TrainerCallback):
                     print(f"warning: {self.by_sign[sign]}", file=sys.stderr, flush=True)
 
 
-def collapse_signs(history: list[dict[str, Any]], vocab_size: int) -> Iterator[tuple[str, str]]:
+def collapse_signs(history: list[dict[str, float]], vocab_size: int) -> Iterator[tuple[str, str]]:
     """Name and sentence of each sign of a collapse in Trainer's history, in the order of steps.
 
     The held-out loss stays above its lowest value for several evaluations; it is worse than a uniform guess; or the
@@ -127,7 +127,7 @@ class ProgressReport(TrainerCallback):
     def seconds(self) -> float:
         return self.before + time.monotonic() - self.started
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         self.before = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
         self.started = time.monotonic()
         self.tokens_per_step = global_batch(args) * self.sequence_length
@@ -138,7 +138,7 @@ class ProgressReport(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         self.started += event["metrics"]["eval_seconds"]  # evaluation is not training
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.progress:
             self.progress.advance(self.tokens_per_step)
         # a logged loss is a mean since the last log: with a log at every checkpoint, a resume does not change it
@@ -155,6 +155,6 @@ class ProgressReport(TrainerCallback):
             accuracy = f"accuracy {logs['eval_accuracy']:.1%}"
             self.progress.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.progress:
             self.progress.__exit__(None, None, None)

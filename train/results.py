@@ -12,7 +12,8 @@ from transformers import SchedulerType, TrainingArguments
 
 from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
-from entropy_masking.shards.manifests import Manifest
+from entropy_masking.models.masked_positions import MaskedPositions
+from entropy_masking.shards.schema import Manifest
 from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES
 from train.inputs import Inputs
@@ -24,7 +25,7 @@ MOST_POINTS = 200  # most points of a curve in a summary
 FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
 
 
-def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, Any]:
+def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
     """All flags that decide what is learned. Runs with equal flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
@@ -41,7 +42,7 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
     return own | masks | run | deciding_arguments(args)
 
 
-def flops_of(student: Any, options: Options, args: TrainingArguments, inputs: Inputs) -> int:
+def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> int:
     """FLOPs of the whole run, on all devices."""
     batch, length, policy = global_batch(args), inputs.manifest.sequence_length, inputs.policy
     chosen_by_student = not policy.predicts_all and (
@@ -60,7 +61,9 @@ def flops_of(student: Any, options: Options, args: TrainingArguments, inputs: In
     )
 
 
-def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metrics: dict[str, float]) -> dict[str, Any]:
+def summarise(
+    trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, metrics: dict[str, float]
+) -> dict[str, object]:
     """The results of a finished run."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
     manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
@@ -93,19 +96,19 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, Any], flops: int, metri
     }
 
 
-def costs(manifest: Manifest) -> dict[str, Any]:
+def costs(manifest: Manifest) -> dict[str, object]:
     """The identity and the costs of a directory, for a comparison that cannot read the directory."""
     names = ("uri", "fingerprint_hash", "sequences_hash", "passes", "sequence_length")
     totals = ("sequences", "bytes", "flops", "worker_seconds")
     return {name: getattr(manifest, name) for name in names} | {name: manifest.totals[name] for name in totals}
 
 
-def curve(log: list[dict[str, Any]]) -> list[dict[str, float]]:
+def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
 
     At most ``MOST_POINTS`` points of each loss, spread evenly, with the last one.
     """
-    seconds: dict[int, float] = {}
+    seconds: dict[float, float] = {}
     for entry in log:
         if "train_seconds" in entry:
             seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # without those of an evaluation

@@ -11,14 +11,14 @@ import shutil
 import time
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from transformers import TrainerState, TrainingArguments
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.manifests import Manifest
+from entropy_masking.shards.schema import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
 UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
@@ -28,7 +28,7 @@ OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster must dr
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 
-def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
+def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     """Bind an output directory to the flags of a run; False if this run is already finished.
 
     A run without a checkpoint gives way to any other run, since nothing is lost. ``overwrite`` drops the existing run
@@ -59,7 +59,7 @@ def claim(directory: Path, flags: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _read_flags(directory: Path) -> dict[str, Any] | None:
+def _read_flags(directory: Path) -> dict[str, object] | None:
     """The flags of the run in a directory, empty without a run; None if the file holds something else."""
     try:
         flags = storage.read_json(str(directory / FLAGS))

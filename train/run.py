@@ -19,7 +19,6 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -108,7 +107,7 @@ def train(trainer: MaskedLMTrainer) -> None:
         raise console.Terminated
 
 
-def save(trainer: MaskedLMTrainer, summary: dict[str, Any]) -> None:
+def save(trainer: MaskedLMTrainer, summary: dict[str, object]) -> None:
     """Write the model with its tokenizer, and last the summary, which marks the run as finished. Raises RunError."""
     output = trainer.output
     with writing(f"the model to {output}", output):

@@ -18,15 +18,16 @@ from entropy_masking.models.checkpoints import (
     local_checkpoint,
     weights_hash,
 )
-from entropy_masking.models.masked_positions import with_masked_positions
-from entropy_masking.shards.manifests import Manifest, special_ids, tokenizer_hash
+from entropy_masking.models.masked_positions import MaskedPositions, with_masked_positions
+from entropy_masking.shards.manifests import special_ids, tokenizer_hash
+from entropy_masking.shards.schema import Manifest
 
 # layers and hidden size of Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962)
 SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
 PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT as Google's
 
 
-def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> Any:
+def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> MaskedPositions:
     """A masked LM whose head runs on masked positions only (see ``models.masked_positions``).
 
     Args:
@@ -95,8 +96,8 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
         "max_position_embeddings": max(512, manifest.sequence_length),
     }
     if name.startswith("bert-"):
-        dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return BertConfig(**size, **dropout, intermediate_size=4 * hidden)
+        size |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "intermediate_size": 4 * hidden}
+        return BertConfig(**size)
     roles = {"cls": "cls", "sep": "sep", "pad": "pad", "bos": "cls", "eos": "sep"}
     size |= {f"{name}_token_id": manifest.special_ids[role] for name, role in roles.items()}
     return ModernBertConfig(**size, intermediate_size=3 * hidden // 2, layer_types=["full_attention"] * layers)

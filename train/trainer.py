@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.type_means import TypeMeans
-from entropy_masking.models.masked_positions import student_scores
+from entropy_masking.models.masked_positions import MaskedPositions, student_scores
 from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, private, resume
 from train.arguments import global_batch
@@ -48,7 +48,7 @@ class MaskedLMTrainer(Trainer):
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: Any, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
+    def __init__(self, model: MaskedPositions, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
         self.options, self.inputs = options, inputs
         self.manifest, self.policy = inputs.manifest, inputs.policy
         self.score = "entropy" if self.policy.by == "entropy" else "surprisal"  # of the student's predictions
@@ -62,7 +62,7 @@ class MaskedLMTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.sequences,
-            eval_dataset=inputs.held_out or None,  # type: ignore[arg-type]  # read by evaluate() alone
+            eval_dataset=inputs.held_out or None,  # read by evaluate() alone
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
@@ -82,7 +82,7 @@ class MaskedLMTrainer(Trainer):
         self.create_optimizer_and_scheduler(self.args.max_steps)
         self.optimizer = self.lr_scheduler = None
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the dataset, in its order. Workers use no random generator, so they need no seeds."""
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ class MaskedLMTrainer(Trainer):
             self.means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
         self.train(str(checkpoint) if checkpoint else None)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object) -> Tensor:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw batch that is masked here."""
         masked = self.mask_by_student(inputs) if self.options.entropy_source == "self" else dict(inputs)
         self.scores.add(masked.pop("score_sums", {}))
@@ -156,7 +156,7 @@ class MaskedLMTrainer(Trainer):
         self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Cross-entropy (nats) and accuracy on the held-out sequences under one fixed random mask.
 
         Overall and, if the shards have entropies, by their decile over the masked positions: easy tokens alone would
@@ -231,19 +231,21 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
     )
 
 
-def muon_and_adamw(model: Any, args: TrainingArguments, options: Options) -> tuple[type[MuonAdamW], dict[str, Any]]:
+def muon_and_adamw(
+    model: nn.Module, args: TrainingArguments, options: Options
+) -> tuple[type[MuonAdamW], dict[str, object]]:
     """The class and the arguments of ``--optim muon`` for Trainer, which adds its own parameter groups."""
     muon = {"lr": options.muon_learning_rate, "weight_decay": options.muon_weight_decay}
     _, adamw = Trainer.get_optimizer_cls_and_kwargs(args)
     return MuonAdamW, {"matrices": hidden_matrices(model), "muon": muon, **adamw}
 
 
-def _whole_batch(batch: Any) -> Any:
+def _whole_batch(batch: object) -> object:
     """Collator: the dataset already returns batches."""
     return batch
 
 
-def _expect_tied_weights(model: Any, keys: Any) -> None:
+def _expect_tied_weights(model: nn.Module, keys: Any) -> None:
     """Do not report tied weights as missing: checkpoints leave them out."""
     tied = getattr(model, "all_tied_weights_keys", {})
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in tied]

@@ -65,7 +65,7 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def option(help: str, default: Any = None, **settings: Any) -> Any:
+def option(help: str, default: object = None, **settings: object) -> Any:
     """A field of a dataclass of flags. It is None if the flag is not given and has no default."""
     return field(default=default, metadata={"help": help, **settings})
 

@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -103,9 +104,9 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
         for place, row in enumerate(panel.rows):
             axes.errorbar(row.mean, place, xerr=_error(row), **_look(row.style, hollow=row.low is None))
             box = {"facecolor": CARD, "linewidth": 0, "pad": 1}  # text stays legible where a line crosses it
-            above: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "bottom", "bbox": box}
-            axes.text(0, place - 0.2, row.name if len(row.name) < 25 else f"{row.name[:12]}…{row.name[-11:]}", **above)
-            axes.text(1, place - 0.2, row.text, ha="right", **above)
+            write = partial(axes.text, y=place - 0.2, transform=axes.get_yaxis_transform(), va="bottom", bbox=box)
+            write(0, s=row.name if len(row.name) < 25 else f"{row.name[:12]}…{row.name[-11:]}")
+            write(1, s=row.text, ha="right")
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from entropy_masking.commands.console import flag, option
 from entropy_masking.errors import UsageError
@@ -14,7 +14,7 @@ MOST_SEED = (1 << 32) - 1
 SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, object]] = {
     "default": {"warmup": 0.3, "ramp": 0.3},
     # MaskPolicy.paper(); only the ratio may be changed
     "paper": {"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
@@ -78,12 +78,12 @@ def mask_policy(
     if not training or given.get("hard_share") == 0:
         fields = fields | {"warmup": 0.0, "ramp": 0.0}
     try:
-        return MaskPolicy(seed=seed, **(fields | given))
+        return MaskPolicy.from_json(fields | given | {"seed": seed})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
+def _check_uses(given: dict[str, object], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
     """Refuse mask flags that contradict others or have no effect with them. Raises UsageError."""
     unscored = f"{{flag}} needs scores, and {source_flag} random has none"
     at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
@@ -96,7 +96,7 @@ def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training
     of_scores = ("warmup", "ramp", "temperature", "by")
     ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
     # (when the rule holds; by field the only value that may be given, None for no value; the sentence)
-    rules: list[tuple[bool, dict[str, Any], str]] = [
+    rules: list[tuple[bool, dict[str, object], str]] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
         (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
         (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
@@ -114,7 +114,7 @@ def _check_uses(given: dict[str, Any], recipe: str | None, source: str, training
                 raise UsageError(sentence.format(flag=mask_flag(name), given=given[name], value=value))
 
 
-def given_masks(options: MaskOptions) -> dict[str, Any]:
+def given_masks(options: MaskOptions) -> dict[str, object]:
     """The mask flags that were given, by the field of MaskPolicy."""
     given = {name: getattr(options, field) for name, field in FIELDS.items()}
     return {name: value for name, value in given.items() if value is not None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -13,7 +12,7 @@ from markupsafe import Markup
 from entropy_masking.commands import figures
 
 
-def render(template: Path, script: str = "", **values: Any) -> str:
+def render(template: Path, script: str = "", **values: object) -> str:
     """A page of a command. Its template extends base.html, and may use the macros of macros.html.
 
     Args:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -34,22 +35,18 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     from ray._private.services import find_bootstrap_address
 
     root = Path(__file__).resolve().parents[2]
-    settings: dict[str, Any] = {
-        "runtime_env": {"py_modules": [str(root / package) for package in ("entropy_masking", *applications)]},
-        "log_to_driver": False,
-        "logging_level": "warning",
-    }
+    modules = [str(root / package) for package in ("entropy_masking", *applications)]
+    start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.WARNING)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             if port.isdigit():  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-            ray.init(address=address, **settings)
+            start(address)
         except OSError:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
     else:
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
-        settings |= {"object_store_memory": OBJECT_STORE_BYTES, "num_cpus": cores}
-        ray.init(address="local", include_dashboard=False, **settings)
+        start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler

@@ -81,9 +81,9 @@ class MaskPolicy:
         return cls(hard_share=0.0, **fields)
 
     @classmethod
-    def paper(cls, **fields: Any) -> Self:
+    def paper(cls, **fields: object) -> Self:
         """The 15 % with the highest scores, as in arXiv 2605.28526. ``fields`` override this."""
-        return cls(**({"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0} | fields))
+        return cls.from_json({"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0} | fields)
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)

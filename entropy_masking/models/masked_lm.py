@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from entropy_masking.errors import UsageError, one_line
 
@@ -44,7 +44,7 @@ class MaskedLM:
     """
 
     def __init__(self, model: PreTrainedModel, length: int, name: str = "") -> None:
-        self.model: Any = model
+        self.model: Any = model  # transformers annotates ``to`` wrongly
         self.forward = model.forward
         self.selective, self.projection = True, self._cut_projection()
         self._select: Select | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from entropy_masking.entropy import entropy_and_surprisal
 from entropy_masking.losses import masked_lm_loss

@@ -9,18 +9,19 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import manifests
 from entropy_masking.shards.manifests import AnyModel, manifest_uri, record_file, run_uri
 from entropy_masking.shards.parquet import footer_rows, shard_file
-from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
+from entropy_masking.shards.schema import Attempt, Fingerprint, Manifest, Record, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ READERS = 16  # files that are read at once: an object store answers many reques
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
-def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any], started: float) -> Record:
+def commit_shard(directory: str, index: int, data: bytes, fields: Mapping[str, object], started: float) -> Record:
     """Write a shard, read its footer back, then write its record, which marks the shard as done.
 
     Args:
@@ -49,7 +50,7 @@ def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, Any]
     named = {"index": index, "file": shard_file(index), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
     ended = datetime.now(UTC).isoformat(timespec="milliseconds")
     times = {"seconds": round(time.monotonic() - started, 3), "finished_at": ended}
-    record = Record.model_validate(fields | named | times)
+    record = Record.model_validate({**fields, **named, **times})
     storage.write_json(storage.join(directory, record_file(index)), record.to_json())
     return record
 
@@ -94,7 +95,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
             storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
 
 
-def check_directory(directory: str, fingerprint: dict[str, Any]) -> None:
+def check_directory(directory: str, fingerprint: Fingerprint) -> None:
     """Check that a run may write to a directory.
 
     Raises:
@@ -118,7 +119,7 @@ def begin_run(directory: str, run: Run) -> None:
         storage.write_json(run_uri(directory), run.model_dump())
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:
     """What differs between two fingerprints, as ``name: old → new``."""
     differing = []
     for name in sorted(old.keys() | new.keys()):
@@ -130,7 +131,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return differing
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
 
@@ -219,7 +220,7 @@ def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
     return costs
 
 
-def totals(records: list[Record]) -> dict[str, Any]:
+def totals(records: list[Record]) -> dict[str, object]:
     """The sums in a manifest and in the summary of a run."""
     workers = worker_costs(records)
     worker_seconds = sum(cost["seconds"] for cost in workers.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from entropy_masking.shards.schema import Manifest, Model, Run, ShardEntry
+from entropy_masking.shards.schema import Fingerprint, Manifest, Model, Run, ShardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,7 +158,7 @@ def new_manifest(
     )
 
 
-def sequences_hash(fingerprint: dict[str, Any]) -> str:
+def sequences_hash(fingerprint: Fingerprint) -> str:
     """Hash of everything that decides the tokens of a run, whether they come from text or from a shard directory."""
     corpus = fingerprint["corpus"]
     tokens = [corpus.get("sequences", corpus), fingerprint["tokenizer"], fingerprint["sequence_length"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -150,7 +150,7 @@ def row_groups(table: pa.Table) -> list[pa.Table]:
     return [table.slice(start, ROW_GROUP) for start in range(0, len(table), ROW_GROUP)] or [table]
 
 
-def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict[str, Any]:
+def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict[str, float]:
     """The counts in the record of a shard of sequences."""
     entropy = scores.entropy_NL[~np.isnan(scores.entropy_NL)] if scores else np.empty(0)
     return {

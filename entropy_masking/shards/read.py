@@ -16,8 +16,9 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
-from entropy_masking.shards.manifests import Manifest, ShardEntry, load_tokenizer, read_table
+from entropy_masking.shards.manifests import load_tokenizer, read_table
 from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
+from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import predictions_of, row_group, rows_of
 
 

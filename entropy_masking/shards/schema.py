@@ -11,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from entropy_masking import storage
 from entropy_masking.shards.parquet import SCHEMA_VERSION
 
+Fingerprint = dict[str, Any]  # all that decides the bytes of the shards
+Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K)
+
 
 def _check_file(file: str) -> str:
     if not re.fullmatch(r"part-\d{5,}\.parquet", file):
@@ -33,7 +36,7 @@ class Model(BaseModel):
 class Run(Model, title="record of a run"):
     """``_records/run.json``, written first: the run to which a directory belongs."""
 
-    fingerprint: dict[str, Any]  # everything that decides the bytes of the shards
+    fingerprint: Fingerprint
     shards: int  # planned
 
     @property
@@ -67,7 +70,7 @@ class Rejected(Model):
 
     count: int
     reasons: dict[str, int]
-    listed: list[dict[str, Any]]  # the first hundred
+    listed: list[dict[str, str | int]]  # the first hundred
 
 
 class Record(ShardEntry, title="record of a shard"):
@@ -99,7 +102,7 @@ class Record(ShardEntry, title="record of a shard"):
         """The work of a shard: tokens, or positions for targets, which hold no tokens."""
         return self.tokens or self.scored_tokens
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The fields in the order of the file, in which name, size and hash come first."""
         fields = self.model_dump(exclude_none=True)
         return {name: fields[name] for name in ("index", "file", "bytes", "sha256")} | fields
@@ -121,9 +124,9 @@ class Manifest(Model, title="shard manifest"):
     context: str | None
     passes: int | None
     teacher: str | None
-    masks: dict[str, Any] | None  # of targets: source, policy, variants and positions (K)
+    masks: Masks | None
     sequences_hash: str  # of everything that decides the tokens; sequences and their targets have the same
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     fingerprint_hash: str
     tokenizer_hash: str
     planned_shards: int

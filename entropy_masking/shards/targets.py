@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +112,7 @@ def _padded(table: pa.Table, name: str, most: int, fill: float, width: int | Non
     return out
 
 
-def counts(rows: MaskedRows) -> dict[str, Any]:
+def counts(rows: MaskedRows) -> dict[str, float]:
     """The counts in the record of a target shard."""
     scored = int((rows.positions_NK != NO_POSITION).sum())
     return {"rows": len(rows.variant_N), "tokens": 0, "scored_tokens": scored, "entropy_sum": 0.0}

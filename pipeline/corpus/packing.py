@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.corpus.readers import Document, Rejects
@@ -28,7 +28,9 @@ def tokenize(
     iterator = iter(documents)
     while batch := list(islice(iterator, BATCH)):
         try:
-            encodings = backend.encode_batch([document.text for document in batch], add_special_tokens=False)
+            encodings: Sequence[Encoding | None] = backend.encode_batch(
+                [document.text for document in batch], add_special_tokens=False
+            )
         except Exception:  # the tokenizer's own errors have no common class
             encodings = [_encode(backend, document, rejects) for document in batch]
         for document, encoding in zip(batch, encodings, strict=True):
@@ -38,7 +40,7 @@ def tokenize(
                 yield np.array(encoding.ids, np.uint32)
 
 
-def _encode(backend: Any, document: Document, rejects: Rejects) -> Any | None:
+def _encode(backend: Tokenizer, document: Document, rejects: Rejects) -> Encoding | None:
     try:
         return backend.encode(document.text, add_special_tokens=False)
     except Exception as error:

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,7 +42,7 @@ class Corpus:
     """
 
     shards: list[list[FileRange]]
-    identity: dict[str, Any]
+    identity: dict[str, object]
     text_column: str
     shard_tokens: int
     from_shards: Manifest | None = None

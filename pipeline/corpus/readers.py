@@ -71,7 +71,7 @@ class Rejects:
     def __init__(self) -> None:
         self.documents = 0
         self.reasons: Counter[str] = Counter()
-        self.listed: list[dict[str, Any]] = []
+        self.listed: list[dict[str, str | int]] = []
 
     def add(self, file_range: FileRange, line: int, reason: str) -> None:
         """Reject the document at ``line`` of ``file_range``; it is listed with its line in the file.
@@ -85,7 +85,7 @@ class Rejects:
         where = {"from_byte": file_range.start, "line": line} if far else {"line": line + lines_before(file_range)}
         self.listed.append({"file": file_range.path, **where, "reason": reason})
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, object]:
         """``count``, ``reasons`` with their counts, and the first hundred as ``listed``."""
         return {"count": self.reasons.total(), "reasons": dict(self.reasons), "listed": self.listed}
 
@@ -113,7 +113,7 @@ def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) 
             raise UsageError(f"cannot read {file_range.path} to its end: {one_line(error)}") from None
 
 
-def _why_unusable(value: Any) -> str | None:
+def _why_unusable(value: object) -> str | None:
     """Why a value cannot be scored as text, or None."""
     if isinstance(value, Broken):
         return value.reason
@@ -198,7 +198,7 @@ def _decode(raw: bytes) -> str | Broken:
         return Broken("bad UTF-8")
 
 
-def _json_object(line: str | Broken) -> Any:
+def _json_object(line: str | Broken) -> object:
     """The object of a line; ``Broken`` if there is none, "" for a blank line."""
     if isinstance(line, Broken):
         return line
@@ -211,7 +211,7 @@ def _json_object(line: str | Broken) -> Any:
     return value if isinstance(value, dict) else Broken("not a JSON object")
 
 
-def _json_value(line: str | Broken, key: str) -> Any:
+def _json_value(line: str | Broken, key: str) -> object:
     value = _json_object(line)
     if not isinstance(value, dict):
         return value
@@ -253,7 +253,7 @@ def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | None]]:
             width = len(row or []) if width is None else width
 
 
-def _csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
+def _csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken]]:
     rows = csv_rows(file_range)
     _, header = next(rows, (1, None))
     column = header.index(text_column) if header and text_column in header else None
@@ -266,7 +266,7 @@ def _csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, 
             yield line, row[column] if row else ""
 
 
-def _parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
+def _parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken | None]]:
     filesystem, path = storage.resolve(file_range.path)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         ends = [0]

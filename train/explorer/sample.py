@@ -16,9 +16,9 @@ from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.words import apart_tokens, continuing_tokens
-from entropy_masking.shards.manifests import Manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows, to_tensors
+from entropy_masking.shards.schema import Manifest
 from train.explorer import statistics
 from train.explorer.statistics import MEASURES
 
