@@ -119,7 +119,7 @@ def begin_run(directory: str, run: Run) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two fingerprints, as ``name: old → new``."""
+    """The differences between two fingerprints, as ``name: old → new``."""
     differing = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
