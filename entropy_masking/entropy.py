@@ -20,7 +20,7 @@ IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core, which passes
 
 
 class Reduced(NamedTuple):
-    """What a shard stores of the logits of N positions; nats.
+    """The values that a shard stores for the logits of N positions; nats.
 
     ``lse_NT`` has a column for each temperature T: ``log Σ e^{z/T} - (1/T)·log Σ e^z``, so that the log-probabilities
     at T are ``log p / T - lse``.
@@ -46,7 +46,7 @@ def entropy_and_surprisal(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor,
 
 
 def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequence[float] = ()) -> Reduced:
-    """Reduce logits to what a shard stores.
+    """Reduce logits to the values that a shard stores.
 
     Args:
         logits_NV: any floating dtype.

@@ -92,7 +92,7 @@ def check_regime(name: str, runs: list[Run]) -> None:
     if others and (lacking := [run.directory for run in runs if run.training is None]):
         raise UsageError(
             f"{lacking[0]} ({name}) does not say how its model was pretrained, so it cannot be one seed of several; "
-            "give it a name of its own"
+            "give it another name"
         )
     by_seed: dict[int, Run] = {}
     for run in runs:
@@ -129,7 +129,7 @@ def check_comparable(regimes: Regimes) -> None:
                 how = "scored" if result.task in ZERO_SHOT else "fine-tuned"
                 raise UsageError(
                     f"{result.task} was {how} differently in {first} and {name} ({'; '.join(differing)}); "
-                    "run both alike"
+                    "run both in the same way"
                 )
 
 

@@ -86,7 +86,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
     add("--tokenizer", help="path or Hub id (default: the teacher's, or that of a corpus which is a shard directory)")
     add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
+    add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
     add("--context", choices=["masked", "full"], help="whether the scored position is masked (default: masked)")

@@ -69,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=console.positive, default=8192, help="tokens, special tokens included (default: 8192)")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="(default: lowercase)")
     add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], help="what a document is in a plain-text file (default: line)")
+    add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
     add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")
     return parser.parse_args(argv)
 

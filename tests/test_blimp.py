@@ -263,7 +263,7 @@ def test_compared(checkpoints: dict[str, Path], data: Path, tmp_path: Path) -> N
     assert "| zero-shot | blimp | n | runs |" in (tmp_path / "c" / "table.md").read_text()
     assert "scored by the zero-shot protocol" in (tmp_path / "c" / "page.html").read_text()
     for name, said in (("few", "limit_pairs: None → 5"), ("alone", "pll: within-word → original")):
-        with pytest.raises(UsageError, match=f"blimp was scored differently in a and b .{said}.; run both alike"):
+        with pytest.raises(UsageError, match=f"blimp was scored differently in a and b .{said}.; run both"):
             glue.compare.main([f"a={outputs['all']}", f"b={outputs[name]}", "--output", str(tmp_path / "d")])
     local = {task: {1: 0.5, 2: 0.6} for task in ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")}
     for seed in (1, 2):

@@ -345,7 +345,7 @@ def test_a_token_says_what_the_teacher_predicted(browser: Browser, scored: Path,
     label = tokenizer.convert_ids_to_tokens(int(read["input_ids"][position]))
     assert card.split("\n")[0].startswith(label)
     assert f"entropy {read['entropy'][position]:.2f} · surprisal {read['surprisal'][position]:.2f}" in card
-    assert "masked: the student sees " in card or "masked, and left as it is" in card
+    assert "masked: the student sees " in card or "masked, but unchanged" in card
     top = browser.js("[...document.querySelectorAll('#card li')].map(row => [...row.children].map(x => x.textContent))")
     tokens = tokenizer.convert_ids_to_tokens(read["topk_ids"][position].tolist())
     probabilities = np.exp(read["topk_logprobs"][position].astype(np.float64))
@@ -384,7 +384,7 @@ def test_two_sources_and_their_difference(
     assert "rose most" in browser.js("document.body.innerText")
 
     colour = "getComputedStyle(document.querySelector('.t.{}')).backgroundColor"
-    for view, word in (("a", "scored: entropy"), ("b", "later: entropy"), ("d", "later less scored")):
+    for view, word in (("a", "scored: entropy"), ("b", "later: entropy"), ("d", "later minus scored")):
         browser.tap(f"label:has(input[value={view}])")
         assert word in browser.js("document.querySelector('.only:not([style])') && document.body.innerText")
         legends = browser.js("[...document.querySelectorAll('.only')].filter(p => p.offsetHeight).length")

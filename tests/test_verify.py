@@ -150,7 +150,7 @@ def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatc
         raise PermissionError(13, "Permission denied", uri)
 
     monkeypatch.setattr(storage, "sha256", denied)
-    with pytest.raises(UsageError, match=r"may not be read .*allow this user"):
+    with pytest.raises(UsageError, match=r"is not readable for this user .*permission to read"):
         check_shards(manifest)
 
 

@@ -61,7 +61,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
 
     Args:
         entries: the shards to train on.
-        columns: what to read.
+        columns: the columns to read.
         size: sequences of the whole run.
         seed: of the order.
         prepare: turns a raw batch into the inputs of the model, in the loader worker. A raw batch has ``input_ids``

@@ -120,7 +120,7 @@ def begin_run(directory: str, run: Run) -> None:
 
 
 def differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:
-    """What differs between two fingerprints, as ``name: old → new``."""
+    """The differences between two fingerprints, as ``name: old → new``."""
     differing = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)

@@ -21,7 +21,7 @@ from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # totals of a manifest; without times, since a late writer may have written a shard again
 SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
-DENIED = "may not be read"
+DENIED = "is not readable for this user"
 
 Fault = tuple[str, str]  # a file of the directory, and a phrase that follows the file's name
 
@@ -36,7 +36,7 @@ class Depth(IntEnum):
 
 
 def check_shards(manifest: Manifest, contents: bool = True) -> None:
-    """Check that all shards exist, every byte is what was committed, and the tokenizer is the one that made the ids.
+    """Check that all shards exist, that all bytes are the committed ones, and that the tokenizer made the ids.
 
     Several threads read every byte once: about a second per GB, or as long as the object store takes to send it.
 
@@ -53,7 +53,7 @@ def check_shards(manifest: Manifest, contents: bool = True) -> None:
     if file == "tokenizer":
         repair = "put back the one that made the shards"
     if text.startswith(DENIED):
-        repair = "allow this user to read it"
+        repair = "give the user permission to read it"
     raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {repair}")
 
 

@@ -62,7 +62,7 @@ def plan_corpus(
         spec: ``docstrings``; ``hf:NAME[:CONFIG[:SPLIT]]``; a shard directory; or files, directories and globs, several
             separated by commas, local or as URIs.
         text_column: column or key of the text in Parquet, CSV and JSON lines (default: text).
-        document: what a document is in a plain-text file: ``line`` (default) or ``file``.
+        document: the unit of a document in plain-text files: ``line`` (default) or ``file``.
         shard_tokens: approximate tokens per shard (default: 262144).
         limit_documents: use only this many documents from the start, rejected ones included.
 

@@ -22,7 +22,7 @@ function row(text, p, className) {
 function prediction(source, token, index) {
   const score = name => `${name} ${token[name][index] === null ? '–' : token[name][index].toFixed(2)}`
   const seen = token.seen[index]
-  const masked = seen === token.label ? 'masked, and left as it is' : `masked: the student sees ${seen}`
+  const masked = seen === token.label ? 'masked, but unchanged' : `masked: the student sees ${seen}`
   const rows = token.top[index].map(([text, p]) => row(text, p, text === token.label ? 'actual' : ''))
   const rest = token.top[index].reduce((left, [, p]) => left - p, 1)
   if (rows.length && rest > 0.0005) rows.push(row('all others', rest, 'rest'))

@@ -95,6 +95,6 @@ def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:
     if overlap := statistics.spread(agreement, "overlap"):
         by_chance = second["masked"].sum() / max(1, second["entropy"].count())
         words.append(
-            f"of what the first masks {overlap['mean']:.0%} is masked by the second too ({by_chance:.0%} by chance)"
+            f"the second masks {overlap['mean']:.0%} of the tokens that the first masks ({by_chance:.0%} by chance)"
         )
     return "; ".join(words)
