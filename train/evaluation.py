@@ -23,15 +23,13 @@ EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
 
 
-def batches(
-    manifest: Manifest, entries: list[ShardEntry], columns: Columns, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
+def batches(manifest: Manifest, entries: list[ShardEntry], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
     """The sequences of the held-out shards in order, as raw batches."""
     for entry in entries:
         for group in range(math.ceil(entry.rows / ROW_GROUP)):
             tensors = to_tensors(read_block(manifest, entry, columns, group))
-            for start in range(0, len(tensors["sequence_id"]), batch_size):
-                yield {name: tensor[start : start + batch_size] for name, tensor in tensors.items()}
+            for start in range(0, len(tensors["sequence_id"]), size):
+                yield {name: tensor[start : start + size] for name, tensor in tensors.items()}
 
 
 def outcomes(

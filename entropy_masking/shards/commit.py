@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,7 +31,7 @@ READERS = 16  # files that are read at once: an object store answers many reques
 # --- one shard -------------------------------------------------------------------------------------------------------
 
 
-def commit_shard(directory: str, index: int, data: bytes, fields: Mapping[str, object], started: float) -> Record:
+def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, object], started: float) -> Record:
     """Write a shard, read its footer back, then write its record, which marks the shard as done.
 
     Args:
@@ -50,7 +49,7 @@ def commit_shard(directory: str, index: int, data: bytes, fields: Mapping[str, o
     named = {"index": index, "file": shard_file(index), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
     ended = datetime.now(UTC).isoformat(timespec="milliseconds")
     times = {"seconds": round(time.monotonic() - started, 3), "finished_at": ended}
-    record = Record.model_validate({**fields, **named, **times})
+    record = Record.model_validate(fields | named | times)
     storage.write_json(storage.join(directory, record_file(index)), record.to_json())
     return record
 
@@ -119,7 +118,7 @@ def begin_run(directory: str, run: Run) -> None:
         storage.write_json(run_uri(directory), run.model_dump())
 
 
-def differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> list[str]:
+def differences(old: dict[str, object], new: dict[str, object], prefix: str = "") -> list[str]:
     """The differences between two fingerprints, as ``name: old → new``."""
     differing = []
     for name in sorted(old.keys() | new.keys()):

@@ -70,7 +70,7 @@ class Rejected(Model):
 
     count: int
     reasons: dict[str, int]
-    listed: list[dict[str, str | int]]  # the first hundred
+    listed: list[dict[str, object]]  # the first hundred
 
 
 class Record(ShardEntry, title="record of a shard"):
