@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 LENGTH = 128  # tokens of a sequence
@@ -9,33 +10,24 @@ LENGTH = 128  # tokens of a sequence
 
 @dataclass(frozen=True)
 class Size:
-    """How large a screen is.
+    """How large a screen is."""
 
-    Attributes:
-        student, reference: presets of train/run.py.
-        vocab_size: of the tokenizer.
-        reference_steps, trunk_steps, branch_steps, scratch_steps, batch: steps, and sequences a step.
-        branch_documents: documents that the reference scores and the branches read; trunks read the others.
-        pairs: BLiMP's, of each phenomenon.
-        train_rows, dev_rows: of each task of GLUE.
-    """
-
-    student: str
+    student: str  # a preset of train/run.py, as the reference
     reference: str
-    vocab_size: int
+    vocab_size: int  # of the tokenizer
     reference_steps: int
     trunk_steps: int
     branch_steps: int
     scratch_steps: int
-    batch: int
-    branch_documents: int
-    pairs: int
-    train_rows: int
+    batch: int  # sequences of a step
+    branch_documents: int  # that the reference scores and the branches read; trunks read the others
+    pairs: int  # of each phenomenon of BLiMP
+    train_rows: int  # of each task of GLUE, as the dev rows
     dev_rows: int
 
 
 SIZES = {
-    "trial": Size("tiny", "tiny", 128, 4, 4, 4, 4, 4, 40, 1, 32, 16),  # shows that it works, and nothing else
+    "trial": Size("tiny", "tiny", 128, 4, 4, 4, 4, 4, 40, 1, 32, 16),  # shows that the screen runs, no more
     "tiny": Size("tiny", "mini", 8192, 3200, 1500, 400, 732, 32, 850, 100, 4000, 2000),
     "mini": Size("mini", "small", 8192, 6400, 1500, 400, 732, 32, 850, 100, 4000, 2000),
 }
@@ -43,38 +35,33 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the screen.
+    """A row of the screen."""
 
-    Attributes:
-        flags: of train/run.py that set it apart.
-        shuffled: it reads scores that were shuffled within each row: the control.
-        baseline: the row that it is compared with.
-        scratch: trained from random weights instead of from a trunk.
-        bert: a BERT of the student's size.
-    """
-
-    flags: str
-    baseline: str = "random"
-    shuffled: bool = False
-    scratch: bool = False
-    bert: bool = False
+    flags: str  # of train/run.py
+    baseline: str = "random"  # the row that it is compared with
+    shuffled: bool = False  # the control: it reads scores that were shuffled within each sequence
+    scratch: bool = False  # it begins with random weights instead of a trunk
+    bert: bool = False  # a BERT of the student's size
 
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up
 RISING = "--mask-warmup 0 --mask-ramp 1"
-HALF = "--predict-ratio 0.15"
 KD = "--distill-weight 0.5"
-ADAMW = "--optim adamw_torch_fused --learning-rate"
+ADAMW = "--entropy-source random --mask-ratio 0.15 --optim adamw_torch_fused --learning-rate"
 
 
-def source(name: str, percent: int = 15) -> str:
-    """Flags of an entropy source, and of the mask ratio in percent."""
-    return f"--entropy-source {name} --mask-ratio {percent / 100:g}"
+def flags_of(name: str, when: str = AT_ONCE) -> str:
+    """The flags that a name says, such as parquet-h50-t0.3-r30+kd. Unless it is late or rising, ``when`` ends them.
 
-
-def hard(percent: int, temperature: float, when: str = AT_ONCE) -> str:
-    """Flags of a hard share in percent, and of the temperature that samples it."""
-    return f"--hard-share {percent / 100:g} --mask-temperature {temperature:g} {when}".rstrip()
+    h is the hard share and r the mask ratio in percent (15 where there is none), t the temperature.
+    """
+    numbers = dict(re.findall(r"-([hrt])([\d.]+)", name))
+    flags = [f"--entropy-source {re.split('[-+]', name)[0]} --mask-ratio {int(numbers.get('r', 15)) / 100:g}"]
+    if "h" in numbers:
+        flags += [f"--hard-share {int(numbers['h']) / 100:g} --mask-temperature {numbers['t']}"]
+        if "-late" not in name and when:  # late: the warm-up and the ramp of the defaults
+            flags += [RISING if "-rising" in name else when]
+    return " ".join([*flags, KD] if name.endswith("+kd") else flags)
 
 
 def scratch(flags: str, baseline: str = "scratch-random", bert: bool = False) -> Recipe:
@@ -82,71 +69,42 @@ def scratch(flags: str, baseline: str = "scratch-random", bert: bool = False) ->
     return Recipe(flags, baseline=baseline, scratch=True, bert=bert)
 
 
-RANDOM, PARQUET, SELF = source("random"), source("parquet"), source("self")
-RANDOM_30, PARQUET_30, SELF_30 = source("random", 30), source("parquet", 30), source("self", 30)
-MILD = hard(30, 1, when="")  # with the warm-up and the ramp of the defaults
-
-# h: hard share in percent, t: temperature, r: mask ratio in percent, 15 where none is named
+# rows whose names say their flags: from a trunk, and from random weights
+NAMED = """
+    random random-r30 random-r40 random+kd random-r30+kd
+    parquet-h30-t0 parquet-h50-t0-rising parquet-h30-t1 parquet-h30-t1-late parquet-h50-t0.3
+    parquet-h100-t0.3 parquet-h100-t0.5 parquet-h100-t1
+    parquet-h30-t1-late-r30 parquet-h50-t0.3-r30 parquet-h100-t0.5-r30
+    parquet-h30-t1-late+kd parquet-h30-t1-late-r30+kd parquet-h50-t0.3-r30+kd
+    self-h50-t0-rising self-h30-t1 self-h30-t1-late self-h50-t0.3 self-h100-t0.5 self-h100-t1
+    self-h50-t0.3-r30 self-h30-t1-late+kd
+"""
+SCRATCH = """
+    random random-r30 parquet-h30-t1 parquet-h50-t0.3 parquet-h100-t0.5 self-h30-t1 self-h50-t0.3 self-h100-t0.5
+"""
 RECIPES = {
-    "random": Recipe(RANDOM),
-    "random-again": Recipe(f"{RANDOM} --seed 1000"),  # the same data order, other masks: the noise
-    "random-r30": Recipe(RANDOM_30),
-    "random-r40": Recipe(source("random", 40)),
-    "random-mask-only": Recipe(f"{RANDOM} --corruption mask-only"),
-    "random+kd": Recipe(f"{RANDOM} {KD}"),
-    "random+kd-half": Recipe(f"{RANDOM} {KD} --distill-positions 0.5"),
-    "random+kd-0.8": Recipe(f"{RANDOM} --distill-weight 0.8"),
-    "random-r30+kd": Recipe(f"{RANDOM_30} {KD}"),
+    **{name: Recipe(flags_of(name)) for name in NAMED.split()},
+    "random-again": Recipe(f"{flags_of('random')} --seed 1000"),  # the same data order, other masks: the noise
+    "random-mask-only": Recipe(f"{flags_of('random')} --corruption mask-only"),
+    "random+kd-half": Recipe(f"{flags_of('random+kd')} --distill-positions 0.5"),
+    "random+kd-0.8": Recipe(f"{flags_of('random')} --distill-weight 0.8"),
     "parquet-paper": Recipe("--entropy-source parquet --recipe paper"),
-    "parquet-h30-t0": Recipe(f"{PARQUET} {hard(30, 0)}"),
-    "parquet-h50-t0-rising": Recipe(f"{PARQUET} {hard(50, 0, RISING)}"),
-    "parquet-h50-t0-rising-shuffled": Recipe(f"{PARQUET} {hard(50, 0, RISING)}", shuffled=True),
-    "parquet-h30-t1": Recipe(f"{PARQUET} {hard(30, 1)}"),
-    "parquet-h30-t1-late": Recipe(f"{PARQUET} {MILD}"),
-    "parquet-h50-t0.3": Recipe(f"{PARQUET} {hard(50, 0.3)}"),
-    "parquet-h100-t0.3": Recipe(f"{PARQUET} {hard(100, 0.3)}"),
-    "parquet-h100-t0.5": Recipe(f"{PARQUET} {hard(100, 0.5)}"),
-    "parquet-h100-t1": Recipe(f"{PARQUET} {hard(100, 1)}"),
-    "parquet-h30-t1-late-r30": Recipe(f"{PARQUET_30} {MILD}"),
-    "parquet-h50-t0.3-r30": Recipe(f"{PARQUET_30} {hard(50, 0.3)}"),
-    "parquet-h100-t0.5-r30": Recipe(f"{PARQUET_30} {hard(100, 0.5)}"),
-    "parquet-h30-t1-late+kd": Recipe(f"{PARQUET} {MILD} {KD}"),
-    "parquet-h30-t1-late-r30+kd": Recipe(f"{PARQUET_30} {MILD} {KD}"),
-    "parquet-h50-t0.3-r30+kd": Recipe(f"{PARQUET_30} {hard(50, 0.3)} {KD}"),
-    "predict-random": Recipe(f"{RANDOM_30} {HALF}"),
-    "predict-excess": Recipe(f"{PARQUET_30} --hard-share 0 {HALF} --predict-by excess"),
-    "predict-excess+kd": Recipe(f"{PARQUET_30} --hard-share 0 {HALF} --predict-by excess {KD}"),
-    "predict-entropy": Recipe(f"{PARQUET_30} --hard-share 0 {HALF} --predict-by entropy"),
+    "parquet-h50-t0-rising-shuffled": Recipe(flags_of("parquet-h50-t0-rising"), shuffled=True),
+    "predict-random": Recipe(f"{flags_of('random-r30')} --predict-ratio 0.15"),
+    "predict-excess": Recipe(f"{flags_of('parquet-r30')} --hard-share 0 --predict-ratio 0.15 --predict-by excess"),
     "self-paper": Recipe("--entropy-source self --recipe paper"),
-    "self-h50-t0-rising": Recipe(f"{SELF} {hard(50, 0, RISING)}"),
-    "self-excess-h50-t0-rising": Recipe(f"{SELF} --mask-by excess {hard(50, 0, RISING)}"),
-    "self-h30-t1": Recipe(f"{SELF} {hard(30, 1)}"),
-    "self-h30-t1-late": Recipe(f"{SELF} {MILD}"),
-    "self-h50-t0.3": Recipe(f"{SELF} {hard(50, 0.3)}"),
-    "self-h100-t0.5": Recipe(f"{SELF} {hard(100, 0.5)}"),
-    "self-h100-t1": Recipe(f"{SELF} {hard(100, 1)}"),
-    "self-h50-t0.3-r30": Recipe(f"{SELF_30} {hard(50, 0.3)}"),
-    "self-h30-t1-late+kd": Recipe(f"{SELF} {MILD} {KD}"),
     # the defaults: nothing else is set
     "parquet": Recipe("--entropy-source parquet", baseline="random-r30"),
     "self": Recipe("--entropy-source self", baseline="random-r30"),
     "parquet+kd": Recipe(f"--entropy-source parquet {KD}", baseline="random-r30+kd"),
     "self+kd": Recipe(f"--entropy-source self {KD}", baseline="random-r30+kd"),
-    "scratch-random": scratch(RANDOM),
-    "scratch-random-again": scratch(f"{RANDOM} --seed 1000"),  # other initial weights too
-    "scratch-random-r30": scratch(RANDOM_30),
-    "scratch-parquet-h30-t1": scratch(f"{PARQUET} {MILD}"),
-    "scratch-parquet-h50-t0.3": scratch(f"{PARQUET} {hard(50, 0.3, when='')}"),
-    "scratch-parquet-h100-t0.5": scratch(f"{PARQUET} {hard(100, 0.5, when='')}"),
-    "scratch-self-h30-t1": scratch(f"{SELF} {MILD}"),
-    "scratch-self-h50-t0.3": scratch(f"{SELF} {hard(50, 0.3, when='')}"),
-    "scratch-self-h100-t0.5": scratch(f"{SELF} {hard(100, 0.5, when='')}"),
     "scratch-parquet": scratch("--entropy-source parquet", baseline="scratch-random-r30"),
     "scratch-self": scratch("--entropy-source self", baseline="scratch-random-r30"),
-    "scratch-stable-decay": scratch(f"{RANDOM} --lr-scheduler-type warmup_stable_decay"),
-    "scratch-bert-adamw-1e-3": scratch(f"{RANDOM} {ADAMW} 1e-3", bert=True),
-    **{f"scratch-adamw-{rate}": scratch(f"{RANDOM} {ADAMW} {rate}") for rate in ("1e-3", "2e-3", "4e-3")},
-    **{f"scratch-muon-{rate}": scratch(f"{RANDOM} --muon-learning-rate {rate}") for rate in (0.01, 0.04)},
+    **{f"scratch-{name}": scratch(flags_of(name, when="")) for name in SCRATCH.split()},
+    "scratch-random-again": scratch(f"{flags_of('random')} --seed 1000"),  # other initial weights too
+    "scratch-bert-adamw-1e-3": scratch(f"{ADAMW} 1e-3", bert=True),
+    **{f"scratch-adamw-{rate}": scratch(f"{ADAMW} {rate}") for rate in ("1e-3", "2e-3", "4e-3")},
+    **{f"scratch-muon-{rate}": scratch(f"{flags_of('random')} --muon-learning-rate {rate}") for rate in (0.01, 0.04)},
 }
 
 ROWS = tuple(name for name, recipe in RECIPES.items() if not recipe.scratch)  # of a screen that names none

@@ -2,29 +2,23 @@
 """How near scoring comes to the teacher's own forward, what a job adds to it, and how small its shards are.
 
     python bench/scoring.py --teacher bert-base-uncased --corpus docstrings
-    python bench/scoring.py --teacher runs/reference --corpus 'text/*.parquet' --job-seconds 60
 
-Everything is measured side by side in one run, in turns, with one dtype, number of threads and malloc. Prints a table
+Speeds are measured side by side in one process, in turns, with one dtype, number of threads and malloc. Prints a table
 with the budgets, and as its last line the same as one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import pyarrow as pa
@@ -33,22 +27,21 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-import pipeline.score
-from bench.table import Row, in_turns, keep_buffers, peak_flops, print_table, row
+from bench.commands import ROOT, keep_buffers, new_parser, run_script
+from bench.table import Row, device_name, in_turns, peak_flops, print_table, row
 from entropy_masking.commands import console
-from entropy_masking.errors import RunError, UsageError
-from entropy_masking.models.checkpoints import load_masked_lm, load_tokenizer, local_checkpoint, resolve_dtype
+from entropy_masking.errors import UsageError
+from entropy_masking.models.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype
+from entropy_masking.models.flops import forward_flops
 from entropy_masking.shards import commit, parquet
-from entropy_masking.shards.manifests import read_manifest, read_table, special_ids
-from entropy_masking.shards.parquet import column_2d
-from pipeline.corpus.packing import pack, tokenize
+from entropy_masking.shards.manifests import Manifest, read_manifest, read_table
+from pipeline.corpus.packing import tokenize
 from pipeline.corpus.plan import plan_corpus
 from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.teacher import DTYPES, Teacher
 
-BATCH, TOP_K, TARGET_TOP_K = 32, 16, 12  # sequences of the straightforward script, as scripts have it
-MASKS = ["--mask-source", "parquet", "--mask-temperature", "1", "--mask-ratio", "0.15", "--variants", "4"]
-SHARDS = 10  # of the job
+BATCH = 32  # sequences of a batch in the naive script, as scripts have it
+MASKS = ["--mask-source", "parquet", "--mask-temperature", 1, "--mask-ratio", 0.15, "--variants", 4, "--top-k", 12]
 
 
 def main() -> None:
@@ -56,23 +49,23 @@ def main() -> None:
     keep_buffers()
     torch.set_num_threads(args.threads)
     directory, tokenizer = local_checkpoint(args.teacher), load_tokenizer(args.teacher)
-    teachers = {context: load_teacher(directory, tokenizer, context, args) for context in ("masked", "full")}
-    ids_NL = sequences(read_texts(args, tokenizer, args.tokens + args.sequence_length), tokenizer, args)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        rows = speeds(teachers, directory, tokenizer, ids_NL, args.rounds, work)
-        rows |= costs(teachers, rows, args)
+        texts = write_texts(max(args.size_tokens, args.tokens + args.sequence_length), tokenizer, args, work)
+        one_shard = ("--sequence-length", args.sequence_length, "--shard-tokens", 1 << 30, "--backend", "local")
+        scan = score(texts, work / "scan", args, *one_shard)
+        ids_NL = whole_sequences(scan, args)
+        full = scan.model_copy(update={"context": "full", "passes": 1})
+        teachers = {"masked": Teacher.of(scan, directory), "full": Teacher.of(full, directory)}
+        rows = speeds(teachers, tokenizer, ids_NL, args)
         if args.job_seconds:
-            tokens = round(args.job_seconds * (rows["ours_masked"].value or 0))
-            rows |= overhead(teachers["masked"], read_texts(args, tokenizer, tokens), tokens, args, work)
-        rows |= sizes(read_texts(args, tokenizer, args.size_tokens), args, work)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    settings = vars(args) | {"device": device, "passes": teachers["masked"].passes, "measured_tokens": ids_NL.size}
-    print_table(rows, settings)
+            rows |= overhead(round(args.job_seconds * rows["ours_masked"].value), tokenizer, args, work)
+        rows |= sizes(scan, args, work)
+    print_table(rows, vars(args) | {"device": device_name(), "passes": scan.passes, "measured_tokens": ids_NL.size})
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--teacher", required=True, help="masked LM by path or Hub id")
     add("--corpus", required=True, help="texts, as for pipeline/score.py; its first documents are scored")
@@ -84,96 +77,108 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=console.positive, default=2048, help="text scored in each round (default: 2048)")
     add("--rounds", type=console.positive, default=4)
     add("--job-seconds", type=float, default=300, help="about how long the job takes, 0 for none (default: 300)")
-    add("--size-tokens", type=console.positive, default=16384, help="text whose shards are weighed (default: 16384)")
+    add("--size-tokens", type=console.positive, default=16384, help="at least, of the weighed shards (default: 16384)")
     args = parser.parse_args()
     args.dtype = resolve_dtype(args.dtype)
     return args
 
 
-# --- what is scored --------------------------------------------------------------------------------------------------
+# --- shards ----------------------------------------------------------------------------------------------------------
 
 
-def read_texts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[str]:
-    """The first documents of the corpus that have so many tokens together."""
-    corpus, rejects = plan_corpus(args.corpus, text_column=args.text_column), Rejects()
+def write_texts(tokens: int, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, work: Path) -> Path:
+    """Write the first documents of the corpus, as many as have so many tokens."""
+    corpus, rejects, count = plan_corpus(args.corpus, text_column=args.text_column), Rejects(), 0
     if corpus.from_shards:
         raise UsageError(f"{args.corpus} is a shard directory; name texts, whose reading is measured too")
-    texts, found = [], 0
-    for ranges in corpus.shards:
-        for document in read_documents(ranges, args.text_column, rejects):
-            texts.append(document.text)
-            found += sum(len(ids) + 1 for ids in tokenize([document], tokenizer, rejects))
-            if found >= tokens:
-                return texts
-    return texts
+    documents = (document for ranges in corpus.shards for document in read_documents(ranges, args.text_column, rejects))
+    with open(work / f"{tokens}.jsonl", "w") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document.text}) + "\n")
+            count += sum(len(ids) + 1 for ids in tokenize([document], tokenizer, rejects))
+            if count >= tokens:
+                break
+    return Path(file.name)
 
 
-def sequences(texts: list[str], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> np.ndarray:
-    """Ids [N, L] of ``--tokens`` tokens, none of them padding."""
-    special = special_ids(tokenizer)
-    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    documents = [np.array(encoding.ids, np.uint32) for encoding in encoded]
-    ids_NL = pack(documents, args.sequence_length, special["cls"], special["sep"], special["pad"])
-    ids_NL = ids_NL[(ids_NL != special["pad"]).all(1)][: max(1, args.tokens // args.sequence_length)]
+def score(corpus: Path, output: Path, args: argparse.Namespace, *flags: object, kind: str = "sequences") -> Manifest:
+    """Run pipeline/score.py with the teacher as it is measured here."""
+    files = ("--corpus", corpus, "--teacher", args.teacher, "--output", output)
+    settings = ("--dtype", args.dtype, "--batch-tokens", args.batch_tokens, "--cpus-per-worker", args.threads)
+    run_script(ROOT / "pipeline" / "score.py", *files, *settings, *flags)
+    return read_manifest(str(output), kind)
+
+
+def overhead(tokens: int, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, work: Path) -> dict[str, Row]:
+    """A job of one worker on Ray: its rate, and its share of seconds outside the model, by its own records."""
+    texts, job = write_texts(tokens, tokenizer, args, work), work / "job"
+    sizes = ("--sequence-length", args.sequence_length, "--shard-tokens", max(1, tokens // 10))
+    totals = score(texts, job, args, *sizes, "--workers", 1).totals
+    records = list(commit.read_records(str(job)).values())
+    begun = min(record.ended - record.seconds for record in records)
+    wall = max(record.ended for record in records) - begun  # of the one worker, with its pauses
+    return {
+        "job_seconds": row(wall, "s"),
+        "job_shards": row(len(records), "shards"),
+        "job_outside_model": row(1 - totals["forward_seconds"] / wall, "of the worker's time", at_most=0.03),
+        "job": row(totals["tokens"] / wall, "tokens/s"),
+    }
+
+
+def sizes(scan: Manifest, args: argparse.Namespace, work: Path) -> dict[str, Row]:
+    """Bytes a token of a scan, with and without top-k log-probabilities, and of exact targets with the scan."""
+    targets = score(Path(scan.uri), work / "targets", args, *MASKS, "--backend", "local", kind="targets")
+    (entry,) = scan.shards
+    plain = read_table(scan, entry, parquet.schema(scan.vocab_size, scored=True, top_k=0).names)
+    plain_bytes, target_bytes = len(parquet.to_parquet(parquet.row_groups(plain))), targets.totals["bytes"]
+    return {
+        "scan_top_k_bytes": row(entry.bytes / entry.tokens, "B/token"),
+        "scan_bytes": row(plain_bytes / entry.tokens, "B/token", at_most=5.1),
+        "targets_bytes": row(target_bytes / entry.tokens, "B/token"),
+        "targets_and_scan_bytes": row((target_bytes + plain_bytes) / entry.tokens, "B/token", at_most=24),
+    }
+
+
+def whole_sequences(scan: Manifest, args: argparse.Namespace) -> np.ndarray:
+    """Ids [N, L] of ``--tokens`` tokens, none of them padding. Raises UsageError if there are none."""
+    ids_NL = parquet.column_2d(read_table(scan, scan.shards[0], ["input_ids"]), "input_ids", args.sequence_length)
+    ids_NL = ids_NL[(ids_NL != scan.special_ids["pad"]).all(1)][: max(1, args.tokens // args.sequence_length)]
     if not len(ids_NL):
-        raise UsageError(f"{args.corpus} has not the tokens of one sequence; name a larger corpus")
+        raise UsageError(f"{args.corpus} has fewer tokens than one sequence; name a larger corpus")
     return ids_NL
-
-
-def write_texts(texts: list[str], path: Path) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def load_teacher(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, context: str, args: argparse.Namespace
-) -> Teacher:
-    special = special_ids(tokenizer)
-    return Teacher(
-        directory,
-        mask_id=special["mask"],
-        pad_id=special["pad"],
-        special_ids=sorted(set(tokenizer.all_special_ids)),
-        vocab_size=len(tokenizer),
-        context=context,
-        top_k=TOP_K,
-        batch_tokens=args.batch_tokens,
-        dtype=args.dtype,
-        length=args.sequence_length,
-    )
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
 def speeds(
-    teachers: dict[str, Teacher],
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    ids_NL: np.ndarray,
-    rounds: int,
-    work: Path,
+    teachers: dict[str, Teacher], tokenizer: PreTrainedTokenizerBase, ids_NL: np.ndarray, args: argparse.Namespace
 ) -> dict[str, Row]:
-    """Ours, the bare forwards, the straightforward script and minicons in turns; a ratio is of one round's times."""
-    model = load_masked_lm(directory).eval().to(teachers["full"].device)
+    """Ours, the bare forwards, the naive script and minicons in turns; a ratio compares times of one round."""
     contestants: dict[str, Callable[[], object]] = {}
     for context, teacher in teachers.items():
         contestants |= {
             f"ours_{context}": partial(teacher.score, ids_NL),
-            f"bare_{context}": partial(bare_forwards, teacher, prepare(teacher, ids_NL)),
-            f"naive_{context}": partial(naive_script, model, teacher, ids_NL, work / "naive.parquet"),
+            f"bare_{context}": partial(bare_forwards, teacher, forwards(teacher, ids_NL)),
+            f"naive_{context}": partial(naive_script, teacher, ids_NL),
         }
-    if masked_scorer := minicons_scorer(model, tokenizer):
-        contestants["minicons"] = partial(score_with_minicons, masked_scorer, teachers["masked"], ids_NL[0])
-    seconds = in_turns(contestants, rounds)
+    if scorer := minicons_scorer(teachers["masked"], tokenizer):
+        contestants["minicons"] = partial(score_with_minicons, scorer, teachers["masked"], ids_NL[0])
+    seconds = in_turns(contestants, args.rounds)
     tokens = dict.fromkeys(contestants, ids_NL.size) | {"minicons": ids_NL.shape[1]}
     rates = {name: tokens[name] / seconds[name] for name in contestants}
     rows = {name: row(rates[name], "tokens/s") for name in contestants}
-    for context in teachers:
+    peak = peak_flops(args.dtype)
+    for context, teacher in teachers.items():
         ours = rates[f"ours_{context}"]
         rows[f"ours_to_bare_{context}"] = row(ours / rates[f"bare_{context}"], "×", at_least=0.9)
         rows[f"ours_to_naive_{context}"] = row(ours / rates[f"naive_{context}"], "×", at_least=3)
-    if masked_scorer:
+        encoder, head = forward_flops(teacher.masked_lm, args.sequence_length)
+        flops = encoder * teacher.passes / args.sequence_length + head
+        rows[f"flops_{context}"] = row(flops, "FLOPs/token")
+        if peak:
+            rows[f"share_of_peak_{context}"] = row(flops * ours / peak, "of the peak")
+    if scorer:
         passes = int((~np.isin(ids_NL[0], [tokenizer.cls_token_id, tokenizer.sep_token_id])).sum())
         ours, theirs = teachers["masked"].passes * rates["ours_masked"], passes * rates["minicons"]
         rows["ours_encoder"], rows["minicons_encoder"] = row(ours, "tokens/s"), row(theirs, "tokens/s")
@@ -186,15 +191,15 @@ def autocast(teacher: Teacher) -> torch.autocast:
     return torch.autocast(teacher.device.type, teacher.dtype, enabled=teacher.dtype != torch.float32)
 
 
-def prepare(teacher: Teacher, ids_NL: np.ndarray) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """The inputs and scored positions of the forwards that the context needs, on the device."""
+def forwards(teacher: Teacher, ids_NL: np.ndarray) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Inputs and scored positions of the forwards that the context needs, on the device."""
     on = teacher._to_device
     return [(on(batch.ids_RL), (on(batch.rows), on(batch.columns))) for batch in teacher._scan(ids_NL, None)]
 
 
 @torch.inference_mode()
 def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> None:
-    """Encoder forwards, and the head on each scored position once; the logits are thrown away."""
+    """Encoder forwards, and the head once at each scored position; the logits are thrown away."""
     for ids_RL, select in batches:
         with autocast(teacher):
             features_NH = teacher.masked_lm.features(ids_RL, None, select)
@@ -203,17 +208,17 @@ def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Te
 
 
 @torch.no_grad()
-def naive_script(model: Any, teacher: Teacher, ids_NL: np.ndarray, path: Path) -> None:
+def naive_script(teacher: Teacher, ids_NL: np.ndarray) -> None:
     """What people write: full logits, softmax, entropy, topk, Python lists, Parquet; once for each pass."""
-    for hidden in range(teacher.passes):
-        rows: list[dict[str, list[Any]]] = []
+    for first in range(teacher.passes):
+        rows: list[dict[str, list[float]]] = []
         for start in range(0, len(ids_NL), BATCH):
             actual = torch.from_numpy(ids_NL[start : start + BATCH].astype(np.int64)).to(teacher.device)
             inputs = actual.clone()
             if teacher.context == "masked":
-                inputs[:, hidden :: teacher.passes] = teacher.mask_id
+                inputs[:, first :: teacher.passes] = teacher.mask_id
             with autocast(teacher):
-                logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
+                logits = teacher.masked_lm.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
             p = logits.float().softmax(-1)
             log_p = p.log()
             entropy = -(p * log_p).sum(-1)
@@ -223,123 +228,26 @@ def naive_script(model: Any, teacher: Teacher, ids_NL: np.ndarray, path: Path) -
             names = ["input_ids", "entropy", "surprisal", "topk_ids", "topk_logprobs"]
             for values in zip(*(column.tolist() for column in columns), strict=True):
                 rows.append(dict(zip(names, values, strict=True)))
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        with tempfile.NamedTemporaryFile() as file:
+            pq.write_table(pa.Table.from_pylist(rows), file.name)
 
 
-def minicons_scorer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+def minicons_scorer(teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> Any:
     """minicons' scorer of masked LMs; None where it is not installed."""
     try:
         from minicons.scorer import MaskedLMScorer
     except ImportError:
         print("minicons is not installed and left out: pip install 'entropy-masking[bench]'", file=sys.stderr)
         return None
-    return MaskedLMScorer(model, str(model.device), tokenizer=tokenizer)
+    return MaskedLMScorer(teacher.masked_lm.model, str(teacher.device), tokenizer=tokenizer)
 
 
 def score_with_minicons(scorer: Any, teacher: Teacher, ids_L: np.ndarray) -> None:
-    """Surprisals of one sequence, whose tokens it hides one a pass."""
+    """Surprisals of one sequence, of which minicons masks one token a pass."""
     ids_1L = torch.from_numpy(ids_L.astype(np.int64))[None].to(teacher.device)
     encoding = BatchEncoding({"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)})
     with autocast(teacher):
         scorer.compute_stats(scorer.prepare_text(encoding))
-
-
-def costs(teachers: dict[str, Teacher], rows: dict[str, Row], args: argparse.Namespace) -> dict[str, Row]:
-    """FLOPs of a token, and on a GPU the share of its peak that they are."""
-    peak, found = peak_flops(args.dtype), {}
-    for context, teacher in teachers.items():
-        encoder, head = teacher._flops_of(args.sequence_length)
-        flops = encoder * teacher.passes / args.sequence_length + head
-        found[f"flops_{context}"] = row(flops, "FLOPs/token")
-        share = flops * (rows[f"ours_{context}"].value or 0) / peak if peak else None
-        found[f"share_of_peak_{context}"] = Row(share, "of the peak")
-    return found
-
-
-# --- a job and its shards --------------------------------------------------------------------------------------------
-
-
-def overhead(teacher: Teacher, texts: list[str], tokens: int, args: argparse.Namespace, work: Path) -> dict[str, Row]:
-    """A job of one worker on Ray: its seconds outside the model by its own records, and against a loop here.
-
-    The first is the figure to trust: the loop runs after the job, when the machine may be busier or idler.
-    """
-    job: list[object] = ["--workers", 1, "--cpus-per-worker", args.threads, "--shard-tokens", max(1, tokens // SHARDS)]
-    corpus = write_texts(texts, work / "job.jsonl")
-    job += ["--sequence-length", args.sequence_length, "--top-k", TOP_K]
-    command = [sys.executable, ROOT / "pipeline" / "score.py", *scoring(corpus, work / "job", args), *job]
-    if (ran := subprocess.run([str(part) for part in command], capture_output=True, text=True)).returncode:
-        raise RunError(f"the job of the bench failed: {' '.join(ran.stderr.split())[-500:]}")
-    manifest = read_manifest(str(work / "job"))
-    totals = manifest.totals
-    seconds = 0.0
-    for entry in manifest.shards:
-        ids_NL = column_2d(read_table(manifest, entry, ["input_ids"]), "input_ids", manifest.sequence_length)
-        started = time.perf_counter()
-        teacher.score(ids_NL)
-        seconds += time.perf_counter() - started
-    records = list(commit.read_records(str(work / "job")).values())
-    begun = min(record.ended - record.seconds for record in records)
-    wall = max(record.ended for record in records) - begun  # of the one worker, its pauses included
-    job_rate, loop_rate = totals["tokens"] / wall, totals["tokens"] / seconds
-    return {
-        "job_seconds": row(wall, "s"),
-        "job_shards": row(len(manifest.shards), "shards"),
-        "job_outside_model": row(1 - totals["forward_seconds"] / wall, "of the worker's time", at_most=0.03),
-        "job": row(job_rate, "tokens/s"),
-        "loop": row(loop_rate, "tokens/s"),
-        "job_to_loop": row(job_rate / loop_rate, "×", at_least=0.97),
-    }
-
-
-def sizes(texts: list[str], args: argparse.Namespace, work: Path) -> dict[str, Row]:
-    """Bytes a token of a scan shard, of the same as fp32 and int64, and of exact targets with their scan."""
-    scan, targets = work / "scan", work / "targets"
-    local, one = ["--backend", "local"], ["--shard-tokens", 1 << 30]
-    length = ["--sequence-length", args.sequence_length, "--top-k", TOP_K]
-    quietly(pipeline.score.main, *scoring(write_texts(texts, work / "sizes.jsonl"), scan, args), *length, *local, *one)
-    quietly(pipeline.score.main, *scoring(scan, targets, args), *MASKS, "--top-k", TARGET_TOP_K, *local)
-
-    manifest = read_manifest(str(scan))
-    (entry,) = manifest.shards
-    columns = parquet.schema(manifest.vocab_size, scored=True, top_k=TOP_K).names
-    whole = read_table(manifest, entry, columns)
-    plain = whole.drop_columns(list(parquet.TOP_K_COLUMNS))
-    plain_bytes = len(parquet.to_parquet(parquet.row_groups(plain)))
-    target_bytes = read_manifest(str(targets), kind="targets").totals["bytes"]
-    return {
-        "scan_top_k_bytes": row(entry.bytes / entry.tokens, "B/token"),
-        "scan_bytes": row(plain_bytes / entry.tokens, "B/token", at_most=5.1),
-        "wide_scan_top_k_bytes": row(wide_bytes(whole, work) / entry.tokens, "B/token"),
-        "wide_scan_bytes": row(wide_bytes(plain, work) / entry.tokens, "B/token"),
-        "targets_bytes": row(target_bytes / entry.tokens, "B/token"),
-        "targets_and_scan_bytes": row((target_bytes + plain_bytes) / entry.tokens, "B/token", at_most=24),
-    }
-
-
-def scoring(corpus: Path, output: Path, args: argparse.Namespace) -> list[object]:
-    """Flags of pipeline/score.py for the teacher as it is measured here."""
-    named = ["--corpus", corpus, "--teacher", args.teacher, "--output", output]
-    return [*named, "--dtype", args.dtype, "--batch-tokens", args.batch_tokens, "--cpus-per-worker", args.threads]
-
-
-def quietly(main: Callable[[list[str]], None], *flags: object) -> None:
-    """Call an entry point without its summary and progress."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main([str(flag) for flag in flags])
-
-
-def wide_bytes(table: pa.Table, work: Path) -> int:
-    """Bytes of the same content as pyarrow writes it by default, as float32 and int64."""
-    fields = [pa.field(field.name, wide_type(field.type)) for field in table.schema]
-    pq.write_table(table.cast(pa.schema(fields)), work / "wide.parquet")
-    return (work / "wide.parquet").stat().st_size
-
-
-def wide_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(kind):
-        return pa.list_(wide_type(kind.value_type))
-    return pa.float32() if pa.types.is_floating(kind) else pa.int64()
 
 
 if __name__ == "__main__":
