@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from harness import SCORE, refused
 from transformers import AutoTokenizer
 
@@ -44,7 +43,7 @@ def write_forms(root: Path) -> dict[str, Path]:
     for name, data in {"a.txt": lines, "a.md": lines, "a.jsonl": jsonl(TEXTS), "a.json": jsonl(TEXTS)}.items():
         forms[name].write_bytes(data)
     forms["a.txt.gz"].write_bytes(gzip.compress(lines))
-    forms["a.jsonl.zst"].write_bytes(zstandard.compress(jsonl(TEXTS)))
+    forms["a.jsonl.zst"].write_bytes(pa.compress(jsonl(TEXTS), codec="zstd", asbytes=True))
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
         with open(root / name, "w", newline="") as file:
             csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *(["1", text] for text in TEXTS)])
