@@ -101,6 +101,9 @@ def load(data: str | None, limit: int | None) -> Pairs:
         frame = frame.select(pl.col("pairID").cast(pl.Int64), pl.col("UID", "field", *TEXTS).cast(pl.String))
     except pl.exceptions.PolarsError as error:
         raise UsageError(f"{path} has values of a wrong type: {one_line(error)}") from None
+    for name in TEXTS:
+        if (blank := frame[name].str.strip_chars() == "").any():
+            raise UsageError(f"{path} has an empty {name} in row {blank.arg_max()}; fix or drop the row")
     # some files of BLiMP write the field syntax_semantics with a slash
     frame = frame.with_columns(pl.col("field").str.replace_all("/", "_")).sort("UID", "pairID", *TEXTS)
     kept = frame if limit is None else frame.group_by("UID", maintain_order=True).head(limit)

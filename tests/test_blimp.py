@@ -305,6 +305,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
         (holding("column", good.drop("field")), "has no column 'field', only"),
         (holding("empty", good.clear()), "has no rows"),
         (holding("number", good.with_columns(pairID=pl.lit("one"))), "has values of a wrong type"),
+        (holding("blank", good.with_columns(sentence_bad=pl.lit(" "))), "has an empty sentence_bad in row 0"),
         (holding("null", good.with_columns(sentence_bad=pl.lit(None))), "has no sentence_bad in row 0"),
         (["--data", data, "--model", tmp_path / "model"], "there is no model directory|neither a local"),
         (with_tokenizer("maskless", maskless), "has no mask token"),

@@ -49,6 +49,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
         (["--lr-scheduler-kwargs", "nope"], "transformers refuses these flags"),
         (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),
+        (["--lr-scheduler-type", "warmup_stable_decay", "--lr-scheduler-kwargs", "[1]"], "is not a JSON object"),
         (["--save-strategy", "best"], "--save-strategy: invalid choice: 'best' (choose from 'no', 'steps')"),
         (["--save-strategy", "epoch"], "--save-strategy: invalid choice: 'epoch'"),
         (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),

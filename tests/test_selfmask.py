@@ -21,7 +21,7 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.type_means import MOST_COUNTED, TypeMeans
 from entropy_masking.models.masked_positions import MEASURED_EVERY
 from entropy_masking.shards.manifests import read_manifest
-from train.progress import LEAST_RISE, CollapseWarnings, type_concentration
+from train.progress import LEAST_RISE, CollapseWarnings, collapse_signs, type_concentration
 from train.trainer import MaskedLMTrainer
 
 paper = MaskPolicy.paper
@@ -141,6 +141,13 @@ def said(policy: MaskPolicy, losses: list[float], concentration: list[float], ca
     resumed.on_log(None, state, None)  # type: ignore[arg-type]
     assert resumed.warnings == watch.warnings
     return watch.warnings, capsys.readouterr().err
+
+
+def test_the_second_evaluation_of_the_last_step_does_not_count() -> None:
+    losses = [(60, 5.0), (80, 5.2), (90, 5.2), (100, 5.2)]
+    history = [{"step": step, "eval_loss": loss} for step, loss in losses]
+    assert not list(collapse_signs([*history[:3], history[2]], 1000))
+    assert [name for name, _ in collapse_signs(history, 1000)] == ["rise"]
 
 
 def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:

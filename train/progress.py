@@ -99,10 +99,11 @@ def collapse_signs(history: list[dict[str, float]], vocab_size: int) -> Iterator
     The held-out loss stays above its lowest value for several evaluations; it is worse than a uniform guess; or the
     masks concentrate on a few token types.
     """
-    lowest, above, guess = math.inf, 0, math.log(vocab_size)
+    lowest, above, guess, evaluated = math.inf, 0, math.log(vocab_size), -1.0
     for entry in history:
         step, loss, concentration = entry["step"], entry.get("eval_loss"), entry.get("mask_concentration", 0.0)
-        if loss is not None:
+        if loss is not None and step != evaluated:  # a run is evaluated once more at its end
+            evaluated = step
             above = above + 1 if loss > lowest + LEAST_RISE else 0
             lowest = min(lowest, loss)
             if above == RISES:

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from train import cluster, resume
 from train.arguments import global_batch, refused_by_transformers
@@ -79,8 +80,13 @@ def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
         rows = sum(entry.rows for entry in inputs.shards)
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        decay = {"num_decay_steps": round(DECAY_SHARE * args.max_steps), "decay_type": "linear"}
-        args.lr_scheduler_kwargs = decay | (args.lr_scheduler_kwargs or {})  # type: ignore[operator]
+        given = args.lr_scheduler_kwargs or {}
+        if not isinstance(given, dict):
+            raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
+        args.lr_scheduler_kwargs = {
+            "num_decay_steps": round(DECAY_SHARE * args.max_steps),
+            "decay_type": "linear",
+        } | given
 
 
 def train(trainer: MaskedLMTrainer) -> None:

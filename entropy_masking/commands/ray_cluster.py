@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
@@ -28,6 +28,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
 
     Raises:
         UsageError: the cluster does not answer.
+        RunError: Ray does not start here.
     """
     import ray
 
@@ -48,5 +49,8 @@ def connect(*applications: str, cpus: int | None = None) -> None:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
     else:
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
-        start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
+        try:
+            start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
+        except Exception as error:  # of no class of its own, as where a busy machine lets it time out
+            raise RunError(f"Ray did not start on this machine: {one_line(error)}; try again") from None
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler

@@ -134,7 +134,7 @@ class MaskedLM:
         device, V = self.model.device, self.model.config.vocab_size
         ids_BL = self._trial_rows(length)
         mask_BL = torch.ones_like(ids_BL)
-        columns_BK = torch.tensor([[1, 2, length // 2], [0, 3, length - 1]], device=device)
+        columns_BK = torch.tensor([[1, 2, length // 2], [0, 3, length - 1]], device=device).clamp_max(length - 1)
         select = torch.tensor([[0], [1]], device=device).expand_as(columns_BK), columns_BK
         try:
             logits_BLV = self._run(ids_BL, mask_BL)
