@@ -201,14 +201,14 @@ def busy_seconds(records: list[Record]) -> float:
 
 
 def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
-    """By worker: shards, tokens, busy ``seconds``, ``forward_seconds`` inside the model, and the rate.
+    """By worker: shards, tokens or positions, busy ``seconds``, ``forward_seconds`` inside the model, and the rate.
 
     A worker prepares one shard while it scores another, so its seconds are the union of its shards' times, not the sum.
     """
     costs = {}
     for worker in sorted({record.worker for record in records}):
         own = [record for record in records if record.worker == worker]
-        seconds, tokens = busy_seconds(own), sum(record.tokens for record in own)
+        seconds, tokens = busy_seconds(own), sum(record.tokens_or_positions for record in own)
         costs[worker] = {
             "shards": len(own),
             "tokens": tokens,
