@@ -89,8 +89,6 @@ class TrainerFlags:
 
 # settings of transformers that a run cannot vary
 FIXED = {
-    "train_sampling_strategy": "sequential",  # the dataset has its own order
-    "remove_unused_columns": False,
     "disable_tqdm": True,  # the trainer draws its own bar
     "logging_nan_inf_filter": False,  # it would hide NaN, and wait for the device at each batch
     "ddp_find_unused_parameters": False,  # it would search at each step; there are none
