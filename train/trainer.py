@@ -51,7 +51,7 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, model: MaskedPositions, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
         self.options, self.inputs = options, inputs
         self.manifest, self.policy = inputs.manifest, inputs.policy
-        self.score = "entropy" if self.policy.by == "entropy" else "surprisal"  # of the student's predictions
+        self.score = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which reads its decisions
@@ -62,7 +62,7 @@ class MaskedLMTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.sequences,
-            eval_dataset=inputs.held_out or None,  # read by evaluate() alone
+            eval_dataset=inputs.held_out or None,  # Trainer demands one with --eval-strategy; evaluate() reads held_out
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
