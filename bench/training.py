@@ -4,8 +4,8 @@
     python bench/training.py --shards runs/scored
 
 The shards need entropies and top-k log-probabilities. Every contestant trains the same model on the same shards in a
-process of its own, with one dtype, number of threads and malloc, at the same time as random masking (on a GPU after
-it); a ratio compares the two. A separate pass measures the parts of a step, because it waits for the GPU
+process of its own, with one dtype, number of threads and malloc. Each runs beside `random`, and a ratio compares the
+two; on a GPU they run one after the other. A separate pass measures the parts of a step, because it waits for the GPU
 after each of them. Prints a table with the budgets, and as the last line the same as one JSON object.
 """
 

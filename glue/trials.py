@@ -18,7 +18,7 @@ from glue.finetune import finetune
 from glue.protocols import Settings
 from glue.tasks import Task
 
-THREADS = torch.get_num_threads()  # one in a worker of Ray
+THREADS = torch.get_num_threads()  # read at import: 1 inside a Ray worker
 
 TrialTokens = TaskTokens | blimp.Sentences
 

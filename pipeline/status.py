@@ -85,10 +85,10 @@ def recent_rate(records: list[Record], now: float) -> float:
 
 def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
     """Attempts of the newest run by shard file: attempts in progress, and attempts that ended without a shard."""
-    infos = storage.list_files(storage.join(directory, "_attempts"))
+    infos = storage.list_files(storage.join(directory, commit.ATTEMPTS))
     newest, attempts = "", {}
     for info in sorted(infos, key=lambda info: info.mtime_ns or 0, reverse=True):
-        attempt = commit.read_if_sound(Attempt, storage.join(directory, "_attempts", info.base_name))
+        attempt = commit.read_if_sound(Attempt, storage.join(directory, commit.ATTEMPTS, info.base_name))
         file = info.base_name.replace(".json", ".parquet")
         newest = newest or (attempt.run if attempt else "")  # None: the attempt has ended meanwhile
         if attempt and attempt.run == newest and file not in done:

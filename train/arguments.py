@@ -93,7 +93,7 @@ FIXED = {
     "logging_nan_inf_filter": False,  # it would hide NaN, and wait for the device at each batch
     "ddp_find_unused_parameters": False,  # it would search at each step; there are none
 }
-# prefixes of flags that do not decide what is learned; the global batch does, its split does not
+# prefixes of flags that may change on resume; the global batch is checked separately
 FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
