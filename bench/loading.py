@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -40,7 +39,7 @@ from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, masker_of
-from train.data import WINDOW, TrainingSequences, split_shards
+from train.data import WINDOW, TrainingSequences, split_shards, whole_batch
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
@@ -100,10 +99,10 @@ def measure(args: argparse.Namespace) -> float | list[float]:
     manifest = read_manifest(args.shards)
     if args.child == "memory":
         before, columns = psutil.Process().memory_info().rss, all_columns(manifest)
-        read(manifest, columns, args, unchanged, step=ROW_GROUP)  # one batch decodes a whole window
+        read(manifest, columns, args, whole_batch, step=ROW_GROUP)  # one batch decodes a whole window
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
     columns, rates = COLUMNS[args.child], []
-    for prepare in (unchanged, masking(manifest, columns)):
+    for prepare in (whole_batch, masking(manifest, columns)):
         started = time.perf_counter()
         tokens = read(manifest, columns, args, prepare, step=args.batch)
         rates.append(tokens / (time.perf_counter() - started))
@@ -112,7 +111,7 @@ def measure(args: argparse.Namespace) -> float | list[float]:
 
 def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int) -> int:
     """Read a batch every ``step`` sequences of the shards, repeated to fill ``--windows``; returns all their tokens."""
-    groups = sum(math.ceil(entry.rows / ROW_GROUP) for entry in manifest.shards)
+    groups = sum(entry.row_groups for entry in manifest.shards)
     entries = manifest.shards * math.ceil(args.windows * WINDOW / groups)
     size = sum(entry.rows for entry in entries)
     sequences = TrainingSequences(manifest, entries, columns, size=size, seed=0, prepare=prepare)
@@ -130,13 +129,9 @@ def first_batch(args: argparse.Namespace) -> float:
     columns = all_columns(manifest)
     size = sum(entry.rows for entry in entries)
     sequences = TrainingSequences(manifest, entries, columns, size=size, seed=0, prepare=masking(manifest, columns))
-    loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=unchanged)
+    loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=whole_batch)
     next(iter(skip_first_batches(loader, int(RESUMED_AT * size / args.batch))))
     return time.perf_counter() - started
-
-
-def unchanged(batch: Any) -> Any:
-    return batch
 
 
 def all_columns(manifest: Manifest) -> Columns:

@@ -74,10 +74,10 @@ NAMED = """
     random random-r30 random-r40 random+kd random-r30+kd
     parquet-h30-t0 parquet-h50-t0-rising parquet-h30-t1 parquet-h30-t1-late parquet-h50-t0.3
     parquet-h100-t0.3 parquet-h100-t0.5 parquet-h100-t1
-    parquet-h30-t1-late-r30 parquet-h50-t0.3-r30 parquet-h100-t0.5-r30
+    parquet-h30-t1-late-r30 parquet-h50-t0.3-r30
     parquet-h30-t1-late+kd parquet-h30-t1-late-r30+kd parquet-h50-t0.3-r30+kd
     self-h50-t0-rising self-h30-t1 self-h30-t1-late self-h50-t0.3 self-h100-t0.5 self-h100-t1
-    self-h50-t0.3-r30 self-h30-t1-late+kd
+    self-h30-t1-late+kd
 """
 SCRATCH = """
     random random-r30 parquet-h30-t1 parquet-h50-t0.3 parquet-h100-t0.5 self-h30-t1 self-h50-t0.3 self-h100-t0.5
@@ -96,15 +96,11 @@ RECIPES = {
     # the defaults: nothing else is set
     "parquet": Recipe("--entropy-source parquet", baseline="random-r30"),
     "self": Recipe("--entropy-source self", baseline="random-r30"),
-    "parquet+kd": Recipe(f"--entropy-source parquet {KD}", baseline="random-r30+kd"),
-    "self+kd": Recipe(f"--entropy-source self {KD}", baseline="random-r30+kd"),
     "scratch-parquet": scratch("--entropy-source parquet", baseline="scratch-random-r30"),
     "scratch-self": scratch("--entropy-source self", baseline="scratch-random-r30"),
     **{f"scratch-{name}": scratch(flags_of(name, when="")) for name in SCRATCH.split()},
-    "scratch-random-again": scratch(f"{flags_of('random')} --seed 1000"),  # other initial weights too
     "scratch-bert-adamw-1e-3": scratch(f"{ADAMW} 1e-3", bert=True),
-    **{f"scratch-adamw-{rate}": scratch(f"{ADAMW} {rate}") for rate in ("1e-3", "2e-3", "4e-3")},
-    **{f"scratch-muon-{rate}": scratch(f"{flags_of('random')} --muon-learning-rate {rate}") for rate in (0.01, 0.04)},
+    **{f"scratch-adamw-{rate}": scratch(f"{ADAMW} {rate}") for rate in ("1e-3", "2e-3")},
 }
 
 ROWS = tuple(name for name, recipe in RECIPES.items() if not recipe.scratch)  # of a screen that names none

@@ -187,10 +187,6 @@ def speeds(
     return rows
 
 
-def autocast(teacher: Teacher) -> torch.autocast:
-    return torch.autocast(teacher.device.type, teacher.dtype, enabled=teacher.dtype != torch.float32)
-
-
 def forwards(teacher: Teacher, ids_NL: np.ndarray) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
     """Inputs and scored positions of the forwards that the context needs, on the device."""
     on = teacher._to_device
@@ -201,7 +197,7 @@ def forwards(teacher: Teacher, ids_NL: np.ndarray) -> list[tuple[Tensor, tuple[T
 def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Tensor]]]) -> None:
     """Encoder forwards, and the head once at each scored position; the logits are thrown away."""
     for ids_RL, select in batches:
-        with autocast(teacher):
+        with teacher.autocast():
             features_NH = teacher.masked_lm.features(ids_RL, None, select)
         for chunk_CH in features_NH.split(teacher._chunk):
             teacher._project(chunk_CH, teacher.projection.bias)
@@ -217,7 +213,7 @@ def naive_script(teacher: Teacher, ids_NL: np.ndarray) -> None:
             inputs = actual.clone()
             if teacher.context == "masked":
                 inputs[:, first :: teacher.passes] = teacher.mask_id
-            with autocast(teacher):
+            with teacher.autocast():
                 logits = teacher.masked_lm.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
             p = logits.float().softmax(-1)
             log_p = p.log()
@@ -246,7 +242,7 @@ def score_with_minicons(scorer: Any, teacher: Teacher, ids_L: np.ndarray) -> Non
     """Surprisals of one sequence, of which minicons masks one token a pass."""
     ids_1L = torch.from_numpy(ids_L.astype(np.int64))[None].to(teacher.device)
     encoding = BatchEncoding({"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)})
-    with autocast(teacher):
+    with teacher.autocast():
         scorer.compute_stats(scorer.prepare_text(encoding))
 
 

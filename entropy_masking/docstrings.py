@@ -51,7 +51,8 @@ def materialise() -> dict[str, Path]:
         UsageError: the cache directory cannot be made.
     """
     installed = [name for name in PACKAGES if find_spec(name)]
-    key = storage.sha256_json([FORMAT, {name: _version(name) for name in installed}, BYTES_PER_PACKAGE, SHORTEST])[:16]
+    versions = {name: version(packages_distributions()[name][0]) for name in installed}
+    key = storage.sha256_json([FORMAT, versions, BYTES_PER_PACKAGE, SHORTEST])[:16]
     directory = cache_directory() / f"docstrings-{key}"
     paths = {part: directory / f"{part}.parquet" for part in ("pretrain", "probes")}
     if not all(path.exists() for path in paths.values()):
@@ -66,10 +67,6 @@ def materialise() -> dict[str, Path]:
             pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
             storage.write_bytes(str(path), sink.getvalue().to_pybytes())
     return paths
-
-
-def _version(package: str) -> str:
-    return version(packages_distributions()[package][0])
 
 
 def _collect(packages: list[str]) -> list[dict[str, str]]:

@@ -35,12 +35,12 @@ class Reduced(NamedTuple):
 
 def entropy(logits_NV: Tensor) -> Tensor:
     """Predictive entropy H_N in nats, between 0 and ln V; float32 (float64 for float64 logits)."""
-    return _entropy_and_lse(_at_least_float32(logits_NV))[0]
+    return _entropy_and_lse(at_least_float32(logits_NV))[0]
 
 
 def entropy_and_surprisal(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """H_N and the surprisal_N of the tokens ``targets_N`` (int64), in nats; float32 (float64 for float64 logits)."""
-    z_NV = _at_least_float32(logits_NV)
+    z_NV = at_least_float32(logits_NV)
     entropy_N, lse_N1 = _entropy_and_lse(z_NV)
     return entropy_N, (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
 
@@ -58,7 +58,7 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
         entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id),
         topk_logprobs_NK (natural logs under the softmax over all of V, so the tail's mass is 1 - Σ exp), and lse_NT.
     """
-    z_NV = _at_least_float32(logits_NV)
+    z_NV = at_least_float32(logits_NV)
     entropy_N, lse_N1 = _entropy_and_lse(z_NV)
     surprisal_N = (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
     ids_NK = top_k_ids(z_NV, top_k)
@@ -117,5 +117,6 @@ def _entropy_and_lse_at_once(z_NV: Tensor) -> tuple[Tensor, Tensor]:
     return (log_sum_N1 - e_NV.mul_(d_NV).sum(-1, keepdim=True) / sum_N1).squeeze(-1), max_N1 + log_sum_N1
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, in which all values are computed; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

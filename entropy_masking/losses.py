@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from entropy_masking.entropy import at_least_float32
 from entropy_masking.masking.masker import IGNORED_LABEL
 
 
@@ -37,10 +38,10 @@ def masked_lm_loss(
     """
     distils = isinstance(distill_weight, Tensor) or distill_weight > 0
     if not distils or teacher_ids_NK is None or teacher_logprobs_NK is None:
-        return F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+        return F.cross_entropy(at_least_float32(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     if temperature == 1:
         return _OneSoftmax.apply(logits_NV, labels_N, teacher_ids_NK, teacher_logprobs_NK, distill_weight)
-    ce_N = F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+    ce_N = F.cross_entropy(at_least_float32(logits_NV), labels_N, ignore_index=IGNORED_LABEL, reduction="none")
     kl_N = distillation(logits_NV, teacher_ids_NK, teacher_logprobs_NK, temperature, temperature_lse_N)
     return (1 - distill_weight) * ce_N + distill_weight * torch.where(labels_N != IGNORED_LABEL, kl_N, 0)
 
@@ -72,7 +73,7 @@ def distillation(
         teacher_logprobs_NK = teacher_logprobs_NK / temperature - temperature_lse_N[:, None]
     elif temperature != 1:
         raise ValueError(f"the teacher's log-probabilities at temperature {temperature:g} need temperature_lse_N")
-    return temperature**2 * tail_kl(_wide(logits_NV) / temperature, teacher_ids_NK, teacher_logprobs_NK)
+    return temperature**2 * tail_kl(at_least_float32(logits_NV) / temperature, teacher_ids_NK, teacher_logprobs_NK)
 
 
 def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class _OneSoftmax(torch.autograd.Function):
         weight: float | Tensor,
     ) -> Tensor:
         α = weight[:, None] if isinstance(weight, Tensor) else weight
-        outside_NV = logits_NV.to(_wide(logits_NV[:0]).dtype, copy=True)
+        outside_NV = logits_NV.to(at_least_float32(logits_NV[:0]).dtype, copy=True)
         lowest = torch.finfo(outside_NV.dtype).min  # finite, so that nothing is NaN where all tokens are in the head
         scored_N1 = ~teacher_logprobs_NK.isnan().any(1, keepdim=True)
         labels_N1 = labels_N.clamp_min(0)[:, None]
@@ -161,8 +162,3 @@ class _OneSoftmax(torch.autograd.Function):
         grad_NV.scatter_add_(1, teacher_ids_NK, of_head_NK * grad_N1)
         grad_NV.scatter_add_(1, labels_N1, of_label_N1 * grad_N1)
         return grad_NV.to(ctx.dtype), None, None, None, None
-
-
-def _wide(logits_NV: Tensor) -> Tensor:
-    """The logits in float32, in which losses are computed; float64 stays."""
-    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()

@@ -54,7 +54,7 @@ def break_even(once: float, extra: float) -> float | None:
 def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, object]]:
     """For each regime that reads scores: when they become cheaper than a teacher in memory, or than self-masking.
 
-    Self-masking stands for all regimes that mask by the student's own scores, and distil if this regime does. Each row
+    Self-masking means all regimes that mask by the student's own scores and distil exactly if this one does. Each row
     has, in FLOPs and in seconds, ``tokens`` (see ``break_even``), ``epochs`` of the corpus and ``students`` with the
     tokens of one student of this regime.
     """
@@ -103,9 +103,9 @@ def _bytes(summary: Summary) -> float:
 def _online(summary: Summary, unit: str) -> float:
     """Cost of a teacher in memory per token of a batch; nan for a regime without a teacher.
 
-    To mask by its scores, it makes all passes over a row that the shards needed; they give the top-k too. To distil
-    from exact targets, it makes one more pass over the student's input, at the cost of the targets per token and
-    variant. For a student that masks in another way and distils from the shards, it makes one pass of the shards.
+    Masks by its scores need as many passes over a row as the shards did; they give the top-k too. Exact targets need
+    one more pass over the student's input, which costs what the targets cost per token and variant. A student that
+    distils from the shards but masks in another way needs one pass of the shards.
     """
     name = "worker_seconds" if unit == "seconds" else unit
     source, _, distils = str(summary.regime).partition("+")

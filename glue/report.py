@@ -19,7 +19,7 @@ from glue.records import Summary
 from glue.results import evaluated_on
 from glue.tables import Comparison, Estimates
 
-STUDENTS, MOST_STUDENTS = 64, 10_000  # least and most students at the end of the axis
+STUDENTS, MOST_STUDENTS = 64, 10_000  # the axis ends between these
 EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
 
 Summaries = Mapping[str, Sequence[Summary]]

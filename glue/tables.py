@@ -121,7 +121,8 @@ def score_notes(table: Comparison) -> list[str]:
     overlaps = [(name, row["overlap"], row["eval_rows"]) for name, row in table["tasks"].items() if row["overlap"]]
     if overlaps:
         counts = ", ".join(f"{name} {overlap:,} of {rows:,}" for name, overlap, rows in overlaps)
-        notes.append(f"Evaluation rows that are training rows too: {counts}. Where many, a score is of memory.")
+        memory = "Where there are many, the score partly measures memory."
+        notes.append(f"Evaluation rows that are training rows too: {counts}. {memory}")
     if table["not_computed"]:
         notes.append(f"Not computed: {'; '.join(table['not_computed'].values())}.")
     return notes

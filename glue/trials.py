@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from glue.finetune import finetune
 from glue.protocols import Settings
 from glue.tasks import Task
 
-THREADS = torch.get_num_threads()  # one in a worker of Ray
+THREADS = torch.get_num_threads()  # read at import: 1 inside a Ray worker
 
 TrialTokens = TaskTokens | blimp.Sentences
 
@@ -98,7 +97,6 @@ def run_on_ray(
     A task has a GPU (or a share of one) if the cluster has any, else a CPU. If a worker dies, its trial fails. Workers
     read the models from their paths; the tokens come through Ray's object store, one copy per node.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     ray_cluster.connect("glue", cpus=workers)

@@ -52,7 +52,6 @@ def ray_records(
     Raises:
         UsageError: no worker fits the cluster, or a committed shard is not visible from the driver.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     from pipeline.worker import SHARDS_AT_ONCE

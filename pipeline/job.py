@@ -14,6 +14,7 @@ from entropy_masking import storage
 from entropy_masking.commands.mask_flags import check_scored
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import (
+    has_tokenizer,
     load_config,
     load_masked_lm,
     load_tokenizer,
@@ -177,7 +178,7 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
         )
     if not 0 <= args.top_k <= len(tokenizer):
         raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {len(tokenizer)} tokens")
-    if any((teacher / name).exists() for name in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    if has_tokenizer(teacher):
         own = load_tokenizer(str(teacher))
         if manifests.tokenizer_hash(own) != manifests.tokenizer_hash(tokenizer):
             raise UsageError(

@@ -5,14 +5,11 @@ Shapes: N rows, L tokens, K masked positions.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Rows, columns_of, read_block, to_tensors
 from entropy_masking.shards.schema import Manifest, Masks, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, input_crc32
@@ -33,7 +30,7 @@ def mask_shard(sequences: Manifest, entry: ShardEntry, masks: Masks, masker: Mas
         np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty((0, K), np.int64), np.empty(0, np.uint32)
     )
     parts = [(none, np.empty((0, L), np.int64))]  # a shard may have no sequences
-    for block in range(math.ceil(entry.rows / ROW_GROUP)):
+    for block in range(entry.row_groups):
         rows = read_block(sequences, entry, columns, block)
         parts += [mask(rows, variant, masker, policy) for variant in range(masks["variants"])]
     fields = zip(*(vars(masked).values() for masked, _ in parts), strict=True)

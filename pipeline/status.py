@@ -50,7 +50,7 @@ def status(directory: str, now: float) -> dict[str, object]:
         planned, shards_done, totals = run.shards, len(done), commit.totals(list(done.values()))
     else:
         raise UsageError(f"{directory} is not a shard directory; name the --output of a pipeline/score.py run")
-    records = [record.model_copy(update={"tokens": record.tokens_or_positions}) for record in done.values()]
+    records = list(done.values())
     rate = recent_rate(records, now)
     tokens, unit = amount(totals)
     left = tokens / shards_done * (planned - shards_done) if shards_done else None
@@ -80,15 +80,15 @@ def recent_rate(records: list[Record], now: float) -> float:
     window = max(RECENT_SECONDS, 2 * max(record.seconds for record in records))
     recent = [record for record in records if now - record.ended <= window]
     started = max(now - window, min((record.ended - record.seconds for record in recent), default=now))
-    return sum(record.tokens for record in recent) / max(now - started, 1e-3)
+    return sum(record.tokens_or_positions for record in recent) / max(now - started, 1e-3)
 
 
 def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
     """Attempts of the newest run by shard file: attempts in progress, and attempts that ended without a shard."""
-    infos = storage.list_files(storage.join(directory, "_attempts"))
+    infos = storage.list_files(storage.join(directory, commit.ATTEMPTS))
     newest, attempts = "", {}
     for info in sorted(infos, key=lambda info: info.mtime_ns or 0, reverse=True):
-        attempt = commit.read_if_sound(Attempt, storage.join(directory, "_attempts", info.base_name))
+        attempt = commit.read_if_sound(Attempt, storage.join(directory, commit.ATTEMPTS, info.base_name))
         file = info.base_name.replace(".json", ".parquet")
         newest = newest or (attempt.run if attempt else "")  # None: the attempt has ended meanwhile
         if attempt and attempt.run == newest and file not in done:

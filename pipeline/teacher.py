@@ -238,10 +238,13 @@ class Teacher:
                 logits_CV = self.masked_lm.logits(ids_RL[first:last], attention, (rows_C - first, columns_C))
                 yield start, logits_CV[:, : self.vocab_size].float()
             return
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             features_NH = self.masked_lm.features(ids_RL, attention_RL, select)
         for start in range(0, len(rows_N), self._chunk):
             yield start, self._project(features_NH[start : start + self._chunk], self.projection.bias)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _project(self, features_CH: Tensor, bias_V: Tensor | None) -> Tensor:
         """float32 logits of a chunk over the tokenizer's vocabulary."""

@@ -69,8 +69,8 @@ class ShardScorer:
         if done:
             return done
         outcome = Failure(index, f"its worker died or hung {failed} times")
-        # A shard whose process died may have caused that, so it is tried alone and cannot end another shard. If it was
-        # not alone when the process died, the other shard may have caused that, so it gets at least one attempt alone.
+        # After a crash each shard of that process is retried alone: we do not know which one caused it. A shard that
+        # was not alone gets one extra attempt.
         most = job.max_attempts if alone else max(job.max_attempts, failed + 1)
         with self._places(SHARDS_AT_ONCE if failed else 1):
             for attempt in range(failed + 1, most + 1):
@@ -78,7 +78,7 @@ class ShardScorer:
                     commit.begin_attempt(job.output, index, job.run, attempt, alone=failed > 0)
                     record = self._score(index, ranges, attempt)
                     with contextlib.suppress(OSError):  # an attempt that stays does no harm to a committed shard
-                        commit.end_attempt(job.output, index)
+                        storage.delete(commit.attempt_uri(job.output, index))
                     return record
                 except UsageError as failure:
                     return Failure(index, str(failure), usage=True)
@@ -166,8 +166,7 @@ class ShardScorer:
         """The masked positions of a shard of targets, and its inputs [N, L]."""
         sequences, masks = self.job.sequences, self.job.manifest.masks
         assert sequences and masks
-        entry = next(entry for entry in sequences.shards if entry.index == index)
-        return mask_shard(sequences, entry, masks, self.masker)
+        return mask_shard(sequences, sequences.entry(index), masks, self.masker)
 
     def _in_the_model(
         self, teacher: Teacher, ids_NL: np.ndarray, rows: targets.MaskedRows | None, costs: dict[str, float]

@@ -89,13 +89,11 @@ class TrainerFlags:
 
 # settings of transformers that a run cannot vary
 FIXED = {
-    "train_sampling_strategy": "sequential",  # the dataset has its own order
-    "remove_unused_columns": False,
     "disable_tqdm": True,  # the trainer draws its own bar
     "logging_nan_inf_filter": False,  # it would hide NaN, and wait for the device at each batch
     "ddp_find_unused_parameters": False,  # it would search at each step; there are none
 }
-# prefixes of flags that do not decide what is learned; the global batch does, its split does not
+# prefixes of flags that may change on resume; the global batch is checked separately
 FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),

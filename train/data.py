@@ -88,7 +88,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self.groups = [
             (entry, group, min(ROW_GROUP, entry.rows - group * ROW_GROUP))
             for entry in entries
-            for group in range(math.ceil(entry.rows / ROW_GROUP))
+            for group in range(entry.row_groups)
         ]
         self.rows = sum(rows for _, _, rows in self.groups)
         self._order_of: tuple[int, list[int], list[int]] | None = None  # of the epoch used last
@@ -182,7 +182,7 @@ class PrepareBatch:
             batch["reference"] = batch["surprisal"]
         if self.by_student:
             batch.pop("surprisal", None)
-            batch["random"] = not self.policy.share_at(batch["progress"]).any()  # here it waits for no device
+            batch["all_random"] = not self.policy.share_at(batch["progress"]).any()  # here it waits for no device
             # a GPU may not support every integer type
             return batch | {name: batch[name].long() for name in ("topk_ids",) if name in batch}
         masked: dict[str, Any] = self.masker(batch, self.policy)
@@ -190,6 +190,11 @@ class PrepareBatch:
             candidates_BL = self.masker.candidates(batch["input_ids"])
             masked["score_sums"] = score_sums(by, batch[by], candidates_BL, masked["positions_BP"])
         return masked | _targets(batch, masked) if "input_crc32" in batch else masked
+
+
+def whole_batch(batch: Any) -> Any:
+    """Collator: the dataset already returns batches."""
+    return batch
 
 
 def _targets(batch: dict[str, Tensor], masked: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -14,7 +13,6 @@ from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_block, to_tensors
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
@@ -26,7 +24,7 @@ DECILES = 10
 def batches(manifest: Manifest, entries: list[ShardEntry], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
     """The sequences of the held-out shards in order, as raw batches."""
     for entry in entries:
-        for group in range(math.ceil(entry.rows / ROW_GROUP)):
+        for group in range(entry.row_groups):
             tensors = to_tensors(read_block(manifest, entry, columns, group))
             for start in range(0, len(tensors["sequence_id"]), size):
                 yield {name: tensor[start : start + size] for name, tensor in tensors.items()}

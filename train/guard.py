@@ -147,7 +147,7 @@ def on_first_rank(rank: int, action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def as_run_error(guard: Guard) -> Iterator[None]:
+def clean_ending(guard: Guard) -> Iterator[None]:
     """Handle SIGTERM, and report a lost loader worker or rank in one sentence.
 
     Raises RunError, or Terminated if a signal to all processes has ended the loader workers.
@@ -188,9 +188,9 @@ def last_line(error: Exception) -> str:
 
 
 def ignore_sigterm_of_group(worker: int) -> None:
-    """In a loader worker: end at SIGTERM from the trainer, but ignore SIGTERM to all processes of a run.
+    """In a loader worker: obey SIGTERM only from the trainer.
 
-    After the latter, the trainer still needs batches until the end of the step.
+    After SIGTERM to the whole group the trainer still needs batches to finish its step.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from entropy_masking.commands.console import flag
-from entropy_masking.commands.mask_flags import RECIPES, SCORE, check_scored, given_masks, mask_flag, mask_policy
+from entropy_masking.commands.mask_flags import FIX_SCORES, RECIPES, check_scored, given_masks, mask_flag, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
@@ -18,8 +18,6 @@ from entropy_masking.shards.schema import Manifest, ShardEntry
 from train import resume
 from train.data import split_shards
 from train.options import Options
-
-MAKE = "make targets with pipeline/score.py --mask-source … --corpus"
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def contradictions(options: Options, args: TrainingArguments, teacher: Manifest)
             if getattr(options, name) != unused:
                 yield f"{flag(name)} needs distillation; set --distill-weight above 0, or leave it out"
     elif not options.targets and not teacher.top_k:
-        yield f"{teacher.uri} has no top-k log-probabilities to distil from; {SCORE} … --top-k 16"
+        yield f"{teacher.uri} has no top-k log-probabilities to distil from; {FIX_SCORES} … --top-k 16"
     elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
         scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
         yield f"--distill-temperature {T:g} was not scored: {teacher.uri} has {scored}; use one of those"
@@ -101,12 +99,13 @@ def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
     if not _names_masks(targets):
         raise UsageError(f"the manifest of {uri} does not name the masks that it was made for; make it again")
     assert targets.masks
+    fix = f"make targets with pipeline/score.py --mask-source … --corpus {manifest.uri}"
     if targets.sequences_hash != manifest.sequences_hash:
-        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; {MAKE} {manifest.uri}")
+        raise UsageError(f"--targets {uri} was made for other sequences than {manifest.uri}; {fix}")
     rows, variants = {entry.index: entry.rows for entry in targets.shards}, targets.masks["variants"]
     for entry in manifest.shards:
         if rows.get(entry.index, 0) != entry.rows * variants:
-            raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; {MAKE} {manifest.uri}")
+            raise UsageError(f"--targets {uri} lacks rows for {entry.file} of {manifest.uri}; {fix}")
     if (masked_by := targets.masks["source"]) != source:
         raise UsageError(f"--targets {uri} was made with --mask-source {masked_by}; use --entropy-source {masked_by}")
     return targets

@@ -104,8 +104,8 @@ def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
 def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     """Keep other runs out of an output directory until the returned file is closed, or this process ends.
 
-    A directory with other files is not locked, nor is a file system without locks. ``of_cluster`` keeps out other
-    commands that would start workers on a cluster, not the workers. Raises UsageError if a run is active there.
+    A directory with other files is not locked, nor is a file system without locks. ``of_cluster`` locks out a second
+    launcher, not this one's workers. Raises UsageError if a run is active there.
     """
     if _is_foreign(directory):
         return None

@@ -31,7 +31,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from train import cluster, resume
 from train.arguments import global_batch, refused_by_transformers
-from train.guard import as_run_error, check_finite, on_all_ranks, on_first_rank, writing
+from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
 from train.options import parse
 from train.results import deciding_flags, flops_of, print_summary, summarise
@@ -103,7 +103,7 @@ def train(trainer: MaskedLMTrainer) -> None:
         trainer.args.eval_on_start = False  # it was evaluated when the run began
         if rank == 0:
             print(f"resuming from {checkpoint}", file=sys.stderr)
-    with as_run_error(trainer.guard):
+    with clean_ending(trainer.guard):
         trainer.train_from(checkpoint)
     if trainer.guard.stopped:
         if rank:

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, ModernBertConfig, Pre
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import (
+    has_tokenizer,
     load_config,
     load_masked_lm,
     load_tokenizer,
@@ -114,7 +115,7 @@ def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: 
 
 
 def _check_tokenizer(name: str, directory: Path, manifest: Manifest) -> None:
-    if any((directory / file).exists() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+    if has_tokenizer(directory):
         tokenizer = load_tokenizer(str(directory))
         if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
             raise UsageError(

@@ -28,7 +28,7 @@ from entropy_masking.models.masked_positions import MaskedPositions, student_sco
 from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, private, resume
 from train.arguments import global_batch
-from train.data import PrepareBatch, TrainingSequences
+from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ranks, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
@@ -51,7 +51,7 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, model: MaskedPositions, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
         self.options, self.inputs = options, inputs
         self.manifest, self.policy = inputs.manifest, inputs.policy
-        self.score = "entropy" if self.policy.by == "entropy" else "surprisal"  # of the student's predictions
+        self.score = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which reads its decisions
@@ -62,7 +62,7 @@ class MaskedLMTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.sequences,
-            eval_dataset=inputs.held_out or None,  # read by evaluate() alone
+            eval_dataset=inputs.held_out or None,  # Trainer demands one with --eval-strategy; evaluate() reads held_out
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
@@ -87,7 +87,7 @@ class MaskedLMTrainer(Trainer):
         loader = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=self.args.train_batch_size,
-            collate_fn=_whole_batch,
+            collate_fn=whole_batch,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
@@ -122,19 +122,19 @@ class MaskedLMTrainer(Trainer):
 
     def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mask by the student's scores: running means, or the scores of an extra forward after the warm-up."""
-        ids_BL, at_random = batch["input_ids"], batch.pop("random")
+        ids_BL, all_random = batch["input_ids"], batch.pop("all_random")
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
         if self.means:
             self.means.update(before=self.state.global_step)
             student_BL = self.means.of(ids_BL)
-        elif not at_random:
+        elif not all_random:
             student = self.accelerator.unwrap_model(self.model)
             scores = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))
             student_BL = scores[self.score].double()
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
-        # random masks count nothing, but have the same names: at the end of the warm-up ranks may differ
-        counted_BL = self.device_masker.candidates(ids_BL) & (not at_random)
+        # during the warm-up the sums are 0 but present, so that all ranks reduce the same names
+        counted_BL = self.device_masker.candidates(ids_BL) & (not all_random)
         masked["score_sums"] = score_sums(self.score, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
@@ -238,11 +238,6 @@ def muon_and_adamw(
     muon = {"lr": options.muon_learning_rate, "weight_decay": options.muon_weight_decay}
     _, adamw = Trainer.get_optimizer_cls_and_kwargs(args)
     return MuonAdamW, {"matrices": hidden_matrices(model), "muon": muon, **adamw}
-
-
-def _whole_batch(batch: object) -> object:
-    """Collator: the dataset already returns batches."""
-    return batch
 
 
 def _expect_tied_weights(model: nn.Module, keys: Any) -> None:

@@ -11,7 +11,7 @@ from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.schema import Manifest
 
 MOST_SEED = (1 << 32) - 1
-SCORE = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
+FIX_SCORES = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, object]] = {
@@ -130,10 +130,10 @@ def check_scored(policy: MaskPolicy, source: str, manifest: Manifest) -> None:
     if manifest.scored:
         return
     if source == "parquet":
-        raise UsageError(f"{manifest.uri} has no scores (made with --teacher none); {SCORE} for parquet")
+        raise UsageError(f"{manifest.uri} has no scores (made with --teacher none); {FIX_SCORES} for parquet")
     for name in ("by", "predict_by"):
         if getattr(policy, name) == "excess":
             raise UsageError(
                 f"{mask_flag(name)} excess subtracts the surprisal of a reference, which {manifest.uri} lacks (made "
-                f"with --teacher none); {SCORE}"
+                f"with --teacher none); {FIX_SCORES}"
             )

@@ -30,6 +30,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         UsageError: the cluster does not answer.
         RunError: Ray does not start here.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     # no public function finds a `ray start` here without also finding a cluster that another run started for itself

@@ -47,8 +47,7 @@ def corrupt(
         random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
         corrupted_BK = torch.where(fate_BK < MASKED_SHARE, corrupted_BK, random_BK)
         corrupted_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
-    # ignored slots must not change the row: they repeat the write of the row's first slot, which is the original token
-    # if that slot is ignored too
+    # an ignored slot writes what the row's first slot writes, so it changes nothing
     corrupted_BK = torch.where(ignored_BK, original_BK, corrupted_BK)
     corrupted_BK = torch.where(ignored_BK, corrupted_BK[:, :1], corrupted_BK)
     where_BK = torch.where(ignored_BK, where_BK[:, :1], where_BK)

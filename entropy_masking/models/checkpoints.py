@@ -89,6 +89,10 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     return config
 
 
+def has_tokenizer(directory: Path) -> bool:
+    return any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A fast tokenizer by local directory or Hub id.
 
@@ -97,7 +101,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     directory = local_checkpoint(name)
     # without these files AutoTokenizer builds a tokenizer of special tokens from config.json alone
-    if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise UsageError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's own there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -104,7 +104,7 @@ class MaskedPositions(PreTrainedModel):
             scores = self._projected_scores(features_BPH, labels_BP)
             if measure:
                 output = {"tokens": labels_BP, **scores}
-            score_BP = scores["entropy" if predict_by == "entropy" else "surprisal"]
+            score_BP = scores["surprisal" if predict_by == "excess" else predict_by]
             if predict_by == "excess":
                 assert reference_BP is not None
                 score_BP = score_BP - reference_BP

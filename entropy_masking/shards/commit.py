@@ -25,6 +25,7 @@ from entropy_masking.shards.schema import Attempt, Fingerprint, Manifest, Record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ATTEMPTS = "_attempts"  # folder of a shard directory
 READERS = 16  # files that are read at once: an object store answers many requests as fast as one
 
 
@@ -55,7 +56,7 @@ def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, obje
 
 
 def attempt_uri(directory: str, index: int) -> str:
-    return storage.join(directory, "_attempts", f"part-{index:05d}.json")
+    return storage.join(directory, ATTEMPTS, f"part-{index:05d}.json")
 
 
 def begin_attempt(directory: str, index: int, run: str, attempt: int, alone: bool) -> None:
@@ -68,11 +69,6 @@ def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
     """The number of failed attempts of this run on a shard, and whether it was alone in its process in the last one."""
     last = read_if_sound(Attempt, attempt_uri(directory, index))
     return (last.attempts, last.alone) if last and last.run == run else (0, False)
-
-
-def end_attempt(directory: str, index: int) -> None:
-    """Forget the attempts of a shard that is committed."""
-    storage.delete(attempt_uri(directory, index))
 
 
 def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
@@ -192,7 +188,7 @@ def unfinished_manifest(uri: str) -> Manifest:
 
 
 def busy_seconds(records: list[Record]) -> float:
-    """Seconds in which a worker was busy with at least one shard: the wall time of a run over all its sessions."""
+    """Seconds in which at least one of these shards was in progress."""
     total, until = 0.0, float("-inf")
     for start, end in sorted((record.ended - record.seconds, record.ended) for record in records):
         total += max(0.0, end - max(start, until))
@@ -201,14 +197,14 @@ def busy_seconds(records: list[Record]) -> float:
 
 
 def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
-    """By worker: shards, tokens, busy ``seconds``, ``forward_seconds`` inside the model, and the rate.
+    """By worker: shards, tokens or positions, busy ``seconds``, ``forward_seconds`` inside the model, and the rate.
 
     A worker prepares one shard while it scores another, so its seconds are the union of its shards' times, not the sum.
     """
     costs = {}
     for worker in sorted({record.worker for record in records}):
         own = [record for record in records if record.worker == worker]
-        seconds, tokens = busy_seconds(own), sum(record.tokens for record in own)
+        seconds, tokens = busy_seconds(own), sum(record.tokens_or_positions for record in own)
         costs[worker] = {
             "shards": len(own),
             "tokens": tokens,
@@ -267,5 +263,5 @@ def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str
 
 def delete_leftovers(uri: str) -> None:
     """Delete the temporary files of killed workers in a shard directory."""
-    for folder in ([], ["_records"], ["_attempts"]):
+    for folder in ([], ["_records"], [ATTEMPTS]):
         storage.delete_temporaries(storage.join(uri, *folder))

@@ -27,12 +27,12 @@ Fault = tuple[str, str]  # a file of the directory, and a phrase that follows th
 
 
 class Depth(IntEnum):
-    """What is checked: names and sizes; also every byte; also ids and row groups; also every value."""
+    """What is checked, besides all that a smaller depth checks."""
 
-    NAMES = 0
-    BYTES = 1
-    TABLES = 2
-    VALUES = 3
+    NAMES = 0  # and sizes
+    BYTES = 1  # every byte
+    TABLES = 2  # ids and row groups
+    VALUES = 3  # every value
 
 
 def check_shards(manifest: Manifest, contents: bool = True) -> None:

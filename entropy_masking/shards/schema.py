@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from entropy_masking import storage
-from entropy_masking.shards.parquet import SCHEMA_VERSION
+from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION
 
 Fingerprint = dict[str, Any]  # all that decides the bytes of the shards
 Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K)
@@ -63,6 +64,11 @@ class ShardEntry(Model):
     bytes: int
     sha256: str
     entropy_sum: float  # of the scored tokens, in nats
+
+    @property
+    def row_groups(self) -> int:
+        """Row groups of sequences; a file of targets has one for each variant of these."""
+        return math.ceil(self.rows / ROW_GROUP)
 
 
 class Rejected(Model):
@@ -134,6 +140,9 @@ class Manifest(Model, title="shard manifest"):
     failed: dict[str, str]  # planned shards that are not in ``shards``, and why
     totals: dict[str, Any]
     versions: dict[str, str] = {}
+
+    def entry(self, index: int) -> ShardEntry:
+        return next(entry for entry in self.shards if entry.index == index)
 
     def shard_uri(self, entry: ShardEntry) -> str:
         return storage.join(self.uri, entry.file)

@@ -129,8 +129,8 @@ def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
 def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:
     """Columns of the picked sequences [N, …], with ``masked`` and ``student_ids`` [N, L] of the first epoch."""
     index, group, rows_N = pick
-    entry = next(entry for entry in manifest.shards if entry.index == index)
-    columns = read_rows(manifest, entry, Columns(entropy=True, surprisal=True, top_k=top_k), [group])
+    wanted = Columns(entropy=True, surprisal=True, top_k=top_k)
+    columns = read_rows(manifest, manifest.entry(index), wanted, [group])
     columns = {name: array[rows_N] for name, array in columns.items()}
     batch = to_tensors({name: array for name, array in columns.items() if not name.startswith("topk")})
     masked = view.masker(batch | {"epoch": torch.zeros(len(rows_N), dtype=torch.long)}, view.mask)
