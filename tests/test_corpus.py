@@ -343,7 +343,8 @@ def test_docstrings_are_parsed_not_imported(tmp_path: Path, monkeypatch: pytest.
     (package / "tests" / "t.py").write_text(f'"""{"Tests are left out of the corpus. " * 9}"""')
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setattr(docstrings, "PACKAGES", ("demo_package", "not_installed"))
-    monkeypatch.setattr(docstrings, "_version", lambda package: "1")
+    monkeypatch.setattr(docstrings, "packages_distributions", lambda: {name: [name] for name in docstrings.PACKAGES})
+    monkeypatch.setattr(docstrings, "version", lambda distribution: "1")
     results = []
     for cache in ("one", "two"):
         monkeypatch.setenv("ENTROPY_MASKING_CACHE", str(tmp_path / cache))
