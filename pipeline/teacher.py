@@ -29,9 +29,8 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at once: 
 class Teacher:
     """Scores sequences with a masked LM.
 
-    The encoder runs under autocast in ``dtype``; the vocabulary projection accumulates and emits float32, because
-    logits rounded to bfloat16 tie neighbours among the most probable tokens. The head runs on the scored positions
-    only, and its logits exist for a few hundred positions at a time.
+    The encoder runs under autocast in ``dtype``. The vocabulary projection gives float32: in bfloat16 the most probable
+    tokens would tie. The head runs on the scored positions only, a few hundred at a time.
 
     Args:
         directory: checkpoint of an ``AutoModelForMaskedLM``.
