@@ -154,14 +154,16 @@ def pretraining(run: Run) -> dict[str, object]:
 
 
 def set_apart(run: Run, baseline: Run) -> list[str] | None:
-    """The pretraining flags that differ from the baseline's; None if one of the two has no summary."""
+    """The pretraining settings that differ from the baseline's; None if one of the two has no summary."""
     own, other = run.training, baseline.training
     if not (own and other):
         return None
     new, old = pretraining(run), pretraining(baseline)
     separate = ("shards", "targets", "training_flops")
     differing = [name for name in new if new[name] != old.get(name) and name not in separate]
-    apart = [f"--{name.replace('_', '-')} {new[name]}" for name in differing]
+    # in a summary, but no flags of train/run.py
+    words = {"steps": "steps", "global_batch": "global batch", "muon": "Muon"}
+    apart = [f"{words.get(name, '--' + name.replace('_', '-'))} {new[name]}" for name in differing]
     if targets := own.targets:
         apart.append(f"targets of {targets.variants} variants of {targets.source} masks")
     shards, others = own.shards or Directory(), other.shards or Directory()
