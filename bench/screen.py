@@ -7,8 +7,7 @@
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
 table is the mean over trunks of (recipe - baseline), with its 95 % interval by the paired t. Baselines mask at random.
-One row reads scores that were shuffled within each sequence: if it differs from random by more than its interval,
-suspect the screen.
+One row reads shuffled scores: if it differs from random by more than its interval, suspect the screen.
 
 Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). The same line skips what is done, so it
 resumes a screen. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
@@ -35,8 +34,9 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import commit, parquet
-from entropy_masking.shards.manifests import find_manifest, load_tokenizer, read_manifest
+from entropy_masking.shards.manifests import load_tokenizer, read_manifest
 from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.schema import Run
 from glue.intervals import estimate
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
@@ -273,12 +273,12 @@ def shuffle_scores(source: str, target: str) -> None:
     """A shard directory with the tokens of another and its scores shuffled within each row: a control."""
     manifest = read_manifest(source)
     fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
-    if (finished := find_manifest(target)) and finished.fingerprint == fingerprint:
-        return
     changes = {"fingerprint": fingerprint, "fingerprint_hash": storage.sha256_json(fingerprint)}
+    commit.begin_run(target, Run(fingerprint=fingerprint, shards=manifest.planned_shards))
     commit.save_tokenizer(load_tokenizer(source), target)
-    originals, records = commit.read_records(source), {}
-    for entry in manifest.shards:
+    originals = commit.read_records(source)
+    records = commit.done_records(target, manifest.planned_shards, changes["fingerprint_hash"])
+    for entry in [entry for entry in manifest.shards if entry.index not in records]:
         started, rng = time.monotonic(), np.random.default_rng(entry.index)
         rows = read_rows(manifest, entry, Columns(entropy=True, surprisal=True))
         scored_NL = ~np.isnan(rows["entropy"])
