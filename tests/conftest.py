@@ -1,4 +1,4 @@
-"""One small world for all tests: a corpus, a tokenizer, a teacher with random weights, and the scored corpus."""
+"""One small world for all tests: a corpus, a tokenizer, two teachers with made weights, and the scored corpus."""
 
 import atexit
 import json
