@@ -1,4 +1,4 @@
-"""One small world for all tests: a corpus, a tokenizer, a teacher with random weights, and the scored corpus."""
+"""One small world for all tests: a corpus, a tokenizer, two teachers with made weights, and the scored corpus."""
 
 import atexit
 import json
@@ -25,9 +25,10 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser
-from harness import ROOT, command, run, save_bert
+from harness import LENGTH, ROOT, command, run, save_bert
+from in_process import MASKS, TOP_8, score_here, tokenize_here
 from made_glue import write_glue
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertForMaskedLM
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,6 +59,37 @@ def scored(work: Path) -> Path:
     """Its shards with entropies and top-k log-probabilities; not to be changed."""
     run(*command(work, work / "scored", "--backend", "local"))
     return work / "scored"
+
+
+@pytest.fixture(scope="session")
+def tokens(work: Path) -> Path:
+    """Its shards without scores; not to be changed."""
+    sizes = ["--sequence-length", LENGTH, "--shard-tokens", 5000]
+    return tokenize_here(work / "corpus.jsonl", work / "tokenizer", work / "tokens", *sizes)
+
+
+@pytest.fixture(scope="session")
+def sharp_teacher(work: Path) -> Path:
+    """A teacher that is surer of some tokens than of others; with random weights all are about as likely."""
+    directory = work / "sharp teacher"
+    shutil.copytree(work / "teacher", directory)
+    model = BertForMaskedLM.from_pretrained(directory)
+    model.cls.predictions.transform.LayerNorm.weight.data.mul_(20)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sharp(work: Path, sharp_teacher: Path) -> Path:
+    """Shards with the scores of the sharp teacher, in two passes, with a temperature; not to be changed."""
+    sizes = ["--limit-documents", 170, "--shard-tokens", 800, "--sequence-length", LENGTH, "--passes", 2]
+    return score_here(work / "corpus.jsonl", sharp_teacher, work / "sharp", *sizes, *TOP_8)
+
+
+@pytest.fixture(scope="session")
+def sharp_targets(work: Path, sharp: Path, sharp_teacher: Path) -> Path:
+    """Targets for these shards; not to be changed."""
+    return score_here(sharp, sharp_teacher, work / "sharp targets", *MASKS, *TOP_8)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Results of glue/run.py as JSON files, without any model: what comparing them needs, and no more."""
+"""Results of glue/run.py as JSON files, made without a model, and their comparison."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+import glue.compare
 from glue.metrics import score
 from glue.tasks import GLUE, PROBES
 
+LOCAL = ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")
+SEEDS = {"random": (1, 2, 3, 4, 5), "parquet": (2, 3, 5), "parquet+kd": (1, 2, 3), "self": (4,)}
 LENGTH, SEQUENCES, PASSES = 128, 1000, 7
 TOKENS = 4 * SEQUENCES * LENGTH  # four epochs
 SCORING = {"parquet": 7_000_000_000, "parquet+kd": 11_000_000_000}  # FLOPs
@@ -83,3 +86,30 @@ def write_results(
             }
             (directory / f"{task}-seed{seed}.json").write_text(json.dumps(result))
     return directory
+
+
+def write_student(root: Path, regime: str, seed: int) -> None:
+    """Results of one student on the tasks of local6, by chance."""
+    rng = np.random.default_rng([seed, len(regime)])
+    scores = {task: {1: 0.5 + rng.random() / 4, 2: 0.5 + rng.random() / 4} for task in LOCAL}
+    loss = 4 + rng.random() / 10
+    write_results(root / regime / str(seed), scores, summary(regime, seed, loss))
+
+
+def write_regimes(root: Path) -> Path:
+    """Four regimes of five, three, three seeds and one."""
+    for regime, seeds in SEEDS.items():
+        for seed in seeds:
+            write_student(root, regime, seed)
+    return root
+
+
+def names_of(root: Path) -> list[str]:
+    """These regimes as arguments of glue/compare.py."""
+    return [f"{regime}={root / regime / str(seed)}" for regime, seeds in SEEDS.items() for seed in seeds]
+
+
+def compare_here(output: Path, *arguments: object) -> dict[str, Any]:
+    """Run glue/compare.py's main; return its table."""
+    glue.compare.main([*map(str, arguments), "--output", str(output)])
+    return json.loads((output / "table.json").read_text())

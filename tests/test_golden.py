@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from harness import LENGTH
+from in_process import score_here, train_here
 from made_results import summary, write_results
-from test_targets import score, train_here
 
 import glue.compare
 from entropy_masking.masking.masker import Masker
@@ -122,7 +122,7 @@ def test_losses_and_gradient_norms(source: str, distilled: bool, scored: Path, t
 @own_machine
 def test_targets(work: Path, scored: Path, tmp_path: Path) -> None:
     masks = ["--mask-source", "parquet", *R15, *H30, "--variants", 2, "--mask-seed", 3]
-    score(scored, work / "teacher", tmp_path / "targets", *masks, "--top-k", 4)
+    score_here(scored, work / "teacher", tmp_path / "targets", *masks, "--top-k", 4)
     names = ("sequence_id", "variant", "positions", "topk_ids", "topk_logprobs", "input_crc32")
     assert len(read_manifest(str(tmp_path / "targets"), kind="targets").shards) > 1
     same("targets", contents(tmp_path / "targets", names))

@@ -1,4 +1,4 @@
-"""Masking against slow references and statistics: hard share, temperature, warm-up, the predicted part, corruption."""
+"""Which positions are masked, against slow references and statistics: hard share, temperature, ramp, and policies."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from rows import CLS, MASK, PAD, SEP, VOCAB, K, L, as_sets, candidates, entropies, keys
+from rows import K, L, as_sets, candidates, entropies, keys, slow_paper
 from scipy import stats
-from torch import Tensor
 
-from entropy_masking.masking.masker import IGNORED_LABEL, Masker, corrupt
-from entropy_masking.masking.noise import SELECTION, noise
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.masking.selection import IGNORED, select_positions
+from entropy_masking.masking.selection import select_positions
 
 paper = MaskPolicy.paper
 
@@ -49,20 +46,6 @@ def test_rows_with_fewer_candidates_mask_their_share() -> None:
         positions_BK = select_positions(entropies(6), candidates_BL, *keys(6), paper(**settings))
         assert [len(row) for row in as_sets(positions_BK)] == [4, 3, 2, 1, 1, 0]
         assert all(candidates_BL[row, list(chosen)].all() for row, chosen in enumerate(as_sets(positions_BK)))
-
-
-def slow_paper(
-    score_BL: Tensor, candidates_BL: Tensor, sequence_B: Tensor, epoch_B: Tensor, policy: MaskPolicy
-) -> list[set[int]]:
-    """The selection of arXiv 2605.28526: the highest scores, ties by noise, then by position."""
-    noise_BL = noise(policy.seed, SELECTION, epoch_B, sequence_B, torch.arange(score_BL.shape[1]))
-    chosen = []
-    for score, candidate, draw in zip(score_BL.tolist(), candidates_BL.tolist(), noise_BL.tolist(), strict=True):
-        places = [p for p, is_candidate in enumerate(candidate) if is_candidate and not math.isnan(score[p])]
-        places.sort(key=lambda p, score=score, draw=draw: (-score[p], -draw[p], p))
-        count = sum(candidate)
-        chosen.append(set(places[: min(max(1, round(policy.ratio * count)), count)]))
-    return chosen
 
 
 @pytest.mark.parametrize("ratio", [0.02, 0.15, 0.4])
@@ -188,66 +171,6 @@ def test_each_row_is_masked_by_its_own_progress() -> None:
         assert torch.equal(select_positions(entropies(50), candidates(50), *keys(50), still)[row], found[row])
 
 
-# --- what is predicted -----------------------------------------------------------------------------------------------
-
-
-def masker() -> Masker:
-    return Masker(vocab_size=VOCAB, special_token_ids=[PAD, CLS, SEP, MASK], mask_id=MASK, pad_id=PAD)
-
-
-def raw_batch(rows: int) -> dict[str, Tensor]:
-    """Rows of 0 to L - 2 candidates."""
-    ids_BL = torch.randint(4, VOCAB, (rows, L), generator=torch.Generator().manual_seed(3))
-    ids_BL[:, 0], ids_BL[:, -1] = CLS, SEP
-    for row in range(rows):
-        ids_BL[row, max(1, L - 1 - row) :] = PAD
-    sequence_B, epoch_B = keys(rows)
-    scores = {"entropy": entropies(rows), "surprisal": entropies(rows).flip(1)}
-    return scores | {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B}
-
-
-@pytest.mark.parametrize("predict_by", ["random", "entropy", "surprisal", "excess"])
-@pytest.mark.parametrize("predict_ratio", [0.01, 0.12, 0.5])
-def test_the_predicted_part_is_of_its_size_and_the_highest_of_the_masked(predict_by: str, predict_ratio: float) -> None:
-    rows = L - 1
-    raw = raw_batch(rows) | {"reference": entropies(rows)}
-    settings = {"ratio": 0.5, "hard_share": 0.5}
-    policy = paper(**settings, predict_ratio=predict_ratio, predict_by=predict_by)
-    whole, found = masker()(raw, paper(**settings)), masker()(raw, policy)
-    assert torch.equal(whole["input_ids"], found["input_ids"]), "masked alike"
-    candidates_B = (raw["input_ids"] >= 4).sum(1).tolist()
-    counts = [min(max(1, round(predict_ratio * count)), count) for count in candidates_B]
-    if predict_by == "excess" and predict_ratio < 0.5:  # the student chooses
-        assert found["predicted_B1"].flatten().tolist() == counts
-        assert torch.equal(found["positions_BP"], whole["positions_BP"])
-        expected_BK = raw["reference"].gather(1, whole["positions_BP"].clamp_min(0))
-        real_BK = whole["positions_BP"] != IGNORED
-        assert torch.equal(found["reference_BP"][real_BK], expected_BK[real_BK])
-        return
-    assert found["positions_BP"].shape == (rows, policy.predictions(L)) and "predicted_B1" not in found
-    masked, predicted = as_sets(whole["positions_BP"]), as_sets(found["positions_BP"])
-    assert [len(row) for row in masked] == [min(max(1, round(0.5 * count)), count) for count in candidates_B]
-    assert [len(row) for row in predicted] == counts
-    for row in range(rows):
-        assert predicted[row] <= masked[row]
-        if predict_by in raw:
-            score = raw[predict_by][row].tolist()
-            assert predicted[row] == set(sorted(masked[row], key=lambda p: -score[p])[: counts[row]])
-        labels = [label for label in found["labels_BP"][row].tolist() if label != IGNORED_LABEL]
-        assert labels == raw["input_ids"][row, sorted(predicted[row])].tolist()
-
-
-def test_a_random_part_is_uniform_and_of_its_own_each_epoch() -> None:
-    rows = 8000
-    raw = {name: tensor[:1].repeat_interleave(rows, 0) for name, tensor in raw_batch(1).items()}
-    raw["sequence_id"] = keys(rows)[0]
-    policy = paper(ratio=0.5, predict_ratio=0.1)  # 15 masked, the same in each row, and 3 predicted
-    first, second = (masker()(raw | {"epoch": keys(rows, epoch)[1]}, policy)["positions_BP"] for epoch in (0, 1))
-    counts = np.bincount(first.flatten().numpy(), minlength=L)
-    assert stats.chisquare(counts[counts > 0]).pvalue > 1e-4 and (counts > 0).sum() == 15
-    assert (first != second).any(1).float().mean() > 0.9
-
-
 # --- policies --------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +219,7 @@ def test_a_policy_repeats_where_two_epochs_hide_the_same() -> None:
     assert not paper(warmup=0.1).repeats() and not paper(predict_ratio=0.1).repeats()
 
 
-# --- rows, corruption, noise -----------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_row_is_masked_alike_in_any_batch_and_anew_each_epoch() -> None:
@@ -311,55 +234,3 @@ def test_a_row_is_masked_alike_in_any_batch_and_anew_each_epoch() -> None:
         other = select_positions(entropy_BL, candidates_BL, ids_B, epoch_B, paper(ratio=0.3, **settings, seed=1))
         for changed in (again, other):
             assert (whole != changed).any(1).float().mean() > 0.95
-
-
-def test_corruption_shares_and_labels() -> None:
-    rows = 5000
-    ids_BL = torch.randint(4, VOCAB, (rows, L), generator=torch.Generator().manual_seed(3))
-    ids_BL[:, 0], ids_BL[:, -1] = CLS, SEP
-    replacements_R = torch.arange(4, VOCAB)
-    policy = RANDOM
-    positions_BK = select_positions(entropies(rows), candidates(rows), *keys(rows), policy)
-    positions_BK[0, 2:] = IGNORED
-    inputs_BL, labels_BK = corrupt(ids_BL, positions_BK, *keys(rows), policy, MASK, replacements_R)
-
-    assert (labels_BK[0, 2:] == IGNORED_LABEL).all()
-    real_BK = positions_BK != IGNORED
-    assert torch.equal(labels_BK[real_BK], ids_BL.gather(1, positions_BK.clamp_min(0))[real_BK])
-    chosen_BL = torch.zeros(rows, L + 1, dtype=torch.bool).scatter(1, positions_BK % (L + 1), True)[:, :L]
-    assert torch.equal(inputs_BL[~chosen_BL], ids_BL[~chosen_BL])
-    after, before = inputs_BL[chosen_BL], ids_BL[chosen_BL]
-    masked, kept = after == MASK, after == before
-    assert float(masked.float().mean()) == pytest.approx(0.8, abs=0.01)
-    assert float(kept.float().mean()) == pytest.approx(0.1, abs=0.01)
-    replaced = after[~masked & ~kept]
-    assert replaced.min() >= 4
-    assert stats.chisquare(np.bincount(replaced.numpy(), minlength=VOCAB)[4:]).pvalue > 1e-4
-
-    only = MaskPolicy.random(corruption="mask-only")
-    inputs_BL, _ = corrupt(ids_BL, positions_BK, *keys(rows), only, MASK, replacements_R)
-    assert (inputs_BL[chosen_BL] == MASK).all() and torch.equal(inputs_BL[~chosen_BL], ids_BL[~chosen_BL])
-
-
-def test_masker_gathers_what_the_teacher_said_of_the_masked_positions() -> None:
-    rows, top = 12, 3
-    ids_BL = torch.randint(4, VOCAB, (rows, L))
-    ids_BL[:, 0], ids_BL[:, -1], ids_BL[-1, 20:] = CLS, SEP, PAD
-    sequence_B, epoch_B = keys(rows)
-    topk_BLT = torch.randint(0, VOCAB, (rows, L, top))
-    raw = {"input_ids": ids_BL, "sequence_id": sequence_B, "epoch": epoch_B, "entropy": entropies(rows)}
-    lse_BL = torch.rand(rows, L)
-    batch = masker()(
-        raw | {"topk_ids": topk_BLT, "topk_logprobs": -topk_BLT.float(), "temperature_lse": lse_BL}, paper()
-    )
-    assert torch.equal(batch["attention_mask"], (ids_BL != PAD).long())
-    for row, position in ((r, p) for r in range(rows) for p in range(K)):
-        where = int(batch["positions_BP"][row, position])
-        if where != IGNORED:
-            assert 0 < where < L - 1 and ids_BL[row, where] >= 4
-            assert torch.equal(batch["teacher_ids_BPT"][row, position], topk_BLT[row, where])
-            assert torch.equal(batch["teacher_logprobs_BPT"][row, position], -topk_BLT[row, where].float())
-            assert batch["temperature_lse_BP"][row, position] == lse_BL[row, where]
-    without = masker()({name: raw[name][:-1] for name in raw}, paper())
-    assert without.keys() == {"input_ids", "positions_BP", "labels_BP"}
-    assert torch.equal(without["input_ids"], batch["input_ids"][:-1])

@@ -1,4 +1,4 @@
-"""Self-masking by means of token types: against a slow reference, however a batch is split; and masks that collapse."""
+"""Self-masking: by means of token types, by a forward of its own, and masks that collapse."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from harness import LENGTH
-from test_train import train_here
+from in_process import SELF, train_here
 from torch import Tensor
-from transformers import BertConfig
+from transformers import BertConfig, ModernBertForMaskedLM
 
+from entropy_masking.entropy import entropy
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.type_means import MOST_COUNTED, TypeMeans
@@ -26,7 +27,7 @@ from train.trainer import MaskedLMTrainer
 
 paper = MaskPolicy.paper
 
-V, SELF = 9, ["--entropy-source", "self"]
+V = 9
 HARDEST = ["--hard-share", 1, "--mask-temperature", 0]
 
 
@@ -91,7 +92,7 @@ def test_the_means_are_the_same_however_a_batch_is_split_and_come_back() -> None
 def test_a_run_masks_the_types_that_it_knew_least(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By means of what was measured at masked positions, one in four; the log says what was watched."""
+    """By means of what was measured at masked positions, one in four; the log has the means' numbers."""
     seen: list[tuple[dict[str, Any], dict[str, Any], Tensor]] = []
     added: list[Tensor] = []
     original, add = MaskedLMTrainer.mask_by_student, TypeMeans.add
@@ -126,21 +127,54 @@ def test_a_run_masks_the_types_that_it_knew_least(
         assert 0 < logged["mask_concentration"] < 1
 
 
+def test_a_run_masks_the_tokens_that_the_student_is_least_sure_of(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(trainer: MaskedLMTrainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        masked = original(trainer, batch)
+        attention = (batch["input_ids"] != trainer.masker.pad_id).long()
+        model = ModernBertForMaskedLM(trainer.model.config).eval()
+        model.load_state_dict(trainer.model.state_dict())
+        with torch.no_grad():
+            entropy_BL = entropy(model(batch["input_ids"], attention_mask=attention).logits)
+        candidates_BL = ~torch.isin(batch["input_ids"], torch.tensor(trainer.manifest.special_token_ids))
+        seen.append((trainer.state.global_step, entropy_BL, candidates_BL, masked["positions_BP"]))
+        return masked
+
+    original = MaskedLMTrainer.mask_by_student
+    monkeypatch.setattr(MaskedLMTrainer, "mask_by_student", spy)
+    flags = ["--self-refresh", "step", *HARDEST]
+    flags += ["--mask-warmup", 0.5, "--mask-ramp", 0, "--max-steps", 6]
+    summary = train_here(scored, tmp_path / "self", *SELF, *flags)
+    means = train_here(scored, tmp_path / "means", *SELF, "--max-steps", 6)
+    assert summary["training_flops"] > means["training_flops"], "a forward of its own"
+    assert [step for step, *_ in seen] == 2 * list(range(6))
+    for step, entropy_BL, candidates_BL, positions_BK in seen[:6]:
+        agreement = []
+        for row, positions in enumerate(positions_BK.tolist()):
+            chosen = {p for p in positions if p != IGNORED}
+            ranked = entropy_BL[row].masked_fill(~candidates_BL[row], -1).argsort(descending=True)
+            agreement.append(chosen == set(ranked[: len(chosen)].tolist()))
+        assert all(agreement) if step >= 3 else not any(agreement)
+
+
 # --- masks that collapse ---------------------------------------------------------------------------------------------
 
 
 def said(policy: MaskPolicy, losses: list[float], concentration: list[float], capsys: Any) -> tuple[list[str], str]:
     """The warnings on a history, and what was printed while it came about."""
     state = SimpleNamespace(log_history=[], max_steps=100, is_world_process_zero=True)
-    watch = CollapseWarnings(policy, 1000)
+    warner = CollapseWarnings(policy, 1000)
     for step, values in enumerate(zip(losses, concentration, strict=True), start=1):
         for name, value in zip(("eval_loss", "mask_concentration"), values, strict=True):
             state.log_history.append({"step": 10 * step, name: value})
-            watch.on_log(None, state, None)  # type: ignore[arg-type]
+            warner.on_log(None, state, None)  # type: ignore[arg-type]
     resumed = CollapseWarnings(policy, 1000)
     resumed.on_log(None, state, None)  # type: ignore[arg-type]
-    assert resumed.warnings == watch.warnings
-    return watch.warnings, capsys.readouterr().err
+    assert resumed.warnings == warner.warnings
+    return warner.warnings, capsys.readouterr().err
 
 
 def test_the_second_evaluation_of_the_last_step_does_not_count() -> None:

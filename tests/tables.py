@@ -1,0 +1,28 @@
+"""Tables of shards with other values, as if they had been written so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from entropy_masking import storage
+from entropy_masking.shards import parquet
+from entropy_masking.shards.schema import ShardEntry
+
+
+def recommitted(entry: ShardEntry, table: pa.Table, groups: list[pa.Table] | None = None) -> tuple[ShardEntry, bytes]:
+    """What a shard would be that was written so."""
+    data = parquet.to_parquet(groups or parquet.row_groups(table))
+    fields = {"rows": len(table), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
+    return entry.model_copy(update=fields), data
+
+
+def replace_list(table: pa.Table, name: str, values: np.ndarray, lengths: np.ndarray | None = None) -> pa.Table:
+    """The table with other values in a list column [rows, …], or with rows of the given lengths."""
+    field = table.schema.field(name)
+    if lengths is None:
+        lengths = np.full(len(table), values.reshape(len(table), -1).shape[1])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    flat = pa.array(values.reshape(-1).astype(field.type.value_type.to_pandas_dtype()))
+    column = pa.ListArray.from_arrays(offsets, flat, type=field.type)
+    return table.set_column(table.schema.get_field_index(name), field, column)

@@ -1,0 +1,109 @@
+"""What the flags of run.py choose: the model, the optimizer and its schedule. Wrong values are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import TRAIN, refused
+from in_process import RANDOM, SELF, train_here, weights
+from transformers import BertConfig, FunnelConfig, FunnelForMaskedLM
+
+from entropy_masking.errors import UsageError
+from entropy_masking.shards.manifests import read_manifest
+from train.optimizer import hidden_matrices
+from train.options import LEARNING_RATES, MUON, parse
+
+
+def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:
+    vocabulary = read_manifest(str(scored)).vocab_size
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(vocab_size=vocabulary, **sizes).save_pretrained(tmp_path / "shape")
+    train_here(scored, tmp_path / "one", *RANDOM, "--max-steps", 1, "--model", tmp_path / "shape")
+    config = tmp_path / "shape" / "config.json"
+    train_here(scored, tmp_path / "two", *RANDOM, "--max-steps", 1, "--model", config)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    BertConfig(vocab_size=100, **sizes).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(UsageError, match="has 100 tokens"):
+        train_here(scored, tmp_path / "three", *RANDOM, "--max-steps", 1, "--model", tmp_path / "narrow")
+
+
+@pytest.mark.parametrize(
+    "odd", [{"hidden_size": 33}, {"num_attention_heads": 0}, {"hidden_size": -4}, {"hidden_act": "x"}]
+)
+def test_a_configuration_that_makes_no_model_is_refused(scored: Path, tmp_path: Path, odd: dict[str, Any]) -> None:
+    config = {"model_type": "bert", "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 5000} | odd
+    (tmp_path / "odd.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"odd\.json is not a usable configuration") as caught:
+        train_here(scored, tmp_path / "out", *RANDOM, "--model", tmp_path / "odd.json", "--max-steps", 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_presets_have_defaults_and_the_last_model_counts() -> None:
+    needed = ["--shards", "S", *RANDOM, "--output-dir", "O"]
+    adamw = LEARNING_RATES["adamw"]
+    for more, rate, batch, muon in (
+        (["--model", "tiny", "--model=base"], LEARNING_RATES[MUON]["base"], 256, 0.02),
+        (["--model=base", "--model", "bert-tiny"], LEARNING_RATES[MUON]["tiny"], 32, 0.02),
+        (["--model", "some/checkpoint"], adamw["base"], 256, None),
+        (["--model", "some/checkpoint", "--optim", "muon"], LEARNING_RATES[MUON]["base"], 256, 0.02),
+        (["--model", "mini", "--learning-rate", "0.5", "--muon-learning-rate", "0.1"], 0.5, 64, 0.1),
+        (["--model", "mini", "--optim", "adamw_torch"], adamw["mini"], 64, None),
+    ):
+        options, args = parse([*needed, *more], None)
+        assert (args.learning_rate, args.per_device_train_batch_size) == (rate, batch)
+        assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
+
+
+def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
+    """Some schedulers ask the optimizer for its rate. Muon gets no bias and no table, even if it is a matrix."""
+    for schedule in (["polynomial"], ["cosine_with_min_lr", "--lr-scheduler-kwargs", '{"min_lr": 1e-5}']):
+        flags = [*RANDOM, "--max-steps", 2, "--lr-scheduler-type", *schedule]
+        assert train_here(scored, tmp_path / schedule[0], *flags)["flags"]["muon"]
+    config = FunnelConfig(vocab_size=50, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
+    model = FunnelForMaskedLM(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in hidden_matrices(model)} == {"weight"}
+
+
+# --- values that are refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ([*RANDOM, "--distill-weight", 0.5], "no top-k"),
+        ([*SELF, "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),
+        ([*SELF, "--distill-positions", 0.5], "--distill-positions needs distillation"),
+        ([*SELF, "--distill-weight", 2], "--distill-weight 2 is out of range"),
+        ([*SELF, "--seed=-1"], "--seed -1 is out of range; use at least 0 and at most 4294967295"),
+        ([*SELF, "--seed", 5_000_000_000], "--seed 5000000000"),
+        ([*SELF, "--learning-rate=-1"], "--learning-rate -1 is out of range; use at least 0"),
+        ([*SELF, "--learning-rate", "nan"], "--learning-rate nan is out of range"),
+        ([*SELF, "--weight-decay=-1"], "--weight-decay -1 is out of range"),
+        ([*SELF, "--adam-beta2", 1], "--adam-beta2 1 is out of range; use at least 0 and less"),
+        ([*SELF, "--per-device-train-batch-size", 0], "--per-device-train-batch-size 0"),
+        ([*SELF, "--num-train-epochs", 0], "--num-train-epochs 0 is out of range; use more"),
+        ([*SELF, "--max-steps", 0], "--max-steps 0 is out of range; use at least 1"),
+        ([*SELF, "--do-eval"], "--do-eval of transformers.TrainingArguments is not supported"),
+        ([*SELF, "--eval-fraction", 1], "--eval-fraction"),
+        ([*SELF, "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out shards"),
+        ([*SELF, "--model", "huge"], "not a preset"),
+        ([*SELF, "--model", "./nowhere"], "nowhere"),
+        ([*SELF, "--output-dir", ""], "--output-dir is empty; give it a value"),
+    ],
+)
+def test_mistakes_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as caught:
+        train_here(tokens, tmp_path / "out", "--max-steps", 1, *flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_end_with_exit_code_2(work: Path, tmp_path: Path) -> None:
+    flags = [*RANDOM, "--output-dir", tmp_path / "out", "--max-steps", 1]
+    assert "not a shard directory" in refused(*TRAIN, "--shards", work, *flags)
+    assert not (tmp_path / "out").exists()

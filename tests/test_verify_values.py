@@ -1,0 +1,165 @@
+"""verify.py on the tables of shards and targets: every wrong value is named."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from harness import LENGTH, ROOT, TOP_K, refused, run
+from in_process import score_here
+from tables import recommitted, replace_list
+
+from entropy_masking.shards import manifests, parquet
+from entropy_masking.shards.faults import Depth, contract, table_faults
+from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.targets import MaskedRows, row_groups, rows_of
+from entropy_masking.shards.values import list_lengths
+
+VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
+TOP_4 = ["--top-k", TOP_K, "--temperatures", "1,2"]
+MASKED = 5  # positions of a sequence
+
+
+def file_faults(manifest: Manifest, entry: ShardEntry, data: bytes, deep: bool = False) -> list[str]:
+    """The faults of a shard of these bytes."""
+    with pq.ParquetFile(pa.BufferReader(data)) as file:
+        return table_faults(manifest, entry, file, Depth.VALUES if deep else Depth.TABLES)
+
+
+@pytest.fixture(scope="module")
+def tempered(work: Path) -> Path:
+    """A scored shard with a temperature; not to be changed."""
+    sizes = ["--limit-documents", 60, "--shard-tokens", 1500, "--sequence-length", LENGTH]
+    return score_here(work / "corpus.jsonl", work / "teacher", work / "tempered", *sizes, *TOP_4)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+K, L = TOP_K, LENGTH
+FIRST = (0, 3 * TOP_K)  # the first row's third word
+VALUES: list[tuple[str, int, tuple[int, int], float, str]] = [
+    ("input_ids", L, (1, 4), 300, "has token ids outside the vocabulary"),
+    ("entropy", L, (1, 4), np.nan, "has entropy at a special token, or none elsewhere"),
+    ("entropy", L, (1, 0), 1, "has entropy at a special token, or none elsewhere"),
+    ("entropy", L, (1, 4), 5.8, "has entropies outside 0 … 5.70 nats"),
+    ("entropy", L, (1, 4), -0.1, "has entropies outside 0 … 5.70 nats"),
+    ("surprisal", L, (1, 4), np.nan, "has surprisal at a special token, or none elsewhere"),
+    ("surprisal", L, (1, 4), -0.1, "has surprisals below 0"),
+    ("topk_ids", L * K, FIRST, 300, "has top-k ids outside the vocabulary"),
+    ("topk_logprobs", L * K, FIRST, -9, "has log-probabilities that are not sorted"),
+    ("topk_logprobs", L * K, FIRST, 0.5, "has log-probabilities above 0"),
+    ("topk_logprobs", L * K, FIRST, 0.0, "has probabilities that sum to more than 1"),
+    ("topk_logprobs", L * K, FIRST, np.nan, "has log-probabilities where nothing is scored, or none elsewhere"),
+    ("topk_logprobs", L * K, (0, 0), -1, "has log-probabilities where nothing is scored, or none elsewhere"),
+    ("temperature_lse_2", L, (1, 4), np.inf, "has temperature_lse_2 that is not finite exactly where it is scored"),
+    ("temperature_lse_2", L, (1, 0), 1, "has temperature_lse_2 that is not finite exactly where it is scored"),
+]
+
+
+def changed(table: pa.Table, name: str, width: int, place: tuple[int, int], value: float) -> pa.Table:
+    values = parquet.column_2d(table, name, width).copy()
+    values[place] = value
+    return replace_list(table, name, values)
+
+
+@pytest.mark.parametrize(("name", "width", "place", "value", "fault"), VALUES, ids=[f"{v[0]}={v[3]}" for v in VALUES])
+def test_wrong_values_are_named(
+    tempered: Path, name: str, width: int, place: tuple[int, int], value: float, fault: str
+) -> None:
+    manifest = manifests.read_manifest(str(tempered))
+    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    entry, data = recommitted(manifest.shards[0], table)
+    assert not file_faults(manifest, entry, data, deep=True)
+    entry, data = recommitted(entry, changed(table, name, width, place, value))
+    assert not file_faults(manifest, entry, data)
+    faults = file_faults(manifest, entry, data, deep=True)
+    assert any(named.startswith(fault) for named in faults), faults
+
+
+def test_wrong_tables_are_named(tempered: Path) -> None:
+    manifest = manifests.read_manifest(str(tempered))
+    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    topk_ids = parquet.column_2d(table, "topk_ids", L * K).copy()
+    topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
+    entropy = parquet.column_2d(table, "entropy", L)
+    padded = changed(table, "input_ids", L, (0, 4), manifest.special_ids["pad"])
+    wide = table.cast(pa.schema([f if f.name != "sequence_id" else f.with_type(pa.int64()) for f in table.schema]))
+    numbers = pa.array(table["sequence_id"].to_numpy()[::-1])
+    reverse = table.set_column(0, table.schema.field(0), numbers)
+    cases: list[tuple[pa.Table, list[pa.Table] | None, str]] = [
+        (replace_list(table, "topk_ids", topk_ids), None, "has a top-k id twice at a position"),
+        (replace_list(table, "entropy", entropy[:, 1:]), None, f"has entropy of another length than {L}"),
+        (padded, None, "has entropy at a special token"),
+        (wide, None, "has other columns than the contract"),
+        (reverse, None, "its sequence ids are not contiguous (first at row 0)"),
+        (table, [table.slice(0, 7), table.slice(7)], "its row groups do not have the sizes"),
+    ]
+    for bad, groups, fault in cases:
+        entry, data = recommitted(manifest.shards[0], bad, groups)
+        faults = file_faults(manifest, entry, data, deep=True)
+        assert any(named.startswith(fault) for named in faults), (fault, faults)
+    entry, data = recommitted(manifest.shards[0], table)
+    for field in ("tokens", "scored_tokens"):
+        short = entry.model_copy(update={field: getattr(entry, field) - 1})
+        assert f"{field.replace('_', ' ')}, not" in file_faults(manifest, short, data, deep=True)[0]
+    less = entry.model_copy(update={"entropy_sum": entry.entropy_sum * 0.99})
+    assert "its entropies sum to" in file_faults(manifest, less, data, deep=True)[0]
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def targets(work: Path, tempered: Path) -> Path:
+    """Targets for ``tempered``, with a temperature; not to be changed."""
+    masks = ["--mask-source", "random", "--variants", 2, "--mask-ratio", MASKED / (LENGTH - 2)]
+    return score_here(tempered, work / "teacher", work / "targets", *masks, *TOP_4)
+
+
+def test_targets_are_verified_too(work: Path, targets: Path, tmp_path: Path) -> None:
+    output = run(*VERIFY, targets, "--deep")
+    assert "of targets" in output and "no faults" in output
+    copy = Path(shutil.copytree(targets, tmp_path / "copy"))
+    (copy / "manifest.json").unlink()
+    assert "no faults" in run(*VERIFY, copy, "--deep")
+    data = bytearray((copy / "part-00000.parquet").read_bytes())
+    data[99] ^= 1
+    (copy / "part-00000.parquet").write_bytes(data)
+    assert "part-00000.parquet: is not the file" in run(*VERIFY, copy, code=1)
+    assert "leave out --teacher" in refused(*VERIFY, targets, "--teacher", work / "teacher")
+
+
+def test_wrong_targets_are_named(targets: Path) -> None:
+    manifest = manifests.read_manifest(str(targets), "targets")
+    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    rows = rows_of(table, MASKED)
+
+    def faults(bad: pa.Table, manifest: Manifest = manifest, rows: MaskedRows = rows) -> list[str]:
+        entry, data = recommitted(manifest.shards[0], bad, row_groups(bad, rows))
+        return file_faults(manifest, entry, data, deep=True)
+
+    assert not faults(table)
+    for name, place, value, fault in (
+        ("positions", 0, LENGTH, "has positions past the end"),
+        ("positions", 3, 1, "has positions that do not ascend"),
+        ("topk_ids", 0, 300, "has top-k ids outside the vocabulary"),
+        ("topk_logprobs", 0, -9, "has log-probabilities that are not sorted"),
+        ("temperature_lse_2", 0, np.nan, "has temperature_lse_2 that is not finite"),
+    ):
+        flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
+        flat[place] = value
+        named = faults(replace_list(table, name, flat, list_lengths(table, name)))
+        assert any(text.startswith(fault) for text in named), (fault, named)
+    numbers = table.schema.get_field_index("variant")
+    same = table.set_column(numbers, table.schema.field("variant"), pa.array(np.zeros(len(table), np.uint16)))
+    assert any("variants are not 0 … 1" in text for text in faults(same))
+    short = replace_list(table, "positions", np.ones(len(table)))
+    assert any("of another length than its positions" in text for text in faults(short))
+    narrow = manifest.model_copy(update={"masks": (manifest.masks or {}) | {"positions": MASKED - 1}})
+    assert any(f"masks {MASKED} positions" in text for text in faults(table, narrow))
