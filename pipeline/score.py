@@ -133,7 +133,7 @@ def print_plan(job: Job, shards: int, done: int) -> None:
         schema = targets_schema(manifest.vocab_size, manifest.temperatures)
         inputs = f"{masks['variants']} masks of each sequence by --mask-source {masks['source']}"
     if manifest.teacher:
-        scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {job.fingerprint['dtype']}"
+        scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {manifest.fingerprint['dtype']}"
     print(f"would write {job.output}: {shards} shards, {done} of them done")
     print(f"  teacher    {scoring}")
     print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from entropy_masking import entropy
+from entropy_masking.shards.schema import Manifest
 from pipeline.teacher import Teacher
 
 VOCAB, LENGTH, TOP_K = 211, 24, 8
@@ -51,10 +53,14 @@ def save_random_model(config: AutoConfig, directory: Path) -> Path:
     return directory
 
 
-def teacher(directory: Path, **settings: object) -> Teacher:
-    specials = {"mask_id": MASK, "pad_id": PAD, "special_ids": [PAD, UNK, CLS, SEP, MASK]}
-    defaults = specials | {"vocab_size": VOCAB, "top_k": TOP_K, "length": LENGTH}
-    return Teacher(directory, **(defaults | settings))
+def teacher(directory: Path, compile: bool = False, **settings: Any) -> Teacher:
+    settings = {"passes": 7, "batch_tokens": 8192, "dtype": "float32", "context": "masked"} | settings
+    fields = {
+        **{"sequence_length": LENGTH, "vocab_size": VOCAB, "top_k": TOP_K, "temperatures": []},
+        **{"special_ids": {"mask": MASK, "pad": PAD}, "special_token_ids": [PAD, UNK, CLS, SEP, MASK]},
+    }
+    manifest = Manifest.model_construct(**(fields | settings), fingerprint=settings)
+    return Teacher(manifest, directory, compile=compile)
 
 
 def reference(directory: Path, ids_NL: np.ndarray, hide: bool) -> dict[tuple[int, int], torch.Tensor]:
