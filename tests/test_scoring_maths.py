@@ -59,7 +59,8 @@ def teacher(directory: Path, compile: bool = False, **settings: Any) -> Teacher:
         **{"sequence_length": LENGTH, "vocab_size": VOCAB, "top_k": TOP_K, "temperatures": []},
         **{"special_ids": {"mask": MASK, "pad": PAD}, "special_token_ids": [PAD, UNK, CLS, SEP, MASK]},
     }
-    manifest = Manifest.model_construct(**(fields | settings), fingerprint=settings)
+    passes = settings["passes"] if settings["context"] == "masked" else 1
+    manifest = Manifest.model_construct(**(fields | settings | {"passes": passes}), fingerprint=settings)
     return Teacher(manifest, directory, compile=compile)
 
 
