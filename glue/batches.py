@@ -79,8 +79,8 @@ def encode_task(
 
 def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
     """Encode each row, a text or a pair of texts and its label, as one sequence."""
-    *texts, labels = rows
-    texts = [column.to_list() for column in texts]
+    *columns, labels = rows
+    texts = [column.to_list() for column in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
     starts = np.cumsum([0, *map(len, encoded["input_ids"])])
     ids = np.concatenate([np.array(row, np.int32) for row in encoded["input_ids"]])
