@@ -101,21 +101,27 @@ def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_
     if rows * length * max(1, top_k) >= 1 << 31:  # offsets of an Arrow list are int32
         raise UsageError(f"shard {index} has {rows * length:,} tokens, too many for one file; split its text file")
     arrow_schema = schema(vocab_size, scores is not None, top_k, list(scores.temperature_lse_NL) if scores else [])
-    columns: dict[str, np.ndarray] = {"input_ids": input_ids_NL}
+    first = np.uint64(index) << np.uint64(32)
+    columns = {"sequence_id": first + np.arange(rows, dtype=np.uint64), "input_ids": input_ids_NL}
     if scores is not None:
         columns |= {"entropy": scores.entropy_NL, "surprisal": scores.surprisal_NL, **top_k_columns(scores)}
-    arrays = [pa.array((np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64))]
-    for field in list(arrow_schema)[1:]:
-        width = length * top_k if field.name in TOP_K_COLUMNS else length
-        arrays.append(list_array(columns[field.name], np.full(rows, width), field.type))
+    return table_of(columns, np.ones((rows, length), bool), arrow_schema)
+
+
+def table_of(columns: dict[str, np.ndarray], kept_NP: np.ndarray, arrow_schema: pa.Schema) -> pa.Table:
+    """Arrow table of N rows. A list column [N, P] or [N, P, k] holds the values of the kept positions, in order."""
+    arrays = []
+    for field in arrow_schema:
+        values, kind = columns[field.name], field.type
+        if pa.types.is_list(kind):
+            values = values[kept_NP]
+            lengths_N = kept_NP.sum(1) * (values.shape[1] if values.ndim == 2 else 1)
+            offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
+            flat = pa.array(values.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
+            arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind))
+        else:
+            arrays.append(pa.array(values, type=kind))
     return pa.Table.from_arrays(arrays, schema=arrow_schema)
-
-
-def list_array(values: np.ndarray, lengths_N: np.ndarray, kind: pa.DataType) -> pa.ListArray:
-    """An Arrow array of N lists of the given lengths, which hold ``values`` in order."""
-    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
-    flat = pa.array(values.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
-    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind)
 
 
 def to_parquet(groups: Sequence[pa.Table]) -> bytes:
