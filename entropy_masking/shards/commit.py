@@ -263,5 +263,6 @@ def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str
 def delete_leftovers(uri: str) -> None:
     """Delete the temporary files of killed workers. If a process still writes there, its write fails."""
     if not storage.is_remote(uri):
-        for temporary in Path(storage.absolute(uri)).rglob(".*.tmp"):
+        directory = Path(storage.absolute(uri))
+        for temporary in (*directory.glob(".*.tmp"), *directory.glob("_*/.*.tmp")):
             temporary.unlink(missing_ok=True)
