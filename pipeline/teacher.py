@@ -19,7 +19,7 @@ from entropy_masking import entropy
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.models.masked_lm import MaskedLM, Select
-from entropy_masking.shards.parquet import Scores
+from entropy_masking.shards.parquet import SCORE_COLUMNS, Scores, temperature_column
 from entropy_masking.shards.schema import Manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -95,20 +95,13 @@ class Teacher:
 
     def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
         """The results of all batches, in their places."""
-        scores = Scores(
-            entropy_NL=np.full(shape, np.nan, np.float32),
-            surprisal_NL=np.full(shape, np.nan, np.float32),
-            topk_ids_NLK=np.zeros((*shape, self.top_k), np.int32),
-            topk_logprobs_NLK=np.full((*shape, self.top_k), np.nan, np.float32),
-            temperature_lse_NL={t: np.full(shape, np.nan, np.float32) for t in self.temperatures},
-        )
-        for place, reduced in self._run(batches):
-            scores.entropy_NL[place] = reduced.entropy_N
-            scores.surprisal_NL[place] = reduced.surprisal_N
-            scores.topk_ids_NLK[place] = reduced.topk_ids_NK
-            scores.topk_logprobs_NLK[place] = reduced.topk_logprobs_NK
-            for lse_NL, lse_N in zip(scores.temperature_lse_NL.values(), reduced.lse_NT.T, strict=True):
-                lse_NL[place] = lse_N
+        scores: Scores = {name: np.full(shape, np.nan, np.float32) for name in SCORE_COLUMNS}
+        scores["topk_ids"] = np.zeros((*shape, self.top_k), np.int32)
+        scores["topk_logprobs"] = np.full((*shape, self.top_k), np.nan, np.float32)
+        scores |= {temperature_column(t): np.full(shape, np.nan, np.float32) for t in self.temperatures}
+        for place, (*columns, lse_NT) in self._run(batches):
+            for values, column in zip(scores.values(), (*columns, *lse_NT.T), strict=True):
+                values[place] = column
         return scores
 
     def _scan(self, input_ids_NL: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:

@@ -131,13 +131,14 @@ class ShardScorer:
                 scores = self._in_the_model(teacher, ids_NL, rows, costs)
         with self.deadlines.within(job.shard_timeout):
             if rows and scores:
-                self._check_finite(scores.topk_logprobs_NLK[rows.positions_NK != targets.NO_POSITION])
-                table = targets.targets_table(rows, scores, manifest.vocab_size)
+                self._check_finite(scores["topk_logprobs"][rows.positions_NK != targets.NO_POSITION])
+                table = targets.targets_table(rows, scores, manifest.vocab_size, manifest.temperatures)
                 groups, counts = targets.row_groups(table, rows), targets.counts(rows)
             else:
                 if scores:
-                    self._check_finite(scores.entropy_NL[~np.isin(ids_NL, manifest.special_token_ids)])
-                table = parquet.to_table(index, ids_NL, scores, manifest.vocab_size, manifest.top_k)
+                    self._check_finite(scores["entropy"][~np.isin(ids_NL, manifest.special_token_ids)])
+                form = manifest.vocab_size, manifest.top_k, manifest.temperatures
+                table = parquet.to_table(index, ids_NL, scores, *form)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
             fields = {
                 **counts,

@@ -23,7 +23,6 @@ from entropy_masking.shards.parquet import (
     list_of,
     table_of,
     temperature_column,
-    top_k_columns,
     top_k_fields,
 )
 
@@ -63,12 +62,11 @@ def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int) -> pa.Table:
+def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int, temperatures: list[float]) -> pa.Table:
     """Arrow table of a target shard; ``scores`` are those of the masked positions [N, K]."""
     columns = {"sequence_id": rows.sequence_id_N, "variant": rows.variant_N, "input_crc32": rows.crc32_N}
-    columns |= {"positions": rows.positions_NK, **top_k_columns(scores)}
-    schema = targets_schema(vocab_size, list(scores.temperature_lse_NL))
-    return table_of(columns, rows.positions_NK != NO_POSITION, schema)
+    columns |= {"positions": rows.positions_NK, **scores}
+    return table_of(columns, rows.positions_NK != NO_POSITION, targets_schema(vocab_size, temperatures))
 
 
 def rows_of(table: pa.Table, most: int) -> MaskedRows:
