@@ -56,7 +56,7 @@ def main() -> None:
         scan = score(texts, work / "scan", args, *one_shard)
         ids_NL = whole_sequences(scan, args)
         full = scan.model_copy(update={"context": "full", "passes": 1})
-        teachers = {"masked": Teacher.of(scan, directory), "full": Teacher.of(full, directory)}
+        teachers = {"masked": Teacher(scan, directory), "full": Teacher(full, directory)}
         rows = speeds(teachers, tokenizer, ids_NL, args)
         if args.job_seconds:
             rows |= overhead(round(args.job_seconds * rows["ours_masked"].value), tokenizer, args, work)

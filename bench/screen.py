@@ -286,8 +286,7 @@ def shuffle_scores(source: str, target: str) -> None:
         for name in parquet.SCORE_COLUMNS:
             rows[name] = rows[name].copy()  # what is read of Arrow cannot be written to
             rows[name][scored_NL] = rows[name][scored_NL][order]
-        none = np.empty((*scored_NL.shape, 0))
-        scores = parquet.Scores(rows["entropy"], rows["surprisal"], none, none, {})
+        scores = {name: rows[name] for name in parquet.SCORE_COLUMNS}
         shard = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
         fields = originals[entry.index].model_dump() | {"fingerprint_hash": changes["fingerprint_hash"]}
         data = parquet.to_parquet(parquet.row_groups(shard))

@@ -125,16 +125,16 @@ class _OneSoftmax(torch.autograd.Function):
         lowest = torch.finfo(outside_NV.dtype).min  # finite, so that nothing is NaN where all tokens are in the head
         scored_N1 = ~teacher_logprobs_NK.isnan().any(1, keepdim=True)
         labels_N1 = labels_N.clamp_min(0)[:, None]
-        head_NK, label_N1 = outside_NV.gather(1, teacher_ids_NK), outside_NV.gather(1, labels_N1)
+        logits_NK, label_logit_N1 = outside_NV.gather(1, teacher_ids_NK), outside_NV.gather(1, labels_N1)
         # a row that no teacher scored has no head: all its tokens are outside
-        outside_NV.scatter_(1, teacher_ids_NK, torch.where(scored_N1, lowest, head_NK))
-        head_NK = torch.where(scored_N1, head_NK, -torch.inf)
+        outside_NV.scatter_(1, teacher_ids_NK, torch.where(scored_N1, lowest, logits_NK))
+        logits_NK = torch.where(scored_N1, logits_NK, -torch.inf)
 
         largest_N1 = outside_NV.amax(1, keepdim=True)
         e_NV = outside_NV.softmax(1)
         outside_lse_N1 = largest_N1 - e_NV.amax(1, keepdim=True).log()
-        lse_N1 = torch.logaddexp(outside_lse_N1, head_NK.logsumexp(1, keepdim=True))
-        log_rest_N1, log_q_NK = outside_lse_N1 - lse_N1, head_NK - lse_N1
+        lse_N1 = torch.logaddexp(outside_lse_N1, logits_NK.logsumexp(1, keepdim=True))
+        log_rest_N1, log_q_NK = outside_lse_N1 - lse_N1, logits_NK - lse_N1
 
         log_p_NK = teacher_logprobs_NK.to(e_NV.dtype).nan_to_num(nan=-torch.inf)
         mass_N1 = log_p_NK.exp().sum(1, keepdim=True)
@@ -143,7 +143,7 @@ class _OneSoftmax(torch.autograd.Function):
         tail_N1 = torch.where(has_tail_N1, 1 - mass_N1, 0)
         kl_N1 = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(1, keepdim=True)
         kl_N1 = kl_N1 + torch.where(has_tail_N1, tail_N1 * (tail_N1.log() - log_rest_N1), 0)
-        loss_N1 = (1 - α) * (lse_N1 - label_N1) + α * torch.where(scored_N1, kl_N1, 0).clamp_min(0)
+        loss_N1 = (1 - α) * (lse_N1 - label_logit_N1) + α * torch.where(scored_N1, kl_N1, 0).clamp_min(0)
 
         kept_N1 = labels_N[:, None] != IGNORED_LABEL
         of_e_N1 = torch.where(scored_N1, log_rest_N1.exp() - α * tail_N1, 1 - α) * kept_N1

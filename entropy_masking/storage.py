@@ -20,6 +20,8 @@ from pyarrow import ArrowInvalid, fs
 
 from entropy_masking.errors import UsageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write to a full disk
+
 
 def is_remote(uri: str) -> bool:
     """Whether ``uri`` is not a path on this machine."""
@@ -110,16 +112,6 @@ def _upload(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
         stream.write(data)
 
 
-def delete_temporaries(directory: str) -> None:
-    """Delete the temporary files of killed processes in a directory of this machine.
-
-    If a process still writes there, its write fails.
-    """
-    if not is_remote(directory):
-        for temporary in Path(absolute(directory)).glob(".*.tmp"):
-            temporary.unlink(missing_ok=True)
-
-
 def sync_directory(path: Path) -> None:
     """Make a rename durable: the directory has its own cache, which the fsync of a file does not write."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -148,7 +140,7 @@ def delete(uri: str) -> None:
 
 def is_exhausted(error: OSError) -> bool:
     """Whether a write failed because the file system is full or read-only, so that every other write would fail too."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return error.errno in (*FULL, errno.EROFS)
 
 
 def sha256_bytes(data: bytes) -> str:

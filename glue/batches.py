@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from glue.tasks import Split, Task, TaskData
+from glue.tasks import Task, TaskData
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,22 @@ def encode_task(
     """
     train = data.train
     if limit_train is not None and limit_train < len(train):
-        train = train.select(np.sort(np.random.default_rng(0).permutation(len(train))[:limit_train]))
-    evaluations = {suffix: encode(split, tokenizer, max_length) for suffix, split in data.evaluations.items()}
+        train = train[np.sort(np.random.default_rng(0).permutation(len(train))[:limit_train])]
+    evaluations = {suffix: encode(rows, tokenizer, max_length) for suffix, rows in data.evaluations.items()}
     return TaskTokens(data.task, encode(train, tokenizer, max_length), evaluations, data.train_split, data.overlap)
 
 
-def encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
-    """Encode each row, a text or a pair of texts, as one sequence."""
-    encoded = tokenizer(*split.texts, truncation=True, max_length=max_length, return_attention_mask=False)
+def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:
+    """Encode each row, a text or a pair of texts and its label, as one sequence."""
+    *columns, labels = rows
+    texts = [column.to_list() for column in columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
     starts = np.cumsum([0, *map(len, encoded["input_ids"])])
     ids = np.concatenate([np.array(row, np.int32) for row in encoded["input_ids"]])
     segments = None
     if "token_type_ids" in encoded:
         segments = np.concatenate([np.array(row, np.uint8) for row in encoded["token_type_ids"]])
-    return Tokens(ids, segments, starts, split.labels, tokenizer.pad_token_id)
+    return Tokens(ids, segments, starts, labels.to_numpy(writable=True), tokenizer.pad_token_id)
 
 
 def shuffled_batches(lengths: np.ndarray, size: int, pool: int, key: tuple[int, ...]) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,6 @@ DROPOUTS = (
     *("embedding_dropout", "mlp_dropout", "classifier_dropout"),
 )
 EVAL_BATCH = 128
-
-
-@dataclass(frozen=True)
-class Result:
-    """The fields of a result file for one setting.
-
-    Attributes:
-        score: the mean of the metrics, in percent.
-        collapsed: the model predicts the same for every row of an evaluation.
-        constant_score: the score of the best such model.
-    """
-
-    metrics: dict[str, float]
-    score: float
-    collapsed: bool
-    constant_score: float
-    train_split: str
-    train_rows: int
-    eval_rows: int
-    overlap: int
 
 
 def check_model(directory: Path, length: int) -> None:
@@ -76,7 +56,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 def finetune(
     directory: Path, tokens: TaskTokens, settings: Settings, seed: int, advance: Callable[[int], None]
-) -> Result:
+) -> tuple[dict[str, float], bool]:
     """Fine-tune on the training rows, and evaluate on the evaluation rows.
 
     Args:
@@ -84,6 +64,9 @@ def finetune(
         tokens: encoded by the model's own tokenizer.
         seed: of the new head, the order of rows and the dropout. Models of one architecture get the same ones.
         advance: called with the number of rows of each step.
+
+    Returns:
+        The metrics, and whether the model collapsed: it predicts the same for every row of an evaluation.
 
     Raises:
         RunError: the model diverged.
@@ -105,10 +88,7 @@ def finetune(
         own = metrics.evaluate(task.metrics, rows.labels, predictions_N)
         values |= {name + suffix: value for name, value in own.items()}
         collapsed = collapsed or metrics.collapsed(predictions_N)
-    labels = [rows.labels for rows in tokens.evaluations.values()]
-    constant_score = metrics.constant_score(task.metrics, labels, len(task.labels))
-    sizes = len(tokens.train), sum(map(len, labels))
-    return Result(values, metrics.score(values), collapsed, constant_score, tokens.train_split, *sizes, tokens.overlap)
+    return values, collapsed
 
 
 def train(model: PreTrainedModel, rows: Tokens, settings: Settings, seed: int, advance: Callable[[int], None]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 
 from entropy_masking import storage
@@ -76,52 +75,36 @@ GROUPS = {"glue": tuple(GLUE), "probes": tuple(PROBES)}
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows of a task: a list of texts per text column, and labels [N] int64 (float64 for a regression)."""
-
-    texts: list[list[str]]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self) -> Iterator[tuple[str, ...]]:
-        """The texts of each row."""
-        return zip(*self.texts, strict=True)
-
-    def select(self, rows: Sequence[int] | np.ndarray) -> Split:
-        """The rows with these numbers."""
-        return Split([[column[row] for row in rows] for column in self.texts], self.labels[rows])
-
-
-@dataclass(frozen=True)
 class TaskData:
-    """A task's training rows and its evaluations by suffix; ``train_split`` names the file of the training rows."""
+    """A task's training rows and its evaluations by suffix; ``train_split`` names the file of the training rows.
+
+    Rows have the texts of the task's columns and a ``label``: the number of a class, or a float for a regression.
+    """
 
     task: Task
-    train: Split
-    evaluations: dict[str, Split]
+    train: pl.DataFrame
+    evaluations: dict[str, pl.DataFrame]
     train_split: str
 
     @cached_property
     def hash(self) -> str:
         """Hash of all texts and labels."""
-        splits = {"train": self.train, **{f"dev{suffix}": split for suffix, split in self.evaluations.items()}}
-        return storage.sha256_json({name: [split.texts, split.labels.tolist()] for name, split in splits.items()})
+        splits = {"train": self.train, **{f"dev{suffix}": rows for suffix, rows in self.evaluations.items()}}
+        columns = {name: [column.to_list() for column in rows] for name, rows in splits.items()}
+        return storage.sha256_json({name: [texts, labels] for name, (*texts, labels) in columns.items()})
 
     @cached_property
     def overlap(self) -> int:
         """Number of evaluation rows whose texts are in the training rows too."""
-        trained = set(self.train.rows())
-        return sum(row in trained for split in self.evaluations.values() for row in split.rows())
+        return sum(len(rows.join(self.train, self.task.columns, how="semi")) for rows in self.evaluations.values())
 
     def without_overlap(self) -> TaskData:
         """Without the training rows whose texts are also evaluation rows. Raises UsageError if no row is left."""
-        evaluated = {row for split in self.evaluations.values() for row in split.rows()}
-        kept = [number for number, row in enumerate(self.train.rows()) if row not in evaluated]
-        if not kept:
+        evaluated = pl.concat(self.evaluations.values())
+        kept = self.train.join(evaluated, self.task.columns, how="anti", maintain_order="left")
+        if not len(kept):
             raise UsageError(f"all training rows of {self.task.name} are also evaluation rows; check its files")
-        return replace(self, train=self.train.select(kept))
+        return replace(self, train=kept)
 
 
 def choose(names: str) -> list[Task]:
@@ -201,16 +184,16 @@ def _hub(task: Task, split: str) -> pl.DataFrame:
         raise UsageError(f"cannot load {HUB_NAME} {task.directory} ({split}) from the Hub: {one_line(error)}") from None
 
 
-def _split(task: Task, frame: pl.DataFrame, where: str) -> Split:
+def _split(task: Task, frame: pl.DataFrame, where: str) -> pl.DataFrame:
     check_table(frame, (*task.columns, "label"), where)
     for name in task.columns:
         if frame[name].dtype not in (pl.String, pl.Categorical, pl.Enum):
             raise UsageError(f"{where} has no texts in {name}, but {frame[name].dtype}; convert the column to text")
-    texts = [frame[name].cast(pl.String).to_list() for name in task.columns]
-    return Split(texts, _labels(task, frame["label"], where))
+    labels = _labels(task, frame["label"], where)
+    return frame.select(pl.col(task.columns).cast(pl.String), labels.alias("label"))
 
 
-def _labels(task: Task, column: pl.Series, where: str) -> np.ndarray:
+def _labels(task: Task, column: pl.Series, where: str) -> pl.Series:
     names = column.cast(pl.String)
     if (hidden := names.is_in(["-1", "-1.0"])).any():
         raise UsageError(
@@ -228,4 +211,4 @@ def _labels(task: Task, column: pl.Series, where: str) -> np.ndarray:
     if (unknown := labels.is_null()).any():
         row = unknown.arg_max() or 0
         raise UsageError(f"{where} has the label {column[row]!r} in row {row}; known are {known}")
-    return labels.to_numpy(writable=True)
+    return labels

@@ -12,7 +12,7 @@ import torch
 
 from entropy_masking.commands import ray_cluster
 from entropy_masking.errors import RunError, UsageError, one_line
-from glue import blimp
+from glue import blimp, metrics
 from glue.batches import TaskTokens
 from glue.finetune import finetune
 from glue.protocols import Settings
@@ -76,13 +76,23 @@ def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] 
 
 def search(trial: Trial, tokens: TaskTokens, advance: Callable[[int], None]) -> dict[str, object]:
     """The first setting of the grid with the best dev score, and the results of the whole grid."""
-    tried = [(settings, finetune(trial.directory, tokens, settings, trial.seed, advance)) for settings in trial.grid]
-    settings, best = max(tried, key=lambda pair: pair[1].score)
-    grid = [
-        {**asdict(settings), "score": one.score, "metrics": one.metrics, "collapsed": one.collapsed}
-        for settings, one in tried
-    ]
-    return {"settings": asdict(settings), **asdict(best), "grid": grid}
+    grid: list[dict[str, Any]] = []
+    for settings in trial.grid:
+        values, collapsed = finetune(trial.directory, tokens, settings, trial.seed, advance)
+        own = {"score": metrics.score(values), "metrics": values, "collapsed": collapsed}
+        grid.append(asdict(settings) | own)
+    number, best = max(enumerate(grid), key=lambda pair: pair[1]["score"])
+    labels = [rows.labels for rows in tokens.evaluations.values()]
+    return {
+        "settings": asdict(trial.grid[number]),
+        **{name: best[name] for name in ("metrics", "score", "collapsed")},
+        "constant_score": metrics.constant_score(trial.task.metrics, labels, len(trial.task.labels)),
+        "train_split": tokens.train_split,
+        "train_rows": len(tokens.train),
+        "eval_rows": sum(map(len, labels)),
+        "overlap": tokens.overlap,
+        "grid": grid,
+    }
 
 
 def run_on_ray(

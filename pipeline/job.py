@@ -56,11 +56,6 @@ class Job:
         """The shard directory to write, an absolute path or a URI."""
         return self.manifest.uri
 
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """Everything that decides the bytes."""
-        return self.manifest.fingerprint
-
 
 @dataclass(frozen=True)
 class Failure:

@@ -20,10 +20,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
-from entropy_masking.shards import commit, parquet
+from entropy_masking.shards import commit
+from entropy_masking.shards.faults import contract
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record, Run
-from entropy_masking.shards.targets import targets_schema
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
 from pipeline.job import Failure, Job, choose_tokenizer, new_job, try_teacher
@@ -127,17 +127,15 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed
 def print_plan(job: Job, shards: int, done: int) -> None:
     """Print what a run would do."""
     manifest, masks = job.manifest, job.manifest.masks
-    schema = parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
     inputs, scoring = f"{manifest.context} context, {manifest.passes} passes", "none: tokens only"
     if masks:
-        schema = targets_schema(manifest.vocab_size, manifest.temperatures)
         inputs = f"{masks['variants']} masks of each sequence by --mask-source {masks['source']}"
     if manifest.teacher:
-        scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {job.fingerprint['dtype']}"
+        scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {manifest.fingerprint['dtype']}"
     print(f"would write {job.output}: {shards} shards, {done} of them done")
     print(f"  teacher    {scoring}")
     print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
-    print(f"  columns    {', '.join(schema.names)}")
+    print(f"  columns    {', '.join(contract(manifest).names)}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from entropy_masking import entropy
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.models.masked_lm import MaskedLM, Select
-from entropy_masking.shards.parquet import Scores
+from entropy_masking.shards.parquet import SCORE_COLUMNS, Scores, temperature_column
 from entropy_masking.shards.schema import Manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -33,19 +33,11 @@ class Teacher:
     tokens would tie. The head runs on the scored positions only, a few hundred at a time.
 
     Args:
-        directory: checkpoint of an ``AutoModelForMaskedLM``.
-        mask_id: the [MASK] token.
-        pad_id: the padding token.
-        special_ids: tokens that are never scored.
-        vocab_size: tokens of the tokenizer; logits of padding rows of the embedding are cut off.
-        context: ``masked`` (a position is scored in the pass that masks it) or ``full`` (nothing is masked).
-        passes: P; pass g masks the positions i with i mod P = g.
-        top_k: number of log-probabilities per position.
-        temperatures: the log-probabilities can be computed later at these T, and always at 1.
-        batch_tokens: tokens in one forward.
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        manifest: of the run that the scores belong to: tokenizer, context, passes, top k, temperatures, dtype and size
+            of batches. The ``masked`` context scores a position in the pass that masks it: pass g masks the positions
+            i with i mod P = g. Logits beyond the tokenizer's vocabulary, for rows that pad the embedding, are cut off.
+        directory: checkpoint of an ``AutoModelForMaskedLM``; it is tried on sequences of the run's length.
         compile: compile the encoder and the reduction with ``torch.compile``.
-        length: tokens of a sequence; the model is tried on sequences of this length.
 
     Attributes:
         forward_seconds, flops: of all forwards so far (encoder, head and reduction). FLOPs are multiplications and
@@ -54,31 +46,18 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        mask_id: int,
-        pad_id: int,
-        special_ids: list[int],
-        vocab_size: int,
-        context: str = "masked",
-        passes: int = 7,
-        top_k: int = 16,
-        temperatures: Sequence[float] = (),
-        batch_tokens: int = 8192,
-        dtype: str = "float32",
-        compile: bool = False,
-        trust_remote_code: bool = False,
-        length: int = 128,
+        self, manifest: Manifest, directory: Path, *, compile: bool = False, trust_remote_code: bool = False
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.masked_lm = MaskedLM(load_masked_lm(directory, trust_remote_code).eval(), length, str(directory))
+        model = load_masked_lm(directory, trust_remote_code).eval()
+        self.masked_lm = MaskedLM(model, manifest.sequence_length, str(directory))
         model = self.masked_lm.model.to(self.device)
-        self.mask_id, self.pad_id = mask_id, pad_id
-        self.special_ids, self.vocab_size = np.array(special_ids), vocab_size
-        self.context, self.passes = context, passes if context == "masked" else 1
-        self.top_k, self.batch_tokens, self.dtype = top_k, batch_tokens, DTYPES[dtype]
-        self.temperatures = [t for t in temperatures if t != 1]
+        self.mask_id, self.pad_id = manifest.special_ids["mask"], manifest.special_ids["pad"]
+        self.special_ids, self.vocab_size = np.array(manifest.special_token_ids), manifest.vocab_size
+        self.context, self.passes, self.top_k = manifest.context, manifest.passes or 1, manifest.top_k
+        self.batch_tokens, self.dtype = manifest.fingerprint["batch_tokens"], DTYPES[manifest.fingerprint["dtype"]]
+        self.temperatures = [t for t in manifest.temperatures if t != 1]
+        self._flops = forward_flops(self.masked_lm, manifest.sequence_length)
         self.projection = self.masked_lm.projection
         if self.projection is not None:
             on_gpu = self.device.type == "cuda"
@@ -92,27 +71,6 @@ class Teacher:
         self.compiled = compile
         self.forward_seconds, self.flops = 0.0, 0
         self.stopped = threading.Event()
-        self._flops: dict[int, tuple[int, int]] = {}
-
-    @classmethod
-    def of(cls, manifest: Manifest, directory: Path, *, compile: bool = False, trust_remote_code: bool = False) -> Self:
-        """The teacher in ``directory`` with the settings of the run that a manifest belongs to."""
-        return cls(
-            directory,
-            mask_id=manifest.special_ids["mask"],
-            pad_id=manifest.special_ids["pad"],
-            special_ids=manifest.special_token_ids,
-            vocab_size=manifest.vocab_size,
-            context=manifest.context or "masked",
-            passes=manifest.passes or 1,
-            top_k=manifest.top_k,
-            temperatures=manifest.temperatures,
-            batch_tokens=manifest.fingerprint["batch_tokens"],
-            dtype=manifest.fingerprint["dtype"],
-            compile=compile,
-            trust_remote_code=trust_remote_code,
-            length=manifest.sequence_length,
-        )
 
     def score(self, input_ids_NL: np.ndarray, batch_tokens: int | None = None) -> Scores:
         """Score N sequences of L tokens; special tokens and padding stay NaN (top-k: id 0, NaN).
@@ -137,20 +95,13 @@ class Teacher:
 
     def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
         """The results of all batches, in their places."""
-        scores = Scores(
-            entropy_NL=np.full(shape, np.nan, np.float32),
-            surprisal_NL=np.full(shape, np.nan, np.float32),
-            topk_ids_NLK=np.zeros((*shape, self.top_k), np.int32),
-            topk_logprobs_NLK=np.full((*shape, self.top_k), np.nan, np.float32),
-            temperature_lse_NL={t: np.full(shape, np.nan, np.float32) for t in self.temperatures},
-        )
-        for place, reduced in self._run(batches):
-            scores.entropy_NL[place] = reduced.entropy_N
-            scores.surprisal_NL[place] = reduced.surprisal_N
-            scores.topk_ids_NLK[place] = reduced.topk_ids_NK
-            scores.topk_logprobs_NLK[place] = reduced.topk_logprobs_NK
-            for lse_NL, lse_N in zip(scores.temperature_lse_NL.values(), reduced.lse_NT.T, strict=True):
-                lse_NL[place] = lse_N
+        scores: Scores = {name: np.full(shape, np.nan, np.float32) for name in SCORE_COLUMNS}
+        scores["topk_ids"] = np.zeros((*shape, self.top_k), np.int32)
+        scores["topk_logprobs"] = np.full((*shape, self.top_k), np.nan, np.float32)
+        scores |= {temperature_column(t): np.full(shape, np.nan, np.float32) for t in self.temperatures}
+        for place, (*columns, lse_NT) in self._run(batches):
+            for values, column in zip(scores.values(), (*columns, *lse_NT.T), strict=True):
+                values[place] = column
         return scores
 
     def _scan(self, input_ids_NL: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
@@ -190,9 +141,7 @@ class Teacher:
             started = time.monotonic()
             pending.append((batch.place, self._forward(batch)))
             self.forward_seconds += time.monotonic() - started
-            if (L := batch.ids_RL.shape[1]) not in self._flops:
-                self._flops[L] = forward_flops(self.masked_lm, L)
-            encoder, head = self._flops[L]
+            encoder, head = self._flops
             self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head
             if len(pending) > ahead:
                 yield self._fetch(*pending.popleft())

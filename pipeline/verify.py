@@ -80,7 +80,7 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
     directory = local_checkpoint(args.teacher)
     if weights_hash(directory) != manifest.fingerprint["teacher"]:
         raise UsageError(f"{args.teacher} has other weights than the teacher of {manifest.uri}; name that one")
-    return Teacher.of(manifest, directory, trust_remote_code=args.trust_remote_code)
+    return Teacher(manifest, directory, trust_remote_code=args.trust_remote_code)
 
 
 def print_harmless(manifest: Manifest) -> None:

@@ -63,19 +63,19 @@ class ShardScorer:
         """
         job = self.job
         try:
-            done, failed, alone = self._earlier(index)
+            done, failed = self._earlier(index)
         except OSError as failure:
             return Failure(index, one_line(failure))
         if done:
             return done
         outcome = Failure(index, f"its worker died or hung {failed} times")
-        # After a crash each shard of that process is retried alone: we do not know which one caused it. A shard that
-        # was not alone gets one extra attempt.
-        most = job.max_attempts if alone else max(job.max_attempts, failed + 1)
-        with self._places(SHARDS_AT_ONCE if failed else 1):
-            for attempt in range(failed + 1, most + 1):
+        # After a crash each shard of that process is retried alone: we do not know which one caused it. So a shard
+        # whose process died in its first attempt has a second one.
+        most = max(job.max_attempts, 2) if failed == 1 else job.max_attempts
+        for attempt in range(failed + 1, most + 1):
+            with self._places(1 if attempt == 1 else SHARDS_AT_ONCE):
                 try:
-                    commit.begin_attempt(job.output, index, job.run, attempt, alone=failed > 0)
+                    commit.begin_attempt(job.output, index, job.run, attempt)
                     record = self._score(index, ranges, attempt)
                     with contextlib.suppress(OSError):  # an attempt that stays does no harm to a committed shard
                         storage.delete(commit.attempt_uri(job.output, index))
@@ -100,8 +100,8 @@ class ShardScorer:
         finally:
             self.places.release(count)
 
-    def _earlier(self, index: int) -> tuple[Record | None, int, bool]:
-        """The record of a shard that is done, or its failed attempts and whether it was alone in the last one.
+    def _earlier(self, index: int) -> tuple[Record | None, int]:
+        """The record of a shard that is done, and the number of its failed attempts.
 
         If a worker died after the commit, Ray gives the shard to another worker. A failed request to an object store is
         repeated.
@@ -109,7 +109,7 @@ class ShardScorer:
         for retry in range(self.job.max_attempts):
             try:
                 done = commit.done_record(self.job.output, index, self.job.manifest.fingerprint_hash)
-                return done, *commit.failed_attempts(self.job.output, index, self.job.run)
+                return done, commit.failed_attempts(self.job.output, index, self.job.run)
             except OSError:
                 if retry + 1 == self.job.max_attempts:
                     raise
@@ -131,13 +131,14 @@ class ShardScorer:
                 scores = self._in_the_model(teacher, ids_NL, rows, costs)
         with self.deadlines.within(job.shard_timeout):
             if rows and scores:
-                self._check_finite(scores.topk_logprobs_NLK[rows.positions_NK != targets.NO_POSITION])
-                table = targets.targets_table(rows, scores, manifest.vocab_size)
+                self._check_finite(scores["topk_logprobs"][rows.positions_NK != targets.NO_POSITION])
+                table = targets.targets_table(rows, scores, manifest.vocab_size, manifest.temperatures)
                 groups, counts = targets.row_groups(table, rows), targets.counts(rows)
             else:
                 if scores:
-                    self._check_finite(scores.entropy_NL[~np.isin(ids_NL, manifest.special_token_ids)])
-                table = parquet.to_table(index, ids_NL, scores, manifest.vocab_size, manifest.top_k)
+                    self._check_finite(scores["entropy"][~np.isin(ids_NL, manifest.special_token_ids)])
+                form = manifest.vocab_size, manifest.top_k, manifest.temperatures
+                table = parquet.to_table(index, ids_NL, scores, *form)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
             fields = {
                 **counts,
@@ -200,7 +201,7 @@ class ShardScorer:
     def _check_finite(self, values: np.ndarray) -> None:
         """Refuse a teacher that gives NaN, because in a shard NaN means *not scored*. Raises UsageError."""
         if np.isnan(values).any():
-            teacher, dtype = self.job.manifest.teacher, self.job.fingerprint["dtype"]
+            teacher, dtype = self.job.manifest.teacher, self.job.manifest.fingerprint["dtype"]
             raise UsageError(f"{teacher} gives NaN in {dtype}; use --dtype float32, or another teacher")
 
     @cached_property
@@ -218,10 +219,10 @@ class ShardScorer:
             raise Stopped
         job = self.job
         directory = local_checkpoint(job.manifest.teacher or "")
-        if weights_hash(directory) != job.fingerprint["teacher"]:
+        if weights_hash(directory) != job.manifest.fingerprint["teacher"]:
             raise RunError(f"{directory} on {platform.node()} has other weights than where the job was started")
-        compile = job.fingerprint["compile"]
-        teacher = Teacher.of(job.manifest, directory, compile=compile, trust_remote_code=job.trust_remote_code)
+        compile = job.manifest.fingerprint["compile"]
+        teacher = Teacher(job.manifest, directory, compile=compile, trust_remote_code=job.trust_remote_code)
         teacher.stopped = self.stopped
         return teacher
 

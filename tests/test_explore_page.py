@@ -39,9 +39,8 @@ def later(sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = read_rows(manifest, entry, Columns(entropy=True))
         ids_NL, entropy_NL = rows["input_ids"], rows["entropy"].astype(np.float32)
         entropy_NL[:, ::3] = np.nan
-        none = np.empty((*ids_NL.shape, 0), np.int64)
         entropy_NL = (entropy_NL + (ids_NL % 7) / 2 - 1.5).clip(0, np.log(manifest.vocab_size))
-        scores = parquet.Scores(entropy_NL, np.full_like(entropy_NL, np.nan), none, none.astype(np.float32), {})
+        scores = {"entropy": entropy_NL, "surprisal": np.full_like(entropy_NL, np.nan)}
         parts = parquet.row_groups(parquet.to_table(entry.index, ids_NL, scores, manifest.vocab_size, top_k=0))
         record = originals[entry.index].model_dump() | {"fingerprint_hash": hashed}
         records[entry.index] = commit.commit_shard(target, entry.index, parquet.to_parquet(parts), record, 0.0)

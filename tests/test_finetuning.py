@@ -84,10 +84,10 @@ def test_an_epoch_has_every_row_once_in_batches_of_like_length() -> None:
 def test_a_batch_is_what_the_tokenizer_pads(work: Path, data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(work / "teacher")
     split = load(GLUE["rte"], str(data)).train
-    split.texts[1][3] = " ".join(split.texts[1][3].split() * 9)  # to be cut
+    split[3, "sentence2"] = " ".join(split[3, "sentence2"].split() * 9)  # to be cut
     rows = np.array([3, 0, 7])
     ours = encode(split, tokenizer, 24).batch(rows)
-    encoded = [tokenizer(*(texts[row] for texts in split.texts), truncation=True, max_length=24) for row in rows]
+    encoded = [tokenizer(*texts, truncation=True, max_length=24) for *texts, _ in split[rows].rows()]
     theirs = DataCollatorWithPadding(tokenizer)(encoded)
     assert ours.keys() == theirs.keys() and ours["input_ids"].shape[1] == 24
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

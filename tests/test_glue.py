@@ -207,7 +207,7 @@ def test_label_order_is_set_not_inferred(words: list[str], tmp_path: Path) -> No
     for labels in (["not_entailment", "entailment", "not_entailment"], [1, 0, 1], ["1", "0", "1"]):
         write_rows(frame.with_columns(label=pl.Series(labels)), tmp_path / "rte" / "train.jsonl")
         write_rows(frame.with_columns(label=pl.Series(labels)), tmp_path / "rte" / "dev.jsonl")
-        assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train.labels.tolist() == [1, 0, 1]
+        assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train["label"].to_list() == [1, 0, 1]
 
 
 def test_quotation_marks_in_tsv_are_characters(tmp_path: Path) -> None:
@@ -215,14 +215,14 @@ def test_quotation_marks_in_tsv_are_characters(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         (tmp_path / "sst2" / f"{split}.tsv").write_text('sentence\tlabel\n"half a quote\t1\nit\'s "fine"\t0\n')
     loaded = glue.tasks.load(GLUE["sst2"], str(tmp_path))
-    assert loaded.train.texts == [['"half a quote', 'it\'s "fine"']] and loaded.train.labels.tolist() == [1, 0]
+    assert loaded.train.rows() == [('"half a quote', 1), ('it\'s "fine"', 0)]
 
 
 def test_an_empty_field_of_a_tsv_is_an_empty_text(tmp_path: Path) -> None:
     (tmp_path / "rte").mkdir()
     for split in ("train", "dev"):
         (tmp_path / "rte" / f"{split}.tsv").write_text("sentence1\tsentence2\tlabel\na\t\t1\n\tb\t0\n")
-    assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train.texts == [["a", ""], ["", "b"]]
+    assert glue.tasks.load(GLUE["rte"], str(tmp_path)).train.rows() == [("a", "", 1), ("", "b", 0)]
 
 
 def test_mnli_without_its_mismatched_evaluation(work: Path, words: list[str], tmp_path: Path) -> None:

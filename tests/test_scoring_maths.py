@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from entropy_masking import entropy
+from entropy_masking.shards.schema import Manifest
 from pipeline.teacher import Teacher
 
 VOCAB, LENGTH, TOP_K = 211, 24, 8
@@ -51,10 +53,15 @@ def save_random_model(config: AutoConfig, directory: Path) -> Path:
     return directory
 
 
-def teacher(directory: Path, **settings: object) -> Teacher:
-    specials = {"mask_id": MASK, "pad_id": PAD, "special_ids": [PAD, UNK, CLS, SEP, MASK]}
-    defaults = specials | {"vocab_size": VOCAB, "top_k": TOP_K, "length": LENGTH}
-    return Teacher(directory, **(defaults | settings))
+def teacher(directory: Path, compile: bool = False, **settings: Any) -> Teacher:
+    settings = {"passes": 7, "batch_tokens": 8192, "dtype": "float32", "context": "masked"} | settings
+    fields = {
+        **{"sequence_length": LENGTH, "vocab_size": VOCAB, "top_k": TOP_K, "temperatures": []},
+        **{"special_ids": {"mask": MASK, "pad": PAD}, "special_token_ids": [PAD, UNK, CLS, SEP, MASK]},
+    }
+    passes = settings["passes"] if settings["context"] == "masked" else 1
+    manifest = Manifest.model_construct(**(fields | settings | {"passes": passes}), fingerprint=settings)
+    return Teacher(manifest, directory, compile=compile)
 
 
 def reference(directory: Path, ids_NL: np.ndarray, hide: bool) -> dict[tuple[int, int], torch.Tensor]:
@@ -82,15 +89,15 @@ def test_scores_equal_the_float64_reference(tmp_path: Path, name: str, context: 
     scores = teacher(directory, context=context, passes=LENGTH, batch_tokens=5 * LENGTH).score(ids_NL)
     expected = reference(directory, ids_NL, hide=context == "masked")
 
-    scored_NL = ~np.isnan(scores.entropy_NL)
+    scored_NL = ~np.isnan(scores["entropy"])
     assert {tuple(where) for where in np.argwhere(scored_NL).tolist()} == expected.keys()
-    assert (~np.isnan(scores.surprisal_NL) == scored_NL).all()
+    assert (~np.isnan(scores["surprisal"]) == scored_NL).all()
     for (row, position), log_p_V in expected.items():
-        assert scores.entropy_NL[row, position] == pytest.approx(float(-(log_p_V.exp() * log_p_V).sum()), abs=1e-4)
+        assert scores["entropy"][row, position] == pytest.approx(float(-(log_p_V.exp() * log_p_V).sum()), abs=1e-4)
         actual = int(ids_NL[row, position])
-        assert scores.surprisal_NL[row, position] == pytest.approx(-float(log_p_V[actual]), abs=1e-4)
-        ids_K = torch.from_numpy(scores.topk_ids_NLK[row, position]).long()
-        log_p_K = torch.from_numpy(scores.topk_logprobs_NLK[row, position]).double()
+        assert scores["surprisal"][row, position] == pytest.approx(-float(log_p_V[actual]), abs=1e-4)
+        ids_K = torch.from_numpy(scores["topk_ids"][row, position]).long()
+        log_p_K = torch.from_numpy(scores["topk_logprobs"][row, position]).double()
         torch.testing.assert_close(log_p_K, log_p_V[ids_K], atol=1e-4, rtol=0)
         torch.testing.assert_close(log_p_V[ids_K], log_p_V.topk(TOP_K).values, atol=1e-4, rtol=0)
 
@@ -107,7 +114,7 @@ def test_masked_context_hides_the_other_positions_of_the_pass_too(tmp_path: Path
         with torch.no_grad():
             logits = model(inputs_NL.masked_fill(hidden_NL, MASK), attention_mask=(inputs_NL != PAD).long()).logits
         expected = entropy.entropy(logits[hidden_NL])
-        found = torch.from_numpy(scores.entropy_NL)[hidden_NL].double()
+        found = torch.from_numpy(scores["entropy"])[hidden_NL].double()
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -118,10 +125,10 @@ def test_compiled_scores_are_those_of_eager_code(tmp_path: Path, context: str) -
     ids_NL = sequences(7)
     settings = {"context": context, "batch_tokens": 3 * LENGTH, "temperatures": [2.0]}
     eager, compiled = (teacher(directory, **settings, compile=compile).score(ids_NL) for compile in (False, True))
-    np.testing.assert_array_equal(np.isnan(eager.entropy_NL), np.isnan(compiled.entropy_NL))
-    np.testing.assert_allclose(eager.entropy_NL, compiled.entropy_NL, atol=1e-4)
-    np.testing.assert_allclose(eager.topk_logprobs_NLK, compiled.topk_logprobs_NLK, atol=1e-4)
-    np.testing.assert_allclose(eager.temperature_lse_NL[2.0], compiled.temperature_lse_NL[2.0], atol=1e-4)
+    np.testing.assert_array_equal(np.isnan(eager["entropy"]), np.isnan(compiled["entropy"]))
+    np.testing.assert_allclose(eager["entropy"], compiled["entropy"], atol=1e-4)
+    np.testing.assert_allclose(eager["topk_logprobs"], compiled["topk_logprobs"], atol=1e-4)
+    np.testing.assert_allclose(eager["temperature_lse_2"], compiled["temperature_lse_2"], atol=1e-4)
 
 
 def test_temperatures_give_the_softened_distribution(tmp_path: Path) -> None:
@@ -129,11 +136,15 @@ def test_temperatures_give_the_softened_distribution(tmp_path: Path) -> None:
     directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
     ids_NL = sequences(3)
     scores = teacher(directory, passes=LENGTH, temperatures=[0.5, 1.0, 3.0]).score(ids_NL)
-    assert scores.temperature_lse_NL.keys() == {0.5, 3.0}
+    assert scores.keys() - {"entropy", "surprisal", "topk_ids", "topk_logprobs"} == {
+        "temperature_lse_0.5",
+        "temperature_lse_3",
+    }
     for (row, position), log_p_V in reference(directory, ids_NL, hide=True).items():
-        ids_K = torch.from_numpy(scores.topk_ids_NLK[row, position]).long()
-        for temperature, lse_NL in scores.temperature_lse_NL.items():
-            found_K = scores.topk_logprobs_NLK[row, position] / temperature - lse_NL[row, position]
+        ids_K = torch.from_numpy(scores["topk_ids"][row, position]).long()
+        for temperature in (0.5, 3.0):
+            lse = scores[f"temperature_lse_{temperature:g}"][row, position]
+            found_K = scores["topk_logprobs"][row, position] / temperature - lse
             expected_K = (log_p_V / temperature).log_softmax(-1)[ids_K].numpy()
             np.testing.assert_allclose(found_K, expected_K, atol=1e-4)
 
@@ -150,13 +161,13 @@ def test_given_positions_are_scored_in_the_given_inputs(tmp_path: Path) -> None:
     with torch.no_grad():
         log_p_NLV = model(ids_NL, attention_mask=(ids_NL != PAD).long()).logits.log_softmax(-1)
     for row, place in np.ndindex(*positions_NK.shape):
-        found_T = targets.topk_logprobs_NLK[row, place]
+        found_T = targets["topk_logprobs"][row, place]
         if positions_NK[row, place] < 0:
-            assert np.isnan(found_T).all() and not targets.topk_ids_NLK[row, place].any()
+            assert np.isnan(found_T).all() and not targets["topk_ids"][row, place].any()
             continue
         log_p_V = log_p_NLV[row, positions_NK[row, place]]
         np.testing.assert_allclose(found_T, log_p_V.topk(TOP_K).values.numpy(), atol=1e-4)
-        ids_T = torch.from_numpy(targets.topk_ids_NLK[row, place]).long()
+        ids_T = torch.from_numpy(targets["topk_ids"][row, place]).long()
         np.testing.assert_allclose(log_p_V[ids_T].numpy(), found_T, atol=1e-4)
 
 
@@ -175,7 +186,7 @@ def test_flops_are_those_of_the_products(tmp_path: Path) -> None:
 def test_full_context_of_a_masked_lm_sees_the_token(tmp_path: Path) -> None:
     directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
     ids_NL = sequences(3)
-    masked, full = (teacher(directory, context=context).score(ids_NL).entropy_NL for context in ("masked", "full"))
+    masked, full = (teacher(directory, context=context).score(ids_NL)["entropy"] for context in ("masked", "full"))
     assert not np.allclose(masked, full, equal_nan=True, atol=1e-2)
 
 
@@ -184,9 +195,9 @@ def test_half_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
     directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
     ids_NL = sequences(6)
     exact, half = teacher(directory).score(ids_NL), teacher(directory, dtype=dtype).score(ids_NL)
-    difference = np.abs(exact.entropy_NL - half.entropy_NL)[~np.isnan(exact.entropy_NL)]
+    difference = np.abs(exact["entropy"] - half["entropy"])[~np.isnan(exact["entropy"])]
     assert 0 < difference.max() < 0.3
-    assert half.entropy_NL.dtype == np.float32
+    assert half["entropy"].dtype == np.float32
 
 
 def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path: Path) -> None:
@@ -194,10 +205,10 @@ def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path: Path) -> None:
     directory = save_random_model(ARCHITECTURES["bert"], tmp_path)
     ids_NL = sequences(2) % 100
     scores = teacher(directory, vocab_size=100, passes=LENGTH).score(ids_NL)
-    assert scores.topk_ids_NLK.max() < 100
+    assert scores["topk_ids"].max() < 100
     for (row, position), log_p_V in reference(directory, ids_NL, hide=True).items():
         log_p_V = (log_p_V[:100] - log_p_V[:100].logsumexp(0)).double()
-        assert scores.entropy_NL[row, position] == pytest.approx(float(-(log_p_V.exp() * log_p_V).sum()), abs=1e-4)
+        assert scores["entropy"][row, position] == pytest.approx(float(-(log_p_V.exp() * log_p_V).sum()), abs=1e-4)
 
 
 def test_top_k_breaks_ties_by_lower_id() -> None:

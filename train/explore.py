@@ -56,9 +56,11 @@ def main(argv: list[str] | None = None) -> None:
     picks = sample.pick(manifests, options.limit)
     if not picks:
         raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
+    ends = [storage.absolute(uri).rstrip("/").rpartition("/")[2] for uri in directories]
+    names = ends if len(set(ends)) == len(ends) else directories
     sources = [
         Source(name, manifest, sample.frame_of(manifest, picks, view))
-        for name, manifest in zip(names(directories), manifests, strict=True)
+        for name, manifest in zip(names, manifests, strict=True)
     ]
     check_scored(sources)
     summary = summarise(sources, mask, view.label)
@@ -126,16 +128,6 @@ def check_scored(sources: list[Source]) -> None:
             raise UsageError("the two directories hold different tokens; check both with pipeline/verify.py")
         if statistics.side_by_side(sources[0].frame, source.frame).is_empty():
             raise UsageError("the two directories have no scored position in common; name others")
-
-
-def names(uris: list[str]) -> list[str]:
-    """A short name for each directory: the end of its path, long enough to tell them apart."""
-    parts = [storage.absolute(uri).rstrip("/").split("/") for uri in uris]
-    for depth in range(1, max(map(len, parts))):
-        short = ["/".join(part[-depth:]) for part in parts]
-        if len(set(short)) == len(short):
-            return short
-    return ["first", "second"][: len(uris)]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import signal
@@ -20,6 +19,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from entropy_masking import storage
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError, one_line
 from train import resume
@@ -27,7 +27,6 @@ from train.arguments import is_of_device
 
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
 STOP_SECONDS = 1.0  # between two checks for it
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 T = TypeVar("T")
 
@@ -116,7 +115,7 @@ def writing(what: str, output: Path) -> Iterator[None]:
         # torch's writer names the position, not the reason
         cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
         reason = "it was cut short" if cut_short else one_line(error)
-        full = cut_short or any(os.strerror(code) in str(error) for code in FULL)
+        full = cut_short or any(os.strerror(code) in str(error) for code in storage.FULL)
         fix = "make room, then run the command again" if full else "run the command again once it can be written"
         raise RunError(f"cannot write {what} ({reason}); {_last_good(output)}; {fix}") from None
 

@@ -16,10 +16,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
-FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of the machine; other file errors are wrong paths
+FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
 
 
 class Terminated(KeyboardInterrupt):

@@ -59,16 +59,15 @@ def attempt_uri(directory: str, index: int) -> str:
     return storage.join(directory, ATTEMPTS, f"part-{index:05d}.json")
 
 
-def begin_attempt(directory: str, index: int, run: str, attempt: int, alone: bool) -> None:
+def begin_attempt(directory: str, index: int, run: str, attempt: int) -> None:
     """Record that a worker begins a shard: Ray would retry for ever a shard that ends its process."""
-    begun = Attempt(run=run, attempts=attempt, alone=alone)
-    storage.write_json(attempt_uri(directory, index), begun.model_dump())
+    storage.write_json(attempt_uri(directory, index), Attempt(run=run, attempts=attempt).model_dump())
 
 
-def failed_attempts(directory: str, index: int, run: str) -> tuple[int, bool]:
-    """The number of failed attempts of this run on a shard, and whether it was alone in its process in the last one."""
+def failed_attempts(directory: str, index: int, run: str) -> int:
+    """The number of failed attempts of this run on a shard."""
     last = read_if_sound(Attempt, attempt_uri(directory, index))
-    return (last.attempts, last.alone) if last and last.run == run else (0, False)
+    return last.attempts if last and last.run == run else 0
 
 
 def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
@@ -262,6 +261,8 @@ def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str
 
 
 def delete_leftovers(uri: str) -> None:
-    """Delete the temporary files of killed workers in a shard directory."""
-    for folder in ([], ["_records"], [ATTEMPTS]):
-        storage.delete_temporaries(storage.join(uri, *folder))
+    """Delete the temporary files of killed workers. If a process still writes there, its write fails."""
+    if not storage.is_remote(uri):
+        directory = Path(storage.absolute(uri))
+        for temporary in (*directory.glob(".*.tmp"), *directory.glob("_*/.*.tmp")):
+            temporary.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -21,26 +20,9 @@ SCORE_COLUMNS = ("entropy", "surprisal")
 TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The predictions of a teacher at the L positions of N sequences, or at K chosen positions instead of L.
-
-    Natural logarithms; NaN where a position is not scored.
-
-    Attributes:
-        entropy_NL: predictive entropy in nats, float32.
-        surprisal_NL: -log p(actual token) in nats, float32.
-        topk_ids_NLK: the most probable tokens, most probable first, 0 where not scored, int64.
-        topk_logprobs_NLK: their log-probabilities under the full softmax, float32.
-        temperature_lse_NL: by temperature T ≠ 1, ``log Σ e^{z/T} - (1/T)·log Σ e^z``, float32: the log-probabilities
-            of the top k at T are ``topk_logprobs / T - temperature_lse``.
-    """
-
-    entropy_NL: np.ndarray
-    surprisal_NL: np.ndarray
-    topk_ids_NLK: np.ndarray
-    topk_logprobs_NLK: np.ndarray
-    temperature_lse_NL: dict[float, np.ndarray]
+# The predictions of a teacher by column: entropy, surprisal and temperature_lse_T [N, L], topk_* [N, L, k], float32 and
+# int. Targets have K chosen positions instead of L. Natural logarithms; where a position is not scored NaN, and id 0.
+Scores = dict[str, np.ndarray]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -75,12 +57,6 @@ def top_k_fields(vocab_size: int, temperatures: Sequence[float]) -> dict[str, pa
     return {"topk_ids": list_of(token_type(vocab_size)), "topk_logprobs": list_of(pa.float16()), **lse}
 
 
-def top_k_columns(scores: Scores) -> dict[str, np.ndarray]:
-    """Values of the top-k columns."""
-    lse = {temperature_column(t): values for t, values in scores.temperature_lse_NL.items()}
-    return {"topk_ids": scores.topk_ids_NLK, "topk_logprobs": scores.topk_logprobs_NLK, **lse}
-
-
 def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[float] = ()) -> pa.Schema:
     """Arrow schema of a shard of sequences."""
     columns = {"sequence_id": pa.uint64(), "input_ids": list_of(token_type(vocab_size))}
@@ -91,7 +67,14 @@ def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[flo
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_size: int, top_k: int) -> pa.Table:
+def to_table(
+    index: int,
+    input_ids_NL: np.ndarray,
+    scores: Scores | None,
+    vocab_size: int,
+    top_k: int,
+    temperatures: Sequence[float] = (),
+) -> pa.Table:
     """Arrow table of one shard; sequence ids are ``index << 32 | row``.
 
     Raises:
@@ -100,22 +83,26 @@ def to_table(index: int, input_ids_NL: np.ndarray, scores: Scores | None, vocab_
     rows, length = input_ids_NL.shape
     if rows * length * max(1, top_k) >= 1 << 31:  # offsets of an Arrow list are int32
         raise UsageError(f"shard {index} has {rows * length:,} tokens, too many for one file; split its text file")
-    arrow_schema = schema(vocab_size, scores is not None, top_k, list(scores.temperature_lse_NL) if scores else [])
-    columns: dict[str, np.ndarray] = {"input_ids": input_ids_NL}
-    if scores is not None:
-        columns |= {"entropy": scores.entropy_NL, "surprisal": scores.surprisal_NL, **top_k_columns(scores)}
-    arrays = [pa.array((np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64))]
-    for field in list(arrow_schema)[1:]:
-        width = length * top_k if field.name in TOP_K_COLUMNS else length
-        arrays.append(list_array(columns[field.name], np.full(rows, width), field.type))
+    ids_N = (np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64)
+    columns: dict[str, np.ndarray] = {"sequence_id": ids_N, "input_ids": input_ids_NL, **(scores or {})}
+    arrow_schema = schema(vocab_size, scores is not None, top_k, temperatures)
+    return table_of(columns, np.ones((rows, length), bool), arrow_schema)
+
+
+def table_of(columns: dict[str, np.ndarray], kept_NP: np.ndarray, arrow_schema: pa.Schema) -> pa.Table:
+    """Arrow table of N rows. A list column [N, P] or [N, P, k] holds the values of the kept positions, in order."""
+    arrays = []
+    for field in arrow_schema:
+        values, kind = columns[field.name], field.type
+        if pa.types.is_list(kind):
+            values = values[kept_NP]
+            lengths_N = kept_NP.sum(1) * (values.shape[1] if values.ndim == 2 else 1)
+            offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
+            flat = pa.array(values.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
+            arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind))
+        else:
+            arrays.append(pa.array(values, type=kind))
     return pa.Table.from_arrays(arrays, schema=arrow_schema)
-
-
-def list_array(values: np.ndarray, lengths_N: np.ndarray, kind: pa.DataType) -> pa.ListArray:
-    """An Arrow array of N lists of the given lengths, which hold ``values`` in order."""
-    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
-    flat = pa.array(values.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
-    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind)
 
 
 def to_parquet(groups: Sequence[pa.Table]) -> bytes:
@@ -152,7 +139,7 @@ def row_groups(table: pa.Table) -> list[pa.Table]:
 
 def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict[str, float]:
     """The counts in the record of a shard of sequences."""
-    entropy = scores.entropy_NL[~np.isnan(scores.entropy_NL)] if scores else np.empty(0)
+    entropy = scores["entropy"][~np.isnan(scores["entropy"])] if scores else np.empty(0)
     return {
         "rows": len(input_ids_NL),
         "tokens": int((input_ids_NL != pad_id).sum()),

@@ -50,7 +50,6 @@ class Attempt(Model, title="record of an attempt"):
 
     run: str
     attempts: int
-    alone: bool = False  # no other shard was in the worker's process
 
 
 class ShardEntry(Model):

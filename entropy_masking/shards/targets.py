@@ -20,10 +20,9 @@ from entropy_masking.shards.parquet import (
     ROW_GROUP,
     TOP_K_COLUMNS,
     Scores,
-    list_array,
     list_of,
+    table_of,
     temperature_column,
-    top_k_columns,
     top_k_fields,
 )
 
@@ -63,21 +62,11 @@ def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int) -> pa.Table:
+def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int, temperatures: list[float]) -> pa.Table:
     """Arrow table of a target shard; ``scores`` are those of the masked positions [N, K]."""
-    schema = targets_schema(vocab_size, list(scores.temperature_lse_NL))
-    kept_NK = rows.positions_NK != NO_POSITION
-    fixed = {"sequence_id": rows.sequence_id_N, "variant": rows.variant_N, "input_crc32": rows.crc32_N}
-    lists = {"positions": rows.positions_NK, **top_k_columns(scores)}
-    arrays = []
-    for field in schema:
-        if field.name in fixed:
-            arrays.append(pa.array(fixed[field.name], type=field.type))
-        else:
-            values = lists[field.name][kept_NK]
-            width = values.shape[1] if values.ndim == 2 else 1
-            arrays.append(list_array(values, kept_NK.sum(1) * width, field.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
+    columns = {"sequence_id": rows.sequence_id_N, "variant": rows.variant_N, "input_crc32": rows.crc32_N}
+    columns |= {"positions": rows.positions_NK, **scores}
+    return table_of(columns, rows.positions_NK != NO_POSITION, targets_schema(vocab_size, temperatures))
 
 
 def rows_of(table: pa.Table, most: int) -> MaskedRows:

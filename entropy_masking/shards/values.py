@@ -134,22 +134,19 @@ def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[s
     nats, share, scored_L = RESCORED_NATS[dtype], RESCORED_SHARE[dtype], ~np.isnan(stored["entropy"])
     if not scored_L.any():
         return []
-    pairs = {
-        "entropies": (stored["entropy"], again.entropy_NL[0], nats),
-        "surprisals": (stored["surprisal"], again.surprisal_NL[0], 2 * nats),
-    }
+    columns = {"entropies": ("entropy", nats), "surprisals": ("surprisal", 2 * nats)}
     if "topk_ids" in stored:  # sorted by size, so neighbours that changed places differ little
-        pairs["log-probabilities"] = (stored["topk_logprobs"], again.topk_logprobs_NLK[0], 2 * nats)
+        columns["log-probabilities"] = ("topk_logprobs", 2 * nats)
     texts = []
-    for name, (old, new, most) in pairs.items():
-        old_M, new_M = old[scored_L].astype(np.float16), new[scored_L]
+    for name, (column, most) in columns.items():
+        old_M, new_M = stored[column][scored_L].astype(np.float16), again[column][0][scored_L]
         apart_M = np.abs(old_M.astype(np.float32) - new_M)
         if not (apart_M <= most + np.spacing(np.abs(old_M)).astype(np.float32)).mean() >= 1 - share:
             texts.append(f"has {name} up to {apart_M.max():.3f} nats away from the teacher's")
     if "topk_ids" in stored:
-        first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again.topk_logprobs_NLK[0][scored_L]
+        first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again["topk_logprobs"][0][scored_L]
         near_Mk = logprobs_Mk >= logprobs_Mk[:, :1] - 2 * nats
-        same_M = ((again.topk_ids_NLK[0][scored_L] == first_M1) & near_Mk).any(1)
+        same_M = ((again["topk_ids"][0][scored_L] == first_M1) & near_Mk).any(1)
         if not same_M.mean() >= 1 - share:
             texts.append(f"has a different most probable token than the teacher at {(~same_M).sum()} positions")
     return texts

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
 from entropy_masking import storage
@@ -30,32 +29,23 @@ def find_files(part: str) -> list[tuple[str, str]]:
     """(path, name within the corpus) of the files of a path, directory or glob, sorted by name."""
     filesystem, path = storage.resolve(part)
     prefix = part.split("://")[0] + "://" if storage.is_remote(part) else ""
+    walker = ArrowFSWrapper(filesystem)
     if any(character in part for character in "*?[") and not storage.exists(part):
-        root, names = _glob_root(path), _matching(filesystem, path)
+        root, found = _glob_root(path), walker.glob(path, detail=True, on_error="raise")
+    elif (info := filesystem.get_file_info(path)).type == fs.FileType.NotFound:
+        raise UsageError(f"the corpus {part} does not exist")
+    elif info.type == fs.FileType.File:
+        if file_kind(path) is None:
+            raise UsageError(f"{part} has an unknown ending; the known endings are {_endings()}")
+        return [(prefix + path, os.path.basename(path))]
     else:
-        info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            raise UsageError(f"the corpus {part} does not exist")
-        if info.type == fs.FileType.File:
-            root, names = os.path.dirname(path), [path]
-            if file_kind(path) is None:
-                raise UsageError(f"{part} has an unknown ending; the known endings are {_endings()}")
-        else:
-            root, names = path, [name for name in _files_below(filesystem, path) if file_kind(name)]
+        root, found = path, walker.find(path, detail=True, on_error="raise")
+    names = {name: os.path.relpath(name, root) for name, info in found.items() if info["type"] == "file"}
+    with_hidden = "/." in path.removeprefix(root)  # a pattern names them
+    names = {path: name for path, name in names.items() if file_kind(path) and (with_hidden or "/." not in f"/{name}")}
     if not names:
         raise UsageError(f"{part} holds no text files; the known endings are {_endings()}")
-    return [(prefix + name, os.path.relpath(name, root)) for name in sorted(names)]
-
-
-def _files_below(filesystem: fs.FileSystem, root: str) -> Iterator[str]:
-    """Every file below a directory, except hidden ones."""
-    for info in filesystem.get_file_info(fs.FileSelector(root, recursive=True)):
-        if info.type == fs.FileType.File and not _hidden(info.path, root):
-            yield info.path
-
-
-def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith(".") for part in os.path.relpath(path, root).split("/"))
+    return [(prefix + path, name) for path, name in sorted(names.items())]
 
 
 def _glob_root(pattern: str) -> str:
@@ -63,23 +53,6 @@ def _glob_root(pattern: str) -> str:
     parts = pattern.split("/")
     first = next(i for i, part in enumerate(parts) if any(character in part for character in "*?["))
     return "/".join(parts[:first]) or "/"
-
-
-def _matching(filesystem: fs.FileSystem, pattern: str) -> list[str]:
-    """Files that match a shell pattern in which ``**`` stands for any directories."""
-    root = _glob_root(pattern)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        below = os.path.relpath(pattern, root)
-        names = [str(path) for path in Path(root).glob(below) if path.is_file()]
-        if "/." not in f"/{below}":
-            names = [name for name in names if not _hidden(name, root)]
-    else:
-        names = [
-            name
-            for name in _files_below(filesystem, root)
-            if fnmatchcase(name, pattern) and ("**" in pattern or name.count("/") == pattern.count("/"))
-        ]
-    return [name for name in names if file_kind(name)]
 
 
 def file_kind(path: str) -> str | None:

@@ -25,11 +25,12 @@ def render(
     sources: list[Source], mask: MaskPolicy, summary: dict[str, dict[str, str]], texts: list[list[Token]]
 ) -> str:
     """The page of one source, or of two with frames of the same positions. ``texts`` are sequences to show."""
-    spreads = [statistics.spread(source.frame, "entropy") for source in sources]
+    frames = [source.frame for source in sources]
+    spreads = [statistics.spread(frame, "entropy") for frame in frames]
     low, high = min(spread["low"] for spread in spreads), max(spread["high"] for spread in spreads)
     high = max(high, low + 0.5)
     names, vocab_size = [source.name for source in sources], sources[0].manifest.vocab_size
-    has_parts = sources[0].frame["part"].count() > 0
+    has_parts = frames[0]["part"].count() > 0
     return pages.render(
         HERE / "page.html",
         (HERE / "page.js").read_text(encoding="utf-8"),
@@ -44,9 +45,9 @@ def render(
         high=high,
         look=partial(look, low=low, high=high),
         distribution=by_measure(distribution, sources),
-        frequency=by_measure(partial(bars, [source.by_frequency for source in sources]), sources),
-        part=by_measure(partial(bars, [source.by_part for source in sources]), sources) if has_parts else {},
-        position=by_measure(partial(curves, [statistics.by_position(source.frame) for source in sources]), sources),
+        frequency=by_measure(partial(bars, [statistics.by_frequency(frame) for frame in frames]), sources),
+        part=by_measure(partial(bars, [statistics.by_part(frame) for frame in frames]), sources) if has_parts else {},
+        position=by_measure(partial(curves, [statistics.by_position(frame) for frame in frames]), sources),
         two=two_sources(*sources) if len(sources) > 1 else {},
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,14 +68,6 @@ class Source:
     name: str
     manifest: Manifest
     frame: pl.DataFrame
-
-    @cached_property
-    def by_frequency(self) -> pl.DataFrame:
-        return statistics.by_frequency(self.frame)
-
-    @cached_property
-    def by_part(self) -> pl.DataFrame:
-        return statistics.by_part(self.frame)
 
 
 @dataclass(frozen=True)
