@@ -403,7 +403,9 @@ def test_rows_out_of_place_end_the_run(scan: Path, sparse: Path, tmp_path: Path)
         train_here(scan, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, "--max-steps", 1)
 
 
-def test_targets_that_do_not_fit_are_refused(scan: Path, scored: Path, sparse: Path, tmp_path: Path) -> None:
+def test_targets_that_do_not_fit_are_refused(
+    scan: Path, scored: Path, sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lacking = tmp_path / "lacking"
     shutil.copytree(sparse, lacking)
     manifest = json.loads((lacking / "manifest.json").read_text())
@@ -436,8 +438,10 @@ def test_targets_that_do_not_fit_are_refused(scan: Path, scored: Path, sparse: P
             train_here(sequences, tmp_path / "out", *flags, "--max-steps", 1)
         assert "\n" not in str(caught.value)
     same = ["--mask-temperature", 1, "--mask-ratio", 0.3, *AT_ONCE, "--corruption", "bert"]
+    monkeypatch.setattr("train.progress.MOST_CONCENTRATED", -1.0)  # every mask is suspicious
     summary = train_here(scan, tmp_path / "out", *PARQUET, *DISTIL, *targets, *same, "--max-steps", 1)
-    assert summary["flags"]["mask_temperature"] == 1
+    assert all(warning.endswith("; make targets with a smaller --hard-share") for warning in summary["warnings"])
+    assert summary["warnings"] and summary["flags"]["mask_temperature"] == 1
     assert summary["flags"]["targets"] == manifests.read_manifest(str(sparse), kind="targets").fingerprint_hash
 
 
