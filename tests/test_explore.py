@@ -268,6 +268,7 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
         ([scored, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
         ([scored, "--seed", -1], "--seed -1 is out of range"),
         ([scored, "--mask-warmup", 0.5], "--mask-warmup depends on the length of a run"),
+        ([scored, "--predict-by", "surprisal"], "--predict-by has no effect here, because all masked .*; leave it out"),
         ([scored, "--entropy-source", "random", "--hard-share", 0.1], "--hard-share needs scores"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:

@@ -20,6 +20,7 @@ from train.options import parse
 
 BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
 RANDOM = ["--entropy-source", "random"]
+PAPER = ["--entropy-source", "parquet", "--recipe", "paper"]
 UNSUPPORTED = "of transformers.TrainingArguments is not supported; --help lists the supported flags"
 
 
@@ -80,6 +81,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--no-dataloader-pin-memory"], f"--no-dataloader-pin-memory {UNSUPPORTED}"),
         (["--maximal-steps", 3], "--maximal-steps is not a flag of train/run.py; --help lists its flags"),
         (["--max-steps", "three"], "--max-steps: invalid int value: 'three'"),
+        ([*PAPER, "--predict-by", "entropy"], "--predict-by contradicts --recipe paper, which predicts all masked"),
         (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is a URI; use a path"),
     ],
 )

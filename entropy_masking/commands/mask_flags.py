@@ -98,11 +98,11 @@ def _check_uses(given: dict[str, object], recipe: str | None, source: str, train
     # (when the rule holds; by field the only value that may be given, None for no value; the sentence)
     rules: list[tuple[bool, dict[str, object], str]] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
-        (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
-        (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
-        (recipe == "paper", {"predict_ratio": None}, papers),
         (not training, {"warmup": 0.0, "ramp": 0.0}, length),
-        (not training, {"predict_ratio": None}, all_predicted),
+        (not training, {"predict_ratio": None, "predict_by": None}, all_predicted),
+        (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
+        (recipe == "paper", {"predict_ratio": None, "predict_by": None}, papers),
+        (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
         (given.get("by") == "excess" and source != "self", {"by": None}, excess),
         (given.get("predict_ratio", ratio) == ratio, {"predict_by": None}, part),
         (given.get("hard_share") == 0, dict.fromkeys(of_scores), at_random),
