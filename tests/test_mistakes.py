@@ -75,7 +75,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--muon-learning-rate", 0.1, "--optim", "adamw_torch"], "--muon-learning-rate only applies to --optim muon"),
         (["--muon-learning-rate=-1"], "--muon-learning-rate -1 is out of range"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
-        (["--optim-args", "foo"], "transformers refuses these flags"),
+        (["--optim", "sgd", "--optim-args", "foo"], "transformers refuses these flags"),
         (["--accelerator-config", '{"split_batches": true}'], f"--accelerator-config {UNSUPPORTED}"),
         (["--accelerator_config={}"], f"--accelerator_config {UNSUPPORTED}"),
         (["--no-dataloader-pin-memory"], f"--no-dataloader-pin-memory {UNSUPPORTED}"),
@@ -88,6 +88,27 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
 def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:
     assert sentence in refusal(scored, tmp_path / "out", *RANDOM, *flags)
     assert not list(tmp_path.glob("out/*")), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--optim-args", "momentum=1"], "--optim-args has no effect with Muon and AdamW; leave it out"),
+        (["--model", "x/y", "--optim-args", "momentum=1"], "--optim-args has no effect with Muon and AdamW"),
+        (["--entropy-source", "self", "--hard-share", 0, "--self-refresh", "step"], "no effect with --hard-share 0"),
+        (["--eval-steps", 5, "--eval-fraction", 0], "--eval-steps needs held-out shards; set --eval-fraction"),
+        (["--eval-steps", 5, "--eval-strategy", "no"], "leave out --eval-strategy no"),
+        (["--metric-for-best-model", "accuracy"], "--metric-for-best-model only applies to --load-best-model-at-end"),
+        (["--greater-is-better", "false"], "--greater-is-better only applies to --load-best-model-at-end"),
+    ],
+)
+def test_flags_without_effect_are_refused_before_shards_are_read(flags: list[object], sentence: str) -> None:
+    assert sentence in refusal(Path("nowhere"), "out", *RANDOM, *flags)
+
+
+def test_a_schedule_may_follow_the_metric_of_evaluations() -> None:
+    args = parsed("--metric-for-best-model", "accuracy", "--lr-scheduler-type", "greedy")
+    assert args.metric_for_best_model == "accuracy"
 
 
 def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refused(
@@ -109,7 +130,7 @@ def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refus
 def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "summary.json").write_text("{}")
-    refusal(scored, tmp_path, *RANDOM, "--overwrite", "--optim-args", "foo")
+    refusal(scored, tmp_path, *RANDOM, "--overwrite", "--optim", "sgd", "--optim-args", "foo")
     assert (tmp_path / "summary.json").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from entropy_masking.commands.console import flag, option
 from entropy_masking.commands.mask_flags import MOST_SEED
@@ -98,6 +98,8 @@ FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
 )
+# schedules that follow the metric of evaluations
+BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 # ranges of numbers; a number outside would fail late or, worse, not at all
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max

@@ -9,11 +9,11 @@ from typing import Literal, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from entropy_masking.commands.console import option
+from entropy_masking.commands.console import Rule, check_rules, option
 from entropy_masking.commands.mask_flags import MaskOptions
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.arguments import TrainerFlags, check_ranges, training_arguments
+from train.arguments import BY_METRIC, TrainerFlags, check_ranges, training_arguments
 from train.student import SIZES
 
 # AdamW's learning rate, beside Muon and alone, by size of the preset; other models use that of base
@@ -22,6 +22,7 @@ LEARNING_RATES = {
     MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
     "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
 }
+ADAMW = ("adamw_torch", "adamw_torch_fused", None)  # None is the default, one of them
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
 
@@ -81,6 +82,8 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
         raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")
+    options.muon = flags.optim == MUON or (flags.optim is None and _size(options) in SIZES)
+    check_rules(vars(options) | vars(flags), rules(options, flags))
     fill_in(options, flags)
     return options, training_arguments(flags)
 
@@ -92,15 +95,42 @@ def _unsupported(text: str) -> str:
     return f"{name} is not a flag of train/run.py; --help lists its flags"
 
 
+def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
+    """The flags that contradict others or have no effect with them."""
+    paper = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
+    of_self = "{flag} only applies to --entropy-source self; leave it out"
+    at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
+    of_muon = "{flag} only applies to --optim muon; leave it out"
+    no_arguments = "{flag} has no effect with Muon and AdamW; leave it out, or use another --optim"
+    two_places = "{flag} holds shards out, and --eval-shards names other ones to evaluate on; use one"
+    held_out = "{flag} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
+    evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
+    best = "{flag} only applies to --load-best-model-at-end; leave it out"
+    distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
+    evaluates = bool(options.eval_shards) or options.eval_fraction != 0
+    takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC
+    return [
+        (options.recipe == "paper", {"self_refresh": "step"}, paper),
+        (options.entropy_source != "self", {"self_refresh": None}, of_self),
+        (options.hard_share == 0, {"self_refresh": None}, at_random),
+        (not options.muon, {"muon_learning_rate": None, "muon_weight_decay": None}, of_muon),
+        (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
+        (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
+        (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None}, held_out),
+        (flags.eval_strategy == "no", {"eval_steps": None}, evaluations),
+        (not takes_best, {"greater_is_better": None}, best),
+        (not (takes_best or by_metric), {"metric_for_best_model": None}, best),
+        (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
+    ]
+
+
 def fill_in(options: Options, flags: TrainerFlags) -> None:
     """Set the defaults that depend on the model, on other flags and on the machine."""
-    size = options.model.removeprefix("bert-")
-    if flags.optim is None:  # other models (configurations, checkpoints) use AdamW
-        flags.optim = MUON if size in SIZES else TrainingArguments.optim
-    options.muon = flags.optim == MUON
+    size = _size(options)
     if options.muon:
         flags.optim = TrainingArguments.optim  # for the other parameters
         _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
+    _set_missing(flags, optim=TrainingArguments.optim)  # of configurations and checkpoints too
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
     _set_missing(flags, learning_rate=rates.get(size, rates["base"]))
     _set_missing(flags, per_device_train_batch_size=BATCH_SIZES.get(size, BATCH_SIZES["base"]))
@@ -114,6 +144,10 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, eval_strategy="no", eval_on_start=False)
     if options.entropy_source == "self":
         _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # the paper has step
+
+
+def _size(options: Options) -> str:
+    return options.model.removeprefix("bert-")
 
 
 def _set_missing(flags: Options | TrainerFlags, **defaults: object) -> None:

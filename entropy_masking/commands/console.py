@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -20,6 +20,9 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of the machine; other file errors are wrong paths
+
+# when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
+Rule = tuple[bool, Mapping[str, object], str]
 
 
 class Terminated(KeyboardInterrupt):
@@ -63,6 +66,14 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def flag(name: str) -> str:
     """``--mask-ratio`` of ``mask_ratio``."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Callable[[str], str] = flag) -> None:
+    """Refuse flags that contradict others or have no effect with them; None was not given. Raises UsageError."""
+    for holds, allowed, sentence in rules:
+        for name, value in allowed.items():
+            if holds and given.get(name) not in (None, value):
+                raise UsageError(sentence.format(flag=flag_of(name), given=given[name], value=value))
 
 
 def option(help: str, default: object = None, **settings: object) -> Any:
