@@ -54,7 +54,10 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--save-strategy", "epoch"], "--save-strategy: invalid choice: 'epoch'"),
         (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),
         (["--logging-strategy", "epoch"], "--logging-strategy: invalid choice: 'epoch'"),
-        (["--load-best-model-at-end", "--eval-strategy", "steps"], "set --save-steps to --eval-steps"),
+        ([*BEST, "--save-steps", 7], "saves at each evaluation; set --save-steps to 5, or leave it out"),
+        (["--load-best-model-at-end", "--eval-fraction", 0], "--load-best-model-at-end needs held-out shards"),
+        (["--load-best-model-at-end", "--eval-strategy", "no"], "leave out --eval-strategy no"),
+        (["--load-best-model-at-end", "--save-strategy", "no"], "leave out --save-strategy no"),
         ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 keeps only"),
         ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model: invalid choice: 'foo'"),
         (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
@@ -104,6 +107,15 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
 )
 def test_flags_without_effect_are_refused_before_shards_are_read(flags: list[object], sentence: str) -> None:
     assert sentence in refusal(Path("nowhere"), "out", *RANDOM, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [([], 0.2), (["--save-steps", "7"], 7), (["--eval-steps", "5"], 5), (["--eval-strategy", "steps"], 50)],
+)
+def test_the_best_model_is_among_the_checkpoints(flags: list[str], steps: float) -> None:
+    args = parsed("--load-best-model-at-end", *flags)
+    assert (args.save_steps, args.eval_steps) == (steps, steps)
 
 
 def test_a_schedule_may_follow_the_metric_of_evaluations() -> None:

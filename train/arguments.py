@@ -69,7 +69,10 @@ class TrainerFlags:
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
     eval_on_start: bool | None = option("evaluate before the first step (default: unless --eval-strategy is given)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
-    save_steps: float = option("save a checkpoint every N steps; below 1 a share of all steps (default: 500)", 500)
+    save_steps: float | None = option(
+        "save a checkpoint every N steps; below 1 a share of all steps (default: 500, or as --eval-steps with "
+        "--load-best-model-at-end)"
+    )
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
     load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
     metric_for_best_model: Literal["loss", "accuracy"] | None = option("metric of the best evaluation (default: loss)")

@@ -57,10 +57,6 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
 
 def contradictions(options: Options, args: TrainingArguments, teacher: Manifest) -> Iterator[str]:
     """A sentence for each flag that contradicts the machine or the teacher's scores."""
-    if args.load_best_model_at_end and args.save_steps != args.eval_steps:
-        yield "--load-best-model-at-end saves at each evaluation; set --save-steps to --eval-steps"
-    if args.load_best_model_at_end and args.save_total_limit == 1:
-        yield "--save-total-limit 1 keeps only the best checkpoint, not the last; use at least 2"
     workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
     if workers > 1 and ranks > 1:
         yield f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out"

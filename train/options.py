@@ -25,6 +25,7 @@ LEARNING_RATES = {
 ADAMW = ("adamw_torch", "adamw_torch_fused", None)  # None is the default, one of them
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
+SAVE_STEPS = 500
 
 
 @dataclass(kw_only=True)
@@ -105,10 +106,14 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     two_places = "{flag} holds shards out, and --eval-shards names other ones to evaluate on; use one"
     held_out = "{flag} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
     evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
+    checkpoints = "{flag} needs checkpoints; leave out --save-strategy no"
+    steps = "--load-best-model-at-end saves at each evaluation; set {flag} to {value:g}, or leave it out"
+    limit = "{flag} {given} keeps only the best checkpoint, not the last; use at least 2"
     best = "{flag} only applies to --load-best-model-at-end; leave it out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
     takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC
+    not_best = {"load_best_model_at_end": False}
     return [
         (options.recipe == "paper", {"self_refresh": "step"}, paper),
         (options.entropy_source != "self", {"self_refresh": None}, of_self),
@@ -116,8 +121,11 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (not options.muon, {"muon_learning_rate": None, "muon_weight_decay": None}, of_muon),
         (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
-        (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None}, held_out),
-        (flags.eval_strategy == "no", {"eval_steps": None}, evaluations),
+        (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None, **not_best}, held_out),
+        (flags.eval_strategy == "no", {"eval_steps": None, **not_best}, evaluations),
+        (flags.save_strategy == "no", not_best, checkpoints),
+        (takes_best and flags.eval_steps is not None, {"save_steps": flags.eval_steps}, steps),
+        (takes_best and flags.save_total_limit == 1, {"save_total_limit": None}, limit),
         (not takes_best, {"greater_is_better": None}, best),
         (not (takes_best or by_metric), {"metric_for_best_model": None}, best),
         (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
@@ -138,10 +146,13 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
+    if takes_best := flags.load_best_model_at_end:  # it compares checkpoints
+        _set_missing(flags, eval_steps=flags.save_steps)
     if flags.eval_strategy is None and (options.eval_fraction or options.eval_shards):
         # often enough to notice a collapse
         _set_missing(flags, eval_strategy="steps", eval_steps=EVAL_STEPS, eval_on_start=True)
     _set_missing(flags, eval_strategy="no", eval_on_start=False)
+    _set_missing(flags, save_steps=(flags.eval_steps or flags.logging_steps) if takes_best else SAVE_STEPS)
     if options.entropy_source == "self":
         _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # the paper has step
 
