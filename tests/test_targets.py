@@ -426,7 +426,11 @@ def test_targets_that_do_not_fit_are_refused(
         (scan, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.2], "--mask-ratio 0.2 differs from 0.3"),
         (scan, [*PARQUET, *DISTIL, *targets, "--mask-temperature", 0], "--mask-temperature 0.0 differs from 1.0"),
         (scan, [*PARQUET, *DISTIL, *targets, "--hard-share", 0.3], "--hard-share 0.3 differs from 1.0"),
-        (scan, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 differs from 0.3"),
+        (
+            scan,
+            [*PARQUET, *DISTIL, *targets, "--recipe", "paper"],
+            "--mask-ratio 0.15 of --recipe paper .*; leave --recipe out",
+        ),
         (scan, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only differs from bert"),
         (scan, ["--entropy-source", "random", *DISTIL, *targets], "made with --mask-source parquet"),
         (scan, ["--entropy-source", "self", *DISTIL, *targets], "masks that are known before the run"),

@@ -102,12 +102,14 @@ def _names_masks(targets: Manifest) -> bool:
 
 
 def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
-    """The policy of targets, with its seed. Raises UsageError if a mask flag differs."""
+    """The policy of targets, with its seed. Raises UsageError if a mask flag or the recipe differs."""
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
-    recipe = RECIPES["paper"] if options.recipe == "paper" else {}
-    for name, value in (recipe | given_masks(options)).items():
+    recipe, given = RECIPES["paper"] if options.recipe == "paper" else {}, given_masks(options)
+    for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):
-            raise UsageError(f"{mask_flag(name)} {value} differs from {of_targets} in {targets.uri}; leave it out")
+            origin, cause = ("", mask_flag(name)) if name in given else (" of --recipe paper", "--recipe")
+            said = f"{mask_flag(name)} {value}{origin} differs from {of_targets} in {targets.uri}"
+            raise UsageError(f"{said}; leave {cause} out")
     return policy
 
 
