@@ -17,6 +17,8 @@ from entropy_masking.commands.console import flag, option
 from entropy_masking.commands.mask_flags import MOST_SEED
 from entropy_masking.errors import UsageError, one_line
 
+BY_PRESET = "(default: by preset; that of base for other models)"
+
 
 def switch(help: str) -> Any:
     """A flag that is true, false, or None if it is not given."""
@@ -30,13 +32,13 @@ class TrainerFlags:
     output_dir: str = option("directory of the trained model, its checkpoints and its summary", MISSING)
     max_steps: int | None = option("steps of the run (default: from the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
-    per_device_train_batch_size: int | None = option("sequences per batch of a device (default: by the model's size)")
+    per_device_train_batch_size: int | None = option(f"sequences per batch of a device {BY_PRESET}")
     gradient_accumulation_steps: int = option("batches per step on each device (default: 1)", 1)
     per_device_eval_batch_size: int = option("sequences per batch in an evaluation (default: 64)", 64)
 
     optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
     optim_args: str | None = option("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = option("peak learning rate of AdamW, or of --optim (default: by the model's size)")
+    learning_rate: float | None = option(f"peak learning rate of AdamW, or of --optim {BY_PRESET}")
     weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
