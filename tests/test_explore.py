@@ -263,6 +263,7 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
     manifest = json.loads((blank / "manifest.json").read_text())
     for arguments, sentence in (
         ([tmp_path / "nowhere"], "is not a shard directory"),
+        ([scored / "manifest.json"], "manifest.json is not a shard directory"),
         ([blank], "has no entropies"),
         ([scored, "--limit", 0], "--limit 0 is out of range; use at least 1"),
         ([scored, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
@@ -274,6 +275,8 @@ def test_mistakes_are_one_sentence(work: Path, scored: Path, later: Path, tmp_pa
         with pytest.raises(UsageError, match=sentence) as caught:
             explore(*arguments, "--output", tmp_path / "page.html")
         assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"--output .* is a directory; name a file, such as .*/page.html"):
+        explore(tmp_path / "nowhere", "--output", tmp_path)
     (blank / "manifest.json").write_text(json.dumps(manifest | {"scored": True}))
     with pytest.raises(UsageError, match="hold different tokens"):
         explore(scored, blank)

@@ -123,6 +123,11 @@ def test_a_schedule_may_follow_the_metric_of_evaluations() -> None:
     assert args.metric_for_best_model == "accuracy"
 
 
+def test_shards_that_are_a_file(scored: Path, tmp_path: Path) -> None:
+    sentence = "manifest.json is not a shard directory (it has no manifest.json); make one with pipeline/score.py"
+    assert sentence in refusal(scored / "manifest.json", tmp_path / "out", *RANDOM)
+
+
 def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -88,6 +88,8 @@ def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
     directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
     check_ranges(flags)
     (options,) = parser.parse_dict(flags)
+    if options.output and storage.exists(options.output) and storage.size(options.output) is None:
+        raise UsageError(f"--output {options.output} is a directory; name a file, such as {options.output}/page.html")
     return options, directories
 
 
