@@ -23,8 +23,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="glue/run.py", description=description, formatter_class=form)
+    parser = console.Parser(prog="glue/run.py", description=description)
     add, positive = parser.add_argument, console.positive
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)

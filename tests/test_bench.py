@@ -99,6 +99,7 @@ def test_screen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, sentence",
     [
+        (["--bimp", "x"], "error: --bimp is not a flag of bench/screen.py; the nearest is --blimp"),
         (["--blimp", "nowhere"], "nowhere/blimp has no blimp as .parquet"),
         (["--glue", "nowhere"], "nowhere/sst2 has no train or train_subset as .parquet"),
         (["--reference", "./nowhere"], "there is no model directory ./nowhere"),

@@ -322,7 +322,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
             )
     flags = ["--model", "x", "--output", "x"]
     for wrong in ("--limit-pairs=-1", "--pll=other"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UsageError, match=f"argument {wrong.partition('=')[0]}: "):
             parse([*flags, "--tasks=blimp", wrong], "")
     with pytest.raises(UsageError, match="--limit-pairs only applies to the task blimp"):
         parse([*flags, "--tasks=cola", "--limit-pairs=1"], "")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from entropy_masking.commands.console import Rule, check_rules, option
-from entropy_masking.commands.mask_flags import MaskOptions
+from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
 from train.arguments import BY_METRIC, TrainerFlags, check_ranges, training_arguments
@@ -59,27 +58,20 @@ class Options(MaskOptions):
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
 
 
-class Parser(HfArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
     """Flags → options and training arguments. Raises UsageError for unknown or unsupported flags and wrong values."""
-    parser = Parser(
-        [Options, TrainerFlags],  # type: ignore[list-item]
-        usage="train/run.py --shards DIR --entropy-source SOURCE --output-dir DIR …",
+    parser = OptionsParser(
+        [Options, TrainerFlags],
+        prog="train/run.py",
+        usage="%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …",
         description=description,
-        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     options, flags, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise UsageError(_unsupported(unknown[0]))
+        raise UsageError(_unsupported(unknown[0]) or parser.unknown(unknown[0]))
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
         raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")
@@ -89,11 +81,11 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingAr
     return options, training_arguments(flags)
 
 
-def _unsupported(text: str) -> str:
+def _unsupported(text: str) -> str | None:
     name = text.partition("=")[0]
-    if name.lstrip("-").replace("-", "_").removeprefix("no_") in TrainingArguments.__dataclass_fields__:
-        return f"{name} of transformers.TrainingArguments is not supported; --help lists the supported flags"
-    return f"{name} is not a flag of train/run.py; --help lists its flags"
+    if name.lstrip("-").replace("-", "_").removeprefix("no_") not in TrainingArguments.__dataclass_fields__:
+        return None
+    return f"{name} of transformers.TrainingArguments is not supported; --help lists the supported flags"
 
 
 def rules(options: Options, flags: TrainerFlags) -> list[Rule]:

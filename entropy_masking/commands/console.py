@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import math
 import os
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from tqdm import tqdm
 
@@ -79,6 +80,30 @@ def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Cal
 def option(help: str, default: object = None, **settings: object) -> Any:
     """A field of a dataclass of flags. It is None if the flag is not given and has no default."""
     return field(default=default, metadata={"help": help, **settings})
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose description is shown as it is written, and whose errors are a UsageError."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        flags, unknown = self.parse_known_args(args)
+        if unknown:
+            raise UsageError(self.unknown(unknown[0]))
+        return flags
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def unknown(self, text: str) -> str:
+        """A sentence about a flag that does not exist."""
+        name = text.partition("=")[0]
+        flags = [known for known in self._option_string_actions if "_" not in known]
+        near = difflib.get_close_matches(name, flags, 1)
+        hint = f"the nearest is {near[0]}, and --help lists all" if near else "--help lists its flags"
+        return f"{name} is not a flag of {self.prog}; {hint}"
 
 
 def positive(text: str) -> int:

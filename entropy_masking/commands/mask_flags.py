@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from entropy_masking.commands.console import Rule, check_rules, flag, option
+from transformers import HfArgumentParser
+
+from entropy_masking.commands.console import Parser, Rule, check_rules, flag, option
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.schema import Manifest
@@ -56,6 +58,10 @@ class MaskOptions:
         "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"
     )
     mask_unit: Literal["token", "word"] | None = option("mask token by token (default), or word by word")
+
+
+class OptionsParser(Parser, HfArgumentParser):
+    """A parser of dataclasses of flags."""
 
 
 def mask_policy(
