@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from entropy_masking.commands import console
 from entropy_masking.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,9 +21,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "107
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
 
-def new_parser(description: str | None) -> argparse.ArgumentParser:
+def new_parser(description: str | None) -> console.Parser:
     """A parser whose help begins with the docstring of a bench."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return console.Parser(prog=f"bench/{Path(sys.argv[0]).name}", description=description)
 
 
 def keep_buffers() -> None:

@@ -16,9 +16,9 @@ resumes a screen. Prints the table, and as the last line the same as one JSON ob
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -30,13 +30,11 @@ import polars as pl
 
 from bench.commands import Commands, new_parser
 from bench.recipes import LENGTH, RECIPES, ROWS, SIZES
+from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
-from entropy_masking.shards import commit, parquet
-from entropy_masking.shards.manifests import load_tokenizer, read_manifest
-from entropy_masking.shards.read import Columns, read_rows
-from entropy_masking.shards.schema import Run
+from entropy_masking.models.checkpoints import local_checkpoint
 from glue.intervals import estimate
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
@@ -96,7 +94,26 @@ def parse() -> argparse.Namespace:
     for name in list(args.rows):
         while (name := RECIPES[name].baseline) not in args.rows:
             args.rows.insert(0, name)
+    check_paths(args)
     return args
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Make the paths absolute, because commands run in another directory. Raises UsageError for a wrong one."""
+    if args.reference:
+        args.reference = local_checkpoint(args.reference)
+    if args.blimp:
+        args.blimp = Path(args.blimp).absolute()
+        find_file(args.blimp / "blimp", "blimp")
+    if args.glue:
+        args.glue = Path(args.glue).absolute()
+        for name in TUNED:
+            training_file(args.glue, name)
+
+
+def training_file(data: Path, name: str) -> Path:
+    """The training rows of a task. Raises UsageError if there is no such file."""
+    return find_file(data / TASKS[name].directory, "train", "train_subset")
 
 
 class Screen:
@@ -189,11 +206,12 @@ class Screen:
             directory = self.output / "glue-data" / task.directory
             if (directory / f"dev{ending}.parquet").exists():
                 continue
-            rows = read_file(find_file(Path(self.args.glue) / task.directory, "train", "train_subset"))
+            rows = read_file(training_file(self.args.glue, name))
             rows = rows.sample(min(wanted, len(rows)), shuffle=True, seed=0)
-            directory.mkdir(parents=True, exist_ok=True)
-            rows[self.size.dev_rows :].write_parquet(directory / "train.parquet")
-            rows[: self.size.dev_rows].write_parquet(directory / f"dev{ending}.parquet")
+            # the dev rows come last, because they mark the task as done
+            for part, own in (("train", rows[self.size.dev_rows :]), (f"dev{ending}", rows[: self.size.dev_rows])):
+                own.write_parquet(buffer := io.BytesIO())
+                storage.write_bytes(str(directory / f"{part}.parquet"), buffer.getvalue())
 
     def choose_rate(self) -> float:
         """The learning rate of fine-tuning that is best for the baseline's first trunk."""
@@ -267,32 +285,6 @@ def difference(values: np.ndarray) -> str:
     if over_trunks.low is None:
         return f"{over_trunks.mean:+.3f}"
     return f"{over_trunks.mean:+.3f} [{over_trunks.low:+.3f}, {over_trunks.high:+.3f}]"
-
-
-def shuffle_scores(source: str, target: str) -> None:
-    """A shard directory with the tokens of another and its scores shuffled within each row: a control."""
-    manifest = read_manifest(source)
-    fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
-    changes = {"fingerprint": fingerprint, "fingerprint_hash": storage.sha256_json(fingerprint)}
-    commit.begin_run(target, Run(fingerprint=fingerprint, shards=manifest.planned_shards))
-    commit.save_tokenizer(load_tokenizer(source), target)
-    originals = commit.read_records(source)
-    records = commit.done_records(target, manifest.planned_shards, changes["fingerprint_hash"])
-    for entry in [entry for entry in manifest.shards if entry.index not in records]:
-        started, rng = time.monotonic(), np.random.default_rng(entry.index)
-        rows = read_rows(manifest, entry, Columns(entropy=True, surprisal=True))
-        scored_NL = ~np.isnan(rows["entropy"])
-        order = np.lexsort((rng.random(scored_NL.shape)[scored_NL], scored_NL.nonzero()[0]))  # by row, then at random
-        for name in parquet.SCORE_COLUMNS:
-            rows[name] = rows[name].copy()  # what is read of Arrow cannot be written to
-            rows[name][scored_NL] = rows[name][scored_NL][order]
-        scores = {name: rows[name] for name in parquet.SCORE_COLUMNS}
-        shard = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
-        fields = originals[entry.index].model_dump() | {"fingerprint_hash": changes["fingerprint_hash"]}
-        data = parquet.to_parquet(parquet.row_groups(shard))
-        records[entry.index] = commit.commit_shard(target, entry.index, data, fields, started)
-    changes |= {"uri": target, "top_k": 0, "temperatures": []}
-    commit.write_manifest(manifest.model_copy(update=changes), records, {})
 
 
 if __name__ == "__main__":

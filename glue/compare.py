@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="glue/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(prog="glue/compare.py", description=__doc__)
     add = parser.add_argument
     add(
         "regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime: output directories of glue/run.py, one per seed"

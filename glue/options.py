@@ -13,14 +13,17 @@ from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
 from glue.tasks import PROBES, TASKS, ZERO_SHOT, Task, choose
 
+# flags that only change fine-tuning, with the value of one that is not given
+TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length"))
+TUNING |= {"limit_train": {}, "drop_overlap": False}
+
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
     """The flags, with ``models`` (paths by name), ``tasks``, ``seeds`` and ``limit_train`` (rows by task) parsed.
 
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="glue/run.py", description=description, formatter_class=form)
+    parser = console.Parser(prog="glue/run.py", description=description)
     add, positive = parser.add_argument, console.positive
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
@@ -30,7 +33,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--protocol", choices=PROTOCOLS, default="cramming", help="(default: cramming)")
     add("--output", required=True, help="directory of the result files; those of named models go to OUTPUT/NAME")
     add("--num-workers", type=positive, default=1, help="Ray workers, each with a GPU or a core (default: 1, no Ray)")
-    add("--gpus-per-worker", type=share, default=1.0, help="a fraction lets several workers share a GPU (default: 1)")
+    add("--gpus-per-worker", type=share, help="a fraction lets several workers share a GPU (default: 1)")
     add("--learning-rate", type=console.positive_float, help="instead of the protocol's")
     add("--epochs", type=positive, help="instead of the protocol's")
     add("--batch-size", type=positive, help="instead of the protocol's")
@@ -56,11 +59,17 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     args.limit_train = parse_limits(args.limit_train, args.tasks)
     if args.data and all(task.name in PROBES for task in args.tasks):
         raise UsageError("the probes are made from installed packages; leave out --data")
-    if not any(task.name in ZERO_SHOT for task in args.tasks):
-        for flag, value in {"--pll": args.pll, "--limit-pairs": args.limit_pairs}.items():
-            if value:
-                raise UsageError(f"{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out")
-    args.pll = args.pll or FORMS[0]
+    tuned = [task.name for task in args.tasks if task.name not in ZERO_SHOT]
+    of_blimp = "{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out"
+    of_tuning = "{flag} has no effect on blimp, which is scored without fine-tuning; leave it out"
+    of_workers = "{flag} needs several workers; set --num-workers above 1, or leave it out"
+    rules: list[console.Rule] = [
+        (len(tuned) == len(args.tasks), {"pll": None, "limit_pairs": None}, of_blimp),
+        (not tuned, TUNING, of_tuning),
+        (args.num_workers == 1, {"gpus_per_worker": None}, of_workers),
+    ]
+    console.check_rules(vars(args), rules)
+    args.pll, args.gpus_per_worker = args.pll or FORMS[0], args.gpus_per_worker or 1.0
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.absolute(args.output) != args.output:
         raise UsageError(f"--output {args.output} would be lost with the job's directory; name an absolute path")
     return args

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import polars as pl
 
-from entropy_masking import docstrings
+from entropy_masking.commands import docstrings
 
 PACKAGES = docstrings.PACKAGES
 # other names of packages in prose and code

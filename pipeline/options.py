@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import psutil
-from transformers import HfArgumentParser
 
 from entropy_masking import storage
 from entropy_masking.commands.console import flag, not_negative, option, positive, positive_float
-from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, mask_policy
+from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 
@@ -44,12 +43,7 @@ class TargetOptions(MaskOptions):
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
     """Flags → settings; ``policy`` (the masks to score) replaces the mask flags. Raises UsageError."""
-    parser = HfArgumentParser(
-        TargetOptions,  # type: ignore[arg-type]
-        prog="pipeline/score.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionsParser(TargetOptions, prog="pipeline/score.py", description=description)
     add_flags(parser)
     args = parser.parse_args(argv)
     options = TargetOptions(**{name: getattr(args, name) for name in TargetOptions.__dataclass_fields__})

@@ -7,7 +7,6 @@ python pipeline/status.py s3://bucket/scored --json
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -27,9 +26,7 @@ NAMED = 20  # most workers and shards that are listed
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="pipeline/status.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(prog="pipeline/status.py", description=__doc__)
     parser.add_argument("directory", help="shard directory of a run, a path or a URI")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

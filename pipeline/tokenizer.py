@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="pipeline/tokenizer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(prog="pipeline/tokenizer.py", description=__doc__)
     add = parser.add_argument
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")

@@ -53,9 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="pipeline/verify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.Parser(prog="pipeline/verify.py", description=__doc__)
     add = parser.add_argument
     add("directory", help="shard directory, a path or a URI")
     add("--deep", action="store_true", help="check every value, not only the files")

@@ -96,6 +96,20 @@ def test_screen(tmp_path: Path) -> None:
     assert "--rows names 'no-such'" in refused(*command, "--rows", "no-such")
 
 
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--bimp", "x"], "error: --bimp is not a flag of bench/screen.py; the nearest is --blimp"),
+        (["--blimp", "nowhere"], "nowhere/blimp has no blimp as .parquet"),
+        (["--glue", "nowhere"], "nowhere/sst2 has no train or train_subset as .parquet"),
+        (["--reference", "./nowhere"], "there is no model directory ./nowhere"),
+    ],
+)
+def test_a_screen_checks_its_paths_first(tmp_path: Path, flags: list[str], sentence: str) -> None:
+    assert sentence in refused(*screen(tmp_path, *flags))
+    assert not (tmp_path / "screen").exists()
+
+
 @pytest.mark.exhaustive
 def test_screen_with_tasks(tmp_path: Path, data: Path) -> None:
     """The tasks' dev rows stay unseen: a part of the training rows is the dev set of a screen."""

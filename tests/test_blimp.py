@@ -322,10 +322,15 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
             )
     flags = ["--model", "x", "--output", "x"]
     for wrong in ("--limit-pairs=-1", "--pll=other"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UsageError, match=f"argument {wrong.partition('=')[0]}: "):
             parse([*flags, "--tasks=blimp", wrong], "")
     with pytest.raises(UsageError, match="--limit-pairs only applies to the task blimp"):
         parse([*flags, "--tasks=cola", "--limit-pairs=1"], "")
+    for wrong in ("--epochs=3", "--limit-train=100", "--drop-overlap"):
+        with pytest.raises(UsageError, match="has no effect on blimp, which is scored without"):
+            parse([*flags, "--tasks=blimp", wrong], "")
+    with pytest.raises(UsageError, match="--gpus-per-worker needs several workers; set --num-workers above 1"):
+        parse([*flags, "--tasks=blimp", "--gpus-per-worker=0.5"], "")
     with pytest.raises(UsageError, match="there is no task 'blimp' to train on"):
         parse([*flags, "--tasks=blimp", "--limit-train=blimp=1"], "")
     assert "needs --data" in refused(*GLUE_RUN, "--model", checkpoints["bert"], "--tasks", "blimp", *flags[2:])

@@ -16,7 +16,8 @@ import pytest
 from harness import SCORE, refused
 from transformers import AutoTokenizer
 
-from entropy_masking import docstrings, storage
+from entropy_masking import storage
+from entropy_masking.commands import docstrings
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
 from pipeline.corpus import readers

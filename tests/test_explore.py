@@ -89,16 +89,20 @@ def test_mistakes_are_one_sentence(sharp: Path, tokens: Path, tmp_path: Path) ->
     manifest = json.loads((blank / "manifest.json").read_text())
     for arguments, sentence in (
         ([tmp_path / "nowhere"], "is not a shard directory"),
+        ([sharp / "manifest.json"], "manifest.json is not a shard directory"),
         ([blank], "has no entropies"),
         ([sharp, "--limit", 0], "--limit 0 is out of range; use at least 1"),
         ([sharp, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
         ([sharp, "--seed", -1], "--seed -1 is out of range"),
         ([sharp, "--mask-warmup", 0.5], "--mask-warmup depends on the length of a run"),
+        ([sharp, "--predict-by", "surprisal"], "--predict-by has no effect here, because all masked .*; leave it out"),
         ([sharp, *RANDOM, "--hard-share", 0.1], "--hard-share needs scores"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:
             explore_here(*arguments, "--output", tmp_path / "page.html")
         assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"--output .* is a directory; name a file, such as .*/page.html"):
+        explore_here(tmp_path / "nowhere", "--output", tmp_path)
     (blank / "manifest.json").write_text(json.dumps(manifest | {"scored": True}))
     with pytest.raises(UsageError, match="hold different tokens"):
         explore_here(sharp, blank)

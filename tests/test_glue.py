@@ -318,8 +318,12 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     for flags, sentence in cases:
         with pytest.raises(UsageError, match=sentence):
             glue.run.main([str(flag) for flag in ["--max-length", 32, *flags, *out]])
-    for wrong in ("--learning-rate=-1", "--gpus-per-worker=2"):
-        with pytest.raises(SystemExit):
+    for wrong, sentence in (
+        ("--learning-rate=-1", "argument --learning-rate: -1 is not positive"),
+        ("--gpus-per-worker=2", "argument --gpus-per-worker: 2 is not above 0 and at most 1"),
+        ("--batchsize=8", "--batchsize is not a flag of glue/run.py; the nearest is --batch-size, and --help lists"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
             parse(["--model=x", "--tasks=cola", "--output=x", wrong], "")
     assert "there is no task 'x'" in refused(*GLUE_RUN, *model, *out, "--tasks", "x")
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from train.options import parse
 
 BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
 RANDOM = ["--entropy-source", "random"]
+PAPER = ["--entropy-source", "parquet", "--recipe", "paper"]
 UNSUPPORTED = "of transformers.TrainingArguments is not supported; --help lists the supported flags"
 
 
@@ -53,7 +54,10 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--save-strategy", "epoch"], "--save-strategy: invalid choice: 'epoch'"),
         (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),
         (["--logging-strategy", "epoch"], "--logging-strategy: invalid choice: 'epoch'"),
-        (["--load-best-model-at-end", "--eval-strategy", "steps"], "set --save-steps to --eval-steps"),
+        ([*BEST, "--save-steps", 7], "saves at each evaluation; set --save-steps to 5, or leave it out"),
+        (["--load-best-model-at-end", "--eval-fraction", 0], "--load-best-model-at-end needs held-out shards"),
+        (["--load-best-model-at-end", "--eval-strategy", "no"], "leave out --eval-strategy no"),
+        (["--load-best-model-at-end", "--save-strategy", "no"], "leave out --save-strategy no"),
         ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 keeps only"),
         ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model: invalid choice: 'foo'"),
         (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
@@ -74,18 +78,55 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--muon-learning-rate", 0.1, "--optim", "adamw_torch"], "--muon-learning-rate only applies to --optim muon"),
         (["--muon-learning-rate=-1"], "--muon-learning-rate -1 is out of range"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
-        (["--optim-args", "foo"], "transformers refuses these flags"),
+        (["--optim", "sgd", "--optim-args", "foo"], "transformers refuses these flags"),
         (["--accelerator-config", '{"split_batches": true}'], f"--accelerator-config {UNSUPPORTED}"),
         (["--accelerator_config={}"], f"--accelerator_config {UNSUPPORTED}"),
         (["--no-dataloader-pin-memory"], f"--no-dataloader-pin-memory {UNSUPPORTED}"),
-        (["--maximal-steps", 3], "--maximal-steps is not a flag of train/run.py; --help lists its flags"),
+        (["--maximal-steps", 3], "is not a flag of train/run.py; the nearest is --max-steps, and --help"),
+        (["--zzz"], "--zzz is not a flag of train/run.py; --help lists its flags"),
         (["--max-steps", "three"], "--max-steps: invalid int value: 'three'"),
+        ([*PAPER, "--predict-by", "entropy"], "--predict-by contradicts --recipe paper, which predicts all masked"),
         (["--output-dir", "s3://bucket/x"], "--output-dir s3://bucket/x is a URI; use a path"),
     ],
 )
 def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:
     assert sentence in refusal(scored, tmp_path / "out", *RANDOM, *flags)
     assert not list(tmp_path.glob("out/*")), "nothing is written"
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--optim-args", "momentum=1"], "--optim-args has no effect with Muon and AdamW; leave it out"),
+        (["--model", "x/y", "--optim-args", "momentum=1"], "--optim-args has no effect with Muon and AdamW"),
+        (["--entropy-source", "self", "--hard-share", 0, "--self-refresh", "step"], "no effect with --hard-share 0"),
+        (["--eval-steps", 5, "--eval-fraction", 0], "--eval-steps needs held-out shards; set --eval-fraction"),
+        (["--eval-steps", 5, "--eval-strategy", "no"], "leave out --eval-strategy no"),
+        (["--metric-for-best-model", "accuracy"], "--metric-for-best-model only applies to --load-best-model-at-end"),
+        (["--greater-is-better", "false"], "--greater-is-better only applies to --load-best-model-at-end"),
+    ],
+)
+def test_flags_without_effect_are_refused_before_shards_are_read(flags: list[object], sentence: str) -> None:
+    assert sentence in refusal(Path("nowhere"), "out", *RANDOM, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [([], 0.2), (["--save-steps", "7"], 7), (["--eval-steps", "5"], 5), (["--eval-strategy", "steps"], 50)],
+)
+def test_the_best_model_is_among_the_checkpoints(flags: list[str], steps: float) -> None:
+    args = parsed("--load-best-model-at-end", *flags)
+    assert (args.save_steps, args.eval_steps) == (steps, steps)
+
+
+def test_a_schedule_may_follow_the_metric_of_evaluations() -> None:
+    args = parsed("--metric-for-best-model", "accuracy", "--lr-scheduler-type", "greedy")
+    assert args.metric_for_best_model == "accuracy"
+
+
+def test_shards_that_are_a_file(scored: Path, tmp_path: Path) -> None:
+    sentence = "manifest.json is not a shard directory (it has no manifest.json); make one with pipeline/score.py"
+    assert sentence in refusal(scored / "manifest.json", tmp_path / "out", *RANDOM)
 
 
 def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refused(
@@ -107,7 +148,7 @@ def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refus
 def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "summary.json").write_text("{}")
-    refusal(scored, tmp_path, *RANDOM, "--overwrite", "--optim-args", "foo")
+    refusal(scored, tmp_path, *RANDOM, "--overwrite", "--optim", "sgd", "--optim-args", "foo")
     assert (tmp_path / "summary.json").exists()
 
 

@@ -57,6 +57,23 @@ def test_masking_plain_tensors(run_block: Any, capsys: pytest.CaptureFixture) ->
     assert str(positions_BK) in capsys.readouterr().out
 
 
+def test_a_batch_without_what_its_policy_reads_is_refused(run_block: Any) -> None:
+    example = run_block(0)
+    masker, batch = example["masker"], example["batch"]
+    for policy, lacking in (
+        (MaskPolicy(by="surprisal"), "surprisal to mask by; add it, or mask at random"),
+        (MaskPolicy(by="excess"), "excess to mask by"),
+        (MaskPolicy(warmup=0.3), "progress for a warm-up or a ramp; add it, or set both to 0"),
+        (MaskPolicy(ramp=0.3), "progress for a warm-up or a ramp"),
+        (MaskPolicy(predict_ratio=0.1, predict_by="excess"), "reference to predict by excess"),
+    ):
+        with pytest.raises(ValueError, match=f"the batch has no {lacking}"):
+            masker(batch, policy)
+    progress_B = torch.zeros(2)
+    assert "labels_BP" in masker(batch | {"progress": progress_B}, MaskPolicy(warmup=0.3))
+    assert "labels_BP" in masker(batch, MaskPolicy.random(warmup=0.3, by="excess"))
+
+
 def test_distilling(run_block: Any, scored: Path) -> None:
     """The loop's last batch holds what the shards say of the positions that the trainer's own loader would hide."""
     found = run_block(1)
@@ -170,6 +187,8 @@ def test_by_surprisal(tokenizer: Any) -> None:
         collator([renamed[0] | {"surprisal": [1.0, 2.0]}])
     with pytest.raises(ValueError, match=r"set the policy's warmup and ramp to 0"):
         EntropyMaskingCollator(tokenizer, MaskPolicy(warmup=0.3))
+    with pytest.raises(ValueError, match="excess needs the student's loss, which a collator does not know"):
+        EntropyMaskingCollator(tokenizer, MaskPolicy(by="excess"))
     chosen = MaskPolicy.random(ratio=0.5, predict_ratio=0.1, predict_by="entropy")
     labels_BL = EntropyMaskingCollator(tokenizer, chosen)(rows)["labels"]
     few = EntropyMaskingCollator(tokenizer, MaskPolicy.random(ratio=0.1))(rows)["labels"]

@@ -52,7 +52,8 @@ def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(flags: list[o
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "summary.json").write_text("{}")
     argv = [*flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path]
-    assert "transformers refuses these flags" in refused(*TRAIN, *argv, "--overwrite", "--optim-args", "foo")
+    wrong = ["--overwrite", "--optim", "sgd", "--optim-args", "foo"]
+    assert "transformers refuses these flags" in refused(*TRAIN, *argv, *wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json", "summary.json"]
 
 

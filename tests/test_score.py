@@ -204,6 +204,9 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
     swap_two_words(work / "tokenizer", tmp_path / "swapped")
     assert "does not fit" in score(corpus, teacher, "--tokenizer", tmp_path / "swapped")
     assert "passes: 7 → 5" in refused(*command(work, scored, "--passes", "5"))
+    message = score(corpus, teacher, "--tempratures", 2)
+    assert "--tempratures is not a flag of pipeline/score.py; the nearest is --temperatures" in message
+    assert "usage" not in message
 
 
 def test_a_cluster_that_is_not_there(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,12 +166,12 @@ def test_a_run_masks_the_tokens_that_the_student_is_least_sure_of(
 def said(policy: MaskPolicy, losses: list[float], concentration: list[float], capsys: Any) -> tuple[list[str], str]:
     """The warnings on a history, and what was printed while it came about."""
     state = SimpleNamespace(log_history=[], max_steps=100, is_world_process_zero=True)
-    warner = CollapseWarnings(policy, 1000)
+    warner = CollapseWarnings(policy, 1000, "use less")
     for step, values in enumerate(zip(losses, concentration, strict=True), start=1):
         for name, value in zip(("eval_loss", "mask_concentration"), values, strict=True):
             state.log_history.append({"step": 10 * step, name: value})
             warner.on_log(None, state, None)  # type: ignore[arg-type]
-    resumed = CollapseWarnings(policy, 1000)
+    resumed = CollapseWarnings(policy, 1000, "use less")
     resumed.on_log(None, state, None)  # type: ignore[arg-type]
     assert resumed.warnings == warner.warnings
     return warner.warnings, capsys.readouterr().err
@@ -205,8 +205,25 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
         warnings, printed = said(policy, losses, concentration, capsys)
         assert len(warnings) == len(signs)
         assert all(sign in warning for sign, warning in zip(signs, warnings, strict=True))
+        assert all(warning.endswith("; use less") for warning in warnings)
         # by the run, and again by the one that goes on
         assert sorted(printed.splitlines()) == sorted(2 * [f"warning: {warning}" for warning in warnings])
+
+
+@pytest.mark.parametrize(
+    "flags, remedy",
+    [
+        (["parquet", "--mask-warmup", 0], "use a smaller --hard-share or a longer --mask-warmup"),
+        (["parquet", "--recipe", "paper"], "leave out --recipe paper"),
+        (["self", "--hard-share", 0, "--predict-ratio", 0.1, "--predict-by", "entropy"], "use --predict-by random"),
+    ],
+)
+def test_a_warning_advises_what_this_run_may_change(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], remedy: str
+) -> None:
+    monkeypatch.setattr("train.progress.MOST_CONCENTRATED", -1.0)  # every mask is suspicious
+    warnings = train_here(scored, tmp_path / "out", "--entropy-source", *flags, "--max-steps", 1)["warnings"]
+    assert warnings and all(warning.endswith(f"; {remedy}") for warning in warnings)
 
 
 def test_hard_masks_from_random_weights_collapse_and_the_defaults_do_not(

@@ -124,6 +124,8 @@ def test_mistakes_are_one_sentence(
         ),
         (sharp, [*masks, "--mask-ramp", 0.1], "--mask-ramp depends on the length of a run"),
         (sharp, [*masks, "--predict-ratio", 0.1], "--predict-ratio has no effect here, because all masked"),
+        (sharp, [*masks, "--predict-by", "entropy"], "--predict-by has no effect here, because all masked .*; leave"),
+        (sharp, [*random, "--predict-by", "entropy"], "--predict-by has no effect here, because all masked .*; leave"),
         (sharp, [*masks, "--variants", 0], "--variants 0"),
         (sharp, [*masks, "--variants", 1 << 17], "--variants 131072"),
         (sharp, [*masks, "--mask-seed=-1"], "--mask-seed -1"),

@@ -59,7 +59,7 @@ def test_what_is_no_tokenizer(work: Path, tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.json").write_bytes((work / "teacher" / "config.json").read_bytes())
     with pytest.raises(UsageError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path / "bare"))
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="argument --vocab-size: -5 is not positive"):
         parse(["--corpus=x", "--output=y", "--vocab-size=-5"])
 
 

@@ -210,6 +210,7 @@ def test_an_unfinished_run_says_how_far_it_is(scored: Path, copy: Path, tmp_path
     flip_a_byte(copy)
     assert "part-00002.parquet: is not the file that was committed" in run(*VERIFY, copy, code=1)
     assert "not a shard directory" in refused(*VERIFY, tmp_path)
+    assert "manifest.json is not a shard directory" in refused(*VERIFY, scored / "manifest.json")
 
 
 def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from entropy_masking.commands.console import flag, option
 from entropy_masking.commands.mask_flags import MOST_SEED
 from entropy_masking.errors import UsageError, one_line
+
+BY_PRESET = "(default: by preset; that of base for other models)"
 
 
 def switch(help: str) -> Any:
@@ -30,13 +32,13 @@ class TrainerFlags:
     output_dir: str = option("directory of the trained model, its checkpoints and its summary", MISSING)
     max_steps: int | None = option("steps of the run (default: from the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
-    per_device_train_batch_size: int | None = option("sequences per batch of a device (default: by the model's size)")
+    per_device_train_batch_size: int | None = option(f"sequences per batch of a device {BY_PRESET}")
     gradient_accumulation_steps: int = option("batches per step on each device (default: 1)", 1)
     per_device_eval_batch_size: int = option("sequences per batch in an evaluation (default: 64)", 64)
 
     optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
     optim_args: str | None = option("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = option("peak learning rate of AdamW, or of --optim (default: by the model's size)")
+    learning_rate: float | None = option(f"peak learning rate of AdamW, or of --optim {BY_PRESET}")
     weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
@@ -69,7 +71,10 @@ class TrainerFlags:
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
     eval_on_start: bool | None = option("evaluate before the first step (default: unless --eval-strategy is given)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
-    save_steps: float = option("save a checkpoint every N steps; below 1 a share of all steps (default: 500)", 500)
+    save_steps: float | None = option(
+        "save a checkpoint every N steps; below 1 a share of all steps (default: 500, or as --eval-steps with "
+        "--load-best-model-at-end)"
+    )
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
     load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
     metric_for_best_model: Literal["loss", "accuracy"] | None = option("metric of the best evaluation (default: loss)")
@@ -98,6 +103,8 @@ FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
     *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
 )
+# schedules that follow the metric of evaluations
+BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 # ranges of numbers; a number outside would fail late or, worse, not at all
 MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max

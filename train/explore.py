@@ -12,7 +12,6 @@ student, say, or by an early and a late student. See docs/explore.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,10 @@ from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from transformers import HfArgumentParser
-
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.console import option
-from entropy_masking.commands.mask_flags import MaskOptions, mask_policy
+from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import load_tokenizer, read_manifest
@@ -77,19 +74,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
-    parser = HfArgumentParser(
-        Options,  # type: ignore[arg-type]
-        prog="train/explore.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OptionsParser(Options, prog="train/explore.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("directory", metavar="DIR", help="shard directory with scores, a path or a URI")
     parser.add_argument("other", metavar="DIR2", nargs="?", help="another directory: other scores of the same tokens")
     flags = vars(parser.parse_args(argv))
     directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
     check_ranges(flags)
     (options,) = parser.parse_dict(flags)
+    if options.output and storage.exists(options.output) and storage.size(options.output) is None:
+        raise UsageError(f"--output {options.output} is a directory; name a file, such as {options.output}/page.html")
     return options, directories
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from entropy_masking.commands.console import flag
 from entropy_masking.commands.mask_flags import FIX_SCORES, RECIPES, check_scored, given_masks, mask_flag, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
@@ -57,23 +56,7 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
 
 
 def contradictions(options: Options, args: TrainingArguments, teacher: Manifest) -> Iterator[str]:
-    """A sentence for each flag that contradicts another one, the machine or the teacher's scores."""
-    if options.recipe == "paper" and options.self_refresh == "means":
-        yield "--self-refresh means contradicts --recipe paper, which sets step; leave one out"
-    if options.entropy_source != "self" and options.self_refresh:
-        yield "--self-refresh only applies to --entropy-source self; leave it out"
-    for name in ("muon_learning_rate", "muon_weight_decay"):
-        if not options.muon and getattr(options, name) is not None:
-            yield f"{flag(name)} only applies to --optim muon; leave it out"
-    if options.eval_shards and options.eval_fraction:
-        yield "--eval-fraction holds shards out, and --eval-shards names other ones to evaluate on; use one"
-    for name, wanted in (("eval_on_start", args.eval_on_start), ("eval_strategy", args.eval_strategy != "no")):
-        if wanted and not (options.eval_shards or options.eval_fraction):
-            yield f"{flag(name)} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
-    if args.load_best_model_at_end and args.save_steps != args.eval_steps:
-        yield "--load-best-model-at-end saves at each evaluation; set --save-steps to --eval-steps"
-    if args.load_best_model_at_end and args.save_total_limit == 1:
-        yield "--save-total-limit 1 keeps only the best checkpoint, not the last; use at least 2"
+    """A sentence for each flag that contradicts the machine or the teacher's scores."""
     workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
     if workers > 1 and ranks > 1:
         yield f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out"
@@ -81,10 +64,8 @@ def contradictions(options: Options, args: TrainingArguments, teacher: Manifest)
         use = f"torchrun --nproc-per-node {gpus} train/run.py … or --num-workers {gpus}"
         yield f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES"
     if not options.distill_weight:
-        for name, unused in (("targets", None), ("distill_temperature", 1.0), ("distill_positions", 1.0)):
-            if getattr(options, name) != unused:
-                yield f"{flag(name)} needs distillation; set --distill-weight above 0, or leave it out"
-    elif not options.targets and not teacher.top_k:
+        return
+    if not options.targets and not teacher.top_k:
         yield f"{teacher.uri} has no top-k log-probabilities to distil from; {FIX_SCORES} … --top-k 16"
     elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
         scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
@@ -121,12 +102,14 @@ def _names_masks(targets: Manifest) -> bool:
 
 
 def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
-    """The policy of targets, with its seed. Raises UsageError if a mask flag differs."""
+    """The policy of targets, with its seed. Raises UsageError if a mask flag or the recipe differs."""
     policy = MaskPolicy.from_json((targets.masks or {})["policy"])
-    recipe = RECIPES["paper"] if options.recipe == "paper" else {}
-    for name, value in (recipe | given_masks(options)).items():
+    recipe, given = RECIPES["paper"] if options.recipe == "paper" else {}, given_masks(options)
+    for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):
-            raise UsageError(f"{mask_flag(name)} {value} differs from {of_targets} in {targets.uri}; leave it out")
+            origin, cause = ("", mask_flag(name)) if name in given else (" of --recipe paper", "--recipe")
+            said = f"{mask_flag(name)} {value}{origin} differs from {of_targets} in {targets.uri}"
+            raise UsageError(f"{said}; leave {cause} out")
     return policy
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import MISSING, dataclass, field
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from entropy_masking.commands.console import option
-from entropy_masking.commands.mask_flags import MaskOptions
+from entropy_masking.commands.console import Rule, check_rules, option
+from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.arguments import TrainerFlags, check_ranges, training_arguments
+from train.arguments import BY_METRIC, TrainerFlags, check_ranges, training_arguments
 from train.student import SIZES
 
 # AdamW's learning rate, beside Muon and alone, by size of the preset; other models use that of base
@@ -22,8 +21,10 @@ LEARNING_RATES = {
     MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
     "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
 }
+ADAMW = ("adamw_torch", "adamw_torch_fused", None)  # None is the default, one of them
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
+SAVE_STEPS = 500
 
 
 @dataclass(kw_only=True)
@@ -57,50 +58,79 @@ class Options(MaskOptions):
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
 
 
-class Parser(HfArgumentParser):
-    """A parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
     """Flags → options and training arguments. Raises UsageError for unknown or unsupported flags and wrong values."""
-    parser = Parser(
-        [Options, TrainerFlags],  # type: ignore[list-item]
-        usage="train/run.py --shards DIR --entropy-source SOURCE --output-dir DIR …",
+    parser = OptionsParser(
+        [Options, TrainerFlags],
+        prog="train/run.py",
+        usage="%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …",
         description=description,
-        formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     options, flags, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise UsageError(_unsupported(unknown[0]))
+        raise UsageError(_unsupported(unknown[0]) or parser.unknown(unknown[0]))
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
         raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")
+    options.muon = flags.optim == MUON or (flags.optim is None and _size(options) in SIZES)
+    check_rules(vars(options) | vars(flags), rules(options, flags))
     fill_in(options, flags)
     return options, training_arguments(flags)
 
 
-def _unsupported(text: str) -> str:
+def _unsupported(text: str) -> str | None:
     name = text.partition("=")[0]
-    if name.lstrip("-").replace("-", "_").removeprefix("no_") in TrainingArguments.__dataclass_fields__:
-        return f"{name} of transformers.TrainingArguments is not supported; --help lists the supported flags"
-    return f"{name} is not a flag of train/run.py; --help lists its flags"
+    if name.lstrip("-").replace("-", "_").removeprefix("no_") not in TrainingArguments.__dataclass_fields__:
+        return None
+    return f"{name} of transformers.TrainingArguments is not supported; --help lists the supported flags"
+
+
+def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
+    """The flags that contradict others or have no effect with them."""
+    paper = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
+    of_self = "{flag} only applies to --entropy-source self; leave it out"
+    at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
+    of_muon = "{flag} only applies to --optim muon; leave it out"
+    no_arguments = "{flag} has no effect with Muon and AdamW; leave it out, or use another --optim"
+    two_places = "{flag} holds shards out, and --eval-shards names other ones to evaluate on; use one"
+    held_out = "{flag} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
+    evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
+    checkpoints = "{flag} needs checkpoints; leave out --save-strategy no"
+    steps = "--load-best-model-at-end saves at each evaluation; set {flag} to {value:g}, or leave it out"
+    limit = "{flag} {given} keeps only the best checkpoint, not the last; use at least 2"
+    best = "{flag} only applies to --load-best-model-at-end; leave it out"
+    distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
+    evaluates = bool(options.eval_shards) or options.eval_fraction != 0
+    takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC
+    not_best = {"load_best_model_at_end": False}
+    return [
+        (options.recipe == "paper", {"self_refresh": "step"}, paper),
+        (options.entropy_source != "self", {"self_refresh": None}, of_self),
+        (options.hard_share == 0, {"self_refresh": None}, at_random),
+        (not options.muon, {"muon_learning_rate": None, "muon_weight_decay": None}, of_muon),
+        (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
+        (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
+        (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None, **not_best}, held_out),
+        (flags.eval_strategy == "no", {"eval_steps": None, **not_best}, evaluations),
+        (flags.save_strategy == "no", not_best, checkpoints),
+        (takes_best and flags.eval_steps is not None, {"save_steps": flags.eval_steps}, steps),
+        (takes_best and flags.save_total_limit == 1, {"save_total_limit": None}, limit),
+        (not takes_best, {"greater_is_better": None}, best),
+        (not (takes_best or by_metric), {"metric_for_best_model": None}, best),
+        (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
+    ]
 
 
 def fill_in(options: Options, flags: TrainerFlags) -> None:
     """Set the defaults that depend on the model, on other flags and on the machine."""
-    size = options.model.removeprefix("bert-")
-    if flags.optim is None:  # other models (configurations, checkpoints) use AdamW
-        flags.optim = MUON if size in SIZES else TrainingArguments.optim
-    options.muon = flags.optim == MUON
+    size = _size(options)
     if options.muon:
         flags.optim = TrainingArguments.optim  # for the other parameters
         _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
+    _set_missing(flags, optim=TrainingArguments.optim)  # of configurations and checkpoints too
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
     _set_missing(flags, learning_rate=rates.get(size, rates["base"]))
     _set_missing(flags, per_device_train_batch_size=BATCH_SIZES.get(size, BATCH_SIZES["base"]))
@@ -108,12 +138,19 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
+    if takes_best := flags.load_best_model_at_end:  # it compares checkpoints
+        _set_missing(flags, eval_steps=flags.save_steps)
     if flags.eval_strategy is None and (options.eval_fraction or options.eval_shards):
         # often enough to notice a collapse
         _set_missing(flags, eval_strategy="steps", eval_steps=EVAL_STEPS, eval_on_start=True)
     _set_missing(flags, eval_strategy="no", eval_on_start=False)
+    _set_missing(flags, save_steps=(flags.eval_steps or flags.logging_steps) if takes_best else SAVE_STEPS)
     if options.entropy_source == "self":
         _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # the paper has step
+
+
+def _size(options: Options) -> str:
+    return options.model.removeprefix("bert-")
 
 
 def _set_missing(flags: Options | TrainerFlags, **defaults: object) -> None:

@@ -19,6 +19,7 @@ from entropy_masking.commands import console
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
+from train.options import Options
 
 RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
 MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
@@ -73,8 +74,8 @@ def type_concentration(count_V: Tensor) -> float:
 class CollapseWarnings(TrainerCallback):
     """Warns if masking makes a run worse, once per sign. ``warnings`` holds the warnings so far."""
 
-    def __init__(self, policy: MaskPolicy, vocab_size: int) -> None:
-        self.policy, self.vocab_size = policy, vocab_size
+    def __init__(self, policy: MaskPolicy, vocab_size: int, remedy: str) -> None:
+        self.policy, self.vocab_size, self.remedy = policy, vocab_size, remedy
         self.by_sign: dict[str, str] = {}
 
     @property
@@ -88,9 +89,20 @@ class CollapseWarnings(TrainerCallback):
         late = [entry for entry in state.log_history if entry["step"] >= self.policy.warmup * state.max_steps]
         for sign, sentence in collapse_signs(late, self.vocab_size):
             if sign not in self.by_sign:
-                self.by_sign[sign] = f"{sentence}; use a smaller --hard-share or a longer --mask-warmup"
+                self.by_sign[sign] = f"{sentence}; {self.remedy}"
                 if state.is_world_process_zero:
                     print(f"warning: {self.by_sign[sign]}", file=sys.stderr, flush=True)
+
+
+def remedy(options: Options, policy: MaskPolicy) -> str:
+    """How to use the scores less, by flags that this run may change."""
+    if options.targets:
+        return "make targets with a smaller --hard-share"
+    if options.recipe == "paper":
+        return "leave out --recipe paper"
+    if policy.uniform:
+        return "use --predict-by random"
+    return "use a smaller --hard-share or a longer --mask-warmup"
 
 
 def collapse_signs(history: list[dict[str, float]], vocab_size: int) -> Iterator[tuple[str, str]]:

@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 
 from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
-from train.arguments import deciding_arguments, global_batch
+from train.arguments import BY_METRIC, deciding_arguments, global_batch
 from train.evaluation import DECILES
 from train.inputs import Inputs
 from train.options import Options
@@ -36,8 +36,7 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }
-    by_evaluation = args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-    if args.load_best_model_at_end or by_evaluation:
+    if args.load_best_model_at_end or args.lr_scheduler_type in BY_METRIC:
         run["eval_shards"] = inputs.eval_shards and inputs.eval_shards.fingerprint_hash
     return own | masks | run | deciding_arguments(args)
 

@@ -33,7 +33,7 @@ from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ran
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
 from train.options import Options
-from train.progress import CollapseWarnings, ProgressReport, RunningMeans, score_sums, type_concentration
+from train.progress import CollapseWarnings, ProgressReport, RunningMeans, remedy, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
 
@@ -56,7 +56,7 @@ class MaskedLMTrainer(Trainer):
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which reads its decisions
         self.report = ProgressReport(self.manifest.sequence_length)
-        self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size)
+        self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, remedy(options, self.policy))
         self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
             model=model,

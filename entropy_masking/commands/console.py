@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from tqdm import tqdm
 
@@ -21,6 +22,9 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
+
+# when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
+Rule = tuple[bool, Mapping[str, object], str]
 
 
 class Terminated(KeyboardInterrupt):
@@ -66,9 +70,41 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Callable[[str], str] = flag) -> None:
+    """Refuse flags that contradict others or have no effect with them; None was not given. Raises UsageError."""
+    for holds, allowed, sentence in rules:
+        for name, value in allowed.items():
+            if holds and given.get(name) not in (None, value):
+                raise UsageError(sentence.format(flag=flag_of(name), given=given[name], value=value))
+
+
 def option(help: str, default: object = None, **settings: object) -> Any:
     """A field of a dataclass of flags. It is None if the flag is not given and has no default."""
     return field(default=default, metadata={"help": help, **settings})
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose description is shown as it is written, and whose errors are a UsageError."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        flags, unknown = self.parse_known_args(args)
+        if unknown:
+            raise UsageError(self.unknown(unknown[0]))
+        return flags
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def unknown(self, text: str) -> str:
+        """A sentence about a flag that does not exist."""
+        name = text.partition("=")[0]
+        flags = [known for known in self._option_string_actions if "_" not in known]
+        near = difflib.get_close_matches(name, flags, 1)
+        hint = f"the nearest is {near[0]}, and --help lists all" if near else "--help lists its flags"
+        return f"{name} is not a flag of {self.prog}; {hint}"
 
 
 def positive(text: str) -> int:

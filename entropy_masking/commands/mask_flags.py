@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from entropy_masking.commands.console import flag, option
+from transformers import HfArgumentParser
+
+from entropy_masking.commands.console import Parser, Rule, check_rules, flag, option
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.schema import Manifest
@@ -58,6 +60,10 @@ class MaskOptions:
     mask_unit: Literal["token", "word"] | None = option("mask token by token (default), or word by word")
 
 
+class OptionsParser(Parser, HfArgumentParser):
+    """A parser of dataclasses of flags."""
+
+
 def mask_policy(
     options: MaskOptions, source: str, seed: int, training: bool = True, source_flag: str = "--entropy-source"
 ) -> MaskPolicy:
@@ -95,23 +101,18 @@ def _check_uses(given: dict[str, object], recipe: str | None, source: str, train
     part = "{flag} chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
     of_scores = ("warmup", "ramp", "temperature", "by")
     ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
-    # (when the rule holds; by field the only value that may be given, None for no value; the sentence)
-    rules: list[tuple[bool, dict[str, object], str]] = [
+    rules: list[Rule] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
-        (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
-        (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
-        (recipe == "paper", {"predict_ratio": None}, papers),
         (not training, {"warmup": 0.0, "ramp": 0.0}, length),
-        (not training, {"predict_ratio": None}, all_predicted),
+        (not training, {"predict_ratio": None, "predict_by": None}, all_predicted),
+        (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
+        (recipe == "paper", {"predict_ratio": None, "predict_by": None}, papers),
+        (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
         (given.get("by") == "excess" and source != "self", {"by": None}, excess),
         (given.get("predict_ratio", ratio) == ratio, {"predict_by": None}, part),
         (given.get("hard_share") == 0, dict.fromkeys(of_scores), at_random),
     ]
-    given = given | ({"recipe": recipe} if recipe else {})
-    for holds, allowed, sentence in rules:
-        for name, value in allowed.items():
-            if holds and given.get(name, value) != value:
-                raise UsageError(sentence.format(flag=mask_flag(name), given=given[name], value=value))
+    check_rules(given | {"recipe": recipe}, rules, mask_flag)
 
 
 def given_masks(options: MaskOptions) -> dict[str, object]:

@@ -38,7 +38,7 @@ class EntropyMaskingCollator(TrainerCallback):
 
     Raises:
         ValueError: the tokenizer has no [MASK] or padding token, or does not mark words (word unit). Or the policy has
-            a warm-up or a ramp, or masks and predicts by different scores.
+            a warm-up or a ramp, masks by excess, or masks and predicts by different scores.
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class EntropyMaskingCollator(TrainerCallback):
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ValueError("this tokenizer has no mask or no padding token; use one of a masked language model")
         self.policy, self.pad_to_multiple_of = policy or MaskPolicy(), pad_to_multiple_of
+        if self.policy.uses_scores and self.policy.by == "excess":
+            raise ValueError("excess needs the student's loss, which a collator does not know; use another score")
         if not self.policy.predicts_all and self.policy.predict_by not in ("random", self.policy.by):
             raise ValueError(
                 f"rows have only {self.policy.by}, so {self.policy.predict_by} cannot choose the predicted positions; "

@@ -107,18 +107,22 @@ class Masker:
         """Mask a batch.
 
         Args:
-            batch: ``input_ids`` [B, L], ``sequence_id`` [B], ``epoch`` [B]. Optional: ``progress`` [B] for warm-up and
-                ramp; unless h = 0 the score [B, L] that ``policy.by`` names, or ``score`` instead; the score [B, L]
-                that ``policy.predict_by`` names; ``reference`` [B, L], the reference's surprisal, for ``excess``;
-                ``topk_ids`` and ``topk_logprobs`` [B, L, T] for distillation, and ``temperature_lse`` [B, L] at T ≠ 1;
-                ``padded`` (see ``attention_mask``).
+            batch: ``input_ids`` [B, L], ``sequence_id`` [B], ``epoch`` [B]; unless h = 0 the score [B, L] that
+                ``policy.by`` names, or ``score`` instead, and ``progress`` [B] for a warm-up or a ramp. Optional: the
+                score [B, L] that ``policy.predict_by`` names; ``reference`` [B, L], the reference's surprisal, for
+                ``excess``; ``topk_ids`` and ``topk_logprobs`` [B, L, T] for distillation, and ``temperature_lse``
+                [B, L] at T ≠ 1; ``padded`` (see ``attention_mask``).
 
         Returns:
             input_ids [B, L], positions_BP and labels_BP of the predicted positions; with padding attention_mask [B, L];
             with a teacher teacher_ids_BPT, teacher_logprobs_BPT and temperature_lse_BP. If the batch lacks the score
             for ``predict_by``, all K masked positions are returned, ``predicted_B1`` says how many of them to predict,
             and the student chooses.
+
+        Raises:
+            ValueError: the batch lacks a score, the reference or the progress that the policy needs.
         """
+        _check_batch(batch, policy)
         ids_BL, key = batch["input_ids"], (batch["sequence_id"], batch["epoch"])
         candidates_BL = self.candidates(ids_BL)
         score_BL = candidates_BL if policy.uniform else batch["score" if "score" in batch else policy.by]
@@ -155,3 +159,15 @@ class Masker:
             if "temperature_lse" in batch:
                 masked["temperature_lse_BP"] = batch["temperature_lse"][where]
         return masked
+
+
+def _check_batch(batch: dict[str, Tensor], policy: MaskPolicy) -> None:
+    ranks, phases = not policy.uniform, policy.warmup or policy.ramp
+    by_excess = not policy.predicts_all and policy.predict_by == "excess"
+    for lacks, sentence in (
+        (ranks and not batch.keys() & {policy.by, "score"}, f"{policy.by} to mask by; add it, or mask at random"),
+        (ranks and phases and "progress" not in batch, "progress for a warm-up or a ramp; add it, or set both to 0"),
+        (by_excess and not batch.keys() & {"excess", "reference"}, "reference to predict by excess; add its surprisal"),
+    ):
+        if lacks:
+            raise ValueError(f"the batch has no {sentence}")

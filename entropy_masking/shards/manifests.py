@@ -47,7 +47,7 @@ def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
     """The file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
     try:
         return model.model_validate_json(storage.read_bytes(uri))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]

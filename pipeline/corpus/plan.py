@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_masking import docstrings, storage
+from entropy_masking import storage
+from entropy_masking.commands import docstrings
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri

@@ -1,0 +1,39 @@
+"""The control of the screen: scores that say nothing about their tokens."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from entropy_masking import storage
+from entropy_masking.shards import commit, parquet
+from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.schema import Run
+
+
+def shuffle_scores(source: str, target: str) -> None:
+    """A shard directory with the tokens of another and its scores shuffled within each row: a control."""
+    manifest = read_manifest(source)
+    fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
+    changes = {"fingerprint": fingerprint, "fingerprint_hash": storage.sha256_json(fingerprint)}
+    commit.begin_run(target, Run(fingerprint=fingerprint, shards=manifest.planned_shards))
+    commit.save_tokenizer(load_tokenizer(source), target)
+    originals = commit.read_records(source)
+    records = commit.done_records(target, manifest.planned_shards, changes["fingerprint_hash"])
+    for entry in [entry for entry in manifest.shards if entry.index not in records]:
+        started, rng = time.monotonic(), np.random.default_rng(entry.index)
+        rows = read_rows(manifest, entry, Columns(entropy=True, surprisal=True))
+        scored_NL = ~np.isnan(rows["entropy"])
+        order = np.lexsort((rng.random(scored_NL.shape)[scored_NL], scored_NL.nonzero()[0]))  # by row, then at random
+        for name in parquet.SCORE_COLUMNS:
+            rows[name] = rows[name].copy()  # what is read of Arrow cannot be written to
+            rows[name][scored_NL] = rows[name][scored_NL][order]
+        scores = {name: rows[name] for name in parquet.SCORE_COLUMNS}
+        shard = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
+        fields = originals[entry.index].model_dump() | {"fingerprint_hash": changes["fingerprint_hash"]}
+        data = parquet.to_parquet(parquet.row_groups(shard))
+        records[entry.index] = commit.commit_shard(target, entry.index, data, fields, started)
+    changes |= {"uri": target, "top_k": 0, "temperatures": []}
+    commit.write_manifest(manifest.model_copy(update=changes), records, {})
