@@ -28,6 +28,7 @@ import torch
 from accelerate import skip_first_batches
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer  # noqa: F401 - train/run.py too has imported it before it opens its shards
 
 from bench.commands import measure_in_child, new_parser
 from bench.table import Row, print_table, row

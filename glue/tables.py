@@ -98,31 +98,33 @@ def score_table(table: Comparison) -> Table:
 
 def score_notes(table: Comparison) -> list[str]:
     notes = [
-        "Scores in percent: mean ± sample standard deviation over n pretraining seeds, the fine-tuning seeds of each "
-        "averaged first. One pretraining seed is an anecdote. runs: fine-tunings of a task.",
-        "constant: the score of the best model that predicts the same for every row.",
+        "Scores are in percent: the mean over n pretraining seeds ± their sample standard deviation. The fine-tuning "
+        "seeds of a model are averaged first. One pretraining seed is an anecdote. runs counts the fine-tunings of a "
+        "task.",
+        "constant is the score of the best model that predicts the same for every row.",
     ]
     for task, row in table["tasks"].items():
         if how := row.get("zero_shot"):
             first = f"the first {how['limit_pairs']:,} pairs of each phenomenon" if how["limit_pairs"] else "all pairs"
             notes.append(
-                f"{task}: of {row['eval_rows']:,} pairs ({first}), those whose good sentence has the higher "
-                f"pseudo-log-likelihood ({how['pll']}), without fine-tuning: one run a model. Its constant is chance."
+                f"{task} is the share of {row['eval_rows']:,} pairs ({first}) whose good sentence has the higher "
+                f"pseudo-log-likelihood ({how['pll']}). A model has one run, without fine-tuning. The constant is "
+                "chance."
             )
     if table["eval_loss"]:
         notes.append(
-            "eval loss: cross-entropy on held-out sequences after pretraining, nats; less is better. Its masks are "
-            "random, as random masking trains on, and not the other regimes."
+            "eval loss is the cross-entropy on held-out sequences after pretraining, in nats; lower is better. Its "
+            "masks are random, and only random masking trains on such masks."
         )
     if any(own["collapsed"] for row in table["tasks"].values() for own in row["scores"].values()):
         notes.append(
-            "† In so many runs the model predicts the same for every row; of an average: in so many of its tasks' runs."
+            "† counts the runs whose model predicts the same for every row; an average counts those of its tasks."
         )
     overlaps = [(name, row["overlap"], row["eval_rows"]) for name, row in table["tasks"].items() if row["overlap"]]
     if overlaps:
         counts = ", ".join(f"{name} {overlap:,} of {rows:,}" for name, overlap, rows in overlaps)
-        memory = "Where there are many, the score partly measures memory."
-        notes.append(f"Evaluation rows that are training rows too: {counts}. {memory}")
+        memory = "If there are many, the score partly measures memory."
+        notes.append(f"Some evaluation rows are also training rows: {counts}. {memory}")
     if table["not_computed"]:
         notes.append(f"Not computed: {'; '.join(table['not_computed'].values())}.")
     return notes
@@ -143,10 +145,10 @@ def difference_table(table: Comparison) -> Table:
         texts = [difference(own, digits(label)) for label, own in differences.items()]
         lines.append([name, *texts, seeds(first["n"] if first else 0)])
     note = (
-        f"Regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds that both have, "
-        "and of the fine-tuning seeds that both have: where one has more, this is not the difference of their scores "
-        "above. With one pretraining seed there is no interval: an anecdote. Intervals are not corrected for how many "
-        "there are: of twenty differences that are none, one appears to be."
+        f"Each value is a regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds "
+        "that both have. It uses only the fine-tuning seeds that both have, so it can differ from the difference of "
+        "the scores above. One pretraining seed has no interval: it is an anecdote. The intervals are not corrected "
+        "for multiple comparisons: of twenty true differences of zero, one interval excludes zero on average."
     )
     return Table(f"Difference to {baseline}", [f"minus {baseline}", *rows, "n"], lines, [note])
 
@@ -156,8 +158,8 @@ def set_apart_table(table: Comparison) -> Table:
     unknown = ["not known: not both were pretrained by train/run.py"]
     apart = table["set_apart"] if any(flags != [] for flags in table["set_apart"].values()) else {}
     rows = [[name, "; ".join(unknown if flags is None else flags or ["nothing"])] for name, flags in apart.items()]
-    note = "As the summaries of the models say; seeds apart. What is not named is the same on both sides."
-    return Table("What sets them apart", ["regime", f"other than in {table['baseline']}"], rows, [note], words=True)
+    note = "The flags come from the summaries of the models, without the seeds. All other flags are the same."
+    return Table("What sets them apart", ["regime", f"not as in {table['baseline']}"], rows, [note], words=True)
 
 
 def cost_table(table: Comparison) -> Table:
@@ -168,11 +170,11 @@ def cost_table(table: Comparison) -> Table:
         amounts = [amount(cost.get(key), exact=key in ("n", "steps", "tokens")) for key in shown.values()]
         rows.append([name, cost["regime"] or "", *amounts])
     note = (
-        "Of one student, a mean over n pretraining seeds. Scoring: all of the shards and targets whose scores it "
-        "reads, as if no other student did. total: training and scoring; beside it, where it is known, with the "
-        "teacher's own training. Training FLOPs: forward, backward, and the scores of self-masking. Bytes: of the "
-        "directories that it was given, whether it reads all of their columns or not. Seconds are also of what else "
-        "the machine did; FLOPs are not."
+        "The costs of one student, as means over n pretraining seeds. Scoring covers all shards and targets whose "
+        "scores the student reads, as if no other student read them. total adds training and scoring; the column "
+        "after it, if the teacher's training is known, adds that too. Training FLOPs count forward, backward, and the "
+        "scores of self-masking. bytes on disk are those of whole directories, with the columns that the student does "
+        "not read. Seconds depend on what else the machine did; FLOPs do not."
     )
     return Table("Cost", ["cost", "regime", *shown], rows, [note])
 
@@ -188,8 +190,8 @@ def break_even_table(table: Comparison) -> Table:
         for row in table["break_even"]
     ]
     note = (
-        "From how many epochs of the corpus, or how many students of as many tokens, scoring once costs less than the "
-        f"other way. {ONLINE}: a teacher in memory that makes for each batch what this regime reads."
+        "The number of epochs of the corpus, or of students with as many tokens, from which scoring once costs less "
+        f"than the alternative. {ONLINE}: a teacher in memory computes for each batch what this regime reads."
     )
     return Table("Break-even", ["offline scores pay", "against", *kinds], rows, [note])
 

@@ -86,7 +86,8 @@ def _has_weights(path: Path) -> bool:
 def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
     """A ModernBERT (arXiv 2412.13663) whose layers all attend to the whole sequence, or a BERT.
 
-    There is no dropout: each token occurs only a few times, and fine-tuning uses dropout again.
+    There is no dropout: each token occurs only a few times, and fine-tuning uses dropout again. A classifier on a
+    ModernBERT averages its last hidden states, as the authors' checkpoints do: MLM does not train a summary in [CLS].
     """
     layers, hidden = SIZES[name.removeprefix("bert-")]
     size: dict[str, Any] = {
@@ -101,7 +102,8 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
         return BertConfig(**size)
     roles = {"cls": "cls", "sep": "sep", "pad": "pad", "bos": "cls", "eos": "sep"}
     size |= {f"{name}_token_id": manifest.special_ids[role] for name, role in roles.items()}
-    return ModernBertConfig(**size, intermediate_size=3 * hidden // 2, layer_types=["full_attention"] * layers)
+    size |= {"intermediate_size": 3 * hidden // 2, "layer_types": ["full_attention"] * layers}
+    return ModernBertConfig(**size, classifier_pooling="mean")
 
 
 def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:
