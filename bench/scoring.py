@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bench.commands import ROOT, keep_buffers, new_parser, run_script
 from bench.table import Row, device_name, in_turns, peak_flops, print_table, row
@@ -57,7 +56,7 @@ def main() -> None:
         ids_NL = whole_sequences(scan, args)
         full = scan.model_copy(update={"context": "full", "passes": 1})
         teachers = {"masked": Teacher(scan, directory), "full": Teacher(full, directory)}
-        rows = speeds(teachers, tokenizer, ids_NL, args)
+        rows = speeds(teachers, ids_NL, args)
         if args.job_seconds:
             rows |= overhead(round(args.job_seconds * rows["ours_masked"].value), tokenizer, args, work)
         rows |= sizes(scan, args, work)
@@ -151,10 +150,8 @@ def whole_sequences(scan: Manifest, args: argparse.Namespace) -> np.ndarray:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speeds(
-    teachers: dict[str, Teacher], tokenizer: PreTrainedTokenizerBase, ids_NL: np.ndarray, args: argparse.Namespace
-) -> dict[str, Row]:
-    """Ours, the bare forwards, the naive script and minicons in turns; a ratio compares times of one round."""
+def speeds(teachers: dict[str, Teacher], ids_NL: np.ndarray, args: argparse.Namespace) -> dict[str, Row]:
+    """Ours, the bare forwards and the naive script in turns; a ratio compares times of one round."""
     contestants: dict[str, Callable[[], object]] = {}
     for context, teacher in teachers.items():
         contestants |= {
@@ -162,11 +159,8 @@ def speeds(
             f"bare_{context}": partial(bare_forwards, teacher, forwards(teacher, ids_NL)),
             f"naive_{context}": partial(naive_script, teacher, ids_NL),
         }
-    if scorer := minicons_scorer(teachers["masked"], tokenizer):
-        contestants["minicons"] = partial(score_with_minicons, scorer, teachers["masked"], ids_NL[0])
     seconds = in_turns(contestants, args.rounds)
-    tokens = dict.fromkeys(contestants, ids_NL.size) | {"minicons": ids_NL.shape[1]}
-    rates = {name: tokens[name] / seconds[name] for name in contestants}
+    rates = {name: ids_NL.size / seconds[name] for name in contestants}
     rows = {name: row(rates[name], "tokens/s") for name in contestants}
     peak = peak_flops(args.dtype)
     for context, teacher in teachers.items():
@@ -178,12 +172,6 @@ def speeds(
         rows[f"flops_{context}"] = row(flops, "FLOPs/token")
         if peak:
             rows[f"share_of_peak_{context}"] = row(flops * ours / peak, "of the peak")
-    if scorer:
-        passes = int((~np.isin(ids_NL[0], [tokenizer.cls_token_id, tokenizer.sep_token_id])).sum())
-        ours, theirs = teachers["masked"].passes * rates["ours_masked"], passes * rates["minicons"]
-        rows["ours_encoder"], rows["minicons_encoder"] = row(ours, "tokens/s"), row(theirs, "tokens/s")
-        rows["ours_to_minicons_encoder"] = row(ours / theirs, "×", at_least=1)
-        rows["ours_to_minicons"] = row(rates["ours_masked"] / rates["minicons"], "×")
     return rows
 
 
@@ -226,24 +214,6 @@ def naive_script(teacher: Teacher, ids_NL: np.ndarray) -> None:
                 rows.append(dict(zip(names, values, strict=True)))
         with tempfile.NamedTemporaryFile() as file:
             pq.write_table(pa.Table.from_pylist(rows), file.name)
-
-
-def minicons_scorer(teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """minicons' scorer of masked LMs; None where it is not installed."""
-    try:
-        from minicons.scorer import MaskedLMScorer
-    except ImportError:
-        print("minicons is not installed and left out: pip install 'entropy-masking[bench]'", file=sys.stderr)
-        return None
-    return MaskedLMScorer(teacher.masked_lm.model, str(teacher.device), tokenizer=tokenizer)
-
-
-def score_with_minicons(scorer: Any, teacher: Teacher, ids_L: np.ndarray) -> None:
-    """Surprisals of one sequence, of which minicons masks one token a pass."""
-    ids_1L = torch.from_numpy(ids_L.astype(np.int64))[None].to(teacher.device)
-    encoding = BatchEncoding({"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)})
-    with teacher.autocast():
-        scorer.compute_stats(scorer.prepare_text(encoding))
 
 
 if __name__ == "__main__":
