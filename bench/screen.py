@@ -42,10 +42,10 @@ from train.options import LEARNING_RATES, MUON
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
 COLUMNS = {  # heading of the table: measures whose mean it shows
-    "held-out loss": ["loss"],
-    "surest tenth": ["decile_1"],
-    "least sure tenth": ["decile_10"],
-    "least sure three tenths": ["decile_8", "decile_9", "decile_10"],
+    "all tokens": ["loss"],
+    "easiest 10 %": ["decile_1"],
+    "hardest 10 %": ["decile_10"],
+    "hardest 30 %": ["decile_8", "decile_9", "decile_10"],
     "BLiMP": ["blimp"],
     "GLUE": ["glue"],
 }
@@ -258,7 +258,7 @@ def mean_score(directory: Path) -> float:
 def table(rows: dict[str, Row]) -> str:
     """The rows as Markdown: a baseline's measures, and the differences of the others to their baseline."""
     columns = {heading: own for heading, own in COLUMNS.items() if all(own[0] in row for row in rows.values())}
-    lines = [f"| recipe | minus | n | {' | '.join(columns)} | FLOPs, with scores |"]
+    lines = [f"| recipe | baseline | n | {' | '.join(columns)} | FLOPs, with scoring |"]
     lines += [f"|---|---|---:|{'---:|' * (len(columns) + 1)}"]
     for name, row in rows.items():
         minus = RECIPES[name].baseline

@@ -100,7 +100,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
     checkpoints = "{flag} needs checkpoints; leave out --save-strategy no"
     steps = "--load-best-model-at-end saves at each evaluation; set {flag} to {value:g}, or leave it out"
-    limit = "{flag} {given} keeps only the best checkpoint, not the last; use at least 2"
+    limit = "{flag} {given} keeps only the best checkpoint at the end of a run, not the last; use at least 2"
     best = "{flag} only applies to --load-best-model-at-end; leave it out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
