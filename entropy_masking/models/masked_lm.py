@@ -20,7 +20,7 @@ from entropy_masking.errors import UsageError, one_line
 Select = tuple[Tensor, Tensor]  # rows and columns of positions, two index tensors of one shape
 
 # errors of a forward that does not support such input
-UNFIT = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError)
+UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, AssertionError)
 
 
 class MaskedLM:
