@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,18 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     ray_cluster.connect("train", cpus=options.num_workers)
 
     def ask_to_stop(*_: object) -> None:
+        stop.touch()
         if not log.exists():  # no worker has started
             raise Terminated
-        stop.touch()
 
     previous = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
         config = {"main": main, "argv": [*argv, *_for_workers(options, directory)], "log": log, "overwrite": overwrite}
         code, message = _fit(config, options.num_workers, args.ddp_timeout)
+    except KeyboardInterrupt:  # Ray raises it in place of Terminated
+        if stop.exists():
+            raise Terminated from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
@@ -97,33 +100,30 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    result: Future[Any] = Future()
-
-    def fit() -> None:
-        try:
-            result.set_result(trainer.fit())
-        except Exception as error:
-            result.set_exception(error)
-
-    # in the main thread, Ray Train would handle Ctrl-C
-    threading.Thread(target=fit, daemon=True).start()
-    _show(config["log"], result)
+    # Ctrl-C raises KeyboardInterrupt here as everywhere; Ray's handler would end the process with exit code 1
+    trainer._register_sigint_handler = lambda _controller: None
+    ended = threading.Event()
+    printer = threading.Thread(target=_show, args=(config["log"], ended))
+    printer.start()
     try:
-        return result.result().return_value
+        return trainer.fit().return_value
     except api.TrainingFailedError as error:
         raise RunError(_reason(error)) from None
+    finally:
+        ended.set()
+        printer.join()
 
 
-def _show(log: Path, result: Future[object]) -> None:
-    """Print the lines of ``log`` until there is a result. Ray's own way would add its messages."""
-    shown, ended = 0, False
-    while not ended:
-        ended = bool(wait([result], POLL_SECONDS).done)
+def _show(log: Path, ended: threading.Event) -> None:
+    """Print the lines of ``log`` until ``ended`` is set. Ray's own way would add its messages."""
+    position, last = 0, False
+    while not last:
+        last = ended.wait(POLL_SECONDS)
         if log.exists():  # the first worker creates it
             with open(log) as lines:
-                lines.seek(shown)
+                lines.seek(position)
                 sys.stderr.write(lines.read())
-                shown = lines.tell()
+                position = lines.tell()
             sys.stderr.flush()
 
 
