@@ -42,7 +42,7 @@ from glue.results import read_result
 from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
 from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
 
-MOST_NAMED = 5  # of the trials that failed
+MAX_NAMED = 5  # of the trials that failed
 
 Data = Mapping[str, TaskData | blimp.Pairs]  # by task
 
@@ -60,7 +60,7 @@ class Model:
     output: str
 
     @property
-    def training(self) -> object:
+    def pretraining_summary(self) -> object:
         """Its summary, if it was pretrained by train/run.py."""
         try:
             return storage.read_json(str(self.directory / "summary.json"))
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
     data = {task.name: load_data(args, task.name) for task in args.tasks}
     trials = [
-        plan(args, model, data[task.name], task.name, seed)
+        plan_trial(args, model, data[task.name], task.name, seed)
         for task in args.tasks
         for seed in ([blimp.SEED] if task.name in ZERO_SHOT else args.seeds)
         for model in models.values()
@@ -96,14 +96,14 @@ def main(argv: list[str] | None = None) -> None:
                 failures[str(trial)] = outcome.failure
                 progress.note(f"{trial} failed: {outcome.failure}")
             else:
-                storage.write_json(trial.file, result := report(trial, outcome, models[trial.model]))
-                progress.note(f"{trial}: {in_words(result)}")
+                storage.write_json(trial.file, result := result_fields(trial, outcome, models[trial.model]))
+                progress.note(f"{trial}: {summary_line(result)}")
     for model in models.values():
         done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failures]
         print_results(model.output, [read_result(file) for file in done])
     if failures:
-        named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MOST_NAMED])
-        more = f"; and {len(failures) - MOST_NAMED} more" if len(failures) > MOST_NAMED else ""
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MAX_NAMED])
+        more = f"; and {len(failures) - MAX_NAMED} more" if len(failures) > MAX_NAMED else ""
         raise RunError(f"{len(failures)} of {len(todo)} failed: {named}{more}; the same command tries them again")
 
 
@@ -134,7 +134,7 @@ def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
     return data.without_overlap() if args.drop_overlap else data
 
 
-def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
+def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
     """A trial under the protocol and the flags that override it; BLiMP has one trial per model."""
     key: dict[str, object] = {"task": task, "seed": seed, "protocol": args.protocol}
     grid: tuple[Settings, ...] = ()
@@ -170,7 +170,7 @@ def is_done(trial: Trial) -> bool:
     return True
 
 
-def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callable[[Trial], TrialTokens]:
+def shared_tokens(models: Mapping[str, Model], data: Data, pll: str) -> Callable[[Trial], TrialTokens]:
     """A function that returns the tokens of a trial, made once for all trials with the same tokenizer and task."""
     made: dict[tuple[str, str], TrialTokens] = {}
 
@@ -180,7 +180,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
         if key in made:
             return made[key]
         if isinstance(own, blimp.Pairs):
-            made[key] = blimp.encode(own, model.tokenizer, form)
+            made[key] = blimp.encode(own, model.tokenizer, pll)
         else:
             settings = trial.grid[0]  # the grid varies only learning rates and epochs
             made[key] = encode_task(own, model.tokenizer, settings.max_length, settings.limit_train)
@@ -189,7 +189,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
     return tokens_of
 
 
-def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
+def result_fields(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
     """The contents of the result file."""
     return {
         "task": trial.task.name,
@@ -198,7 +198,7 @@ def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
         "model": {"path": str(model.path), "hash": model.hash},
-        "training": model.training,
+        "training": model.pretraining_summary,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         **outcome.result,
@@ -220,7 +220,7 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
     return lines + ([f"{done} of {len(trials)} results exist already"] if done else [])
 
 
-def in_words(result: dict[str, Any]) -> str:
+def summary_line(result: dict[str, Any]) -> str:
     values = ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items())
     collapsed = ", predicts the same for every row" if result["collapsed"] else ""
     return f"{result['score']:.1f} ({values}{collapsed}) in {result['seconds']:.0f} s"

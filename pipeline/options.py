@@ -11,13 +11,13 @@ import psutil
 
 from entropy_masking import storage
 from entropy_masking.commands.console import flag, not_negative, option, positive, positive_float
-from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, OptionsParser, mask_policy
+from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 
 SEED = 42  # by default, as in a training run
 VARIANTS = 4  # by default, if epochs have different masks
-MOST_VARIANTS = 1 << 16  # they fit a uint16
+MAX_VARIANTS = 1 << 16  # they fit a uint16
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
@@ -62,10 +62,10 @@ def policy_of(options: TargetOptions) -> MaskPolicy | None:
             raise UsageError(f"{flag(given[0])} needs --mask-source, which names the source of the masks")
         return None
     seed = SEED if options.mask_seed is None else options.mask_seed
-    if options.variants is not None and not 1 <= options.variants <= MOST_VARIANTS:
-        raise UsageError(f"--variants {options.variants} is not between 1 and {MOST_VARIANTS}")
-    if not 0 <= seed <= MOST_SEED:
-        raise UsageError(f"--mask-seed {seed} is not between 0 and {MOST_SEED}")
+    if options.variants is not None and not 1 <= options.variants <= MAX_VARIANTS:
+        raise UsageError(f"--variants {options.variants} is not between 1 and {MAX_VARIANTS}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"--mask-seed {seed} is not between 0 and {MAX_SEED}")
     return mask_policy(options, options.mask_source, seed, training=False, source_flag="--mask-source")
 
 

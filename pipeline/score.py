@@ -21,12 +21,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
-from entropy_masking.shards.faults import contract
+from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record, Run
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
-from pipeline.job import Failure, Job, choose_tokenizer, new_job, try_teacher
+from pipeline.job import Failure, Job, choose_tokenizer, new_job, check_teacher_runs
 from pipeline.options import parse
 from pipeline.status import line, totals_lines
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     if todo or args.dry_run:
-        try_teacher(job)  # an error here comes before anything is written and before there are workers
+        check_teacher_runs(job)  # an error here comes before anything is written and before there are workers
     if args.dry_run:
         print_plan(job, len(corpus.shards), len(records))
         return
@@ -135,7 +135,7 @@ def print_plan(job: Job, shards: int, done: int) -> None:
     print(f"would write {job.output}: {shards} shards, {done} of them done")
     print(f"  teacher    {scoring}")
     print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
-    print(f"  columns    {', '.join(contract(manifest).names)}")
+    print(f"  columns    {', '.join(expected_schema(manifest).names)}")
 
 
 if __name__ == "__main__":

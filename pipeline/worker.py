@@ -35,7 +35,7 @@ from pipeline.masking import mask_shard
 from pipeline.teacher import Stopped, Teacher
 
 SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model
-LEAST_BATCH_TOKENS = 64
+MIN_BATCH_TOKENS = 64
 
 
 class ShardScorer:
@@ -75,7 +75,7 @@ class ShardScorer:
         for attempt in range(failed + 1, most + 1):
             with self._places(1 if attempt == 1 else SHARDS_AT_ONCE):
                 try:
-                    commit.begin_attempt(job.output, index, job.run, attempt)
+                    commit.begin_attempt(job.output, index, job.run_id, attempt)
                     record = self._score(index, ranges, attempt)
                     with contextlib.suppress(OSError):  # an attempt that stays does no harm to a committed shard
                         storage.delete(commit.attempt_uri(job.output, index))
@@ -109,7 +109,7 @@ class ShardScorer:
         for retry in range(self.job.max_attempts):
             try:
                 done = commit.done_record(self.job.output, index, self.job.manifest.fingerprint_hash)
-                return done, commit.failed_attempts(self.job.output, index, self.job.run)
+                return done, commit.failed_attempts(self.job.output, index, self.job.run_id)
             except OSError:
                 if retry + 1 == self.job.max_attempts:
                     raise
@@ -187,7 +187,7 @@ class ShardScorer:
                 )
                 break
             except (RuntimeError, MemoryError) as failure:
-                if not _out_of_memory(failure) or batch_tokens // 2 < LEAST_BATCH_TOKENS:
+                if not _out_of_memory(failure) or batch_tokens // 2 < MIN_BATCH_TOKENS:
                     raise
                 batch_tokens //= 2
                 costs["batch_tokens"] = batch_tokens  # marks a shard whose bytes another machine may not reproduce

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import SchedulerType, TrainingArguments
 
 from entropy_masking.commands.console import flag, option
-from entropy_masking.commands.mask_flags import MOST_SEED
+from entropy_masking.commands.mask_flags import MAX_SEED
 from entropy_masking.errors import UsageError, one_line
 
 BY_PRESET = "(default: by preset; that of base for other models)"
@@ -106,26 +106,26 @@ FREE = (
 # schedules that follow the metric of evaluations
 BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 # ranges of numbers; a number outside would fail late or, worse, not at all
-MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
-ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
+MAX_STEPS, MAX_BATCH = 10**12, 10**6  # above them numbers overflow
+ABOVE_0, BELOW_1, MAX = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
     name: (low, high)
     for names, low, high in (
-        ("seed data_seed", 0, MOST_SEED),
-        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MOST),
+        ("seed data_seed", 0, MAX_SEED),
+        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MAX),
         ("adam_beta1 adam_beta2 eval_fraction", 0, BELOW_1),
-        ("logging_steps save_steps eval_steps", ABOVE_0, MOST_STEPS),
-        ("warmup_steps save_total_limit eval_delay", 0, MOST_STEPS),
-        ("max_steps limit sequences", 1, MOST_STEPS),
-        ("per_device_train_batch_size per_device_eval_batch_size", 1, MOST_BATCH),
-        ("gradient_accumulation_steps num_workers", 1, MOST_BATCH),
+        ("logging_steps save_steps eval_steps", ABOVE_0, MAX_STEPS),
+        ("warmup_steps save_total_limit eval_delay", 0, MAX_STEPS),
+        ("max_steps limit sequences", 1, MAX_STEPS),
+        ("per_device_train_batch_size per_device_eval_batch_size", 1, MAX_BATCH),
+        ("gradient_accumulation_steps num_workers", 1, MAX_BATCH),
         ("num_train_epochs", ABOVE_0, 10**9),
         ("ddp_timeout", 1, 10**9),
         ("dataloader_num_workers", 0, 1024),
         ("dataloader_prefetch_factor", 1, 1024),
         ("distill_weight", 0, 1),
         ("distill_positions", ABOVE_0, 1),
-        ("distill_temperature", ABOVE_0, MOST),
+        ("distill_temperature", ABOVE_0, MAX),
     )
     for name in names.split()
 }
@@ -140,7 +140,7 @@ def check_ranges(flags: dict[str, Any]) -> None:
         if name in RANGES and value is not None and not low <= value <= high:
             shown = f"{value:g}" if isinstance(value, float) else value
             least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
-            most = {MOST: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:.10g}")
+            most = {MAX: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:.10g}")
             raise UsageError(f"{flag(name)} {shown} is out of range; use {least}{most}")
 
 

@@ -21,7 +21,7 @@ from entropy_masking.errors import RunError, UsageError
 from train import guard, resume
 from train.options import Options
 
-MOST_FAILURES = 3  # of workers, in one call
+MAX_FAILURES = 3  # of workers, in one call
 POLL_SECONDS = 0.5  # between two reads of the first worker's log
 RAY = ".ray"  # Ray Train's own files, in the output directory
 TERMINATED = 143  # exit code
@@ -92,7 +92,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
         run_config=api.RunConfig(
             name="run",
             storage_path=str(config["log"].parent),
-            failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
+            failure_config=api.FailureConfig(max_failures=MAX_FAILURES),
             # other levels show tracebacks of failures that a restart repairs
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
@@ -163,4 +163,4 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
 def _reason(error: Exception) -> str:
     """One sentence about the last failure of a worker."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    return f"workers died {MOST_FAILURES + 1} times, the last with: {guard.last_line(failures[0])}"
+    return f"workers died {MAX_FAILURES + 1} times, the last with: {guard.last_line(failures[0])}"

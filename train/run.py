@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         flags = deciding_flags(options, args, inputs)
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written, or dropped
         trainer = MaskedLMTrainer(student, args, options, inputs)
-        trainer.try_out()
+        trainer.check_flags()
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run

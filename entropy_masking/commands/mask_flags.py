@@ -12,7 +12,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.schema import Manifest
 
-MOST_SEED = (1 << 32) - 1
+MAX_SEED = (1 << 32) - 1
 FIX_SCORES = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)

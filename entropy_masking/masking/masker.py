@@ -42,11 +42,11 @@ def corrupt(
     original_BK = input_ids_BL.gather(1, where_BK)
     corrupted_BK = torch.full_like(original_BK, mask_id)
     if policy.corruption == "bert":
-        fate_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, where_BK)
-        draw_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, where_BK)
-        random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
-        corrupted_BK = torch.where(fate_BK < MASKED_SHARE, corrupted_BK, random_BK)
-        corrupted_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
+        kind_noise_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, where_BK)
+        id_noise_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, where_BK)
+        random_BK = replacement_ids_R[(id_noise_BK * len(replacement_ids_R)).long()]
+        corrupted_BK = torch.where(kind_noise_BK < MASKED_SHARE, corrupted_BK, random_BK)
+        corrupted_BK = torch.where(kind_noise_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
     # an ignored slot writes what the row's first slot writes, so it changes nothing
     corrupted_BK = torch.where(ignored_BK, original_BK, corrupted_BK)
     corrupted_BK = torch.where(ignored_BK, corrupted_BK[:, :1], corrupted_BK)

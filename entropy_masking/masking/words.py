@@ -59,21 +59,21 @@ def _word_marks(backend: Tokenizer) -> tuple[tuple[str, ...], bool]:
     return ((mark,) if mark else ()), True
 
 
-def apart_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+def non_word_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Which tokens belong to no word, bool [V]: special tokens, whitespace, punctuation.
 
     If marks begin words, a token without a mark does not always continue a word: the comma in ``mat,`` does not, nor a
     word after a bracket or a line break. WordPiece marks every token that continues a word, so it has no such tokens.
     """
-    apart_V = torch.zeros(vocab_size, dtype=torch.bool)
+    non_word_V = torch.zeros(vocab_size, dtype=torch.bool)
     if getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
-        return apart_V
+        return non_word_V
     special = set(tokenizer.all_special_ids)
     for token, index in tokenizer.get_vocab().items():
         if index < vocab_size:
             text = tokenizer.convert_tokens_to_string([token])
-            apart_V[index] = index in special or all(map(_is_space_or_punctuation, text))
-    return apart_V
+            non_word_V[index] = index in special or all(map(_is_space_or_punctuation, text))
+    return non_word_V
 
 
 def _is_space_or_punctuation(character: str) -> bool:

@@ -34,7 +34,7 @@ def with_masked_positions(model: PreTrainedModel, length: int, name: str = "") -
         UsageError: the model cannot be used on sequences of this length.
     """
     masked_lm = MaskedLM(model, length, name)
-    masked_lm.try_training(length, name or type(model).__name__)
+    masked_lm.check_training(length, name or type(model).__name__)
     model.__class__ = type(type(model).__name__, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
     assert isinstance(model, MaskedPositions)
     model.masked_lm = masked_lm

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from entropy_masking.shards.schema import Fingerprint, Manifest, Model, Run, ShardEntry
+from entropy_masking.shards.schema import Fingerprint, JsonFile, Manifest, Run, ShardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MADE_BY = {"sequences": "pipeline/score.py", "targets": "pipeline/score.py --mask-source"}
-AnyModel = TypeVar("AnyModel", bound=Model)
+AnyFile = TypeVar("AnyFile", bound=JsonFile)
 
 
 def manifest_uri(directory: str) -> str:
@@ -43,7 +43,7 @@ def record_files(directory: str) -> list[str]:
     return [f"_records/{name}" for name in names if name.startswith("part-")]
 
 
-def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
+def read_json_file(model: type[AnyFile], uri: str) -> AnyFile | None:
     """The file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
     try:
         return model.model_validate_json(storage.read_bytes(uri))
@@ -58,7 +58,7 @@ def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
 
 def find_manifest(uri: str) -> Manifest | None:
     """The manifest of a directory of any kind; None if no run has ended there. Raises UsageError if it is broken."""
-    manifest = read_model(Manifest, manifest_uri(uri))
+    manifest = read_json_file(Manifest, manifest_uri(uri))
     return manifest and manifest.model_copy(update={"uri": uri})
 
 
@@ -72,7 +72,7 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
         if manifest.kind != kind:
             raise UsageError(f"{uri} holds {manifest.kind}, not {kind}; name a directory made by {MADE_BY[kind]}")
         return manifest
-    if run := read_model(Run, run_uri(uri)):
+    if run := read_json_file(Run, run_uri(uri)):
         done = f"{len(record_files(uri))} of {run.shards} shards"
         raise UsageError(f"{uri} is unfinished ({done}); run the same {MADE_BY[kind]} command again to finish it")
     raise UsageError(f"{uri} is not a shard directory (it has no manifest.json); make one with {MADE_BY[kind]}")
