@@ -1,4 +1,4 @@
-"""A scoring run: its settings, checked and resolved, and the fingerprint of everything that decides its bytes."""
+"""A scoring run: its settings, checked and resolved, and the fingerprint of everything that determines its bytes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Job:
     """The settings that a worker needs besides the shard descriptor; plain data.
 
     Attributes:
-        manifest: of the directory to write, without its shards.
+        manifest: that of the directory to write, with an empty list of shards.
         run_id: a name for this run of the command; attempts are counted per run.
         sequences: for targets, the shards whose masked inputs are scored.
         threads: torch threads of a CPU worker.
-        max_attempts: a shard that failed, or ended its worker, this many times is given up.
-        shard_timeout: seconds after which the worker of a shard counts as hanging and is ended.
+        max_attempts: a shard is given up after this many attempts that failed or ended their worker.
+        shard_timeout: seconds after which the worker of a shard counts as hung and is ended.
     """
 
     manifest: Manifest

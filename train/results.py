@@ -21,7 +21,7 @@ from train.options import Options
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
-MAX_POINTS = 200  # most points of a curve in a summary
+MAX_POINTS = 200  # of a curve in a summary
 FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
 
 

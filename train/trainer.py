@@ -1,4 +1,4 @@
-"""A thin ``transformers.Trainer``: the entropy source, evaluation by entropy decile, checkpoints that appear whole.
+"""A ``transformers.Trainer`` that masks batches, evaluates by entropy decile, and writes checkpoints atomically.
 
 Shapes: B rows, L tokens, P predicted positions of a row, V vocabulary, N positions of a batch.
 """
@@ -41,8 +41,7 @@ SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run wi
 class MaskedLMTrainer(Trainer):
     """Trains a student (``train.student``) on the sequences of a shard directory.
 
-    For Trainer a run is one epoch over a dataset of the length of the run, in order. The dataset has the real epochs,
-    so a run resumes by index.
+    To Trainer a run is one epoch: the dataset has the sequences of all epochs, in order. So a run resumes by index.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -62,7 +61,7 @@ class MaskedLMTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.sequences,
-            eval_dataset=inputs.held_out or None,  # Trainer demands one with --eval-strategy; evaluate() reads held_out
+            eval_dataset=inputs.held_out or None,  # Trainer requires one; evaluate() does not use it
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
@@ -152,15 +151,15 @@ class MaskedLMTrainer(Trainer):
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:
-        """Log the seconds as a separate entry: the entry of a loss is then the same in every run."""
+        """Log the seconds as a separate entry, so that the entries of losses are the same in a resumed run."""
         self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Cross-entropy (nats) and accuracy on the held-out sequences under one fixed random mask.
 
-        Overall and, if the shards have entropies, by their decile over the masked positions: easy tokens alone would
-        judge a model that was trained on hard tokens unfairly.
+        These are means over all masked positions and, if the shards have entropies, over each decile of the entropy,
+        because easy tokens dominate the mean over all positions.
         """
         started = time.monotonic()
         self.log_seconds()

@@ -84,7 +84,7 @@ def word_heads(candidates_BL: Tensor, continues_BL: Tensor) -> Tensor:
     """The position of the first token of each candidate's word.
 
     A word is a candidate and the candidates directly after it that continue it. So if some tokens of a word are not
-    candidates, the remaining ones count as words.
+    candidates, the remaining parts count as separate words.
     """
     after_candidate_BL = F.pad(candidates_BL[:, :-1], (1, 0))
     first_BL = candidates_BL & ~(continues_BL & after_candidate_BL)
@@ -103,8 +103,8 @@ def take_while_it_fits(size_BL: Tensor, room_B1: Tensor) -> Tensor:
     """Choose words in order if they fit into the space that earlier words left; bool [B, L].
 
     A round chooses words until one does not fit. Then all words that are larger than the remaining space are dropped.
-    So the words at which rounds end become smaller from round to round. Sizes add up to L, so there are at most √(2L)
-    rounds.
+    With sizes 3, 4, 1 and space for 5 tokens, the first round chooses 3 and drops 4, and the second round chooses 1.
+    Each round ends at a smaller word than the one before. Sizes add up to L, so there are at most √(2L) rounds.
     """
     chosen_BL = torch.zeros_like(size_BL, dtype=torch.bool)
     open_BL = size_BL > 0

@@ -20,14 +20,15 @@ from entropy_masking.errors import UsageError, one_line
 Select = tuple[Tensor, Tensor]  # rows and columns of positions, two index tensors of one shape
 
 # errors of a forward that does not support such input
-FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError)
+FORWARD_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, AssertionError)
 
 
 class MaskedLM:
     """Runs a masked LM at chosen positions.
 
-    The head runs at these positions alone: a hook selects them from the encoder's output. A head that needs whole
-    sequences runs at every position, and the logits are selected. A trial on rows of this length decides.
+    If the head works position by position, it runs only at these positions: a hook selects them from the encoder's
+    output. A head that needs whole sequences runs at every position, and the logits are selected afterwards. A test
+    forward on rows of this length decides.
 
     Args:
         model: an ``AutoModelForMaskedLM``; it keeps its class, its weights and its forward.
@@ -130,7 +131,7 @@ class MaskedLM:
         return (ids_L + (ids_L >= (self.model.config.pad_token_id or 0))).view(2, length)
 
     def _choose_forward(self, length: int, name: str) -> None:
-        """Choose the cheapest way that gives the logits of the plain model."""
+        """Choose the cheapest forward that gives the logits of the plain model. Raises UsageError if there is none."""
         device, V = self.model.device, self.model.config.vocab_size
         ids_BL = self._test_rows(length)
         mask_BL = torch.ones_like(ids_BL)
@@ -162,7 +163,7 @@ class MaskedLM:
 
 @contextmanager
 def _as_if_trained(model: PreTrainedModel) -> Iterator[None]:
-    """Make a new model resemble a trained one for the trial: no dropout, non-zero vocabulary biases. Restores both."""
+    """Make a new model resemble a trained one for the test: no dropout, non-zero vocabulary biases. Restores both."""
     was_training = model.training
     model.eval()
     biases = [parameter for parameter in model.parameters() if parameter.shape == (model.config.vocab_size,)]

@@ -78,7 +78,7 @@ class MaskedPositions(PreTrainedModel):
             temperature_lse_BP: lse_T of the teacher there (``entropy_masking.losses``); needed if T is not 1.
             predicted_B1: if given, the arguments above cover all masked positions, and the student predicts this many
                 of each row: those with the highest ``predict_by`` (``entropy``, ``surprisal``, ``excess``).
-            predictions: P, the most positions that the student predicts in a row; needed with ``predicted_B1``.
+            predictions: P, the maximum number of predicted positions in a row; needed with ``predicted_B1``.
             reference_BP: surprisal under the reference in nats; needed for ``excess``.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
@@ -100,7 +100,8 @@ class MaskedPositions(PreTrainedModel):
         if labels_BP is None:
             return {"logits": project(features_BPH)}
         output: dict[str, Tensor] = {}
-        if predicted_B1 is not None:  # all are scored without gradient; the chosen ones are projected again with it
+        if predicted_B1 is not None:
+            # all positions are scored without gradient; the chosen ones are projected again, with gradient
             scores = self._projected_scores(features_BPH, labels_BP)
             if measure:
                 output = {"tokens": labels_BP, **scores}

@@ -60,7 +60,7 @@ def attempt_uri(directory: str, index: int) -> str:
 
 
 def begin_attempt(directory: str, index: int, run: str, attempt: int) -> None:
-    """Record that a worker begins a shard: Ray would retry for ever a shard that ends its process."""
+    """Write the number of the attempt. Without it, Ray would retry a shard that crashes its worker for ever."""
     storage.write_json(attempt_uri(directory, index), Attempt(run=run, attempts=attempt).model_dump())
 
 
@@ -70,10 +70,10 @@ def failed_attempts(directory: str, index: int, run: str) -> int:
     return last.attempts if last and last.run == run else 0
 
 
-def read_if_valid(model: type[AnyFile], uri: str) -> AnyFile | None:
-    """The file at ``uri``; None if it is missing or damaged. Then the work is done again."""
+def read_if_valid(kind: type[AnyFile], uri: str) -> AnyFile | None:
+    """The JSON file at ``uri``; None if it is missing or damaged. Then the work is done again."""
     try:
-        return manifests.read_json_file(model, uri)
+        return manifests.read_json_file(kind, uri)
     except UsageError:
         return None
 
@@ -139,8 +139,8 @@ def read_records(directory: str) -> dict[int, Record]:
 
 def _read_record(directory: str, file: str) -> Record | None:
     record = read_if_valid(Record, storage.join(directory, file))
-    named = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
-    return record if named else None
+    names_match = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
+    return record if names_match else None
 
 
 def done_record(directory: str, index: int, fingerprint_hash: str) -> Record | None:
@@ -165,7 +165,7 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
 
 
 def unfinished_manifest(uri: str) -> Manifest:
-    """The manifest that a scoring run would have if it ended now, without ``teacher``.
+    """The manifest of an unfinished scoring run: of its finished shards, without ``teacher``.
 
     Raises:
         UsageError: the directory has no run, no finished shard, or no tokenizer.
@@ -243,7 +243,7 @@ def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int
 
 
 def with_shards(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """The manifest of the shards that have ``records``.
+    """The manifest with the shards that have ``records``.
 
     Args:
         empty: the manifest without shards.

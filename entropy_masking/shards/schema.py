@@ -1,4 +1,4 @@
-"""The JSON files of a shard directory as models, with fields in the order of the files. See docs/shards.md."""
+"""The JSON files of a shard directory, with fields in the order of the files. See docs/shards.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from entropy_masking import storage
 from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION
 
-Fingerprint = dict[str, Any]  # all that decides the bytes of the shards
+Fingerprint = dict[str, Any]  # everything that determines the bytes of the shards
 Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K)
 
 
@@ -29,7 +29,7 @@ def _check_special_ids(special_ids: dict[str, int]) -> dict[str, int]:
 
 
 class JsonFile(BaseModel):
-    """A file or a part of a file; messages use its title. An unknown field is an error, like a wrong type."""
+    """A JSON file, or an object in one. Messages use the title. An unknown field is an error, like a wrong type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -130,7 +130,7 @@ class Manifest(JsonFile, title="shard manifest"):
     passes: int | None
     teacher: str | None
     masks: Masks | None
-    sequences_hash: str  # of everything that decides the tokens; sequences and their targets have the same
+    sequences_hash: str  # of everything that determines the tokens; sequences and their targets have the same
     fingerprint: Fingerprint
     fingerprint_hash: str
     tokenizer_hash: str
