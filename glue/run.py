@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune models on GLUE, or on two probe tasks that need no data: tasks × seeds × models, one result file each.
+"""Fine-tune models on GLUE, or on two probe tasks that need no data. One result file per task, seed and model.
 
 BLiMP is scored without fine-tuning: one result file per model, for any seeds.
 
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -114,17 +114,17 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     vocab_size = checkpoints.load_config(directory).vocab_size
     if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
         raise UsageError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
-            f"{vocab_size}; put the model's own tokenizer there"
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), but the model "
+            f"has {vocab_size}; save the model's tokenizer there"
         )
     if any(task.name not in ZERO_SHOT for task in args.tasks):
         finetune.check_model(directory, args.max_length or Settings.max_length)
     if any(task.name in ZERO_SHOT for task in args.tasks):
         blimp.check_model(directory, tokenizer, args.pll)
-    words = tokenizer_hash(tokenizer)
+    vocabulary_hash = tokenizer_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
-    both = storage.sha256_json([checkpoints.weights_hash(directory), words])
-    return Model(name, path, directory, tokenizer, words, both, output)
+    model_hash = storage.sha256_json([checkpoints.weights_hash(directory), vocabulary_hash])
+    return Model(name, path, directory, tokenizer, vocabulary_hash, model_hash, output)
 
 
 def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
@@ -209,7 +209,7 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
     """The lines that are printed before the first trial."""
     lines = []
     if size := max(len(trial.grid) for trial in trials):
-        grid = f"a grid of {size} settings; in each trial the best by its dev score counts"
+        grid = f"a grid of {size} settings; each trial reports the setting with the best dev score"
         lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
     for name, own in data.items():
         if isinstance(own, TaskData) and own.overlap:

@@ -71,8 +71,8 @@ class ShardScorer:
         outcome = Failure(index, f"its worker died or hung {failed} times")
         # After a crash each shard of that process is retried alone: we do not know which one caused it. So a shard
         # whose process died in its first attempt has a second one.
-        most = max(job.max_attempts, 2) if failed == 1 else job.max_attempts
-        for attempt in range(failed + 1, most + 1):
+        max_attempts = max(job.max_attempts, 2) if failed == 1 else job.max_attempts
+        for attempt in range(failed + 1, max_attempts + 1):
             with self._places(1 if attempt == 1 else SHARDS_AT_ONCE):
                 try:
                     commit.begin_attempt(job.output, index, job.run_id, attempt)
@@ -137,8 +137,8 @@ class ShardScorer:
             else:
                 if scores:
                     self._check_finite(scores["entropy"][~np.isin(ids_NL, manifest.special_token_ids)])
-                form = manifest.vocab_size, manifest.top_k, manifest.temperatures
-                table = parquet.to_table(index, ids_NL, scores, *form)
+                columns = manifest.vocab_size, manifest.top_k, manifest.temperatures
+                table = parquet.to_table(index, ids_NL, scores, *columns)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
             fields = {
                 **counts,
@@ -220,7 +220,10 @@ class ShardScorer:
         job = self.job
         directory = local_checkpoint(job.manifest.teacher or "")
         if weights_hash(directory) != job.manifest.fingerprint["teacher"]:
-            raise RunError(f"{directory} on {platform.node()} has other weights than where the job was started")
+            raise RunError(
+                f"the weights in {directory} on {platform.node()} differ from those on the node that started the job; "
+                "copy the same checkpoint to both"
+            )
         compile = job.manifest.fingerprint["compile"]
         teacher = Teacher(job.manifest, directory, compile=compile, trust_remote_code=job.trust_remote_code)
         teacher.stopped = self.stopped

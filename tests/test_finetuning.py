@@ -227,7 +227,7 @@ def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
 
 def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(UsageError, match="would be lost with the job's directory"):
+    with pytest.raises(UsageError, match="would be deleted with the working directory of the Ray job"):
         glue_here(Path("relative"), "--model", work / "teacher", "--tasks", "rte", "--data", data)
 
 

@@ -38,7 +38,9 @@ class TrainerFlags:
 
     optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
     optim_args: str | None = option("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = option(f"peak learning rate of AdamW, or of --optim {BY_PRESET}")
+    learning_rate: float | None = option(
+        f"peak learning rate of --optim; beside Muon, that of embeddings, norms and biases {BY_PRESET}"
+    )
     weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
@@ -65,11 +67,14 @@ class TrainerFlags:
     report_to: str = option("another place to log, e.g. tensorboard (default: none)", "none")
     run_name: str | None = option("name of the run for --report-to")
     eval_strategy: Literal["no", "steps"] | None = option(
-        "whether to evaluate during training (default: at its start and after each fifth)"
+        "whether to evaluate every --eval-steps (default: at the start and after each fifth of the run)"
     )
-    eval_steps: float | None = option("evaluate every N steps; below 1 a share of all steps (default: --logging-steps)")
+    eval_steps: float | None = option(
+        "evaluate every N steps; below 1 a share of all steps (default: 0.2; with --eval-strategy steps, as "
+        "--logging-steps)"
+    )
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
-    eval_on_start: bool | None = option("evaluate before the first step (default: unless --eval-strategy is given)")
+    eval_on_start: bool | None = option("evaluate before the first step (default: yes, without --eval-strategy)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
     save_steps: float | None = option(
         "save a checkpoint every N steps; below 1 a share of all steps (default: 500, or as --eval-steps with "
@@ -89,7 +94,7 @@ class TrainerFlags:
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("communication backend (default: by device)")
     # all ranks wait while one process per machine checks every byte of the shards, about 2 TB per hour; a cluster waits
     # as long for a rank that hangs
-    ddp_timeout: int = option("seconds that a device waits for the others (default: 3600)", 3_600)
+    ddp_timeout: int = option("seconds that a process waits for the others (default: 3600)", 3_600)
 
 
 # settings of transformers that a run cannot vary
@@ -157,7 +162,7 @@ def training_arguments(flags: TrainerFlags) -> TrainingArguments:
 
 
 def deciding_arguments(args: TrainingArguments) -> dict[str, object]:
-    """The flags of Trainer that decide what is learned."""
+    """The flags of Trainer that determine what is learned."""
     values = args.to_dict()
     return {name: values[name] for name in TrainerFlags.__dataclass_fields__ if not name.startswith(FREE)}
 
@@ -175,7 +180,7 @@ def refused_by_transformers() -> Iterator[None]:
     except (ValueError, ImportError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         if is_of_device(error):
             raise
-        raise UsageError(f"transformers refuses these flags: {one_line(error)}") from None
+        raise UsageError(f"transformers does not accept the flags: {one_line(error)}") from None
 
 
 def is_of_device(error: Exception) -> bool:

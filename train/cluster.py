@@ -38,7 +38,9 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     """
     output = Path(str(args.output_dir))
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
-        raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
+        raise UsageError(
+            f"--output-dir {output} would be deleted with the working directory of the Ray job; name an absolute path"
+        )
     import ray
 
     directory = output.absolute()
@@ -163,4 +165,4 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
 def _reason(error: Exception) -> str:
     """One sentence about the last failure of a worker."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    return f"workers died {MAX_FAILURES + 1} times, the last with: {guard.last_line(failures[0])}"
+    return f"workers died {MAX_FAILURES + 1} times; the last error: {guard.last_line(failures[0])}"

@@ -27,7 +27,7 @@ Fault = tuple[str, str]  # a file of the directory, and a phrase that follows th
 
 
 class Depth(IntEnum):
-    """What is checked, besides all that a smaller depth checks."""
+    """How much is checked. Each depth includes the smaller ones."""
 
     NAMES = 0  # and sizes
     BYTES = 1  # every byte
@@ -160,12 +160,12 @@ def unreadable(error: Exception) -> str:
 
 
 def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, depth: Depth) -> list[str]:
-    """Columns, shard and number of rows, then the layout, then the values."""
+    """Faults of the columns, the shard and the number of rows; then of the layout; then of the values."""
     expected = expected_schema(manifest)
     if depth >= Depth.TABLES:
         if not file.schema_arrow.equals(expected):
             differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
-            return [f"has other columns than the contract ({', '.join(differing) or 'in another order'})"]
+            return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
         table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
         shards = np.unique(table["sequence_id"].to_numpy() >> np.uint64(32)).tolist()
         if foreign := sorted({*shards} - {entry.index}):
@@ -189,10 +189,10 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, t
         texts.append(f"its sequence ids are not contiguous (first at row {wrong_N.argmax()})")
     variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
     if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
-        texts.append(f"its variants are not 0 … {variants - 1} of each block (first at row {wrong_N.argmax()})")
+        texts.append(f"does not have variants 0 … {variants - 1} in each block (first at row {wrong_N.argmax()})")
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if groups != [len(rows) for rows, _ in blocks]:
-        texts.append("its row groups do not have the sizes of the contract")
+        texts.append("its row groups do not have the expected sizes")
     return texts
 
 

@@ -43,17 +43,17 @@ def record_files(directory: str) -> list[str]:
     return [f"_records/{name}" for name in names if name.startswith("part-")]
 
 
-def read_json_file(model: type[AnyFile], uri: str) -> AnyFile | None:
-    """The file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
+def read_json_file(kind: type[AnyFile], uri: str) -> AnyFile | None:
+    """The JSON file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
     try:
-        return model.model_validate_json(storage.read_bytes(uri))
+        return kind.model_validate_json(storage.read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]
         reason = " ".join([*map(str, first["loc"]), first["msg"]])
-        title = model.model_config["title"]
-        raise UsageError(f"{uri} cannot be read: it is not a {title} ({reason}); restore or remake it") from None
+        title = kind.model_config["title"]
+        raise UsageError(f"{uri} cannot be read: it is not a {title} ({reason}); restore it or make it again") from None
 
 
 def find_manifest(uri: str) -> Manifest | None:
@@ -159,7 +159,7 @@ def new_manifest(
 
 
 def sequences_hash(fingerprint: Fingerprint) -> str:
-    """Hash of everything that decides the tokens of a run, whether they come from text or from a shard directory."""
+    """Hash of everything that determines the tokens of a run, whether they come from text or from a shard directory."""
     corpus = fingerprint["corpus"]
     tokens = [corpus.get("sequences", corpus), fingerprint["tokenizer"], fingerprint["sequence_length"]]
     return storage.sha256_json(tokens)
