@@ -63,8 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--output", required=True, help="directory of the comparison")
     add("--baseline", metavar="NAME", help="the regime to compare the others with (default: the first)")
-    averages = "average that must be computed, or the command fails; the first is plotted"
-    add("--average", action="append", choices=AVERAGES, default=[], help=averages)
+    required = "average that must be computed, or the command fails; the first is plotted"
+    add("--average", action="append", choices=AVERAGES, default=[], help=required)
     add("--teacher", metavar="MODEL", help="the teacher, trained by train/run.py: adds its training to the costs")
     args = parser.parse_args(argv)
     pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
