@@ -65,7 +65,7 @@ def scored(work: Path) -> Path:
 def tokens(work: Path) -> Path:
     """Its shards without scores; not to be changed."""
     sizes = ["--sequence-length", LENGTH, "--shard-tokens", 5000]
-    return tokenize_here(work / "corpus.jsonl", work / "tokenizer", work / "tokens", *sizes)
+    return tokenize_here(work / "corpus.jsonl", work / "tokenizer", work / "token-shards", *sizes)
 
 
 @pytest.fixture(scope="session")

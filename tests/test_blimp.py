@@ -246,7 +246,7 @@ def test_beside_other_tasks_and_on_ray(checkpoints: dict[str, Path], words: list
     printed = run(
         *COMPARE, *(f"{name}={tmp_path / name}" for name in ("bert", "modernbert")), "--output", tmp_path / "c"
     )
-    assert "| cramming |" in printed and f"blimp: of {3 * PAIRS} pairs (all pairs)" in printed
+    assert "| cramming |" in printed and f"blimp is the share of {3 * PAIRS} pairs (all pairs)" in printed
     table = json.loads((tmp_path / "c" / "table.json").read_text())
     assert list(table["tasks"]) == ["cola", "blimp"] and not table["averages"]
     assert table["tasks"]["blimp"]["scores"]["bert"]["mean"] == here["score"]

@@ -91,7 +91,7 @@ def test_tables_say_how_many_seeds_and_what_is_an_anecdote(compared: Path) -> No
     assert by_name["self"][0][-2:] == ["1 (anecdote)", "2"] and by_name["self"][1][-1] == "1 (anecdote)"
     assert "±" not in " ".join(by_name["self"][0]) and "[" not in " ".join(by_name["self"][1])
     assert "Not computed: the average glue8 needs qqp, mnli" in text
-    assert "Evaluation rows that are training rows too: stsb 6 of 24." in text
+    assert "Some evaluation rows are also training rows: stsb 6 of 24." in text
     assert ["parquet", "online teacher", "1.0", "1", "1.0", "1"] in rows
     assert ["parquet", "self", "2.8", "1"] in [row[:4] for row in rows]
 

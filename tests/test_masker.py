@@ -136,7 +136,7 @@ def test_a_masker_masks_words_by_their_surprisal() -> None:
     policy = paper(unit="word", by="surprisal")
     expected = select_positions(entropies(rows), candidates(rows), *keys(rows), policy, continues_V[ids_BL])
     assert torch.equal(masker(continues_V)(raw, policy)["positions_BP"], expected)
-    with pytest.raises(KeyError, match="entropy"):
+    with pytest.raises(ValueError, match="has no entropy to mask by"):
         masker(continues_V)(raw, paper())
 
 
