@@ -28,6 +28,7 @@ from browser import Browser
 from harness import LENGTH, ROOT, command, run, save_bert
 from in_process import MASKS, TOP_8, score_here, tokenize_here
 from made_glue import write_glue
+from made_results import names_of, write_regimes
 from transformers import AutoTokenizer, BertForMaskedLM
 
 
@@ -105,6 +106,21 @@ def data(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("glue")
     write_glue(root, words)
     return root
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of four regimes; not to be changed."""
+    return write_regimes(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="session")
+def compared(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their comparison by the command; not to be changed."""
+    output = tmp_path_factory.mktemp("comparison")
+    printed = run(sys.executable, ROOT / "glue" / "compare.py", *names_of(results), "--output", output)
+    assert (output / "table.md").read_text() in printed
+    return output
 
 
 @pytest.fixture(scope="session")

@@ -13,28 +13,11 @@ from typing import Any
 import pytest
 from harness import ROOT, run
 from html_page import Page, svgs
-from made_results import LOCAL, SEEDS, TOKENS, compare_here, names_of, summary, write_regimes, write_results
+from made_results import LOCAL, SEEDS, TOKENS, compare_here, names_of, summary, write_results
 from scipy import stats
 
 from entropy_masking.errors import UsageError
 from glue.tasks import GLUE
-
-COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of four regimes; not to be changed."""
-    return write_regimes(tmp_path_factory.mktemp("results"))
-
-
-@pytest.fixture(scope="module")
-def compared(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Their comparison by the command; not to be changed."""
-    output = tmp_path_factory.mktemp("comparison")
-    printed = run(*COMPARE, *names_of(results), "--output", output)
-    assert (output / "table.md").read_text() in printed
-    return output
 
 
 def scores_of(results: Path, regime: str, task: str) -> dict[int, dict[int, float]]:

@@ -10,24 +10,10 @@ from typing import Any
 import pytest
 from browser import Browser, needs_browser
 from html_page import Page, svgs, words
-from made_results import SEEDS, compare_here, names_of, summary, write_regimes, write_results
+from made_results import SEEDS, compare_here, summary, write_results
 
 from glue import report
 from glue.records import Summary
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of four regimes; not to be changed."""
-    return write_regimes(tmp_path_factory.mktemp("results"))
-
-
-@pytest.fixture(scope="module")
-def compared(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Their comparison; not to be changed."""
-    output = tmp_path_factory.mktemp("comparison")
-    compare_here(output, *names_of(results))
-    return output
 
 
 def test_the_page_stands_alone_and_shows_it_all(compared: Path) -> None:

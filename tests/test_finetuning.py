@@ -33,9 +33,11 @@ import glue.finetune
 import glue.run
 import glue.trials
 from entropy_masking.errors import RunError, UsageError
+from entropy_masking.shards.manifests import read_manifest
 from glue.batches import batches_by_length, encode, shuffled_batches
 from glue.finetune import load_classifier
 from glue.tasks import GLUE, load
+from train.student import build_student
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
 QUICK = ["--epochs", 1, "--batch-size", 8, "--learning-rate", 1e-3, "--max-length", 32, "--dtype", "float32"]
@@ -223,6 +225,16 @@ def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
     assert model.config.hidden_dropout_prob == 0.1 and model.classifier.out_features == 3
     weight = "embeddings.word_embeddings.weight"
     assert torch.equal(model.bert.get_parameter(weight), trained.bert.get_parameter(weight))
+
+
+def test_a_classifier_on_a_preset_reads_the_mean_of_the_hidden_states(tokens: Path, tmp_path: Path) -> None:
+    build_student("tiny", read_manifest(str(tokens)), seed=0).save_pretrained(tmp_path)
+    model = load_classifier(tmp_path, GLUE["rte"], dropout=0.0).eval()
+    ids_BL, real_BL = torch.tensor([[2, 7, 8, 3], [2, 9, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    hidden_BLH = model.model(ids_BL, attention_mask=real_BL).last_hidden_state * real_BL[..., None]
+    mean_BH = hidden_BLH.sum(1) / real_BL.sum(1, keepdim=True)
+    logits_BC = model(ids_BL, attention_mask=real_BL).logits
+    torch.testing.assert_close(logits_BC, model.classifier(model.head(mean_BH)))
 
 
 def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
