@@ -79,14 +79,14 @@ def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--shards", required=True, help="shard directory on this machine")
-    add("--batch", type=console.positive, default=64, help="sequences a batch (default: 64)")
+    add("--batch", type=console.positive, default=64, help="sequences per batch (default: 64)")
     add("--windows", type=console.positive, default=3, help="windows of the shuffle read in each round (default: 3)")
-    add("--tokens", type=console.positive, default=10**9, help="of the resumed run (default: 1,000,000,000)")
+    add("--tokens", type=console.positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
     add("--rounds", type=console.positive, default=3)
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if storage.is_remote(args.shards):
-        raise UsageError(f"--shards {args.shards} is not on this machine, whose reading is measured; copy it")
+        raise UsageError(f"--shards {args.shards} is remote, but this bench measures local reading; copy it here")
     return args
 
 

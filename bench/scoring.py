@@ -75,8 +75,8 @@ def parse() -> argparse.Namespace:
     add("--threads", type=console.positive, default=1, help="torch threads of every contestant (default: 1)")
     add("--tokens", type=console.positive, default=2048, help="text scored in each round (default: 2048)")
     add("--rounds", type=console.positive, default=4)
-    add("--job-seconds", type=float, default=300, help="about how long the job takes, 0 for none (default: 300)")
-    add("--size-tokens", type=console.positive, default=16384, help="at least, of the weighed shards (default: 16384)")
+    add("--job-seconds", type=float, default=300, help="approximate seconds of the job; 0 skips it (default: 300)")
+    add("--size-tokens", type=console.positive, default=16384, help="tokens in the measured shards (default: 16384)")
     args = parser.parse_args()
     args.dtype = resolve_dtype(args.dtype)
     return args
@@ -89,7 +89,7 @@ def write_texts(tokens: int, tokenizer: PreTrainedTokenizerBase, args: argparse.
     """Write the first documents of the corpus, as many as have so many tokens."""
     corpus, rejects, count = plan_corpus(args.corpus, text_column=args.text_column), Rejects(), 0
     if corpus.from_shards:
-        raise UsageError(f"{args.corpus} is a shard directory; name texts, whose reading is measured too")
+        raise UsageError(f"--corpus {args.corpus} is a shard directory, but this bench also reads text; name texts")
     documents = (document for ranges in corpus.shards for document in read_documents(ranges, args.text_column, rejects))
     with open(work / f"{tokens}.jsonl", "w") as file:
         for document in documents:

@@ -132,7 +132,7 @@ class Screen:
         except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
             raise UsageError(f"--articles or --held-out cannot be read: {one_line(error)}") from None
         if missing := sorted(set(held_out) - set(articles["id"])):
-            raise UsageError(f"--held-out names {missing[0]!r}, which is no id in --articles")
+            raise UsageError(f"--held-out names {missing[0]!r}, which is not an id in --articles")
         training = articles.filter(~pl.col("id").is_in(held_out))
         first = self.size.branch_documents
         if not held_out or len(training) <= first:

@@ -41,7 +41,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     try:  # abfs and other schemes that fsspec knows
         return fs.FileSystem.from_uri(f"fsspec+{uri}")
     except (ImportError, ValueError) as error:
-        raise UsageError(f"cannot open {uri}: {error}") from None
+        raise UsageError(f"cannot open {uri} ({error}); use a path, or a URI that pyarrow or fsspec knows") from None
 
 
 def absolute(uri: str) -> str:

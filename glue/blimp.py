@@ -110,11 +110,11 @@ def load(data: str | None, limit: int | None) -> Pairs:
     return Pairs(kept, limit if len(kept) < len(frame) else None, storage.sha256_json(frame.rows()))
 
 
-def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, pll: str) -> None:
     """Raises UsageError if a model cannot score sentences in this form."""
     if tokenizer.mask_token_id is None:
         raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
-    if form == "within-word":
+    if pll == "within-word":
         try:
             continuing_tokens(tokenizer, len(tokenizer))
         except ValueError:
@@ -124,7 +124,7 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, form: str) 
     load_masked_lm(directory)
 
 
-def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, form: str) -> Sentences:
+def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, pll: str) -> Sentences:
     """The sentences of the pairs, encoded by one tokenizer, and the masks that score each token.
 
     A token continues a word if its mark says so and the tokenizer has not split it from the token before: in ``mat,``
@@ -138,7 +138,7 @@ def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, form: str) -> Sente
     word_T = np.array([-1 if word is None else word for _, words in first for word in words])
     scored_T = word_T >= 0
     ends_T = np.arange(len(ids_T))
-    if form == "within-word":
+    if pll == "within-word":
         continues_T = continuing_tokens(tokenizer, len(tokenizer)).numpy()[ids_T] & scored_T
         continues_T[1:] &= word_T[1:] == word_T[:-1]
         continues_T[starts[:-1]] = False

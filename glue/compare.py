@@ -20,7 +20,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking import storage
 from entropy_masking.commands import console
@@ -63,9 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--output", required=True, help="directory of the comparison")
     add("--baseline", metavar="NAME", help="the regime to compare the others with (default: the first)")
-    add(
-        "--average", action="append", choices=AVERAGES, default=[], help="average that must exist; the first is plotted"
-    )
+    required = "average that must be computed, or the command fails; the first is plotted"
+    add("--average", action="append", choices=AVERAGES, default=[], help=required)
     add("--teacher", metavar="MODEL", help="the teacher, trained by train/run.py: adds its training to the costs")
     args = parser.parse_args(argv)
     pairs, args.regimes = [text.partition("=") for text in args.regimes], {}
@@ -94,7 +93,7 @@ def teacher_flops(directory: str | None) -> float | None:
 
 
 def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> Comparison:
-    """All numbers of the comparison, as in table.json.
+    """Compute all numbers of the comparison, the content of table.json.
 
     Args:
         required: averages that must be computed.

@@ -37,7 +37,7 @@ def check_model(directory: Path, length: int) -> None:
     tuned = [name for name in load_config(directory).architectures or [] if "ForSequenceClassification" in name]
     if tuned:
         raise UsageError(
-            f"{directory} is already fine-tuned ({tuned[0]}); use the pretrained model, also for RTE, MRPC and STS-B"
+            f"{directory} is already fine-tuned ({tuned[0]}); use the pretrained model, from which all tasks start"
         )
     longest = positions(load_classifier(directory, GLUE["rte"], 0.0))
     if not 8 <= length <= (longest or length):

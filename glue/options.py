@@ -28,24 +28,24 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
     add("--tasks", required=True, help="comma-separated names, glue (all nine), probes (both) or blimp")
-    add("--data", help="directory with TASK/train.parquet|tsv|jsonl and dev.…, or hub")
+    add("--data", help="hub, or a directory with TASK/train and TASK/dev as .parquet, .tsv or .jsonl")
     add("--seeds", default="1", help="comma-separated seeds (default: 1)")
-    add("--protocol", choices=PROTOCOLS, default="cramming", help="(default: cramming)")
+    add("--protocol", choices=PROTOCOLS, default="cramming", help="settings of fine-tuning (default: cramming)")
     add("--output", required=True, help="directory of the result files; those of named models go to OUTPUT/NAME")
     add("--num-workers", type=positive, default=1, help="Ray workers, each with a GPU or a core (default: 1, no Ray)")
     add("--gpus-per-worker", type=share, help="a fraction lets several workers share a GPU (default: 1)")
-    add("--learning-rate", type=console.positive_float, help="instead of the protocol's")
-    add("--epochs", type=positive, help="instead of the protocol's")
-    add("--batch-size", type=positive, help="instead of the protocol's")
+    add("--learning-rate", type=console.positive_float, help="learning rate (default: that of the protocol)")
+    add("--epochs", type=positive, help="epochs (default: those of the protocol)")
+    add("--batch-size", type=positive, help="rows per batch (default: that of the protocol)")
     add("--max-length", type=positive, help="tokens of a text or pair (default: 128)")
     add(
         "--limit-train",
-        help="most training rows, the same for every seed: a number, or by task as in sst2=10000,qnli=5000",
+        help="maximum number of training rows, the same rows for every seed: N, or by task as in sst2=10000,qnli=5000",
     )
     add(
         "--pll",
         choices=FORMS,
-        help="blimp: whether to mask the rest of the scored token's word too (default: within-word)",
+        help="blimp: mask only the scored token (original), or also the rest of its word (within-word, default)",
     )
     add("--limit-pairs", type=positive, help="blimp: the first N pairs of each phenomenon (default: all)")
     add("--drop-overlap", action="store_true", help="do not train on rows that are also evaluation rows")
@@ -71,13 +71,14 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     console.check_rules(vars(args), rules)
     args.pll, args.gpus_per_worker = args.pll or FORMS[0], args.gpus_per_worker or 1.0
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.absolute(args.output) != args.output:
-        raise UsageError(f"--output {args.output} would be lost with the job's directory; name an absolute path")
+        lost = "would be deleted with the working directory of the Ray job"
+        raise UsageError(f"--output {args.output} {lost}; name an absolute path")
     return args
 
 
 def share(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1, since a trial uses at most one GPU")
+        raise argparse.ArgumentTypeError(f"{text} is out of range; use more than 0 and at most 1: a trial uses one GPU")
     return value
 
 
@@ -86,10 +87,10 @@ def named_models(texts: list[str]) -> dict[str, str]:
     models: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        named = bool(equals) and "/" not in name and not Path(text).exists()
-        if named and not (name and path):
+        has_name = bool(equals) and "/" not in name and not Path(text).exists()
+        if has_name and not (name and path):
             raise UsageError(f"--model {text} is not NAME=MODEL, such as random=runs/random")
-        if not named:
+        if not has_name:
             name, path = (Path(text).absolute().name if len(texts) > 1 else ""), text
         if name in models:
             raise UsageError(f"two models have the name {name}; give them names, as in --model a=PATH b=PATH")

@@ -27,11 +27,11 @@ Known = Annotated[T | None, WrapValidator(_none_if_wrong)]
 Number = Known[int | float]
 
 
-class Model(BaseModel):
+class JsonFile(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class Directory(Model):
+class Directory(JsonFile):
     """The shards or targets that a model was trained on. Only targets have ``source``, ``variants`` and ``policy``."""
 
     sequences: Number = None
@@ -47,7 +47,7 @@ class Directory(Model):
     policy: Known[dict[str, object]] = None
 
 
-class Summary(Model):
+class Summary(JsonFile):
     """``summary.json`` of train/run.py: how a model was pretrained. ``history`` is its training curve."""
 
     regime: Known[str] = None
@@ -68,7 +68,7 @@ class Summary(Model):
     flags: Known[dict[str, object]] = None
 
 
-class Result(Model):
+class Result(JsonFile):
     """The fields of a result file that a comparison needs."""
 
     task: str

@@ -19,7 +19,7 @@ from glue.records import Summary
 from glue.results import evaluated_on
 from glue.tables import Comparison, Estimates
 
-STUDENTS, MOST_STUDENTS = 64, 10_000  # the axis ends between these
+STUDENTS, MAX_STUDENTS = 64, 10_000  # the axis ends between these
 EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
 
 Summaries = Mapping[str, Sequence[Summary]]
@@ -128,7 +128,7 @@ def break_even(table: Comparison) -> dict[str, Figure]:
                 taught = own + cost["online_flops"] * cost["tokens"]
                 names.setdefault((0, taught), []).append((style, f"{name}, {ONLINE}"))
     pays = [row["flops"]["students"] or 0 for row in table["break_even"] if row["flops"]]
-    most = min(MOST_STUDENTS, max([STUDENTS, *(1.5 * students for students in pays)]))
+    most = min(MAX_STUDENTS, max([STUDENTS, *(1.5 * students for students in pays)]))
     students = [most ** (step / 60) for step in range(61)]
     drawn = []
     for (once, own), same in names.items():

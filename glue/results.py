@@ -136,11 +136,11 @@ def check_comparable(regimes: Regimes) -> None:
 def different_seeds(task: str, one: Run, first: str, other: Run, second: str) -> UsageError:
     """The error for two runs, given by name, with different fine-tuning seeds of a task."""
     seeds = [", ".join(map(str, run.seeds(task))) or "none" for run in (one, other)]
-    return UsageError(f"{task} has seeds {seeds[0]} in {first} but {seeds[1]} in {second}; run the same")
+    return UsageError(f"{task} has seeds {seeds[0]} in {first} but {seeds[1]} in {second}; run the same seeds in both")
 
 
 def pretraining(run: Run) -> dict[str, object]:
-    """Everything that decides a regime: the flags of its summary without seeds, and the masks of its targets.
+    """Everything that determines a regime: the flags of its summary without seeds, and the masks of its targets.
 
     Each seed may have its own model, so only the FLOPs of training represent the model.
     """

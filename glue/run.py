@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune models on GLUE, or on two probe tasks that need no data: tasks × seeds × models, one result file each.
+"""Fine-tune models on GLUE, or on two probe tasks that need no data. One result file per task, seed and model.
 
 BLiMP is scored without fine-tuning: one result file per model, for any seeds.
 
@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -42,7 +42,7 @@ from glue.results import read_result
 from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
 from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
 
-MOST_NAMED = 5  # of the trials that failed
+MAX_NAMED = 5  # of the trials that failed
 
 Data = Mapping[str, TaskData | blimp.Pairs]  # by task
 
@@ -60,7 +60,7 @@ class Model:
     output: str
 
     @property
-    def training(self) -> object:
+    def pretraining_summary(self) -> object:
         """Its summary, if it was pretrained by train/run.py."""
         try:
             return storage.read_json(str(self.directory / "summary.json"))
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
     data = {task.name: load_data(args, task.name) for task in args.tasks}
     trials = [
-        plan(args, model, data[task.name], task.name, seed)
+        plan_trial(args, model, data[task.name], task.name, seed)
         for task in args.tasks
         for seed in ([blimp.SEED] if task.name in ZERO_SHOT else args.seeds)
         for model in models.values()
@@ -96,14 +96,14 @@ def main(argv: list[str] | None = None) -> None:
                 failures[str(trial)] = outcome.failure
                 progress.note(f"{trial} failed: {outcome.failure}")
             else:
-                storage.write_json(trial.file, result := report(trial, outcome, models[trial.model]))
-                progress.note(f"{trial}: {in_words(result)}")
+                storage.write_json(trial.file, result := result_fields(trial, outcome, models[trial.model]))
+                progress.note(f"{trial}: {summary_line(result)}")
     for model in models.values():
         done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failures]
         print_results(model.output, [read_result(file) for file in done])
     if failures:
-        named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MOST_NAMED])
-        more = f"; and {len(failures) - MOST_NAMED} more" if len(failures) > MOST_NAMED else ""
+        named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MAX_NAMED])
+        more = f"; and {len(failures) - MAX_NAMED} more" if len(failures) > MAX_NAMED else ""
         raise RunError(f"{len(failures)} of {len(todo)} failed: {named}{more}; the same command tries them again")
 
 
@@ -114,17 +114,17 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     vocab_size = checkpoints.load_config(directory).vocab_size
     if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
         raise UsageError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), the model "
-            f"{vocab_size}; put the model's own tokenizer there"
+            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), but the model "
+            f"has {vocab_size}; save the model's tokenizer there"
         )
     if any(task.name not in ZERO_SHOT for task in args.tasks):
         finetune.check_model(directory, args.max_length or Settings.max_length)
     if any(task.name in ZERO_SHOT for task in args.tasks):
         blimp.check_model(directory, tokenizer, args.pll)
-    words = tokenizer_hash(tokenizer)
+    vocabulary_hash = tokenizer_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
-    both = storage.sha256_json([checkpoints.weights_hash(directory), words])
-    return Model(name, path, directory, tokenizer, words, both, output)
+    model_hash = storage.sha256_json([checkpoints.weights_hash(directory), vocabulary_hash])
+    return Model(name, path, directory, tokenizer, vocabulary_hash, model_hash, output)
 
 
 def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
@@ -134,7 +134,7 @@ def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
     return data.without_overlap() if args.drop_overlap else data
 
 
-def plan(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
+def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
     """A trial under the protocol and the flags that override it; BLiMP has one trial per model."""
     key: dict[str, object] = {"task": task, "seed": seed, "protocol": args.protocol}
     grid: tuple[Settings, ...] = ()
@@ -170,7 +170,7 @@ def is_done(trial: Trial) -> bool:
     return True
 
 
-def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callable[[Trial], TrialTokens]:
+def shared_tokens(models: Mapping[str, Model], data: Data, pll: str) -> Callable[[Trial], TrialTokens]:
     """A function that returns the tokens of a trial, made once for all trials with the same tokenizer and task."""
     made: dict[tuple[str, str], TrialTokens] = {}
 
@@ -180,7 +180,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
         if key in made:
             return made[key]
         if isinstance(own, blimp.Pairs):
-            made[key] = blimp.encode(own, model.tokenizer, form)
+            made[key] = blimp.encode(own, model.tokenizer, pll)
         else:
             settings = trial.grid[0]  # the grid varies only learning rates and epochs
             made[key] = encode_task(own, model.tokenizer, settings.max_length, settings.limit_train)
@@ -189,7 +189,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, form: str) -> Callabl
     return tokens_of
 
 
-def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
+def result_fields(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
     """The contents of the result file."""
     return {
         "task": trial.task.name,
@@ -198,7 +198,7 @@ def report(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
         "model": {"path": str(model.path), "hash": model.hash},
-        "training": model.training,
+        "training": model.pretraining_summary,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         **outcome.result,
@@ -209,7 +209,7 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
     """The lines that are printed before the first trial."""
     lines = []
     if size := max(len(trial.grid) for trial in trials):
-        grid = f"a grid of {size} settings; in each trial the best by its dev score counts"
+        grid = f"a grid of {size} settings; each trial reports the setting with the best dev score"
         lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
     for name, own in data.items():
         if isinstance(own, TaskData) and own.overlap:
@@ -220,7 +220,7 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
     return lines + ([f"{done} of {len(trials)} results exist already"] if done else [])
 
 
-def in_words(result: dict[str, Any]) -> str:
+def summary_line(result: dict[str, Any]) -> str:
     values = ", ".join(f"{name} {value:.3f}" for name, value in result["metrics"].items())
     collapsed = ", predicts the same for every row" if result["collapsed"] else ""
     return f"{result['score']:.1f} ({values}{collapsed}) in {result['seconds']:.0f} s"

@@ -126,7 +126,8 @@ def load(task: Task, data: str | None) -> TaskData:
         tables = [(frames[part], task.name) for part in ("train", "dev")]
     elif data is None:
         raise UsageError(
-            f"the task {task.name} needs --data: hub, or a directory with {task.directory}/train.parquet …"
+            f"the task {task.name} needs --data: hub, or a directory with {task.directory}/train.* and "
+            f"{task.directory}/dev{task.evaluations[0]}.* as .parquet, .tsv or .jsonl"
         )
     elif data == "hub":
         splits = ["train", *(f"validation{suffix}" for suffix in task.evaluations)]
@@ -188,7 +189,7 @@ def _split(task: Task, frame: pl.DataFrame, where: str) -> pl.DataFrame:
     check_table(frame, (*task.columns, "label"), where)
     for name in task.columns:
         if frame[name].dtype not in (pl.String, pl.Categorical, pl.Enum):
-            raise UsageError(f"{where} has no texts in {name}, but {frame[name].dtype}; convert the column to text")
+            raise UsageError(f"the column {name} of {where} is {frame[name].dtype}, not text; convert it to text")
     labels = _labels(task, frame["label"], where)
     return frame.select(pl.col(task.columns).cast(pl.String), labels.alias("label"))
 

@@ -1,4 +1,4 @@
-"""A scoring run: its settings, checked and resolved, and the fingerprint of everything that decides its bytes."""
+"""A scoring run: its settings, checked and resolved, and the fingerprint of everything that determines its bytes."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Job:
     """The settings that a worker needs besides the shard descriptor; plain data.
 
     Attributes:
-        manifest: of the directory to write, without its shards.
-        run: a name for this run of the command; attempts are counted per run.
+        manifest: that of the directory to write, with an empty list of shards.
+        run_id: a name for this run of the command; attempts are counted per run.
         sequences: for targets, the shards whose masked inputs are scored.
         threads: torch threads of a CPU worker.
-        max_attempts: a shard that failed, or ended its worker, this many times is given up.
-        shard_timeout: seconds after which the worker of a shard counts as hanging and is ended.
+        max_attempts: a shard is given up after this many attempts that failed or ended their worker.
+        shard_timeout: seconds after which the worker of a shard counts as hung and is ended.
     """
 
     manifest: Manifest
-    run: str
+    run_id: str
     text_column: str
     sequences: Manifest | None
     trust_remote_code: bool
@@ -103,7 +103,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     }
     sequences = check_masks(args, corpus) if args.policy else None
     if sequences:
-        fingerprint |= {"masked": sequences.fingerprint_hash, "masks": masks(args, length)}
+        fingerprint |= {"masked": sequences.fingerprint_hash, "masks": describe_masks(args, length)}
     teacher = None
     if args.teacher != "none":
         teacher = local_checkpoint(args.teacher)
@@ -127,7 +127,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     )
     return Job(
         manifest=manifest,
-        run=uuid.uuid4().hex,
+        run_id=uuid.uuid4().hex,
         text_column=corpus.text_column,
         sequences=sequences,
         trust_remote_code=args.trust_remote_code,
@@ -146,7 +146,7 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
     return sequences.model_copy(update={"uri": storage.absolute(sequences.uri)})
 
 
-def masks(args: argparse.Namespace, length: int) -> Masks:
+def describe_masks(args: argparse.Namespace, length: int) -> Masks:
     """The masks of targets, for the manifest; ``positions`` is K, the most masked positions of a sequence."""
     positions = min(args.policy.positions(length), length)
     names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}
@@ -182,7 +182,7 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
             )
 
 
-def try_teacher(job: Job) -> None:
+def check_teacher_runs(job: Job) -> None:
     """Load the teacher and run it on sequences of the job's length. Raises UsageError if it cannot be used."""
     if teacher := job.manifest.teacher:
         model = load_masked_lm(local_checkpoint(teacher), job.trust_remote_code).eval()

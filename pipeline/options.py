@@ -11,13 +11,13 @@ import psutil
 
 from entropy_masking import storage
 from entropy_masking.commands.console import flag, not_negative, option, positive, positive_float
-from entropy_masking.commands.mask_flags import MOST_SEED, MaskOptions, OptionsParser, mask_policy
+from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 
 SEED = 42  # by default, as in a training run
 VARIANTS = 4  # by default, if epochs have different masks
-MOST_VARIANTS = 1 << 16  # they fit a uint16
+MAX_VARIANTS = 1 << 16  # they fit a uint16
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
@@ -32,11 +32,11 @@ class TargetOptions(MaskOptions):
     _argument_group_name = "targets of distillation"
 
     mask_source: Literal["random", "parquet"] | None = option(
-        "score the masked positions of the inputs that a student will see, masked at random or by the scores of the "
-        "corpus, a shard directory"
+        "make distillation targets: mask the shards of --corpus as a student will, at random or by their scores "
+        "(parquet), and score the masked positions"
     )
     variants: int | None = option(
-        f"R: epoch e has mask e mod R (default: {VARIANTS}, or 1 if all epochs mask the same positions)"
+        f"masks per sequence, R; epoch e has mask e mod R (default: {VARIANTS}, or 1 if all masks are the same)"
     )
     mask_seed: int | None = option(f"seed of the masks, independent of train/run.py --seed (default: {SEED})")
 
@@ -62,10 +62,10 @@ def policy_of(options: TargetOptions) -> MaskPolicy | None:
             raise UsageError(f"{flag(given[0])} needs --mask-source, which names the source of the masks")
         return None
     seed = SEED if options.mask_seed is None else options.mask_seed
-    if options.variants is not None and not 1 <= options.variants <= MOST_VARIANTS:
-        raise UsageError(f"--variants {options.variants} is not between 1 and {MOST_VARIANTS}")
-    if not 0 <= seed <= MOST_SEED:
-        raise UsageError(f"--mask-seed {seed} is not between 0 and {MOST_SEED}")
+    if options.variants is not None and not 1 <= options.variants <= MAX_VARIANTS:
+        raise UsageError(f"--variants {options.variants} is not between 1 and {MAX_VARIANTS}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"--mask-seed {seed} is not between 0 and {MAX_SEED}")
     return mask_policy(options, options.mask_source, seed, training=False, source_flag="--mask-source")
 
 
@@ -83,21 +83,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
-    add("--context", choices=["masked", "full"], help="whether the scored position is masked (default: masked)")
-    add("--passes", type=positive, help="masked context: each pass masks one position in P (default: 7)")
-    add("--top-k", type=not_negative, help="log-probabilities per position, 0 for none (default: 16)")
-    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], help="of the encoder (default: auto)")
+    add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")
+    add("--passes", type=positive, help="with --context masked: P passes, each masks one position in P (default: 7)")
+    add("--top-k", type=not_negative, help="most probable tokens to store per position; 0 for none (default: 16)")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    add("--dtype", choices=dtypes, help="dtype of the encoder; auto (default): bfloat16 if the hardware has it")
     add("--batch-tokens", type=positive, help="tokens in one forward (default: 8192)")
     add("--shard-tokens", type=positive, help="approximate tokens per shard (default: 262144)")
-    add("--temperatures", type=temperatures, help="temperatures at which the top-k can be read, as in 1,2 (default: 1)")
-    add("--workers", type=positive, help="most actors (default: as many as fit the cluster)")
+    add("--temperatures", type=temperatures, help="temperatures at which a student can distil, as in 1,2 (default: 1)")
+    add("--workers", type=positive, help="maximum number of actors (default: as many as fit the cluster)")
     add("--gpus-per-worker", type=positive_float, help="GPUs of an actor, may be a fraction (default: 1 if any)")
     add("--cpus-per-worker", type=positive, help="cores of an actor without GPU (default: 1; --backend local: all)")
     add("--torch-compile", action="store_true", default=None, help="compile the model: pays on a GPU in a long run")
     add("--backend", choices=["ray", "local"], default="ray", help="local scores in this process")
     add("--max-attempts", type=positive, default=3, help="attempts before a shard is given up (default: 3)")
-    add("--max-failed-shards", type=not_negative, default=0, help="most shards that a run may end without (default: 0)")
-    add("--shard-timeout", type=positive_float, help="seconds to read, score or write a shard; then its worker ends")
+    add("--max-failed-shards", type=not_negative, default=0, help="failed shards that a run tolerates (default: 0)")
+    add(
+        "--shard-timeout",
+        type=positive_float,
+        help="seconds to read, score or write a shard, then its worker is ended",
+    )
     add("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
     add("--dry-run", action="store_true", help="show what would be written, and stop")
 
@@ -105,7 +110,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def fill_in(args: argparse.Namespace) -> None:
     """Set the defaults that depend on other flags. Raises UsageError if flags contradict each other."""
     if args.teacher == "none" and (given := [name for name in SCORING if getattr(args, name) is not None]):
-        raise UsageError(f"{flag(given[0])} needs a teacher; leave it out with --teacher none")
+        raise UsageError(f"{flag(given[0])} needs a teacher, but --teacher is none; leave {flag(given[0])} out")
     if args.context == "full" and args.passes is not None:
         raise UsageError("--passes only applies to --context masked; leave it out with --context full")
     if args.policy and (args.context or args.passes):
@@ -126,9 +131,8 @@ def fill_in(args: argparse.Namespace) -> None:
         args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
     args.cpus_per_worker = args.cpus_per_worker or 1
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_remote(args.output) or args.output[:1] == "/"):
-        raise UsageError(
-            f"--output {args.output} would be lost with the job's directory; name an absolute path or a URI"
-        )
+        lost = "would be deleted with the working directory of the Ray job"
+        raise UsageError(f"--output {args.output} {lost}; name an absolute path or a URI")
 
 
 def temperatures(text: str) -> list[float]:

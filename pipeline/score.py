@@ -16,17 +16,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
-from entropy_masking.shards.faults import contract
+from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record, Run
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
-from pipeline.job import Failure, Job, choose_tokenizer, new_job, try_teacher
+from pipeline.job import Failure, Job, check_teacher_runs, choose_tokenizer, new_job
 from pipeline.options import parse
 from pipeline.status import line, totals_lines
 
@@ -45,29 +45,30 @@ def main(argv: list[str] | None = None) -> None:
     shards, fingerprint = len(corpus.shards), job.manifest.fingerprint
     commit.check_directory(job.output, fingerprint)
     records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
+    # a shard without ranges has no file: the corpus is a shard directory that lacks it
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     if todo or args.dry_run:
-        try_teacher(job)  # an error here comes before anything is written and before there are workers
+        check_teacher_runs(job)  # an error here comes before anything is written and before there are workers
     if args.dry_run:
-        print_plan(job, len(corpus.shards), len(records))
+        print_plan(job, shards, len(records))
         return
     commit.begin_run(job.output, Run(fingerprint=fingerprint, shards=shards))
     failed: dict[int, str] = {}
     if todo:
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
-        run = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(run, records, shards, corpus.shard_tokens, args.max_failed_shards)
+        outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
+        failed = collect(outcomes, records, shards, corpus.shard_tokens, args.max_failed_shards)
     finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 
 def collect(
-    run: Iterator[Record | Failure], records: dict[int, Record], shards: int, shard_tokens: int, allowed: int
+    outcomes: Iterator[Record | Failure], records: dict[int, Record], shards: int, shard_tokens: int, max_failed: int
 ) -> dict[int, str]:
-    """Add the records that a backend yields to ``records`` and show progress in tokens; returns the failures.
+    """Add the records that a backend yields to ``records``, and show progress in tokens.
 
     Raises:
-        UsageError: more shards failed than ``allowed``, one of them by a mistake of the user. The others are done.
+        UsageError: more than ``max_failed`` shards failed, one of them by a mistake of the user. The others are done.
         RunError: nothing more can be written.
 
     Returns:
@@ -79,7 +80,7 @@ def collect(
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
         try:
-            for outcome in run:
+            for outcome in outcomes:
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
                     progress.note(outcome.traceback or f"shard {outcome.index} failed: {outcome.error}")
@@ -93,27 +94,27 @@ def collect(
         except KeyboardInterrupt:
             progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command resumes")
             raise
-    if len(failures) > allowed and (usage := [failure.error for failure in failures if failure.usage]):
-        raise UsageError(f"{len(failures)} of {shards} shards failed, the first with: {usage[0]}")
+    if len(failures) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
+        raise UsageError(f"{len(failures)} of {shards} shards failed; the first error: {usage[0]}")
     return {failure.index: failure.error for failure in failures}
 
 
-def finish(job: Job, records: dict[int, Record], failed: dict[int, str], allowed: int, scored_now: int) -> None:
+def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_failed: int, scored_now: int) -> None:
     """Write the manifest, and print the contents of the directory.
 
     Raises:
-        RunError: more shards failed than ``allowed``; the others are kept.
+        RunError: more than ``max_failed`` shards failed; the others are kept.
         UsageError: the corpus has no text, or no token to score.
     """
     named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
-    if len(failed) > allowed:
+    if len(failed) > max_failed:
         raise RunError(
             f"{len(failed)} of {job.manifest.planned_shards} shards failed ({named}); the others are done. "
             "Run the command again to retry them, or with --max-failed-shards to end without them"
         )
     if not any(record.rows for record in records.values()):
         reasons = "; ".join(sorted({reason for record in records.values() for reason in record.rejected.reasons}))
-        raise UsageError(f"the corpus holds no text: every document was rejected ({reasons or 'there are none'})")
+        raise UsageError(f"the corpus holds no usable text ({reasons or 'no documents'}); choose another --corpus")
     if job.manifest.teacher and not any(record.scored_tokens for record in records.values()):
         raise UsageError("no token of the corpus was scored: all are special tokens; use the teacher's own tokenizer")
     totals = commit.write_manifest(job.manifest, records, failed).totals
@@ -135,7 +136,7 @@ def print_plan(job: Job, shards: int, done: int) -> None:
     print(f"would write {job.output}: {shards} shards, {done} of them done")
     print(f"  teacher    {scoring}")
     print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
-    print(f"  columns    {', '.join(contract(manifest).names)}")
+    print(f"  columns    {', '.join(expected_schema(manifest).names)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking import storage
 from entropy_masking.commands import console
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def status(directory: str, now: float) -> dict[str, object]:
     """The progress according to the records at ``now`` (seconds of the epoch). Raises UsageError without a run."""
-    manifest, run = manifests.find_manifest(directory), manifests.read_model(Run, manifests.run_uri(directory))
+    manifest, run = manifests.find_manifest(directory), manifests.read_json_file(Run, manifests.run_uri(directory))
     done = commit.done_records(directory, run.shards, run.fingerprint_hash) if run else {}
     if manifest:
         planned, shards_done, totals = manifest.planned_shards, len(manifest.shards), manifest.totals
@@ -85,7 +85,7 @@ def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
     infos = storage.list_files(storage.join(directory, commit.ATTEMPTS))
     newest, attempts = "", {}
     for info in sorted(infos, key=lambda info: info.mtime_ns or 0, reverse=True):
-        attempt = commit.read_if_sound(Attempt, storage.join(directory, commit.ATTEMPTS, info.base_name))
+        attempt = commit.read_if_valid(Attempt, storage.join(directory, commit.ATTEMPTS, info.base_name))
         file = info.base_name.replace(".json", ".parquet")
         newest = newest or (attempt.run if attempt else "")  # None: the attempt has ended meanwhile
         if attempt and attempt.run == newest and file not in done:

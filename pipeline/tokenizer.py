@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizer
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")
     add("--vocab-size", type=console.positive, default=8192, help="tokens, special tokens included (default: 8192)")
-    add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="(default: lowercase)")
+    add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower-case the text (default: yes)")
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
     add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")

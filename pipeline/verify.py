@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking import storage
 from entropy_masking.commands import console
@@ -57,13 +57,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("directory", help="shard directory, a path or a URI")
     add("--deep", action="store_true", help="check every value, not only the files")
-    add("--teacher", help="the masked LM that scored it, by path or Hub id: score some sequences again")
+    add("--teacher", help="the masked LM that scored the shards, by path or Hub id: score some sequences again")
     add("--sample", type=console.positive, help=f"how many sequences to score again (default: {SAMPLE})")
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
     args = parser.parse_args(argv)
     for name in ("sample", "trust_remote_code"):
         if getattr(args, name) and not args.teacher:
-            raise UsageError(f"{console.flag(name)} needs --teacher; name the one that scored the shards")
+            raise UsageError(f"{console.flag(name)} needs --teacher; name the teacher that scored the shards")
     args.sample = args.sample or SAMPLE
     return args
 
@@ -77,7 +77,9 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
         raise UsageError(f"{manifest.uri} holds no sequences with scores; leave out --teacher")
     directory = local_checkpoint(args.teacher)
     if weights_hash(directory) != manifest.fingerprint["teacher"]:
-        raise UsageError(f"{args.teacher} has other weights than the teacher of {manifest.uri}; name that one")
+        raise UsageError(
+            f"the weights of --teacher {args.teacher} did not score {manifest.uri}; use the same checkpoint"
+        )
     return Teacher(manifest, directory, trust_remote_code=args.trust_remote_code)
 
 

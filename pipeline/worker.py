@@ -35,7 +35,7 @@ from pipeline.masking import mask_shard
 from pipeline.teacher import Stopped, Teacher
 
 SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model
-LEAST_BATCH_TOKENS = 64
+MIN_BATCH_TOKENS = 64
 
 
 class ShardScorer:
@@ -71,11 +71,11 @@ class ShardScorer:
         outcome = Failure(index, f"its worker died or hung {failed} times")
         # After a crash each shard of that process is retried alone: we do not know which one caused it. So a shard
         # whose process died in its first attempt has a second one.
-        most = max(job.max_attempts, 2) if failed == 1 else job.max_attempts
-        for attempt in range(failed + 1, most + 1):
+        max_attempts = max(job.max_attempts, 2) if failed == 1 else job.max_attempts
+        for attempt in range(failed + 1, max_attempts + 1):
             with self._places(1 if attempt == 1 else SHARDS_AT_ONCE):
                 try:
-                    commit.begin_attempt(job.output, index, job.run, attempt)
+                    commit.begin_attempt(job.output, index, job.run_id, attempt)
                     record = self._score(index, ranges, attempt)
                     with contextlib.suppress(OSError):  # an attempt that stays does no harm to a committed shard
                         storage.delete(commit.attempt_uri(job.output, index))
@@ -109,7 +109,7 @@ class ShardScorer:
         for retry in range(self.job.max_attempts):
             try:
                 done = commit.done_record(self.job.output, index, self.job.manifest.fingerprint_hash)
-                return done, commit.failed_attempts(self.job.output, index, self.job.run)
+                return done, commit.failed_attempts(self.job.output, index, self.job.run_id)
             except OSError:
                 if retry + 1 == self.job.max_attempts:
                     raise
@@ -137,8 +137,8 @@ class ShardScorer:
             else:
                 if scores:
                     self._check_finite(scores["entropy"][~np.isin(ids_NL, manifest.special_token_ids)])
-                form = manifest.vocab_size, manifest.top_k, manifest.temperatures
-                table = parquet.to_table(index, ids_NL, scores, *form)
+                columns = manifest.vocab_size, manifest.top_k, manifest.temperatures
+                table = parquet.to_table(index, ids_NL, scores, *columns)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
             fields = {
                 **counts,
@@ -187,7 +187,7 @@ class ShardScorer:
                 )
                 break
             except (RuntimeError, MemoryError) as failure:
-                if not _out_of_memory(failure) or batch_tokens // 2 < LEAST_BATCH_TOKENS:
+                if not _out_of_memory(failure) or batch_tokens // 2 < MIN_BATCH_TOKENS:
                     raise
                 batch_tokens //= 2
                 costs["batch_tokens"] = batch_tokens  # marks a shard whose bytes another machine may not reproduce
@@ -220,7 +220,10 @@ class ShardScorer:
         job = self.job
         directory = local_checkpoint(job.manifest.teacher or "")
         if weights_hash(directory) != job.manifest.fingerprint["teacher"]:
-            raise RunError(f"{directory} on {platform.node()} has other weights than where the job was started")
+            raise RunError(
+                f"the weights in {directory} on {platform.node()} differ from those on the node that started the job; "
+                "copy the same checkpoint to both"
+            )
         compile = job.manifest.fingerprint["compile"]
         teacher = Teacher(job.manifest, directory, compile=compile, trust_remote_code=job.trust_remote_code)
         teacher.stopped = self.stopped

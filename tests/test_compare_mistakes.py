@@ -87,7 +87,7 @@ def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
         ),
         (
             [seeded, case("seeded/4", {"cola": two["cola"], "rte": {1: 0.5}}, summary("parquet", 3))],
-            "rte has seeds 1, 2 in .*seeded/1 but 1 in .*seeded/4; run the same",
+            "rte has seeds 1, 2 in .*seeded/1 but 1 in .*seeded/4; run the same seeds in both",
         ),
     ]
     for arguments, sentence in cases:

@@ -172,5 +172,5 @@ def test_a_file_that_takes_the_place_of_another_is_named(scored: Path, tmp_path:
     manifest = manifests.read_manifest(str(tmp_path / "shards"))
     first, second = manifest.shards[:2]
     shutil.copy(tmp_path / "shards" / first.file, tmp_path / "shards" / second.file)
-    with pytest.raises(RunError, match=r"part-00001.parquet does not hold the rows .*pipeline/verify.py"):
+    with pytest.raises(RunError, match=r"part-00001.parquet does not match its manifest; .*pipeline/verify.py"):
         sequences(manifest, 64).__getitems__(list(range(64)))

@@ -251,7 +251,7 @@ def test_rows_out_of_place_end_the_run(sharp: Path, sharp_targets: Path, tmp_pat
         return variant.take(pa.array(range(len(variant))[::-1]))
 
     directory = changed(sharp_targets, tmp_path / "targets", "variant", turn)
-    with pytest.raises(RunError, match="does not hold the rows of its manifest"):
+    with pytest.raises(RunError, match="does not match its sequences; make it again"):
         train_here(sharp, tmp_path / "out", *PARQUET, "--targets", directory, *DISTIL, "--max-steps", 1)
 
 
@@ -272,11 +272,11 @@ def test_targets_that_do_not_fit_are_refused(
         (sharp, [*PARQUET, *DISTIL, *targets, "--recipe", "paper"], "--mask-ratio 0.15 of --recipe paper .*; leave"),
         (sharp, [*PARQUET, *DISTIL, *targets, "--corruption", "mask-only"], "--corruption mask-only differs from bert"),
         (sharp, [*RANDOM, *DISTIL, *targets], "made with --mask-source parquet"),
-        (sharp, [*SELF, *DISTIL, *targets], "masks that are known before the run"),
+        (sharp, [*SELF, *DISTIL, *targets], "masks that are known before the run, but --entropy-source self"),
         (sharp, [*PARQUET, *targets], "--targets needs distillation"),
         (sharp, [*PARQUET, "--distill-temperature", 2], "--distill-temperature needs distillation"),
-        (sharp, [*PARQUET, *DISTIL, *targets, "--distill-temperature", 3], r"3 was not scored: .* has 1, 2;"),
-        (scored, [*PARQUET, *DISTIL, "--distill-temperature", 2], r"2 was not scored: .* has 1;"),
+        (sharp, [*PARQUET, *DISTIL, *targets, "--distill-temperature", 3], r"-temperature 3 is not among .*: 1, 2;"),
+        (scored, [*PARQUET, *DISTIL, "--distill-temperature", 2], r"-temperature 2 is not among .*: 1;"),
         (scored, [*PARQUET, *DISTIL, *targets], "made for other sequences"),
         (sharp, [*PARQUET, *DISTIL, "--targets", sharp], "holds sequences, not targets"),
         (sharp, [*PARQUET, *DISTIL, "--targets", lacking], "lacks rows for part-00000.parquet"),
@@ -287,7 +287,7 @@ def test_targets_that_do_not_fit_are_refused(
             train_here(sequences, tmp_path / "out", *flags, "--max-steps", 1)
         assert "\n" not in str(caught.value)
     same = ["--mask-temperature", 1, "--mask-ratio", 0.3, *AT_ONCE, "--corruption", "bert"]
-    monkeypatch.setattr("train.progress.MOST_CONCENTRATED", -1.0)  # every mask is suspicious
+    monkeypatch.setattr("train.progress.MAX_CONCENTRATION", -1.0)  # every mask is suspicious
     summary = train_here(sharp, tmp_path / "out", *PARQUET, *DISTIL, *targets, *same, "--max-steps", 1)
     assert all(warning.endswith("; make targets with a smaller --hard-share") for warning in summary["warnings"])
     assert summary["warnings"] and summary["flags"]["mask_temperature"] == 1

@@ -71,7 +71,7 @@ def test_a_frames_statistics_are_those_of_its_arrays() -> None:
     check(result["whole word"], ~continues & ~followed)
 
     result = by(statistics.by_position(frame))
-    assert len(result) <= statistics.MOST_POSITIONS and set(np.diff(list(result))) == {3}
+    assert len(result) <= statistics.MAX_POINTS and set(np.diff(list(result))) == {3}
     for start, row in result.items():
         check(row, (np.arange(L) // 3 == start // 3)[None].repeat(N, 0))
     result = by(statistics.by_third(frame))

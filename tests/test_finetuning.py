@@ -239,7 +239,7 @@ def test_a_classifier_on_a_preset_reads_the_mean_of_the_hidden_states(tokens: Pa
 
 def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(UsageError, match="would be lost with the job's directory"):
+    with pytest.raises(UsageError, match="would be deleted with the working directory of the Ray job"):
         glue_here(Path("relative"), "--model", work / "teacher", "--tasks", "rte", "--data", data)
 
 

@@ -20,7 +20,7 @@ from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import student_scores, with_masked_positions
 from train import progress
 from train.progress import ProgressReport
-from train.results import MOST_POINTS, curve
+from train.results import MAX_POINTS, curve
 
 B, L, K, P, V = 3, 64, 10, 4, 3000
 SIZES = {"vocab_size": V, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,7 +75,7 @@ def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:
     assert points[-1] == {"step": 10_000, "seconds": 2500.0, "eval_loss": 2.0}
     assert sum("eval_loss" in point for point in points) == 1
     steps = [point["step"] for point in points if "loss" in point]
-    assert steps == list(range(50, 10_001, 50)) and len(steps) == MOST_POINTS
+    assert steps == list(range(50, 10_001, 50)) and len(steps) == MAX_POINTS
     assert curve([]) == []
 
 

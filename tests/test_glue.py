@@ -274,7 +274,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, *table("null", good.with_columns(sentence=pl.Series(["a", None])))], "no sentence in row 1"),
         (
             [*model, *table("list", good.with_columns(sentence=pl.Series([["a"], ["b"]])))],
-            "no texts in sentence, but List",
+            r"the column sentence of .* is List.*, not text; convert it to text",
         ),
         ([*model, *table("empty", good.clear())], "cannot read|has no"),
         (["--model", tmp_path / "nothing", "--tasks", "cola", "--data", data], "nothing"),
@@ -320,7 +320,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
             glue.run.main([str(flag) for flag in ["--max-length", 32, *flags, *out]])
     for wrong, sentence in (
         ("--learning-rate=-1", "argument --learning-rate: -1 is not positive"),
-        ("--gpus-per-worker=2", "argument --gpus-per-worker: 2 is not above 0 and at most 1"),
+        ("--gpus-per-worker=2", "argument --gpus-per-worker: 2 is out of range; use more than 0 and at most 1"),
         ("--batchsize=8", "--batchsize is not a flag of glue/run.py; the nearest is --batch-size, and --help lists"),
     ):
         with pytest.raises(UsageError, match=sentence):

@@ -105,8 +105,8 @@ def test_mistakes_in_both_commands_are_one_sentence(work: Path, scored: Path, to
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (blind / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
     for shards, source, flags, sentence in (
-        (scored, "parquet", ["--mask-ratio", 0], "mask ratio 0 is not above 0"),
-        (scored, "parquet", ["--mask-ratio", 1.2], "mask ratio 1.2 is not above 0"),
+        (scored, "parquet", ["--mask-ratio", 0], "--mask-ratio 0 is out of range; use more than 0"),
+        (scored, "parquet", ["--mask-ratio", 1.2], "--mask-ratio 1.2 is out of range; use more than 0"),
         (scored, "random", ["--mask-by", "surprisal"], "--mask-by needs scores, and --(entropy|mask)-source random"),
         (scored, "parquet", ["--mask-by", "entropy", "--hard-share", 0], "--mask-by has no effect with --hard-share 0"),
         (scored, "parquet", ["--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
@@ -137,18 +137,18 @@ def test_mistakes_in_both_commands_are_one_sentence(work: Path, scored: Path, to
             "--predict-by needs scores, .*use --entropy-source parquet --hard-share 0",
         ),
         ([*RANDOM, "--predict-by", "random"], "set --predict-ratio below the mask ratio"),
-        ([*SELF, "--hard-share", 1.1], "hard share 1.1 is not between 0 and 1"),
-        ([*SELF, "--hard-share=-0.1"], "hard share -0.1 is not between 0 and 1"),
-        ([*SELF, "--mask-warmup", 1], "mask warm-up 1 is not at least 0 and below 1"),
-        ([*SELF, "--mask-ramp", 5], "mask ramp 5 is not between 0 and 1"),
-        ([*SELF, "--mask-temperature", "inf"], "use hard share 0 for random masks"),
+        ([*SELF, "--hard-share", 1.1], "--hard-share 1.1 is out of range; use at least 0 and at most 1"),
+        ([*SELF, "--hard-share=-0.1"], "--hard-share -0.1 is out of range; use at least 0 and at most 1"),
+        ([*SELF, "--mask-warmup", 1], "--mask-warmup 1 is out of range; use at least 0 and less than 1"),
+        ([*SELF, "--mask-ramp", 5], "--mask-ramp 5 is out of range; use at least 0 and at most 1"),
+        ([*SELF, "--mask-temperature", "inf"], "--mask-temperature inf is out of range; .* a hard share of 0"),
         ([*SELF, "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no effect with"),
-        ([*SELF, "--predict-ratio", 0.4], "predict ratio 0.4 is not above 0 and at most the mask"),
+        ([*SELF, "--predict-ratio", 0.4], "--predict-ratio 0.4 is out of range; .* at most the mask ratio 0.3"),
         ([*SELF, "--predict-by", "entropy"], "--predict-by chooses among the masked tokens"),
-        ([*SELF, "--mask-by", "excess"], "--mask-by excess subtracts the surprisal of a reference"),
+        ([*SELF, "--mask-by", "excess"], "--mask-by excess needs the surprisal of a reference, but .* has no scores"),
         (
             [*SELF, "--predict-ratio", 0.1, "--predict-by", "excess"],
-            "--predict-by excess subtracts the surprisal of a reference",
+            "--predict-by excess needs the surprisal of a reference, but .* has no scores",
         ),
         (
             [*SELF, "--recipe", "paper", "--hard-share", 0.3],

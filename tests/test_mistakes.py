@@ -47,14 +47,14 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--dataloader-persistent-workers", "true"], f"--dataloader-persistent-workers {UNSUPPORTED}"),
         (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "--dataloader-prefetch-factor -1"),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
-        (["--lr-scheduler-kwargs", "nope"], "transformers refuses these flags"),
+        (["--lr-scheduler-kwargs", "nope"], "transformers does not accept the flags"),
         (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),
         (["--lr-scheduler-type", "warmup_stable_decay", "--lr-scheduler-kwargs", "[1]"], "is not a JSON object"),
         (["--save-strategy", "best"], "--save-strategy: invalid choice: 'best' (choose from 'no', 'steps')"),
         (["--save-strategy", "epoch"], "--save-strategy: invalid choice: 'epoch'"),
         (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),
         (["--logging-strategy", "epoch"], "--logging-strategy: invalid choice: 'epoch'"),
-        ([*BEST, "--save-steps", 7], "saves at each evaluation; set --save-steps to 5, or leave it out"),
+        ([*BEST, "--save-steps", 7], "needs a checkpoint at each evaluation; set --save-steps to 5, or leave it out"),
         (["--load-best-model-at-end", "--eval-fraction", 0], "--load-best-model-at-end needs held-out shards"),
         (["--load-best-model-at-end", "--eval-strategy", "no"], "leave out --eval-strategy no"),
         (["--load-best-model-at-end", "--save-strategy", "no"], "leave out --save-strategy no"),
@@ -78,7 +78,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--muon-learning-rate", 0.1, "--optim", "adamw_torch"], "--muon-learning-rate only applies to --optim muon"),
         (["--muon-learning-rate=-1"], "--muon-learning-rate -1 is out of range"),
         (["--optim", "adamw_8bit"], "bitsandbytes"),
-        (["--optim", "sgd", "--optim-args", "foo"], "transformers refuses these flags"),
+        (["--optim", "sgd", "--optim-args", "foo"], "transformers does not accept the flags"),
         (["--accelerator-config", '{"split_batches": true}'], f"--accelerator-config {UNSUPPORTED}"),
         (["--accelerator_config={}"], f"--accelerator_config {UNSUPPORTED}"),
         (["--no-dataloader-pin-memory"], f"--no-dataloader-pin-memory {UNSUPPORTED}"),
@@ -155,7 +155,7 @@ def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(scored: Path,
 def test_ray_starts_no_processes_under_torchrun(scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.TrainingArguments, "world_size", 2)
     message = refusal(scored, tmp_path / "out", *RANDOM, "--num-workers", 2)
-    assert "--num-workers 2 starts processes, and there are 2 already" in message
+    assert "--num-workers 2 has no effect under torchrun, which has started 2 processes; leave it out" in message
 
 
 def parsed(*flags: str) -> transformers.TrainingArguments:
@@ -190,7 +190,7 @@ def test_apple_gpus_make_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
         (guard.SafetensorError("I/O error: File too large (os error 27)"), "make room"),
         (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos"), "cut short.*make room"),
         (RuntimeError("basic_ios::clear: iostream error"), "cut short.*make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), r"x: Permission denied\).*once it can be written"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), r"x: Permission denied\).*again when .* is writable"),
     ],
 )
 def test_room_is_made_where_there_is_none(tmp_path: Path, error: Exception, sentence: str) -> None:

@@ -109,7 +109,7 @@ def test_a_run_file_without_flags_is_refused(scored: Path, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     for text in ("[1]", "{", "null"):
         (tmp_path / "out" / "run.json").write_text(text)
-        with pytest.raises(UsageError, match="does not hold the flags of a run"):
+        with pytest.raises(UsageError, match=r"is damaged or not written by train/run.py; choose another"):
             train_here(scored, tmp_path / "out", *RANDOM, "--max-steps", 1)
 
 

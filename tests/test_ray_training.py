@@ -53,7 +53,7 @@ def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(flags: list[o
     (tmp_path / "summary.json").write_text("{}")
     argv = [*flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path]
     wrong = ["--overwrite", "--optim", "sgd", "--optim-args", "foo"]
-    assert "transformers refuses these flags" in refused(*TRAIN, *argv, *wrong)
+    assert "transformers does not accept the flags" in refused(*TRAIN, *argv, *wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json", "summary.json"]
 
 
@@ -89,7 +89,7 @@ def test_an_output_that_would_be_lost_with_the_job(
     flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(UsageError, match="would be lost with the job's directory"):
+    with pytest.raises(UsageError, match="would be deleted with the working directory of the Ray job"):
         train.run.main([str(flag) for flag in (*flags, *SEVERAL, "--output-dir", "relative")])
 
 

@@ -19,10 +19,10 @@ from transformers import BertConfig, ModernBertForMaskedLM
 from entropy_masking.entropy import entropy
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
-from entropy_masking.masking.type_means import MOST_COUNTED, TypeMeans
+from entropy_masking.masking.type_means import MAX_COUNT, TypeMeans
 from entropy_masking.models.masked_positions import MEASURED_EVERY
 from entropy_masking.shards.manifests import read_manifest
-from train.progress import LEAST_RISE, CollapseWarnings, collapse_signs, type_concentration
+from train.progress import MIN_RISE, CollapseWarnings, collapse_signs, type_concentration
 from train.trainer import MaskedLMTrainer
 
 paper = MaskPolicy.paper
@@ -53,16 +53,16 @@ def test_the_means_do_what_their_formula_says() -> None:
         pairs = zip(tokens_BM.flatten().tolist(), score_BM.flatten().tolist(), strict=True)
         new = [(token, score) for token, score in pairs if token >= 0 and math.isfinite(score)]
         expected_V = [m if n else level for m, n in zip(mean, count, strict=True)]
-        torch.testing.assert_close(found.of(torch.arange(V)).tolist(), expected_V, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.scores_of(torch.arange(V)).tolist(), expected_V, atol=1e-6, rtol=0)
         for token in range(V):
             if own := [score for t, score in new if t == token]:
                 share = len(own) / (count[token] + len(own))
                 mean[token] += share * (sum(own) / len(own) - mean[token])
-                count[token] = min(MOST_COUNTED, count[token] + len(own))
+                count[token] = min(MAX_COUNT, count[token] + len(own))
         level = sum(score for _, score in new) / len(new)
         found.update(before=step + 1)
-    assert max(count) == MOST_COUNTED and count[V - 1] == 0, "a full one, and one that was never measured"
-    assert float(found.of(torch.tensor([V - 1]))) == pytest.approx(level, abs=1e-6)
+    assert max(count) == MAX_COUNT and count[V - 1] == 0, "a full one, and one that was never measured"
+    assert float(found.scores_of(torch.tensor([V - 1]))) == pytest.approx(level, abs=1e-6)
 
 
 def test_the_means_are_the_same_however_a_batch_is_split_and_come_back() -> None:
@@ -100,8 +100,8 @@ def test_a_run_masks_the_types_that_it_knew_least(
     def spy(trainer: MaskedLMTrainer, batch: dict[str, Any]) -> dict[str, Any]:
         raw = dict(batch)
         masked = original(trainer, batch)
-        assert trainer.means
-        seen.append((raw, masked, trainer.means.of(torch.arange(trainer.manifest.vocab_size))))
+        assert trainer.type_means
+        seen.append((raw, masked, trainer.type_means.scores_of(torch.arange(trainer.manifest.vocab_size))))
         return dict(masked)
 
     monkeypatch.setattr(MaskedLMTrainer, "mask_by_student", spy)
@@ -185,9 +185,9 @@ def test_the_second_evaluation_of_the_last_step_does_not_count() -> None:
 
 
 def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    spread, up = [0.01] * 8, 2 * LEAST_RISE
+    spread, up = [0.01] * 8, 2 * MIN_RISE
     rising, falling = [5.0 + up * n for n in range(8)], [9.0 - n for n in range(8)]
-    slow = [5.0 + 0.9 * LEAST_RISE * (n % 2) for n in range(8)]
+    slow = [5.0 + 0.9 * MIN_RISE * (n % 2) for n in range(8)]
     for policy, losses, concentration, signs in (
         (paper(), rising, spread, ["5.00 nats, at 3 evaluations in a row up to step 40"]),
         (paper(warmup=0.35), rising, spread, [f"{5 + 3 * up:.2f} nats, at 3 evaluations in a row up to step 70"]),
@@ -221,7 +221,7 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_warning_advises_what_this_run_may_change(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], remedy: str
 ) -> None:
-    monkeypatch.setattr("train.progress.MOST_CONCENTRATED", -1.0)  # every mask is suspicious
+    monkeypatch.setattr("train.progress.MAX_CONCENTRATION", -1.0)  # every mask is suspicious
     warnings = train_here(scored, tmp_path / "out", "--entropy-source", *flags, "--max-steps", 1)["warnings"]
     assert warnings and all(warning.endswith(f"; {remedy}") for warning in warnings)
 

@@ -108,4 +108,4 @@ def test_an_output_that_would_be_lost_with_the_job(head: Head, shared: Path, tmp
     flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output relative {SIZES}"
     line = f"ray job submit --working-dir {ROOT} -- python pipeline/score.py {flags}"
     output = shell(line, tmp_path, code=1, RAY_ADDRESS=head.dashboard)
-    assert "would be lost with the job's directory" in output and "Traceback" not in output
+    assert "would be deleted with the working directory of the Ray job" in output and "Traceback" not in output

@@ -274,5 +274,5 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path) -> Non
     save_bert(tmp_path / "other", AutoTokenizer.from_pretrained(work / "tokenizer"))
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
-    assert "other weights" in refused(*VERIFY, copy, "--teacher", tmp_path / "other")
+    assert "did not score" in refused(*VERIFY, copy, "--teacher", tmp_path / "other")
     assert "--sample needs --teacher" in refused(*VERIFY, copy, "--sample", 3)

@@ -15,7 +15,7 @@ from in_process import score_here
 from tables import recommitted, replace_list
 
 from entropy_masking.shards import manifests, parquet
-from entropy_masking.shards.faults import Depth, contract, table_faults
+from entropy_masking.shards.faults import Depth, expected_schema, table_faults
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, row_groups, rows_of
 from entropy_masking.shards.values import list_lengths
@@ -45,20 +45,20 @@ K, L = TOP_K, LENGTH
 FIRST = (0, 3 * TOP_K)  # the first row's third word
 VALUES: list[tuple[str, int, tuple[int, int], float, str]] = [
     ("input_ids", L, (1, 4), 300, "has token ids outside the vocabulary"),
-    ("entropy", L, (1, 4), np.nan, "has entropy at a special token, or none elsewhere"),
-    ("entropy", L, (1, 0), 1, "has entropy at a special token, or none elsewhere"),
+    ("entropy", L, (1, 4), np.nan, "its entropy must be NaN exactly at special tokens"),
+    ("entropy", L, (1, 0), 1, "its entropy must be NaN exactly at special tokens"),
     ("entropy", L, (1, 4), 5.8, "has entropies outside 0 … 5.70 nats"),
     ("entropy", L, (1, 4), -0.1, "has entropies outside 0 … 5.70 nats"),
-    ("surprisal", L, (1, 4), np.nan, "has surprisal at a special token, or none elsewhere"),
+    ("surprisal", L, (1, 4), np.nan, "its surprisal must be NaN exactly at special tokens"),
     ("surprisal", L, (1, 4), -0.1, "has surprisals below 0"),
     ("topk_ids", L * K, FIRST, 300, "has top-k ids outside the vocabulary"),
     ("topk_logprobs", L * K, FIRST, -9, "has log-probabilities that are not sorted"),
     ("topk_logprobs", L * K, FIRST, 0.5, "has log-probabilities above 0"),
     ("topk_logprobs", L * K, FIRST, 0.0, "has probabilities that sum to more than 1"),
-    ("topk_logprobs", L * K, FIRST, np.nan, "has log-probabilities where nothing is scored, or none elsewhere"),
-    ("topk_logprobs", L * K, (0, 0), -1, "has log-probabilities where nothing is scored, or none elsewhere"),
-    ("temperature_lse_2", L, (1, 4), np.inf, "has temperature_lse_2 that is not finite exactly where it is scored"),
-    ("temperature_lse_2", L, (1, 0), 1, "has temperature_lse_2 that is not finite exactly where it is scored"),
+    ("topk_logprobs", L * K, FIRST, np.nan, "its log-probabilities must be NaN exactly where there is no score"),
+    ("topk_logprobs", L * K, (0, 0), -1, "its log-probabilities must be NaN exactly where there is no score"),
+    ("temperature_lse_2", L, (1, 4), np.inf, "its temperature_lse_2 must be finite exactly at scored positions"),
+    ("temperature_lse_2", L, (1, 0), 1, "its temperature_lse_2 must be finite exactly at scored positions"),
 ]
 
 
@@ -73,7 +73,7 @@ def test_wrong_values_are_named(
     tempered: Path, name: str, width: int, place: tuple[int, int], value: float, fault: str
 ) -> None:
     manifest = manifests.read_manifest(str(tempered))
-    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], expected_schema(manifest).names)
     entry, data = recommitted(manifest.shards[0], table)
     assert not file_faults(manifest, entry, data, deep=True)
     entry, data = recommitted(entry, changed(table, name, width, place, value))
@@ -84,7 +84,7 @@ def test_wrong_values_are_named(
 
 def test_wrong_tables_are_named(tempered: Path) -> None:
     manifest = manifests.read_manifest(str(tempered))
-    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], expected_schema(manifest).names)
     topk_ids = parquet.column_2d(table, "topk_ids", L * K).copy()
     topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
     entropy = parquet.column_2d(table, "entropy", L)
@@ -95,10 +95,10 @@ def test_wrong_tables_are_named(tempered: Path) -> None:
     cases: list[tuple[pa.Table, list[pa.Table] | None, str]] = [
         (replace_list(table, "topk_ids", topk_ids), None, "has a top-k id twice at a position"),
         (replace_list(table, "entropy", entropy[:, 1:]), None, f"has entropy of another length than {L}"),
-        (padded, None, "has entropy at a special token"),
-        (wide, None, "has other columns than the contract"),
+        (padded, None, "its entropy must be NaN exactly at special tokens"),
+        (wide, None, "does not have the expected columns"),
         (reverse, None, "its sequence ids are not contiguous (first at row 0)"),
-        (table, [table.slice(0, 7), table.slice(7)], "its row groups do not have the sizes"),
+        (table, [table.slice(0, 7), table.slice(7)], "its row groups do not have the expected sizes"),
     ]
     for bad, groups, fault in cases:
         entry, data = recommitted(manifest.shards[0], bad, groups)
@@ -137,7 +137,7 @@ def test_targets_are_verified_too(work: Path, targets: Path, tmp_path: Path) -> 
 
 def test_wrong_targets_are_named(targets: Path) -> None:
     manifest = manifests.read_manifest(str(targets), "targets")
-    table = manifests.read_table(manifest, manifest.shards[0], contract(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], expected_schema(manifest).names)
     rows = rows_of(table, MASKED)
 
     def faults(bad: pa.Table, manifest: Manifest = manifest, rows: MaskedRows = rows) -> list[str]:
@@ -158,7 +158,7 @@ def test_wrong_targets_are_named(targets: Path) -> None:
         assert any(text.startswith(fault) for text in named), (fault, named)
     numbers = table.schema.get_field_index("variant")
     same = table.set_column(numbers, table.schema.field("variant"), pa.array(np.zeros(len(table), np.uint16)))
-    assert any("variants are not 0 … 1" in text for text in faults(same))
+    assert any("does not have variants 0 … 1 in each block" in text for text in faults(same))
     short = replace_list(table, "positions", np.ones(len(table)))
     assert any("of another length than its positions" in text for text in faults(short))
     narrow = manifest.model_copy(update={"masks": (manifest.masks or {}) | {"positions": MASKED - 1}})

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import SchedulerType, TrainingArguments
 
 from entropy_masking.commands.console import flag, option
-from entropy_masking.commands.mask_flags import MOST_SEED
+from entropy_masking.commands.mask_flags import MAX_SEED
 from entropy_masking.errors import UsageError, one_line
 
 BY_PRESET = "(default: by preset; that of base for other models)"
@@ -38,7 +38,9 @@ class TrainerFlags:
 
     optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
     optim_args: str | None = option("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = option(f"peak learning rate of AdamW, or of --optim {BY_PRESET}")
+    learning_rate: float | None = option(
+        f"peak learning rate of --optim; beside Muon, that of embeddings, norms and biases {BY_PRESET}"
+    )
     weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
@@ -65,11 +67,14 @@ class TrainerFlags:
     report_to: str = option("another place to log, e.g. tensorboard (default: none)", "none")
     run_name: str | None = option("name of the run for --report-to")
     eval_strategy: Literal["no", "steps"] | None = option(
-        "whether to evaluate during training (default: at its start and after each fifth)"
+        "whether to evaluate every --eval-steps (default: at the start and after each fifth of the run)"
     )
-    eval_steps: float | None = option("evaluate every N steps; below 1 a share of all steps (default: --logging-steps)")
+    eval_steps: float | None = option(
+        "evaluate every N steps; below 1 a share of all steps (default: 0.2; with --eval-strategy steps, as "
+        "--logging-steps)"
+    )
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
-    eval_on_start: bool | None = option("evaluate before the first step (default: unless --eval-strategy is given)")
+    eval_on_start: bool | None = option("evaluate before the first step (default: yes, without --eval-strategy)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
     save_steps: float | None = option(
         "save a checkpoint every N steps; below 1 a share of all steps (default: 500, or as --eval-steps with "
@@ -89,7 +94,7 @@ class TrainerFlags:
     ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("communication backend (default: by device)")
     # all ranks wait while one process per machine checks every byte of the shards, about 2 TB per hour; a cluster waits
     # as long for a rank that hangs
-    ddp_timeout: int = option("seconds that a device waits for the others (default: 3600)", 3_600)
+    ddp_timeout: int = option("seconds that a process waits for the others (default: 3600)", 3_600)
 
 
 # settings of transformers that a run cannot vary
@@ -106,26 +111,26 @@ FREE = (
 # schedules that follow the metric of evaluations
 BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 # ranges of numbers; a number outside would fail late or, worse, not at all
-MOST_STEPS, MOST_BATCH = 10**12, 10**6  # above them numbers overflow
-ABOVE_0, BELOW_1, MOST = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
+MAX_STEPS, MAX_BATCH = 10**12, 10**6  # above them numbers overflow
+ABOVE_0, BELOW_1, MAX = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
 RANGES: dict[str, tuple[float, float]] = {
     name: (low, high)
     for names, low, high in (
-        ("seed data_seed", 0, MOST_SEED),
-        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MOST),
+        ("seed data_seed", 0, MAX_SEED),
+        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MAX),
         ("adam_beta1 adam_beta2 eval_fraction", 0, BELOW_1),
-        ("logging_steps save_steps eval_steps", ABOVE_0, MOST_STEPS),
-        ("warmup_steps save_total_limit eval_delay", 0, MOST_STEPS),
-        ("max_steps limit sequences", 1, MOST_STEPS),
-        ("per_device_train_batch_size per_device_eval_batch_size", 1, MOST_BATCH),
-        ("gradient_accumulation_steps num_workers", 1, MOST_BATCH),
+        ("logging_steps save_steps eval_steps", ABOVE_0, MAX_STEPS),
+        ("warmup_steps save_total_limit eval_delay", 0, MAX_STEPS),
+        ("max_steps limit sequences", 1, MAX_STEPS),
+        ("per_device_train_batch_size per_device_eval_batch_size", 1, MAX_BATCH),
+        ("gradient_accumulation_steps num_workers", 1, MAX_BATCH),
         ("num_train_epochs", ABOVE_0, 10**9),
         ("ddp_timeout", 1, 10**9),
         ("dataloader_num_workers", 0, 1024),
         ("dataloader_prefetch_factor", 1, 1024),
         ("distill_weight", 0, 1),
         ("distill_positions", ABOVE_0, 1),
-        ("distill_temperature", ABOVE_0, MOST),
+        ("distill_temperature", ABOVE_0, MAX),
     )
     for name in names.split()
 }
@@ -140,7 +145,7 @@ def check_ranges(flags: dict[str, Any]) -> None:
         if name in RANGES and value is not None and not low <= value <= high:
             shown = f"{value:g}" if isinstance(value, float) else value
             least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
-            most = {MOST: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:.10g}")
+            most = {MAX: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:.10g}")
             raise UsageError(f"{flag(name)} {shown} is out of range; use {least}{most}")
 
 
@@ -157,7 +162,7 @@ def training_arguments(flags: TrainerFlags) -> TrainingArguments:
 
 
 def deciding_arguments(args: TrainingArguments) -> dict[str, object]:
-    """The flags of Trainer that decide what is learned."""
+    """The flags of Trainer that determine what is learned."""
     values = args.to_dict()
     return {name: values[name] for name in TrainerFlags.__dataclass_fields__ if not name.startswith(FREE)}
 
@@ -175,7 +180,7 @@ def refused_by_transformers() -> Iterator[None]:
     except (ValueError, ImportError, RuntimeError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
         if is_of_device(error):
             raise
-        raise UsageError(f"transformers refuses these flags: {one_line(error)}") from None
+        raise UsageError(f"transformers does not accept the flags: {one_line(error)}") from None
 
 
 def is_of_device(error: Exception) -> bool:

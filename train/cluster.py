@@ -20,7 +20,7 @@ from entropy_masking.errors import RunError, UsageError
 from train import guard, resume
 from train.options import Options
 
-MOST_FAILURES = 3  # of workers, in one call
+MAX_FAILURES = 3  # of workers, in one call
 POLL_SECONDS = 0.5  # between two reads of the first worker's log
 RAY = ".ray"  # Ray Train's own files, in the output directory
 TERMINATED = 143  # exit code
@@ -37,7 +37,9 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     """
     output = Path(str(args.output_dir))
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
-        raise UsageError(f"--output-dir {output} would be lost with the job's directory; name an absolute path")
+        raise UsageError(
+            f"--output-dir {output} would be deleted with the working directory of the Ray job; name an absolute path"
+        )
     import ray
 
     directory = output.absolute()
@@ -95,7 +97,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
         run_config=api.RunConfig(
             name="run",
             storage_path=str(config["log"].parent),
-            failure_config=api.FailureConfig(max_failures=MOST_FAILURES),
+            failure_config=api.FailureConfig(max_failures=MAX_FAILURES),
             # other levels show tracebacks of failures that a restart repairs
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
@@ -163,4 +165,4 @@ def _work(config: dict[str, Any]) -> tuple[int, str]:
 def _reason(error: Exception) -> str:
     """One sentence about the last failure of a worker."""
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    return f"workers died {MOST_FAILURES + 1} times, the last with: {guard.last_line(failures[0])}"
+    return f"workers died {MAX_FAILURES + 1} times; the last error: {guard.last_line(failures[0])}"

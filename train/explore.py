@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking import storage
 from entropy_masking.commands import console
@@ -39,8 +39,8 @@ class Options(MaskOptions):
     """The flags; the mask flags are those of train/run.py."""
 
     output: str | None = option("HTML file to write (default: only print the summary)")
-    limit: int = option("most sequences for the statistics", 10_000)
-    sequences: int = option("sequences to show as text on the page", 6)
+    limit: int = option("maximum number of sequences for the statistics (default: 10000)", 10_000)
+    sequences: int = option("sequences to show as text on the page (default: 6)", 6)
     entropy_source: Literal["parquet", "random"] = option("mask by the scores of the shards, or at random", "parquet")
     seed: int = option("seed of the masks; the masks of the first epoch are shown", 42)
 

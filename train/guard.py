@@ -116,7 +116,7 @@ def writing(what: str, output: Path) -> Iterator[None]:
         cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
         reason = "it was cut short" if cut_short else one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in storage.FULL)
-        fix = "make room, then run the command again" if full else "run the command again once it can be written"
+        fix = "make room, then run the command again" if full else f"run the command again when {output} is writable"
         raise RunError(f"cannot write {what} ({reason}); {_last_good(output)}; {fix}") from None
 
 
@@ -168,7 +168,7 @@ def clean_ending(guard: Guard) -> Iterator[None]:
             fix = "run the command again, with fewer --dataloader-num-workers"
             raise RunError(f"{reason}; {_last_good(guard.output)}; {fix}") from None
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise RunError(f"another rank has ended; {_last_good(guard.output)}; run the command again") from None
+            raise RunError(f"another process has ended; {_last_good(guard.output)}; run the command again") from None
         raise
     finally:
         if _in_main_thread():

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from entropy_masking.commands.mask_flags import FIX_SCORES, RECIPES, check_scored, given_masks, mask_flag, mask_policy
+from entropy_masking.commands.mask_flags import (
+    RECIPES,
+    check_scored,
+    given_masks,
+    how_to_score,
+    mask_flag,
+    mask_policy,
+)
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
@@ -23,12 +30,12 @@ from train.options import Options
 class Inputs:
     """The data of a run."""
 
-    manifest: Manifest  # the shards
-    targets: Manifest | None  # the target directory to distil from
-    eval_shards: Manifest | None  # the directory to evaluate on, if it is another one
+    manifest: Manifest  # of --shards
+    targets: Manifest | None  # of --targets
+    eval_shards: Manifest | None  # of --eval-shards
     policy: MaskPolicy  # which positions to mask and to predict
-    shards: list[ShardEntry]  # to train on
-    held_out: list[ShardEntry]  # to evaluate on
+    shards: list[ShardEntry]  # the shards to train on
+    held_out: list[ShardEntry]  # the shards to evaluate on
 
     @property
     def evaluated(self) -> Manifest:
@@ -42,9 +49,9 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     targets = open_targets(options.targets, manifest, source) if options.targets else None
     eval_shards = open_eval_shards(options.eval_shards, manifest) if options.eval_shards else None
     # one process per machine checks every byte, and only when a run begins, so that a run resumes at once
-    begun = not options.overwrite and resume.has_begun(Path(str(args.output_dir)), manifest, targets)
+    resumes = not options.overwrite and resume.has_checkpoint(Path(str(args.output_dir)), manifest, targets)
     for directory in filter(None, (manifest, targets, eval_shards)):
-        check_shards(directory, contents=not (begun or args.local_process_index))
+        check_shards(directory, contents=not (resumes or args.local_process_index))
     policy = policy_of(options, targets) if targets else mask_policy(options, source, args.seed)
     check_scored(policy, source, manifest)
     for sentence in contradictions(options, args, targets or manifest):
@@ -56,26 +63,31 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
 
 
 def contradictions(options: Options, args: TrainingArguments, teacher: Manifest) -> Iterator[str]:
-    """A sentence for each flag that contradicts the machine or the teacher's scores."""
+    """A sentence for each flag that contradicts the machine or the scores in ``teacher``: the targets or the shards."""
     workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
     if workers > 1 and ranks > 1:
-        yield f"--num-workers {workers} starts processes, and there are {ranks} already; leave it out"
+        yield f"--num-workers {workers} has no effect under torchrun, which has started {ranks} processes; leave it out"
     if workers == 1 and gpus > 1:
         use = f"torchrun --nproc-per-node {gpus} train/run.py … or --num-workers {gpus}"
         yield f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES"
     if not options.distill_weight:
         return
     if not options.targets and not teacher.top_k:
-        yield f"{teacher.uri} has no top-k log-probabilities to distil from; {FIX_SCORES} … --top-k 16"
+        fix = f"{how_to_score(teacher.uri)} --top-k 16"
+        yield f"--distill-weight needs top-k log-probabilities, but {teacher.uri} has none; {fix}"
     elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
         scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
-        yield f"--distill-temperature {T:g} was not scored: {teacher.uri} has {scored}; use one of those"
+        fix = f"use one of these, or score again with --temperatures {T:g}"
+        yield f"--distill-temperature {T:g} is not among the temperatures of {teacher.uri}: {scored}; {fix}"
 
 
 def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
     """A target directory. Raises UsageError if it was made for other shards or another entropy source, or is broken."""
     if source == "self":
-        raise UsageError("--targets needs masks that are known before the run; those of --entropy-source self are not")
+        raise UsageError(
+            "--targets needs masks that are known before the run, but --entropy-source self makes them during the run; "
+            "leave --targets out"
+        )
     targets = read_manifest(uri, kind="targets")
     if not _names_masks(targets):
         raise UsageError(f"the manifest of {uri} does not name the masks that it was made for; make it again")
@@ -108,7 +120,7 @@ def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
     for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):
             origin, cause = ("", mask_flag(name)) if name in given else (" of --recipe paper", "--recipe")
-            said = f"{mask_flag(name)} {value}{origin} differs from {of_targets} in {targets.uri}"
+            said = f"{mask_flag(name)} {value}{origin} differs from {of_targets} in --targets {targets.uri}"
             raise UsageError(f"{said}; leave {cause} out")
     return policy
 
@@ -117,7 +129,7 @@ def open_eval_shards(uri: str, manifest: Manifest) -> Manifest:
     """Shards of other text to evaluate on. Raises UsageError for training text, another tokenizer or another length."""
     evaluated = read_manifest(uri)
     if evaluated.tokenizer_hash != manifest.tokenizer_hash:
-        raise UsageError(f"--eval-shards {uri} was made with another tokenizer than {manifest.uri}; use one for both")
+        raise UsageError(f"--eval-shards {uri} and {manifest.uri} have different tokenizers; use the same one")
     own, length = evaluated.sequence_length, manifest.sequence_length
     if own != length:
         raise UsageError(

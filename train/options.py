@@ -35,9 +35,12 @@ class Options(MaskOptions):
     entropy_source: Literal["random", "parquet", "self"] = option(
         "mask at random, by the scores of the shards (parquet), or by the student's own (self)", MISSING
     )
-    model: str = option("tiny (default), mini, small, medium, base; a config.json; or a checkpoint", "tiny")
+    model: str = option(
+        "tiny (default), mini, small, medium, base, bert-tiny … bert-base; a config.json; or a checkpoint",
+        "tiny",
+    )
     targets: str | None = option("distil from this target directory, with its masks (default: from the shards)")
-    distill_weight: float = option("α in (1 - α)·CE + α·T²·KL(teacher ‖ student) (default: 0)", 0.0)
+    distill_weight: float = option("weight α in (1 - α)·CE + α·T²·KL(teacher ‖ student) (default: 0)", 0.0)
     distill_temperature: float = option("T, one of the scores' --temperatures (default: 1)", 1.0)
     distill_positions: float = option(
         "distil at this share of the predicted tokens, those with the highest student entropy (default: 1)", 1.0
@@ -47,14 +50,14 @@ class Options(MaskOptions):
     )
     muon_weight_decay: float | None = option(f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})")
     self_refresh: Literal["means", "step"] | None = option(
-        "with self: running means of the scores of masked tokens by type (means, default), or an extra forward on each "
-        "batch (step, default of --recipe paper)"
+        "scores for --entropy-source self. means (default): running means of the scores of masked tokens by type; "
+        "step (default of --recipe paper): scores of an extra forward on each batch"
     )
     eval_fraction: float | None = option("share of the shards to hold out (default: 0.01); 0 for no evaluation")
     eval_shards: str | None = option("evaluate on this shard directory (default: on held-out shards)")
     trust_remote_code: bool = option("run model code from the checkpoint", False)
     num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
-    overwrite: bool = option("drop the run in the output directory", False)
+    overwrite: bool = option("delete the run in the output directory, and start again", False)
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
 
 
@@ -95,11 +98,11 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
     of_muon = "{flag} only applies to --optim muon; leave it out"
     no_arguments = "{flag} has no effect with Muon and AdamW; leave it out, or use another --optim"
-    two_places = "{flag} holds shards out, and --eval-shards names other ones to evaluate on; use one"
+    two_places = "{flag} and --eval-shards both choose the shards to evaluate on; use one"
     held_out = "{flag} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
     evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
     checkpoints = "{flag} needs checkpoints; leave out --save-strategy no"
-    steps = "--load-best-model-at-end saves at each evaluation; set {flag} to {value:g}, or leave it out"
+    steps = "--load-best-model-at-end needs a checkpoint at each evaluation; set {flag} to {value:g}, or leave it out"
     limit = "{flag} {given} keeps only the best checkpoint at the end of a run, not the last; use at least 2"
     best = "{flag} only applies to --load-best-model-at-end; leave it out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"

@@ -21,9 +21,9 @@ from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
 from train.options import Options
 
-RISES, LEAST_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
-MOST_CONCENTRATED = 0.1  # in text, two tokens have the same type with a probability of about 0.01
-LEAST_TOKENS = 100  # to estimate this probability
+RISES, MIN_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
+MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
+MIN_TOKENS = 100  # to estimate this probability
 
 
 class RunningMeans:
@@ -65,10 +65,10 @@ def _sum_and_count(values: Tensor, where: Tensor) -> Tensor:
 def type_concentration(count_V: Tensor) -> float:
     """Σ n_t (n_t − 1) / (n (n − 1)) over the types of n tokens: the probability that two of them have the same type.
 
-    0 for fewer than ``LEAST_TOKENS`` tokens.
+    0 for fewer than ``MIN_TOKENS`` tokens.
     """
     n, count_V = int(count_V.sum()), count_V.double()
-    return float((count_V * (count_V - 1)).sum()) / (n * (n - 1)) if n >= LEAST_TOKENS else 0.0
+    return float((count_V * (count_V - 1)).sum()) / (n * (n - 1)) if n >= MIN_TOKENS else 0.0
 
 
 class CollapseWarnings(TrainerCallback):
@@ -116,15 +116,15 @@ def collapse_signs(history: list[dict[str, float]], vocab_size: int) -> Iterator
         step, loss, concentration = entry["step"], entry.get("eval_loss"), entry.get("mask_concentration", 0.0)
         if loss is not None and step != evaluated:  # a run is evaluated once more at its end
             evaluated = step
-            above = above + 1 if loss > lowest + LEAST_RISE else 0
+            above = above + 1 if loss > lowest + MIN_RISE else 0
             lowest = min(lowest, loss)
             if above == RISES:
                 where = f"{RISES} evaluations in a row up to step {step}"
                 yield "rise", f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {where}"
-            if step and loss > guess + LEAST_RISE:  # random weights start a little above it
+            if step and loss > guess + MIN_RISE:  # random weights start a little above it
                 loss_here = f"the held-out loss at step {step}, {loss:.2f} nats"
                 yield "guess", f"{loss_here}, is worse than a uniform guess, {guess:.2f}"
-        if concentration > MOST_CONCENTRATED:
+        if concentration > MAX_CONCENTRATION:
             pairs = f"two predicted tokens had the same type with a probability of {concentration:.0%}"
             yield "concentration", f"at step {step} {pairs}, so the masks concentrate on a few types"
 

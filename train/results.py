@@ -21,7 +21,7 @@ from train.options import Options
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
-MOST_POINTS = 200  # most points of a curve in a summary
+MAX_POINTS = 200  # of a curve in a summary
 FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
 
 
@@ -105,7 +105,7 @@ def costs(manifest: Manifest) -> dict[str, object]:
 def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
 
-    At most ``MOST_POINTS`` points of each loss, spread evenly, with the last one.
+    At most ``MAX_POINTS`` points of each loss, spread evenly, with the last one.
     """
     seconds: dict[float, float] = {}
     for entry in log:
@@ -115,7 +115,7 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     for name in ("loss", "eval_loss"):
         # the last step may have two evaluations
         losses = {entry["step"]: entry[name] for entry in log if name in entry and entry["step"] in seconds}
-        stride = max(1, math.ceil(len(losses) / MOST_POINTS))
+        stride = max(1, math.ceil(len(losses) / MAX_POINTS))
         points += [{"step": step, "seconds": seconds[step], name: losses[step]} for step in list(losses)[::-stride]]
     return sorted(points, key=lambda point: point["step"])
 

@@ -31,15 +31,15 @@ VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     """Bind an output directory to the flags of a run; False if this run is already finished.
 
-    A run without a checkpoint gives way to any other run, since nothing is lost. ``overwrite`` drops the existing run
-    with its checkpoints. Raises UsageError for a run with other flags, and for files that belong to no run.
+    A run without a checkpoint is replaced by any other run, since nothing is lost. ``overwrite`` deletes the existing
+    run with its checkpoints. Raises UsageError for a run with other flags, and for files that belong to no run.
     """
     if _is_foreign(directory):
         raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
     flags = json.loads(json.dumps(flags, default=str))
     previous = _read_flags(directory)
     if previous is None:
-        raise UsageError(f"{directory / FLAGS} does not hold the flags of a run; choose another --output-dir")
+        raise UsageError(f"{directory / FLAGS} is damaged or not written by train/run.py; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
     # a flag that a library has added or removed since then does not make another run
     shared = {name: value for name, value in flags.items() if name in previous}
@@ -77,7 +77,7 @@ def _is_foreign(directory: Path) -> bool:
     return any(not path.name.startswith(".") for path in directory.iterdir())
 
 
-def has_begun(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
+def has_checkpoint(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
     """Whether there is a checkpoint of a run on these shards and targets. They were checked when the run began."""
     flags = _read_flags(directory) or {}
     expected = {"shards": shards.fingerprint_hash, "targets": targets and targets.fingerprint_hash}

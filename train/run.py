@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a masked LM on a shard directory, with masks by the shards' scores, by the student's scores, or at random.
+"""Train a masked LM on a shard directory. Masks are chosen by the teacher's scores, the student's, or at random.
 
 python train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
 python train/run.py --shards runs/scored --entropy-source parquet --distill-weight 0.5 --output-dir runs/student-kd
@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import logging
@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         student = build_student(options.model, inputs.manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, inputs)
         flags = deciding_flags(options, args, inputs)
-    with on_all_ranks(rank), refused_by_transformers():  # before anything is written, or dropped
+    with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
-        trainer.try_out()
+        trainer.check_flags()
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run

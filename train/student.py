@@ -54,7 +54,7 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
             model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
     if model.config.vocab_size < manifest.vocab_size:
         raise UsageError(
-            f"--model {name} has {model.config.vocab_size} tokens, but the shards {manifest.vocab_size}; "
+            f"--model {name} has {model.config.vocab_size} tokens, but the shards have {manifest.vocab_size}; "
             "use shards made with the model's tokenizer"
         )
     model = with_masked_positions(model, manifest.sequence_length, f"--model {name}")
@@ -121,6 +121,6 @@ def _check_tokenizer(name: str, directory: Path, manifest: Manifest) -> None:
         tokenizer = load_tokenizer(str(directory))
         if tokenizer_hash(tokenizer) != manifest.tokenizer_hash:
             raise UsageError(
-                f"--model {name} was trained with another tokenizer (special ids {special_ids(tokenizer)}) than the "
-                f"shards {manifest.uri}; score the corpus with the model's tokenizer"
+                f"the tokenizer of --model {name} (special ids {special_ids(tokenizer)}) differs from that of "
+                f"{manifest.uri}; score the corpus with the model's tokenizer"
             )

@@ -1,4 +1,4 @@
-"""A thin ``transformers.Trainer``: the entropy source, evaluation by entropy decile, checkpoints that appear whole.
+"""A ``transformers.Trainer`` that masks batches, evaluates by entropy decile, and writes checkpoints atomically.
 
 Shapes: B rows, L tokens, P predicted positions of a row, V vocabulary, N positions of a batch.
 """
@@ -41,8 +41,7 @@ SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run wi
 class MaskedLMTrainer(Trainer):
     """Trains a student (``train.student``) on the sequences of a shard directory.
 
-    For Trainer a run is one epoch over a dataset of the length of the run, in order. The dataset has the real epochs,
-    so a run resumes by index.
+    To Trainer a run is one epoch: the dataset has the sequences of all epochs, in order. So a run resumes by index.
     """
 
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
@@ -51,7 +50,7 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, model: MaskedPositions, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
         self.options, self.inputs = options, inputs
         self.manifest, self.policy = inputs.manifest, inputs.policy
-        self.score = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
+        self.score_name = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which reads its decisions
@@ -62,21 +61,21 @@ class MaskedLMTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=self.sequences,
-            eval_dataset=inputs.held_out or None,  # Trainer demands one with --eval-strategy; evaluate() reads held_out
+            eval_dataset=inputs.held_out or None,  # Trainer requires one; evaluate() does not use it
             callbacks=[self.guard, self.report, self.collapse],
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
         self.remove_callback(PrinterCallback)
         private.save_within(self, self.saving)
-        model.register_load_state_dict_post_hook(_expect_tied_weights)
+        model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
-        self.scores = RunningMeans()
+        self.logged_means = RunningMeans()
         self.predicted_V = torch.zeros(self.manifest.vocab_size, dtype=torch.int64, device=args.device)
-        self.means: TypeMeans | None = None
+        self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
-            self.means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
+            self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
 
-    def try_out(self) -> None:
+    def check_flags(self) -> None:
         """Build the loader, the optimizer and the schedule once, so that they refuse wrong flags early."""
         self.get_train_dataloader()
         self.create_optimizer_and_scheduler(self.args.max_steps)
@@ -97,14 +96,14 @@ class MaskedLMTrainer(Trainer):
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end of the run, from a checkpoint if there is one."""
-        if self.means and checkpoint:
-            self.means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
+        if self.type_means and checkpoint:
+            self.type_means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
         self.train(str(checkpoint) if checkpoint else None)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object) -> Tensor:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw batch that is masked here."""
         masked = self.mask_by_student(inputs) if self.options.entropy_source == "self" else dict(inputs)
-        self.scores.add(masked.pop("score_sums", {}))
+        self.logged_means.add(masked.pop("score_sums", {}))
         labels_N = masked["labels_BP"].flatten()
         self.predicted_V.scatter_add_(0, labels_N.clamp_min(0), (labels_N >= 0).long())
         output = model(
@@ -114,28 +113,28 @@ class MaskedLMTrainer(Trainer):
             distill_weight=self.options.distill_weight,
             distill_temperature=self.options.distill_temperature,
             distill_share=self.options.distill_positions,
-            measure=self.means is not None,
+            measure=self.type_means is not None,
         )
-        if self.means:
-            self.means.add(self.state.global_step, output["tokens"], output[self.score])
+        if self.type_means:
+            self.type_means.add(self.state.global_step, output["tokens"], output[self.score_name])
         return output["loss"]
 
     def mask_by_student(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mask by the student's scores: running means, or the scores of an extra forward after the warm-up."""
         ids_BL, all_random = batch["input_ids"], batch.pop("all_random")
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
-        if self.means:
-            self.means.update(before=self.state.global_step)
-            student_BL = self.means.of(ids_BL)
+        if self.type_means:
+            self.type_means.update(before=self.state.global_step)
+            student_BL = self.type_means.scores_of(ids_BL)
         elif not all_random:
             student = self.accelerator.unwrap_model(self.model)
             scores = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))
-            student_BL = scores[self.score].double()
+            student_BL = scores[self.score_name].double()
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
         # during the warm-up the sums are 0 but present, so that all ranks reduce the same names
         counted_BL = self.device_masker.candidates(ids_BL) & (not all_random)
-        masked["score_sums"] = score_sums(self.score, student_BL, counted_BL, masked["positions_BP"])
+        masked["score_sums"] = score_sums(self.score_name, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -145,22 +144,22 @@ class MaskedLMTrainer(Trainer):
         """Log a loss with the seconds so far, and with the means of the scores since the last log."""
         if "loss" in logs:
             self.log_seconds()
-            logs |= self.scores.take(self.sum_over_ranks)
+            logs |= self.logged_means.take(self.sum_over_ranks)
             if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
             self.predicted_V.zero_()
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:
-        """Log the seconds as a separate entry: the entry of a loss is then the same in every run."""
+        """Log the seconds as a separate entry, so that the entries of losses are the same in a resumed run."""
         self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
         """Cross-entropy (nats) and accuracy on the held-out sequences under one fixed random mask.
 
-        Overall and, if the shards have entropies, by their decile over the masked positions: easy tokens alone would
-        judge a model that was trained on hard tokens unfairly.
+        These are means over all masked positions and, if the shards have entropies, over each decile of the entropy,
+        because easy tokens dominate the mean over all positions.
         """
         started = time.monotonic()
         self.log_seconds()
@@ -193,7 +192,7 @@ class MaskedLMTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step, self.output)
         self.log_seconds()  # for a resumed run
-        means = self.means.state() if self.means else None  # on all ranks, which add up their sums
+        means = self.type_means.state() if self.type_means else None  # on all ranks, which add up their sums
         self.args.output_dir = str(unfinished)
         try:
             with on_all_ranks(rank), writing(name, self.output):
@@ -240,7 +239,7 @@ def muon_and_adamw(
     return MuonAdamW, {"matrices": hidden_matrices(model), "muon": muon, **adamw}
 
 
-def _expect_tied_weights(model: nn.Module, keys: Any) -> None:
+def _ignore_missing_tied_weights(model: nn.Module, keys: Any) -> None:
     """Do not report tied weights as missing: checkpoints leave them out."""
     tied = getattr(model, "all_tied_weights_keys", {})
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in tied]

@@ -12,8 +12,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.schema import Manifest
 
-MOST_SEED = (1 << 32) - 1
-FIX_SCORES = "score the corpus with pipeline/score.py --teacher"  # how to fix shards that lack scores
+MAX_SEED = (1 << 32) - 1
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
 RECIPES: dict[str, dict[str, object]] = {
@@ -31,15 +30,17 @@ class MaskOptions:
     """Which tokens to mask and to predict; None if the flag was not given."""
 
     recipe: Literal["default", "paper"] | None = option(
-        "paper: mask the highest entropies alone, from the first step (2605.28526)"
+        "default, or paper: mask the 15 %% with the highest entropies from the first step, as in arXiv 2605.28526"
     )
     mask_ratio: float | None = option(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
-    predict_ratio: float | None = option("share to predict, at most the mask ratio (default: all masked tokens)")
+    predict_ratio: float | None = option(
+        "share of the tokens to predict, at most --mask-ratio (default: all masked tokens)"
+    )
     hard_share: float | None = option(
         f"share of a mask that is chosen by score; the rest is random (default: {MaskPolicy.hard_share})"
     )
     mask_warmup: float | None = option(
-        f"share of the run at its start that has random masks (default: {RECIPES['default']['warmup']})"
+        f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
     )
     mask_ramp: float | None = option(
         f"share of the run, after the warm-up, in which the hard share rises (default: {RECIPES['default']['ramp']})"
@@ -48,8 +49,8 @@ class MaskOptions:
         f"τ: sample from softmax(rank/τ); 0 takes the highest scores (default: {MaskPolicy.temperature})"
     )
     mask_by: Literal["entropy", "surprisal", "excess"] | None = option(
-        "score: entropy of the prediction (default), surprisal of the token, or excess: the student's surprisal minus "
-        "that of the shards (self only)"
+        "score: entropy of the prediction (default), surprisal of the token, or excess, the student's surprisal minus "
+        "that in the shards (only with --entropy-source self)"
     )
     predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
         "how to choose the predicted tokens among the masked ones (default: random)"
@@ -86,7 +87,8 @@ def mask_policy(
     try:
         return MaskPolicy.from_json(fields | given | {"seed": seed})
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        name, _, problem = str(error).partition(" ")
+        raise UsageError(f"{mask_flag(name)} {problem}") from None
 
 
 def _check_uses(given: dict[str, object], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
@@ -130,11 +132,14 @@ def check_scored(policy: MaskPolicy, source: str, manifest: Manifest) -> None:
     """Refuse a policy that needs scores which the shards lack. Raises UsageError."""
     if manifest.scored:
         return
+    lacks = f"{manifest.uri} has no scores (it was made with --teacher none); {how_to_score(manifest.uri)}"
     if source == "parquet":
-        raise UsageError(f"{manifest.uri} has no scores (made with --teacher none); {FIX_SCORES} for parquet")
+        raise UsageError(lacks)
     for name in ("by", "predict_by"):
         if getattr(policy, name) == "excess":
-            raise UsageError(
-                f"{mask_flag(name)} excess subtracts the surprisal of a reference, which {manifest.uri} lacks (made "
-                f"with --teacher none); {FIX_SCORES}"
-            )
+            raise UsageError(f"{mask_flag(name)} excess needs the surprisal of a reference, but {lacks}")
+
+
+def how_to_score(uri: str) -> str:
+    """How to fix a shard directory that lacks scores."""
+    return f"score it with pipeline/score.py --corpus {uri} --teacher MODEL"

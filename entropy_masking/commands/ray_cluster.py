@@ -53,5 +53,6 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         try:
             start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
         except Exception as error:  # of no class of its own, as where a busy machine lets it time out
-            raise RunError(f"Ray did not start on this machine: {one_line(error)}; try again") from None
+            reason = f"Ray did not start on this machine ({one_line(error)})"
+            raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler

@@ -42,11 +42,11 @@ def corrupt(
     original_BK = input_ids_BL.gather(1, where_BK)
     corrupted_BK = torch.full_like(original_BK, mask_id)
     if policy.corruption == "bert":
-        fate_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, where_BK)
-        draw_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, where_BK)
-        random_BK = replacement_ids_R[(draw_BK * len(replacement_ids_R)).long()]
-        corrupted_BK = torch.where(fate_BK < MASKED_SHARE, corrupted_BK, random_BK)
-        corrupted_BK = torch.where(fate_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
+        kind_noise_BK = noise(policy.seed, CORRUPTION, epoch_B, sequence_id_B, where_BK)
+        id_noise_BK = noise(policy.seed, REPLACEMENT, epoch_B, sequence_id_B, where_BK)
+        random_BK = replacement_ids_R[(id_noise_BK * len(replacement_ids_R)).long()]
+        corrupted_BK = torch.where(kind_noise_BK < MASKED_SHARE, corrupted_BK, random_BK)
+        corrupted_BK = torch.where(kind_noise_BK < MASKED_SHARE + RANDOM_SHARE, corrupted_BK, original_BK)
     # an ignored slot writes what the row's first slot writes, so it changes nothing
     corrupted_BK = torch.where(ignored_BK, original_BK, corrupted_BK)
     corrupted_BK = torch.where(ignored_BK, corrupted_BK[:, :1], corrupted_BK)
@@ -57,7 +57,7 @@ def corrupt(
 class Masker:
     """Masks batches: selects positions, corrupts inputs, and gathers the teacher's top k there.
 
-    Only ``to`` copies to an accelerator; all other methods neither copy nor wait for one.
+    Only ``to`` copies tensors to an accelerator. The other methods neither copy tensors nor wait for an accelerator.
 
     Args:
         vocab_size: of the tokenizer; a random replacement is one of its tokens that are not special.
@@ -107,11 +107,15 @@ class Masker:
         """Mask a batch.
 
         Args:
-            batch: ``input_ids`` [B, L], ``sequence_id`` [B], ``epoch`` [B]; unless h = 0 the score [B, L] that
-                ``policy.by`` names, or ``score`` instead, and ``progress`` [B] for a warm-up or a ramp. Optional: the
-                score [B, L] that ``policy.predict_by`` names; ``reference`` [B, L], the reference's surprisal, for
-                ``excess``; ``topk_ids`` and ``topk_logprobs`` [B, L, T] for distillation, and ``temperature_lse``
-                [B, L] at T ≠ 1; ``padded`` (see ``attention_mask``).
+            batch: tensors by name:
+
+                - ``input_ids`` [B, L], ``sequence_id`` [B], ``epoch`` [B].
+                - Unless h = 0: the score [B, L] with the name ``policy.by`` or ``score``.
+                - For a warm-up or a ramp: ``progress`` [B].
+                - Optional: the score [B, L] with the name ``policy.predict_by``; ``padded`` (see ``attention_mask``).
+                - For ``excess``: ``reference`` [B, L], the reference's surprisal.
+                - For distillation: ``topk_ids`` and ``topk_logprobs`` [B, L, T]; at a temperature other than 1 also
+                  ``temperature_lse`` [B, L].
 
         Returns:
             input_ids [B, L], positions_BP and labels_BP of the predicted positions; with padding attention_mask [B, L];

@@ -29,7 +29,7 @@ class MaskPolicy:
         unit: ``token``, or ``word``, which masks all tokens of a word or none.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range. The message begins with the name of its attribute.
     """
 
     ratio: float = 0.3
@@ -47,33 +47,26 @@ class MaskPolicy:
     def __post_init__(self) -> None:
         predicted = self.ratio if self.predict_ratio is None else self.predict_ratio
         known = ", ".join(SCORES)
-        for holds, message in (
-            (0 < self.ratio <= 1, f"mask ratio {self.ratio:g} is not above 0 and at most 1"),
-            (0 <= self.hard_share <= 1, f"hard share {self.hard_share:g} is not between 0 and 1"),
+        for name, holds, allowed in (
+            ("ratio", 0 < self.ratio <= 1, "more than 0 and at most 1"),
+            ("hard_share", 0 <= self.hard_share <= 1, "at least 0 and at most 1"),
             (
+                "temperature",
                 0 <= self.temperature < float("inf"),
-                f"mask temperature {self.temperature:g} is not finite and at least 0; "
-                "use hard share 0 for random masks",
+                "a finite number of at least 0, or a hard share of 0 for random masks",
             ),
-            (0 <= self.warmup < 1, f"mask warm-up {self.warmup:g} is not at least 0 and below 1, a share of the run"),
-            (0 <= self.ramp <= 1, f"mask ramp {self.ramp:g} is not between 0 and 1, a share of the run"),
-            (self.by in SCORES, f"masking by {self.by!r} is unknown; use {known}"),
-            (
-                0 < predicted <= self.ratio,
-                f"predict ratio {predicted:g} is not above 0 and at most the mask ratio {self.ratio:g}",
-            ),
-            (
-                self.predict_by in ("random", *SCORES),
-                f"predicting by {self.predict_by!r} is unknown; use random, {known}",
-            ),
-            (
-                self.corruption in ("bert", "mask-only"),
-                f"corruption {self.corruption!r} is unknown; use bert or mask-only",
-            ),
-            (self.unit in ("token", "word"), f"mask unit {self.unit!r} is unknown; use token or word"),
+            ("warmup", 0 <= self.warmup < 1, "at least 0 and less than 1, a share of the run"),
+            ("ramp", 0 <= self.ramp <= 1, "at least 0 and at most 1, a share of the run"),
+            ("by", self.by in SCORES, known),
+            ("predict_ratio", 0 < predicted <= self.ratio, f"more than 0 and at most the mask ratio {self.ratio:g}"),
+            ("predict_by", self.predict_by in ("random", *SCORES), f"random, {known}"),
+            ("corruption", self.corruption in ("bert", "mask-only"), "bert or mask-only"),
+            ("unit", self.unit in ("token", "word"), "token or word"),
         ):
             if not holds:
-                raise ValueError(message)
+                value = getattr(self, name)
+                problem = f"{value!r} is unknown" if isinstance(value, str) else f"{value:g} is out of range"
+                raise ValueError(f"{name} {problem}; use {allowed}")
 
     @classmethod
     def random(cls, **fields: Any) -> Self:

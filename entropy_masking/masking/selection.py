@@ -1,9 +1,9 @@
-"""Entropy-aware masking: scores and a key → masked positions. Pure tensor functions.
+"""Entropy-aware masking: scores → masked positions. Pure tensor functions.
 
 k positions of a row are masked. The hard share h of them is chosen by score, the rest uniformly:
 
 1. The uniform part, k - round(h·k) positions, is drawn from all candidates. So every candidate is masked with a
-   probability of about (1 - h) · ratio or more.
+   probability of at least about (1 - h) · ratio.
 2. The hard part takes the remaining candidates with the highest ``r + τ·G``: r in (0, 1] is the rank of the score
    within the row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from
    softmax(r/τ) (the Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). With ranks, τ means the same for every
@@ -27,7 +27,7 @@ from entropy_masking.masking.noise import HARD, SELECTION, noise
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import take_while_it_fits, word_heads, word_sizes_and_means
 
-IGNORED = -1  # fills the positions of a row that masks fewer than k
+IGNORED = -1  # pads the positions of a row that masks fewer than K
 
 
 def select_positions(
@@ -89,10 +89,10 @@ def highest(score_BK: Tensor, real_BK: Tensor, count_B1: Tensor, size: int) -> T
     return _slots(is_highest(score_BK, real_BK, count_B1), size)
 
 
-def count(ratio: float, candidates_BL: Tensor, most: int) -> Tensor:
-    """max(1, round(ratio · c)) of a row with c candidates, at most ``most``; float64, to round as Python does."""
+def count(ratio: float, candidates_BL: Tensor, max_count: int) -> Tensor:
+    """max(1, round(ratio · c)) of a row with c candidates, at most ``max_count``; float64, to round as Python does."""
     count_B1 = candidates_BL.sum(1, keepdim=True).double()
-    return (ratio * count_B1).round().clamp(min=1, max=most).minimum(count_B1)
+    return (ratio * count_B1).round().clamp(min=1, max=max_count).minimum(count_B1)
 
 
 def take(values_BK: Tensor, slots_BP: Tensor, ignored: int) -> Tensor:
@@ -119,16 +119,16 @@ def _first(
     """The first ``count_B1`` candidates by score, ties by noise, then by position; bool [B, L].
 
     With ``gumbel_BL``, the order is that of ``gumbel_BL`` plus the rank of the score within the row. With
-    ``continues_BL``, words are chosen first if they still fit, in the order of the mean score of their tokens (ties by
-    the noise at their first token). Then single tokens fill the rest in their own order.
+    ``continues_BL``, whole words are chosen in the order of their mean score, ties by the noise at their first token. A
+    word that does not fit any more is skipped. Then single tokens fill the rest, in the order of their own scores.
     """
 
-    def order(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    def order(key_BL: Tensor, allowed_BL: Tensor) -> Tensor:
         if gumbel_BL is not None:
-            score_BL = _rank_share(score_BL, candidates_BL) + gumbel_BL
+            key_BL = _rank_share(key_BL, allowed_BL) + gumbel_BL
         by_noise_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
-        key_BL, candidates_BL = score_BL.gather(1, by_noise_BL), candidates_BL.gather(1, by_noise_BL)
-        return by_noise_BL.gather(1, _descending(key_BL, candidates_BL))
+        key_BL, allowed_BL = key_BL.gather(1, by_noise_BL), allowed_BL.gather(1, by_noise_BL)
+        return by_noise_BL.gather(1, _descending(key_BL, allowed_BL))
 
     chosen_BL = torch.zeros_like(candidates_BL)
     if continues_BL is not None:

@@ -3,7 +3,7 @@
 A masked LM gets no loss at visible positions, so its entropy there is not a prediction. At masked positions it is, and
 the training forward computes it anyway. The running mean of a type ranks the tokens of the next batches::
 
-    mean(type) ← mean(type) + n · (mean of the n new scores - mean(type)) / (count + n)        count ≤ ``MOST_COUNTED``
+    mean(type) ← mean(type) + n · (mean of the n new scores - mean(type)) / (count + n)        count ≤ ``MAX_COUNT``
 
 A type without scores has the mean of all scores of the last step. Scores are summed as whole numbers, so the means do
 not depend on how a batch is split among devices and accumulation.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MOST_COUNTED = 20.0  # the earlier mean counts as at most this many occurrences
+MAX_COUNT = 20.0  # the earlier mean counts as this many scores at most
 UNITS = 1 << 20  # per nat: sums of integers are exact in any order
 
 
@@ -33,7 +33,7 @@ class TypeMeans:
         self.reduce = reduce
         self.mean_V = torch.zeros(vocab_size, dtype=torch.float64, device=device)
         self.count_V = torch.zeros(vocab_size, dtype=torch.float64, device=device)
-        self.level = torch.zeros((), dtype=torch.float64, device=device)
+        self.fallback = torch.zeros((), dtype=torch.float64, device=device)  # mean of a type without scores
         self._sums_2V = torch.zeros((2, vocab_size), dtype=torch.int64, device=device)  # Σ score, n
         self._step: int | None = None  # the step that the sums come from
 
@@ -56,24 +56,25 @@ class TypeMeans:
         sums_2V = self.reduce(self._sums_2V)
         sum_V, n_V = sums_2V[0].double() / UNITS, sums_2V[1].double()
         self.mean_V += (sum_V - n_V * self.mean_V) / (self.count_V + n_V).clamp_min(1)
-        self.count_V = (self.count_V + n_V).clamp_max(MOST_COUNTED)
+        self.count_V = (self.count_V + n_V).clamp_max(MAX_COUNT)
         total = n_V.sum()
-        self.level = torch.where(total > 0, sum_V.sum() / total.clamp_min(1), self.level)
+        self.fallback = torch.where(total > 0, sum_V.sum() / total.clamp_min(1), self.fallback)
         self._clear()
 
-    def of(self, ids_BL: Tensor) -> Tensor:
+    def scores_of(self, ids_BL: Tensor) -> Tensor:
         """The scores of tokens [B, L], float64, in nats."""
-        return torch.where(self.count_V > 0, self.mean_V, self.level)[ids_BL]
+        return torch.where(self.count_V > 0, self.mean_V, self.fallback)[ids_BL]
 
     def state(self) -> dict[str, Tensor]:
         """The state that a resumed run needs."""
         self.update()
-        return {"mean_V": self.mean_V, "count_V": self.count_V, "level": self.level}
+        return {"mean_V": self.mean_V, "count_V": self.count_V, "level": self.fallback}
 
     def load(self, state: dict[str, Tensor]) -> None:
         self._clear()
-        for name, value in state.items():
-            setattr(self, name, value.to(self.mean_V.device))
+        device = self.mean_V.device
+        self.mean_V, self.count_V = state["mean_V"].to(device), state["count_V"].to(device)
+        self.fallback = state["level"].to(device)
 
     def _clear(self) -> None:
         self._sums_2V.zero_()

@@ -59,21 +59,21 @@ def _word_marks(backend: Tokenizer) -> tuple[tuple[str, ...], bool]:
     return ((mark,) if mark else ()), True
 
 
-def apart_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+def non_word_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Which tokens belong to no word, bool [V]: special tokens, whitespace, punctuation.
 
     If marks begin words, a token without a mark does not always continue a word: the comma in ``mat,`` does not, nor a
     word after a bracket or a line break. WordPiece marks every token that continues a word, so it has no such tokens.
     """
-    apart_V = torch.zeros(vocab_size, dtype=torch.bool)
+    non_word_V = torch.zeros(vocab_size, dtype=torch.bool)
     if getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
-        return apart_V
+        return non_word_V
     special = set(tokenizer.all_special_ids)
     for token, index in tokenizer.get_vocab().items():
         if index < vocab_size:
             text = tokenizer.convert_tokens_to_string([token])
-            apart_V[index] = index in special or all(map(_is_space_or_punctuation, text))
-    return apart_V
+            non_word_V[index] = index in special or all(map(_is_space_or_punctuation, text))
+    return non_word_V
 
 
 def _is_space_or_punctuation(character: str) -> bool:
@@ -84,7 +84,7 @@ def word_heads(candidates_BL: Tensor, continues_BL: Tensor) -> Tensor:
     """The position of the first token of each candidate's word.
 
     A word is a candidate and the candidates directly after it that continue it. So if some tokens of a word are not
-    candidates, the remaining ones count as words.
+    candidates, the remaining parts count as separate words.
     """
     after_candidate_BL = F.pad(candidates_BL[:, :-1], (1, 0))
     first_BL = candidates_BL & ~(continues_BL & after_candidate_BL)
@@ -103,8 +103,8 @@ def take_while_it_fits(size_BL: Tensor, room_B1: Tensor) -> Tensor:
     """Choose words in order if they fit into the space that earlier words left; bool [B, L].
 
     A round chooses words until one does not fit. Then all words that are larger than the remaining space are dropped.
-    So the words at which rounds end become smaller from round to round. Sizes add up to L, so there are at most √(2L)
-    rounds.
+    With sizes 3, 4, 1 and space for 5 tokens, the first round chooses 3 and drops 4, and the second round chooses 1.
+    Each round ends at a smaller word than the one before. Sizes add up to L, so there are at most √(2L) rounds.
     """
     chosen_BL = torch.zeros_like(size_BL, dtype=torch.bool)
     open_BL = size_BL > 0

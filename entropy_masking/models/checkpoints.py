@@ -1,4 +1,4 @@
-"""Checkpoints of masked LMs and tokenizers: finds and loads them without running code or pickles that they contain."""
+"""Finds and loads checkpoints of masked LMs and tokenizers: no pickles, and remote code only if it is trusted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def local_checkpoint(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name).absolute()
     if name.startswith(("/", ".", "~")):
-        raise UsageError(f"there is no model directory {name}")
+        raise UsageError(f"there is no model directory {name}; name an existing one, or a model on the Hub")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.py"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
@@ -53,7 +53,7 @@ def safetensors_files(directory: Path) -> list[Path]:
         return files
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if not pickles:
-        raise UsageError(f"{directory} holds no model weights (*.safetensors)")
+        raise UsageError(f"{directory} holds no model weights (*.safetensors); name the directory of a saved model")
     raise UsageError(
         f"{directory} holds only a pickle checkpoint ({pickles[0]}), which can run code when loaded; if you trust it, "
         f"convert it once with AutoModelForMaskedLM.from_pretrained('{directory}').save_pretrained('NEW_DIR')"
@@ -102,11 +102,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     directory = local_checkpoint(name)
     # without these files AutoTokenizer builds a tokenizer of special tokens from config.json alone
     if not has_tokenizer(directory):
-        raise UsageError(f"{name} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's own there")
+        names = ", ".join(TOKENIZER_FILES)
+        raise UsageError(f"{name} holds no tokenizer ({names}); save the model's tokenizer there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UsageError(f"cannot load a tokenizer from {name}: {one_line(error)}") from None
+        raise UsageError(
+            f"cannot load the tokenizer in {name} ({one_line(error)}); save the model's tokenizer there"
+        ) from None
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has only a slow tokenizer; save a fast one (tokenizer.json) there")
     return tokenizer

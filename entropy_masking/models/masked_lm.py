@@ -20,14 +20,15 @@ from entropy_masking.errors import UsageError, one_line
 Select = tuple[Tensor, Tensor]  # rows and columns of positions, two index tensors of one shape
 
 # errors of a forward that does not support such input
-UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, AssertionError)
+FORWARD_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, AssertionError)
 
 
 class MaskedLM:
     """Runs a masked LM at chosen positions.
 
-    The head runs at these positions alone: a hook selects them from the encoder's output. A head that needs whole
-    sequences runs at every position, and the logits are selected. A trial on rows of this length decides.
+    If the head works position by position, it runs only at these positions: a hook selects them from the encoder's
+    output. A head that needs whole sequences runs at every position, and the logits are selected afterwards. A test
+    forward on rows of this length decides.
 
     Args:
         model: an ``AutoModelForMaskedLM``; it keeps its class, its weights and its forward.
@@ -46,11 +47,11 @@ class MaskedLM:
     def __init__(self, model: PreTrainedModel, length: int, name: str = "") -> None:
         self.model: Any = model  # transformers annotates ``to`` wrongly
         self.forward = model.forward
-        self.selective, self.projection = True, self._cut_projection()
+        self.selective, self.projection = True, self._hook_projection()
         self._select: Select | None = None
         model.base_model.register_forward_hook(self._select_positions)
-        with torch.no_grad(), _resembling_a_trained_one(model):
-            self._try(length, name or type(model).__name__)
+        with torch.no_grad(), _as_if_trained(model):
+            self._choose_forward(length, name or type(model).__name__)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None, select: Select) -> Tensor:
         """The input of ``project`` at the chosen positions: [*select, H], or the logits if there is no projection."""
@@ -76,7 +77,7 @@ class MaskedLM:
         finally:
             self._select = None
 
-    def _cut_projection(self) -> nn.Linear | None:
+    def _hook_projection(self) -> nn.Linear | None:
         """Make the vocabulary projection return its input while positions are selected; returns the projection."""
         projection = self.model.get_output_embeddings()
         if not isinstance(projection, nn.Linear):
@@ -99,20 +100,20 @@ class MaskedLM:
         output["last_hidden_state"] = output["last_hidden_state"][self._select]
         return output
 
-    def try_training(self, length: int, name: str) -> None:
+    def check_training(self, length: int, name: str) -> None:
         """Run a forward as in training, where some models accept fewer lengths. Changes neither model nor random state.
 
         Raises:
             UsageError: it fails.
         """
-        ids_BL = self._trial_rows(length)
+        ids_BL = self._test_rows(length)
         before = [buffer.clone() for buffer in self.model.buffers()]
         was_training = self.model.training
         self.model.train()
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[ids_BL.device] if ids_BL.is_cuda else []):
                 self._run(ids_BL, torch.ones_like(ids_BL))
-        except UNFIT as error:
+        except FORWARD_ERRORS as error:
             raise UsageError(
                 f"{name} cannot be trained on sequences of {length} tokens ({one_line(error)[:200]}); use sequences of "
                 "another length, or another model"
@@ -123,22 +124,22 @@ class MaskedLM:
                 for buffer, values in zip(self.model.buffers(), before, strict=True):
                     buffer.copy_(values)
 
-    def _trial_rows(self, length: int) -> Tensor:
+    def _test_rows(self, length: int) -> Tensor:
         """Two rows [2, L] of different tokens."""
         # without padding, to which RoBERTa gives no position: its last positions must be tried too
         ids_L = torch.arange(2 * length, device=self.model.device) % (self.model.config.vocab_size - 1)
         return (ids_L + (ids_L >= (self.model.config.pad_token_id or 0))).view(2, length)
 
-    def _try(self, length: int, name: str) -> None:
-        """Choose the cheapest way that gives the logits of the plain model."""
+    def _choose_forward(self, length: int, name: str) -> None:
+        """Choose the cheapest forward that gives the logits of the plain model. Raises UsageError if there is none."""
         device, V = self.model.device, self.model.config.vocab_size
-        ids_BL = self._trial_rows(length)
+        ids_BL = self._test_rows(length)
         mask_BL = torch.ones_like(ids_BL)
         columns_BK = torch.tensor([[1, 2, length // 2], [0, 3, length - 1]], device=device).clamp_max(length - 1)
         select = torch.tensor([[0], [1]], device=device).expand_as(columns_BK), columns_BK
         try:
             logits_BLV = self._run(ids_BL, mask_BL)
-        except UNFIT as error:
+        except FORWARD_ERRORS as error:
             raise UsageError(
                 f"{name} cannot be run on sequences of {length} tokens ({one_line(error)[:200]}); use shorter "
                 "sequences, or another masked LM"
@@ -155,14 +156,14 @@ class MaskedLM:
             try:
                 if _same(self.logits(ids_BL, mask_BL, select), logits_BLV[select]):
                     return
-            except UNFIT:
+            except FORWARD_ERRORS:
                 continue
         raise UsageError(f"{name} gives different logits each time for the same batch; use another masked LM")
 
 
 @contextmanager
-def _resembling_a_trained_one(model: PreTrainedModel) -> Iterator[None]:
-    """Make a new model resemble a trained one for the trial: no dropout, non-zero vocabulary biases. Restores both."""
+def _as_if_trained(model: PreTrainedModel) -> Iterator[None]:
+    """Make a new model resemble a trained one for the test: no dropout, non-zero vocabulary biases. Restores both."""
     was_training = model.training
     model.eval()
     biases = [parameter for parameter in model.parameters() if parameter.shape == (model.config.vocab_size,)]

@@ -34,7 +34,7 @@ def with_masked_positions(model: PreTrainedModel, length: int, name: str = "") -
         UsageError: the model cannot be used on sequences of this length.
     """
     masked_lm = MaskedLM(model, length, name)
-    masked_lm.try_training(length, name or type(model).__name__)
+    masked_lm.check_training(length, name or type(model).__name__)
     model.__class__ = type(type(model).__name__, (MaskedPositions, type(model)), {"__module__": type(model).__module__})
     assert isinstance(model, MaskedPositions)
     model.masked_lm = masked_lm
@@ -78,7 +78,7 @@ class MaskedPositions(PreTrainedModel):
             temperature_lse_BP: lse_T of the teacher there (``entropy_masking.losses``); needed if T is not 1.
             predicted_B1: if given, the arguments above cover all masked positions, and the student predicts this many
                 of each row: those with the highest ``predict_by`` (``entropy``, ``surprisal``, ``excess``).
-            predictions: P, the most positions that the student predicts in a row; needed with ``predicted_B1``.
+            predictions: P, the maximum number of predicted positions in a row; needed with ``predicted_B1``.
             reference_BP: surprisal under the reference in nats; needed for ``excess``.
             distill_weight: α in ``(1 - α)·CE + α·T²·KL(teacher ‖ student)``.
             distill_temperature: T of both distributions in the KL.
@@ -100,7 +100,8 @@ class MaskedPositions(PreTrainedModel):
         if labels_BP is None:
             return {"logits": project(features_BPH)}
         output: dict[str, Tensor] = {}
-        if predicted_B1 is not None:  # all are scored without gradient; the chosen ones are projected again with it
+        if predicted_B1 is not None:
+            # all positions are scored without gradient; the chosen ones are projected again, with gradient
             scores = self._projected_scores(features_BPH, labels_BP)
             if measure:
                 output = {"tokens": labels_BP, **scores}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import manifests
-from entropy_masking.shards.manifests import AnyModel, manifest_uri, record_file, run_uri
+from entropy_masking.shards.manifests import AnyFile, manifest_uri, record_file, run_uri
 from entropy_masking.shards.parquet import footer_rows, shard_file
 from entropy_masking.shards.schema import Attempt, Fingerprint, Manifest, Record, Run
 
@@ -60,20 +60,20 @@ def attempt_uri(directory: str, index: int) -> str:
 
 
 def begin_attempt(directory: str, index: int, run: str, attempt: int) -> None:
-    """Record that a worker begins a shard: Ray would retry for ever a shard that ends its process."""
+    """Write the number of the attempt. Without it, Ray would retry a shard that crashes its worker for ever."""
     storage.write_json(attempt_uri(directory, index), Attempt(run=run, attempts=attempt).model_dump())
 
 
 def failed_attempts(directory: str, index: int, run: str) -> int:
     """The number of failed attempts of this run on a shard."""
-    last = read_if_sound(Attempt, attempt_uri(directory, index))
+    last = read_if_valid(Attempt, attempt_uri(directory, index))
     return last.attempts if last and last.run == run else 0
 
 
-def read_if_sound(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if it is missing or damaged. Then the work is done again."""
+def read_if_valid(kind: type[AnyFile], uri: str) -> AnyFile | None:
+    """The JSON file at ``uri``; None if it is missing or damaged. Then the work is done again."""
     try:
-        return manifests.read_model(model, uri)
+        return manifests.read_json_file(kind, uri)
     except UsageError:
         return None
 
@@ -95,7 +95,7 @@ def check_directory(directory: str, fingerprint: Fingerprint) -> None:
     Raises:
         UsageError: it holds other files, or belongs to a run with another fingerprint; the message says what differs.
     """
-    previous = manifests.read_model(Run, run_uri(directory))
+    previous = manifests.read_json_file(Run, run_uri(directory))
     if previous is None:
         if storage.list_files(directory):
             raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output")
@@ -138,9 +138,9 @@ def read_records(directory: str) -> dict[int, Record]:
 
 
 def _read_record(directory: str, file: str) -> Record | None:
-    record = read_if_sound(Record, storage.join(directory, file))
-    named = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
-    return record if named else None
+    record = read_if_valid(Record, storage.join(directory, file))
+    names_match = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
+    return record if names_match else None
 
 
 def done_record(directory: str, index: int, fingerprint_hash: str) -> Record | None:
@@ -165,12 +165,12 @@ def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int
 
 
 def unfinished_manifest(uri: str) -> Manifest:
-    """The manifest that a scoring run would have if it ended now, without ``teacher``.
+    """The manifest of an unfinished scoring run: of its finished shards, without ``teacher``.
 
     Raises:
         UsageError: the directory has no run, no finished shard, or no tokenizer.
     """
-    run = manifests.read_model(Run, run_uri(uri))
+    run = manifests.read_json_file(Run, run_uri(uri))
     if run is None:
         raise UsageError(f"{uri} is not a shard directory; name the --output of a pipeline/score.py run")
     records = {i: record for i, record in read_records(uri).items() if record.fingerprint_hash == run.fingerprint_hash}
@@ -180,7 +180,7 @@ def unfinished_manifest(uri: str) -> Manifest:
         empty = manifests.new_manifest(uri, run, manifests.load_tokenizer(uri))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
-    return summed_up(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
+    return with_shards(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------
@@ -235,15 +235,15 @@ def totals(records: list[Record]) -> dict[str, object]:
 
 
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """Write ``manifest.json``, which marks the directory as finished. For the arguments see ``summed_up``."""
-    manifest = summed_up(empty, records, failed)
+    """Write ``manifest.json``, which marks the directory as finished. For the arguments see ``with_shards``."""
+    manifest = with_shards(empty, records, failed)
     storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
     delete_leftovers(empty.uri)
     return manifest
 
 
-def summed_up(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """The manifest of the shards that have ``records``.
+def with_shards(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
+    """The manifest with the shards that have ``records``.
 
     Args:
         empty: the manifest without shards.

@@ -27,7 +27,7 @@ Fault = tuple[str, str]  # a file of the directory, and a phrase that follows th
 
 
 class Depth(IntEnum):
-    """What is checked, besides all that a smaller depth checks."""
+    """How much is checked. Each depth includes the smaller ones."""
 
     NAMES = 0  # and sizes
     BYTES = 1  # every byte
@@ -63,12 +63,12 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
     Args:
         advance: called with the size of every shard whose content has been checked.
     """
-    texts = manifest_faults(manifest) if depth >= Depth.TABLES else lacking(manifest)
+    texts = manifest_faults(manifest) if depth >= Depth.TABLES else missing_shards(manifest)
     yield from (("manifest.json", text) for text in texts)
     sizes = {info.base_name: info.size for info in storage.list_files(manifest.uri)}
-    there = [entry for entry in manifest.shards if entry.file in sizes]
+    present = [entry for entry in manifest.shards if entry.file in sizes]
     yield from ((entry.file, "is missing") for entry in manifest.shards if entry.file not in sizes)
-    for entry in there:
+    for entry in present:
         if (size := sizes[entry.file]) != entry.bytes:
             yield entry.file, f"has {size:,} bytes, but its manifest says {entry.bytes:,}"
     if text := tokenizer_fault(manifest):
@@ -77,8 +77,8 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
         return
     yield from record_faults(manifest, depth)
     with ThreadPoolExecutor(commit.READERS) as pool:
-        texts_of = pool.map(lambda entry: content_faults(manifest, entry, sizes[entry.file], depth), there)
-        for entry, texts in zip(there, texts_of, strict=True):
+        texts_of = pool.map(lambda entry: content_faults(manifest, entry, sizes[entry.file], depth), present)
+        for entry, texts in zip(present, texts_of, strict=True):
             yield from ((entry.file, text) for text in texts)
             advance(entry.bytes)
 
@@ -86,7 +86,7 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
 # --- manifest, records, tokenizer ------------------------------------------------------------------------------------
 
 
-def lacking(manifest: Manifest) -> list[str]:
+def missing_shards(manifest: Manifest) -> list[str]:
     """Planned shards that the manifest neither lists nor names as failed."""
     known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
     return [f"lacks {file}" for file in map(shard_file, range(manifest.planned_shards)) if file not in known]
@@ -94,7 +94,7 @@ def lacking(manifest: Manifest) -> list[str]:
 
 def manifest_faults(manifest: Manifest) -> list[str]:
     """Faults of the manifest alone: planned shards, names, and its hashes."""
-    texts, indices = lacking(manifest), [entry.index for entry in manifest.shards]
+    texts, indices = missing_shards(manifest), [entry.index for entry in manifest.shards]
     if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
         texts.append(f"does not list each shard once and in order (of {manifest.planned_shards})")
     wrong = [entry for entry in manifest.shards if entry.file != shard_file(entry.index)]
@@ -160,12 +160,12 @@ def unreadable(error: Exception) -> str:
 
 
 def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, depth: Depth) -> list[str]:
-    """Columns, shard and number of rows, then the layout, then the values."""
-    expected = contract(manifest)
+    """Faults of the columns, the shard and the number of rows; then of the layout; then of the values."""
+    expected = expected_schema(manifest)
     if depth >= Depth.TABLES:
         if not file.schema_arrow.equals(expected):
             differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
-            return [f"has other columns than the contract ({', '.join(differing) or 'in another order'})"]
+            return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
         table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
         shards = np.unique(table["sequence_id"].to_numpy() >> np.uint64(32)).tolist()
         if foreign := sorted({*shards} - {entry.index}):
@@ -189,14 +189,14 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, t
         texts.append(f"its sequence ids are not contiguous (first at row {wrong_N.argmax()})")
     variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
     if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
-        texts.append(f"its variants are not 0 … {variants - 1} of each block (first at row {wrong_N.argmax()})")
+        texts.append(f"does not have variants 0 … {variants - 1} in each block (first at row {wrong_N.argmax()})")
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     if groups != [len(rows) for rows, _ in blocks]:
-        texts.append("its row groups do not have the sizes of the contract")
+        texts.append("its row groups do not have the expected sizes")
     return texts
 
 
-def contract(manifest: Manifest) -> pa.Schema:
+def expected_schema(manifest: Manifest) -> pa.Schema:
     """The schema of every shard of a directory."""
     if manifest.kind == "targets":
         return targets.targets_schema(manifest.vocab_size, manifest.temperatures)

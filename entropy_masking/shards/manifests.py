@@ -15,13 +15,13 @@ from pydantic import ValidationError
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from entropy_masking.shards.schema import Fingerprint, Manifest, Model, Run, ShardEntry
+from entropy_masking.shards.schema import Fingerprint, JsonFile, Manifest, Run, ShardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MADE_BY = {"sequences": "pipeline/score.py", "targets": "pipeline/score.py --mask-source"}
-AnyModel = TypeVar("AnyModel", bound=Model)
+AnyFile = TypeVar("AnyFile", bound=JsonFile)
 
 
 def manifest_uri(directory: str) -> str:
@@ -43,22 +43,22 @@ def record_files(directory: str) -> list[str]:
     return [f"_records/{name}" for name in names if name.startswith("part-")]
 
 
-def read_model(model: type[AnyModel], uri: str) -> AnyModel | None:
-    """The file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
+def read_json_file(kind: type[AnyFile], uri: str) -> AnyFile | None:
+    """The JSON file at ``uri``; None if there is none. Raises UsageError if its content is wrong."""
     try:
-        return model.model_validate_json(storage.read_bytes(uri))
+        return kind.model_validate_json(storage.read_bytes(uri))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
         first = error.errors()[0]
         reason = " ".join([*map(str, first["loc"]), first["msg"]])
-        title = model.model_config["title"]
-        raise UsageError(f"{uri} cannot be read: it is not a {title} ({reason}); restore or remake it") from None
+        title = kind.model_config["title"]
+        raise UsageError(f"{uri} cannot be read: it is not a {title} ({reason}); restore it or make it again") from None
 
 
 def find_manifest(uri: str) -> Manifest | None:
     """The manifest of a directory of any kind; None if no run has ended there. Raises UsageError if it is broken."""
-    manifest = read_model(Manifest, manifest_uri(uri))
+    manifest = read_json_file(Manifest, manifest_uri(uri))
     return manifest and manifest.model_copy(update={"uri": uri})
 
 
@@ -72,7 +72,7 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
         if manifest.kind != kind:
             raise UsageError(f"{uri} holds {manifest.kind}, not {kind}; name a directory made by {MADE_BY[kind]}")
         return manifest
-    if run := read_model(Run, run_uri(uri)):
+    if run := read_json_file(Run, run_uri(uri)):
         done = f"{len(record_files(uri))} of {run.shards} shards"
         raise UsageError(f"{uri} is unfinished ({done}); run the same {MADE_BY[kind]} command again to finish it")
     raise UsageError(f"{uri} is not a shard directory (it has no manifest.json); make one with {MADE_BY[kind]}")
@@ -159,7 +159,7 @@ def new_manifest(
 
 
 def sequences_hash(fingerprint: Fingerprint) -> str:
-    """Hash of everything that decides the tokens of a run, whether they come from text or from a shard directory."""
+    """Hash of everything that determines the tokens of a run, whether they come from text or from a shard directory."""
     corpus = fingerprint["corpus"]
     tokens = [corpus.get("sequences", corpus), fingerprint["tokenizer"], fingerprint["sequence_length"]]
     return storage.sha256_json(tokens)

@@ -70,9 +70,7 @@ def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: i
     rows = read_rows(manifest, entry, columns, [block])
     expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
     if not np.array_equal(rows["sequence_id"], (entry.index << 32) + expected):
-        raise RunError(
-            f"{manifest.shard_uri(entry)} does not hold the rows of its manifest; pipeline/verify.py names its faults"
-        )
+        raise RunError(f"{manifest.shard_uri(entry)} does not match its manifest; run pipeline/verify.py to see why")
     return rows
 
 
@@ -97,7 +95,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     table = _table(targets, entry, columns, [row_group(block, variant, variants)])
     rows = rows_of(table, K)
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
-        raise RunError(f"{targets.shard_uri(entry)} does not hold the rows of its manifest; make it again")
+        raise RunError(f"{targets.shard_uri(entry)} does not match its sequences; make it again")
     predictions = predictions_of(table, K, targets.top_k, lse)
     joined = {
         "target_positions": rows.positions_NK,
@@ -113,7 +111,7 @@ def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups
         return read_table(manifest, entry, columns, row_groups)
     except (OSError, pa.ArrowException) as error:
         uri = manifest.shard_uri(entry)
-        raise RunError(f"cannot read {uri} ({one_line(error)}); pipeline/verify.py names its faults") from None
+        raise RunError(f"cannot read {uri} ({one_line(error)}); run pipeline/verify.py to see why") from None
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The JSON files of a shard directory as models, with fields in the order of the files. See docs/shards.md."""
+"""The JSON files of a shard directory, with fields in the order of the files. See docs/shards.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from entropy_masking import storage
 from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION
 
-Fingerprint = dict[str, Any]  # all that decides the bytes of the shards
+Fingerprint = dict[str, Any]  # everything that determines the bytes of the shards
 Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K)
 
 
@@ -28,13 +28,13 @@ def _check_special_ids(special_ids: dict[str, int]) -> dict[str, int]:
     return special_ids
 
 
-class Model(BaseModel):
-    """A file or a part of a file; messages use its title. An unknown field is an error, like a wrong type."""
+class JsonFile(BaseModel):
+    """A JSON file, or an object in one. Messages use the title. An unknown field is an error, like a wrong type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class Run(Model, title="record of a run"):
+class Run(JsonFile, title="record of a run"):
     """``_records/run.json``, written first: the run to which a directory belongs."""
 
     fingerprint: Fingerprint
@@ -45,14 +45,14 @@ class Run(Model, title="record of a run"):
         return storage.sha256_json(self.fingerprint)
 
 
-class Attempt(Model, title="record of an attempt"):
+class Attempt(JsonFile, title="record of an attempt"):
     """``_attempts/part-00000.json``: a worker has begun a shard, for the ``attempts``-th time in this run."""
 
     run: str
     attempts: int
 
 
-class ShardEntry(Model):
+class ShardEntry(JsonFile):
     """One committed shard, as in the manifest."""
 
     index: int
@@ -70,7 +70,7 @@ class ShardEntry(Model):
         return math.ceil(self.rows / ROW_GROUP)
 
 
-class Rejected(Model):
+class Rejected(JsonFile):
     """The documents of a shard that were not used."""
 
     count: int
@@ -113,7 +113,7 @@ class Record(ShardEntry, title="record of a shard"):
         return {name: fields[name] for name in ("index", "file", "bytes", "sha256")} | fields
 
 
-class Manifest(Model, title="shard manifest"):
+class Manifest(JsonFile, title="shard manifest"):
     """``manifest.json``, written last: a finished shard directory."""
 
     uri: str = Field("", exclude=True)  # the directory; not in the file
@@ -130,7 +130,7 @@ class Manifest(Model, title="shard manifest"):
     passes: int | None
     teacher: str | None
     masks: Masks | None
-    sequences_hash: str  # of everything that decides the tokens; sequences and their targets have the same
+    sequences_hash: str  # of everything that determines the tokens; sequences and their targets have the same
     fingerprint: Fingerprint
     fingerprint_hash: str
     tokenizer_hash: str

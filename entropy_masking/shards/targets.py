@@ -69,31 +69,31 @@ def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int, temperature
     return table_of(columns, rows.positions_NK != NO_POSITION, targets_schema(vocab_size, temperatures))
 
 
-def rows_of(table: pa.Table, most: int) -> MaskedRows:
-    """The rows of a target table, with up to ``most`` positions each."""
+def rows_of(table: pa.Table, max_positions: int) -> MaskedRows:
+    """The rows of a target table, with up to ``max_positions`` positions each."""
     return MaskedRows(
         table["sequence_id"].to_numpy(),
         table["variant"].to_numpy(),
-        _padded(table, "positions", most, NO_POSITION),
+        _padded(table, "positions", max_positions, NO_POSITION),
         table["input_crc32"].to_numpy(),
     )
 
 
-def predictions_of(table: pa.Table, most: int, top_k: int, temperatures: list[float]) -> dict[str, np.ndarray]:
+def predictions_of(table: pa.Table, max_positions: int, top_k: int, temperatures: list[float]) -> dict[str, np.ndarray]:
     """The top-k columns of targets: ``topk_ids``, ``topk_logprobs`` [N, K, k], ``temperature_lse_T`` [N, K].
 
     Without a position, ids are 0 and logarithms NaN.
     """
     fills = {"topk_ids": 0, "topk_logprobs": np.nan}
-    columns = {name: _padded(table, name, most, fills[name], top_k) for name in TOP_K_COLUMNS}
+    columns = {name: _padded(table, name, max_positions, fills[name], top_k) for name in TOP_K_COLUMNS}
     lse = [temperature_column(temperature) for temperature in temperatures if temperature != 1]
-    return columns | {name: _padded(table, name, most, np.nan) for name in lse}
+    return columns | {name: _padded(table, name, max_positions, np.nan) for name in lse}
 
 
-def _padded(table: pa.Table, name: str, most: int, fill: float, width: int | None = None) -> np.ndarray:
+def _padded(table: pa.Table, name: str, max_positions: int, fill: float, width: int | None = None) -> np.ndarray:
     """A list column as an array [N, K] or [N, K, width]."""
     counts_N = table["positions"].combine_chunks().value_lengths().to_numpy()
-    kept_NK = np.arange(most) < counts_N[:, None]
+    kept_NK = np.arange(max_positions) < counts_N[:, None]
     flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     kind = np.float32 if flat.dtype.kind == "f" else np.int64
     out = np.full((*kept_NK.shape, width) if width else kept_NK.shape, fill, kind)

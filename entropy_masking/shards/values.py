@@ -1,4 +1,4 @@
-"""Pure: the values of a shard → their faults. A fault is a phrase that follows the file's name.
+"""The faults in the values of a shard. A fault is a phrase that follows the file's name.
 
 Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names; P stands for L or K.
 """
@@ -79,9 +79,9 @@ def sequence_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sum
     scored_NL = ~np.isin(ids_NL, manifest.special_token_ids)
     entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
     for name in parquet.SCORE_COLUMNS:
-        bad[f"has {name} at a special token, or none elsewhere"] = np.isnan(columns[name]) == scored_NL
-    most = np.log(V) + float(np.spacing(np.float16(np.log(V))))
-    bad[f"has entropies outside 0 … {np.log(V):.2f} nats"] = (entropy_NL < -ABOVE_ZERO) | (entropy_NL > most)
+        bad[f"its {name} must be NaN exactly at special tokens"] = np.isnan(columns[name]) == scored_NL
+    max_entropy = np.log(V) + float(np.spacing(np.float16(np.log(V))))
+    bad[f"has entropies outside 0 … {np.log(V):.2f} nats"] = (entropy_NL < -ABOVE_ZERO) | (entropy_NL > max_entropy)
     bad["has surprisals below 0"] = surprisal_NL < -ABOVE_ZERO
     if k:
         columns |= {name: columns[name].reshape(-1, L, k) for name in TOP_K_COLUMNS}
@@ -94,11 +94,11 @@ def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]
     """Bad values of a table of targets, and its number of positions."""
     counts_N = list_lengths(table, "positions")
     K = int(counts_N.max())
-    most = int(manifest.masks["positions"]) if manifest.masks else K
+    max_positions = int(manifest.masks["positions"]) if manifest.masks else K
     rows = rows_of(table, K)
     kept_NK = rows.positions_NK != NO_POSITION
     bad = {
-        f"masks {K} positions of a sequence, more than {most}": counts_N > most,
+        f"masks {K} positions of a sequence, more than {max_positions}": counts_N > max_positions,
         "has positions past the end": rows.positions_NK >= manifest.sequence_length,
         "has positions that do not ascend": (np.diff(rows.positions_NK, axis=1) <= 0) & kept_NK[:, 1:],
     }
@@ -115,13 +115,13 @@ def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) 
     bad = {
         "has top-k ids outside the vocabulary": ids_NPk >= V,
         "has a top-k id twice at a position": (sorted_NPk[..., 1:] == sorted_NPk[..., :-1]) & scored_NP1,
-        "has log-probabilities where nothing is scored, or none elsewhere": np.isnan(logprobs_NPk) == scored_NP1,
+        "its log-probabilities must be NaN exactly where there is no score": np.isnan(logprobs_NPk) == scored_NP1,
         "has log-probabilities above 0": logprobs_NPk > ABOVE_ZERO,
         "has log-probabilities that are not sorted": logprobs_NPk[..., :-1] < logprobs_NPk[..., 1:],
         "has probabilities that sum to more than 1": np.exp(logprobs_NPk).sum(-1) > PROBABILITY_SUM,
     }
     for name in filter(lambda name: name.startswith("temperature_lse_"), columns):
-        bad[f"has {name} that is not finite exactly where it is scored"] = np.isfinite(columns[name]) != scored_NP
+        bad[f"its {name} must be finite exactly at scored positions"] = np.isfinite(columns[name]) != scored_NP
     return bad
 
 
@@ -138,10 +138,10 @@ def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[s
     if "topk_ids" in stored:  # sorted by size, so neighbours that changed places differ little
         columns["log-probabilities"] = ("topk_logprobs", 2 * nats)
     texts = []
-    for name, (column, most) in columns.items():
+    for name, (column, tolerance) in columns.items():
         old_M, new_M = stored[column][scored_L].astype(np.float16), again[column][0][scored_L]
         apart_M = np.abs(old_M.astype(np.float32) - new_M)
-        if not (apart_M <= most + np.spacing(np.abs(old_M)).astype(np.float32)).mean() >= 1 - share:
+        if not (apart_M <= tolerance + np.spacing(np.abs(old_M)).astype(np.float32)).mean() >= 1 - share:
             texts.append(f"has {name} up to {apart_M.max():.3f} nats away from the teacher's")
     if "topk_ids" in stored:
         first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again["topk_logprobs"][0][scored_L]

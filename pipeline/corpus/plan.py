@@ -77,7 +77,9 @@ def plan_corpus(
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
         flags |= {"limit-documents": limit_documents}
         if given := [name for name, value in flags.items() if value is not None]:
-            raise UsageError(f"{spec} holds sequences in shards, not documents; leave out --{given[0]}")
+            raise UsageError(
+                f"--{given[0]} only applies to text; {spec} is a shard directory, so leave out --{given[0]}"
+            )
         return _plan_shard_directory(spec)
     if spec == "docstrings":
         files = [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]

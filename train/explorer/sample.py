@@ -15,7 +15,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
-from entropy_masking.masking.words import apart_tokens, continuing_tokens
+from entropy_masking.masking.words import continuing_tokens, non_word_tokens
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows, to_tensors
 from entropy_masking.shards.schema import Manifest
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 GROUPS = 64  # row groups of a sample, if they have enough sequences: a row group is read as a whole
 SAMPLE_SEED = 0  # the same shards always give the same sample
-MOST_PREDICTIONS = 10  # that the page shows for a token
+MAX_PREDICTIONS = 10  # that the page shows for a token
 
 Pick = tuple[int, int, np.ndarray]  # shard index, row group, rows in it
 
@@ -36,7 +36,7 @@ class View:
     """How sequences are masked, and how their tokens are shown.
 
     Attributes:
-        continues_V, apart_V: see ``masking.words``; None if the tokenizer does not mark words.
+        continues_V, non_word_V: see ``masking.words``; None if the tokenizer does not mark words.
         label: token → its text and its label, in printable characters. A label begins with ``##`` if the token
             continues a word.
     """
@@ -45,10 +45,10 @@ class View:
         self.masker, self.mask, self.tokenizer = masker, mask, tokenizer
         self.label = cache(self._label)
         self.continues_V: np.ndarray | None = None
-        self.apart_V: np.ndarray | None = None
+        self.non_word_V: np.ndarray | None = None
         with suppress(ValueError):
             self.continues_V = continuing_tokens(tokenizer, len(masker.special_V)).numpy()
-            self.apart_V = apart_tokens(tokenizer, len(masker.special_V)).numpy()
+            self.non_word_V = non_word_tokens(tokenizer, len(masker.special_V)).numpy()
 
     def _label(self, token: int) -> tuple[str, str]:
         name = text = str(self.tokenizer.convert_ids_to_tokens(token) or f"#{token}")
@@ -115,7 +115,7 @@ def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
     reads = [read(manifest, pick, view) for pick in picks]
     rows = {name: np.concatenate([columns[name] for columns in reads]) for name in reads[0]}
     scores = {name: rows[name] for name in MEASURES}
-    return statistics.tokens(rows["input_ids"], scores, rows["masked"], view.continues_V, view.apart_V)
+    return statistics.tokens(rows["input_ids"], scores, rows["masked"], view.continues_V, view.non_word_V)
 
 
 def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:
@@ -166,4 +166,4 @@ def top_of(row: dict[str, np.ndarray], view: View) -> list[tuple[str, float]]:
         return []
     p_K = np.exp(row["topk_logprobs"].astype(np.float64)).round(4)
     pairs = zip(row["topk_ids"].tolist(), p_K.tolist(), strict=True)
-    return [(view.label(token)[1], p) for token, p in pairs][:MOST_PREDICTIONS]
+    return [(view.label(token)[1], p) for token, p in pairs][:MAX_PREDICTIONS]

@@ -16,7 +16,7 @@ MEASURES = ("entropy", "surprisal")
 PARTS = ("whole word", "first token", "continuation")  # of words of one token, and of longer words
 RANKS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)  # last rank by frequency of all groups but the last
 THIRDS = ("first third", "second", "last")
-MOST_POSITIONS = 64  # points of a curve over positions
+MAX_POINTS = 64  # points of a curve over positions
 
 
 def tokens(
@@ -24,14 +24,14 @@ def tokens(
     scores: dict[str, np.ndarray],
     masked_NL: np.ndarray,
     continues_V: np.ndarray | None,
-    apart_V: np.ndarray | None,
+    non_word_V: np.ndarray | None,
 ) -> pl.DataFrame:
     """A frame of tokens.
 
     Args:
         scores: by measure [N, L], any float; NaN where not scored.
         masked_NL: bool.
-        continues_V, apart_V: bool, the tokens that continue a word, and those that belong to no word, which no token
+        continues_V, non_word_V: bool, the tokens that continue a word, and those that belong to no word, which no token
             continues (``masking.words``); None if the tokenizer does not mark words.
     """
     N, L = ids_NL.shape
@@ -45,8 +45,8 @@ def tokens(
         }
     )
     part: pl.Expr | pl.Series = pl.lit(None)
-    if continues_V is not None and apart_V is not None:
-        apart_NL = apart_V[ids_NL]
+    if continues_V is not None and non_word_V is not None:
+        apart_NL = non_word_V[ids_NL]
         behind_apart_NL = np.pad(apart_NL[:, :-1], ((0, 0), (1, 0)))
         continues_NL = continues_V[ids_NL] & ~apart_NL & ~behind_apart_NL
         followed_NL = np.pad(continues_NL[:, 1:], ((0, 0), (0, 1)))
@@ -79,8 +79,8 @@ def means(frame: pl.DataFrame, by: pl.Expr) -> pl.DataFrame:
 
 
 def by_position(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` by position, or by groups of neighbours where a sequence has more than ``MOST_POSITIONS``."""
-    step = -(-frame["position"].n_unique() // MOST_POSITIONS)
+    """``means`` by position, or by groups of neighbours where a sequence has more than ``MAX_POINTS``."""
+    step = -(-frame["position"].n_unique() // MAX_POINTS)
     return means(frame, pl.col("position") // step * step)
 
 

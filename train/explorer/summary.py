@@ -11,7 +11,7 @@ from train.explorer import statistics
 from train.explorer.sample import Source
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-MOST_TOKENS = 8
+MAX_TOKENS = 8
 CONTEXTS = {
     "masked": "each position was masked when it was scored",
     "full": "nothing was masked, so the model saw the tokens that it scored, and its entropies are too low",
@@ -56,7 +56,7 @@ def mean_words(means: pl.DataFrame) -> str:
 
 
 def token_words(tokens: pl.DataFrame, column: str, label: Label) -> str:
-    rows = tokens.select("label", column).head(MOST_TOKENS).iter_rows()
+    rows = tokens.select("label", column).head(MAX_TOKENS).iter_rows()
     return ", ".join(f"{label(token)[1]} {value:.2f}" for token, value in rows)
 
 
