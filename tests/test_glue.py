@@ -306,7 +306,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     cases += [
         (["--model", diverged, *cola], "diverged has weights that are not finite .bert.embeddings.LayerNorm.bias."),
         (["--model", generator, *cola], "is a gpt2 model, which has no masked-LM head"),
-        (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., the model 200"),
+        (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., but the model has 200"),
         ([*model, *cola, "--limit-train", "rte"], "is not a number of rows"),
         ([*model, *cola, "--limit-train", "sst3=10"], "there is no task 'sst3'"),
         (["--model", work / "teacher", work / "teacher", *cola], "two models have the name teacher"),

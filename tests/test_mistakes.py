@@ -206,4 +206,4 @@ def test_a_device_out_of_memory_is_no_file_that_cannot_be_written(tmp_path: Path
 def test_the_last_failure_of_workers_is_one_line() -> None:
     error = RuntimeError("workers")
     error.worker_failures = {1: ValueError("Traceback:\n  File x\nentropy_masking.errors.RunError: the disk is full\n")}  # type: ignore[attr-defined]
-    assert cluster._reason(error) == "workers died 4 times, the last with: the disk is full"
+    assert cluster._reason(error) == "workers died 4 times; the last error: the disk is full"

@@ -140,13 +140,20 @@ def test_waiting_for_a_cluster_that_is_too_small_can_be_ended(
 
 
 @pytest.mark.exhaustive
-def test_sigterm_reaches_the_workers_and_a_mistake_the_user(flags: list[object], tmp_path: Path) -> None:
+def test_signals_end_the_workers_and_a_mistake_reaches_the_user(flags: list[object], tmp_path: Path) -> None:
     argv = [*flags, "--max-steps", 100_000, "--save-steps", 20, *SEVERAL, "--output-dir", tmp_path / "two"]
     process = start(*argv)
     wait_for(process, tmp_path / "two" / "checkpoint-20")
-    os.kill(process.pid, signal.SIGTERM)
+    process.terminate()
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 143, output
     assert "the same command resumes" in output and "Traceback" not in output
+    process = start(*argv)
+    assert process.stdout
+    assert any("resuming from" in line for line in process.stdout)
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130 and "Traceback" not in output, output
     refusal = run(*TRAIN, *argv, "--mask-ratio", 0.2, code=2)
     assert "mask_ratio: 0.3 → 0.2" in refusal and "Traceback" not in refusal

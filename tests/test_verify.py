@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from harness import LENGTH, ROOT, TOP_K, command, refused, run, save_bert
+from harness import LENGTH, ROOT, TOP_K, TRAIN, command, refused, run, save_bert
 from in_process import RANDOM, train_here
 from tables import recommitted, replace_list
 from transformers import AutoTokenizer
@@ -102,10 +102,10 @@ def test_a_damage_is_named_and_not_trained_on(
     assert not (tmp_path / "student").exists()
 
 
-def test_the_fix_in_the_message_works(work: Path, scored: Path, copy: Path) -> None:
+def test_the_fix_in_the_message_works(work: Path, scored: Path, copy: Path, tmp_path: Path) -> None:
     flip_a_byte(copy)
-    with pytest.raises(UsageError, match=r"delete its record in _records/ and run pipeline/score.py again"):
-        check_shards(manifests.read_manifest(str(copy)))
+    output = refused(*TRAIN, "--shards", copy, *RANDOM, "--max-steps", 1, "--output-dir", tmp_path / "student")
+    assert "delete its record in _records/ and run pipeline/score.py again" in output
     (copy / "_records" / "part-00002.json").unlink()
     assert "(1 scored now)" in run(*command(work, copy, "--backend", "local"))
     check_shards(manifests.read_manifest(str(copy)))

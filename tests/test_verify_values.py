@@ -150,7 +150,7 @@ def test_wrong_targets_are_named(targets: Path) -> None:
         ("positions", 3, 1, "has positions that do not ascend"),
         ("topk_ids", 0, 300, "has top-k ids outside the vocabulary"),
         ("topk_logprobs", 0, -9, "has log-probabilities that are not sorted"),
-        ("temperature_lse_2", 0, np.nan, "has temperature_lse_2 that is not finite"),
+        ("temperature_lse_2", 0, np.nan, "its temperature_lse_2 must be finite"),
     ):
         flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()
         flat[place] = value
