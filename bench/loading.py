@@ -90,9 +90,6 @@ def parse() -> argparse.Namespace:
     return args
 
 
-# --- one measurement -------------------------------------------------------------------------------------------------
-
-
 def measure(args: argparse.Namespace) -> float | list[float]:
     """Seconds, bytes, or tokens a second without and with masking: by the name in ``--child``."""
     if args.child == "first":

@@ -82,9 +82,6 @@ def parse() -> argparse.Namespace:
     return args
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
-
-
 def write_texts(tokens: int, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, work: Path) -> Path:
     """Write the first documents of the corpus, as many as have so many tokens."""
     corpus, rejects, count = plan_corpus(args.corpus, text_column=args.text_column), Rejects(), 0
@@ -145,9 +142,6 @@ def whole_sequences(scan: Manifest, args: argparse.Namespace) -> np.ndarray:
     if not len(ids_NL):
         raise UsageError(f"{args.corpus} has fewer tokens than one sequence; name a larger corpus")
     return ids_NL
-
-
-# --- speed -----------------------------------------------------------------------------------------------------------
 
 
 def speeds(teachers: dict[str, Teacher], ids_NL: np.ndarray, args: argparse.Namespace) -> dict[str, Row]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from entropy_masking import storage
 from entropy_masking.shards import commit, parquet
-from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from entropy_masking.shards.read import Columns, read_rows
 from entropy_masking.shards.schema import Run
 
@@ -19,7 +19,7 @@ def shuffle_scores(source: str, target: str) -> None:
     fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
     changes = {"fingerprint": fingerprint, "fingerprint_hash": storage.sha256_json(fingerprint)}
     commit.begin_run(target, Run(fingerprint=fingerprint, shards=manifest.planned_shards))
-    commit.save_tokenizer(load_tokenizer(source), target)
+    commit.save_tokenizer(shard_tokenizer(source), target)
     originals = commit.read_records(source)
     records = commit.done_records(target, manifest.planned_shards, changes["fingerprint_hash"])
     for entry in [entry for entry in manifest.shards if entry.index not in records]:

@@ -41,7 +41,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.models.flops import forward_flops, training_flops
-from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from train.data import TrainingSequences
 from train.options import parse as parse_run
 from train.student import build_student
@@ -151,7 +151,7 @@ def train_stock(line: list[str], clock: Clock) -> None:
     student = build_student(options.model, manifest, arguments.seed)
     files = [manifest.shard_uri(entry) for entry in manifest.shards]
     rows = datasets.load_dataset("parquet", data_files=files, split="train", columns=["input_ids"])
-    collator = DataCollatorForLanguageModeling(load_tokenizer(manifest.uri), mlm_probability=MaskPolicy.ratio)
+    collator = DataCollatorForLanguageModeling(shard_tokenizer(manifest.uri), mlm_probability=MaskPolicy.ratio)
     clock.wrap(DataCollatorForLanguageModeling, "torch_call", "mask")
     clock.wrap(type(rows), "__getitems__", "load")
     Trainer(student, arguments, train_dataset=rows, data_collator=collator).train()

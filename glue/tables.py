@@ -196,9 +196,6 @@ def break_even_table(table: Comparison) -> Table:
     return Table("Break-even", ["offline scores pay", "against", *kinds], rows, [note])
 
 
-# --- numbers as text -------------------------------------------------------------------------------------------------
-
-
 def digits(label: str) -> int:
     return 3 if label == "eval loss" else 1
 

@@ -77,7 +77,7 @@ def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> Pre
     if corpus.from_shards:
         if tokenizer:
             raise UsageError(f"{corpus.from_shards.uri} brings its own tokenizer; leave out --tokenizer")
-        return manifests.load_tokenizer(corpus.from_shards.uri)
+        return manifests.shard_tokenizer(corpus.from_shards.uri)
     if not tokenizer and teacher == "none":
         raise UsageError("--teacher none needs --tokenizer (make one with pipeline/tokenizer.py)")
     loaded = load_tokenizer(tokenizer or teacher)
@@ -148,7 +148,7 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
 
 def describe_masks(args: argparse.Namespace, length: int) -> Masks:
     """The masks of targets, for the manifest; ``positions`` is K, the most masked positions of a sequence."""
-    positions = min(args.policy.positions(length), length)
+    positions = args.policy.max_masked(length)
     names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}
     return names | {"positions": positions}
 

@@ -206,7 +206,7 @@ class ShardScorer:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return manifests.load_tokenizer(self.job.output)
+        return manifests.shard_tokenizer(self.job.output)
 
     @cached_property
     def masker(self) -> Masker:

@@ -71,7 +71,7 @@ def slow_words(
     """The documented rule, word after word: first the uniform part, then the hard part of the rest."""
     score = [-math.inf if math.isnan(h) else h for h in score]
     count = sum(candidate)
-    left = min(count, max(1, round(policy.ratio * count)), policy.positions(len(score)))
+    left = min(count, max(1, round(policy.ratio * count)), policy.max_masked(len(score)))
     chosen: set[int] = set()
 
     def fill(room: int, key_of_words: Any, key_of_tokens: Any) -> None:

@@ -35,7 +35,7 @@ def test_the_summary_has_the_numbers_of_the_shards(
     assert f"{len(frame):,} scored" in printed and "context masked" in printed
     means = frame.group_by("input_ids").agg(pl.len(), pl.col("entropy").mean()).filter(pl.col("len") >= 10)
     top = means.sort("entropy", descending=True).row(0, named=True)
-    tokens = manifests.load_tokenizer(str(sharp)).convert_ids_to_tokens([top["input_ids"]])
+    tokens = manifests.shard_tokenizer(str(sharp)).convert_ids_to_tokens([top["input_ids"]])
     assert f"uncertain    {tokens[0]} {top['entropy']:.2f}" in printed
     assert not list(tmp_path.iterdir()) and "written" not in printed and "<" not in printed
 

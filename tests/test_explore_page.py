@@ -16,7 +16,7 @@ from in_process import SEED, explore_here
 from entropy_masking import storage
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards import commit, manifests, parquet
-from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from entropy_masking.shards.read import Columns, read_rows
 from entropy_masking.shards.schema import Run
 
@@ -33,7 +33,7 @@ def later(sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields |= {"fingerprint": fingerprint, "fingerprint_hash": hashed}
     copy = manifest.model_copy(update=fields)
     commit.begin_run(target, Run(fingerprint=fingerprint, shards=copy.planned_shards))
-    commit.save_tokenizer(load_tokenizer(manifest.uri), target)
+    commit.save_tokenizer(shard_tokenizer(manifest.uri), target)
     records, originals = {}, commit.read_records(manifest.uri)
     for entry in manifest.shards:
         rows = read_rows(manifest, entry, Columns(entropy=True))
@@ -89,7 +89,7 @@ def test_a_token_says_what_the_teacher_predicted(browser: Browser, sharp: Path, 
     masked = browser.js("[...document.querySelectorAll('.text')].map(p => p.querySelectorAll('.ma').length)")
     assert len(shown) == 3 and all(tokens[0] == "[CLS]" for tokens in shown) and max(masked) == round(0.15 * 30)
 
-    manifest, tokenizer = read_manifest(str(sharp)), manifests.load_tokenizer(str(sharp))
+    manifest, tokenizer = read_manifest(str(sharp)), manifests.shard_tokenizer(str(sharp))
     columns = Columns(entropy=True, surprisal=True, top_k=True)
     rows = [read_rows(manifest, entry, columns) for entry in manifest.shards]
     texts = [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(range(manifest.vocab_size))]
@@ -141,7 +141,7 @@ def test_two_sources_and_their_difference(
     assert browser.js("document.documentElement.scrollWidth") == 390
     assert agreement in browser.js("document.body.innerText")
     rose = re.search(r"rose most +(\S+) 1\.50", printed)
-    assert rose and manifests.load_tokenizer(str(sharp)).convert_tokens_to_ids(rose[1]) % 7 == 6
+    assert rose and manifests.shard_tokenizer(str(sharp)).convert_tokens_to_ids(rose[1]) % 7 == 6
     assert "rose most" in browser.js("document.body.innerText")
 
     colour = "getComputedStyle(document.querySelector('.t.{}')).backgroundColor"
@@ -182,9 +182,9 @@ def test_tokens_are_never_html(browser: Browser, sharp: Path, tmp_path: Path) ->
     backend["model"]["vocab"] = {name: token for token, name in names.items()}
     file.write_text(json.dumps(backend))
     manifest = json.loads((directory / "manifest.json").read_text())
-    manifest |= {"tokenizer_hash": manifests.tokenizer_hash(manifests.load_tokenizer(str(directory)))}
+    manifest |= {"tokenizer_hash": manifests.tokenizer_hash(manifests.shard_tokenizer(str(directory)))}
     (directory / "manifest.json").write_text(json.dumps(manifest | {"teacher": "<i>teacher</i>"}))
-    continuing_tokens(manifests.load_tokenizer(str(directory)), manifest["vocab_size"])
+    continuing_tokens(manifests.shard_tokenizer(str(directory)), manifest["vocab_size"])
 
     explore_here(directory, "--output", tmp_path / "page.html", "--sequences", 40)
     browser.requests.clear()

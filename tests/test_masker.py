@@ -50,7 +50,7 @@ def test_the_predicted_part_is_of_its_size_and_the_highest_of_the_masked(predict
         real_BK = whole["positions_BP"] != IGNORED
         assert torch.equal(batch["reference_BP"][real_BK], expected_BK[real_BK])
         return
-    assert batch["positions_BP"].shape == (rows, policy.predictions(L)) and "predicted_B1" not in batch
+    assert batch["positions_BP"].shape == (rows, policy.max_predicted(L)) and "predicted_B1" not in batch
     masked, predicted = as_sets(whole["positions_BP"]), as_sets(batch["positions_BP"])
     assert [len(row) for row in masked] == [min(max(1, round(0.5 * count)), count) for count in candidates_B]
     assert [len(row) for row in predicted] == counts

@@ -33,7 +33,7 @@ def test_targets_are_for_the_masks_of_a_run(sharp: Path, sharp_targets: Path) ->
     policy = MaskPolicy.paper(ratio=0.3, temperature=1.0, seed=SEED)
     assert manifest.masks == {
         **{"source": "parquet", "policy": policy.to_json()},
-        **{"variants": 4, "positions": policy.positions(LENGTH)},
+        **{"variants": 4, "positions": policy.max_masked(LENGTH)},
     }
     assert manifest.sequences_hash == sequences.sequences_hash
     assert [entry.index for entry in manifest.shards] == [entry.index for entry in sequences.shards]
@@ -41,7 +41,7 @@ def test_targets_are_for_the_masks_of_a_run(sharp: Path, sharp_targets: Path) ->
     for entry, whole in zip(manifest.shards, sequences.shards, strict=True):
         table = pq.read_table(sharp_targets / entry.file)
         assert table.schema == targets_schema(sequences.vocab_size, [1.0, 2.0])
-        rows, raw = rows_of(table, policy.positions(LENGTH)), read_rows(sequences, whole, Columns(entropy=True))
+        rows, raw = rows_of(table, policy.max_masked(LENGTH)), read_rows(sequences, whole, Columns(entropy=True))
         assert entry.rows == len(table) == 4 * whole.rows
         for variant in range(4):
             epoch = torch.full((whole.rows,), variant)

@@ -92,7 +92,7 @@ def test_words_that_are_too_long_are_passed_over() -> None:
         for size in sizes:
             expected.append(size <= left)
             left -= size if size <= left else 0
-        assert words.take_while_it_fits(size_BL, torch.tensor([[room]]))[0, : len(sizes)].tolist() == expected
+        assert words.words_that_fit(size_BL, torch.tensor([[room]]))[0, : len(sizes)].tolist() == expected
 
 
 def test_most_words_are_masked_whole_and_the_word_unit_needs_words() -> None:

@@ -109,12 +109,12 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             self._decode(epoch, window)
             rows = self._shuffled[[offset for *_, offset in group]]
             part = {name: array[rows] for name, array in self._rows.items()}  # a copy: the next window overwrites them
-            parts.append(part | {"epoch": np.full(len(rows), self._mask_of(epoch), np.int64)})
+            parts.append(part | {"epoch": np.full(len(rows), self._mask_epoch(epoch), np.int64)})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         progress_B = torch.tensor(indices, dtype=torch.float64) / self.size
         return self.prepare(to_tensors(joined) | {"progress": progress_B})
 
-    def _mask_of(self, epoch: int) -> int:
+    def _mask_epoch(self, epoch: int) -> int:
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch
 
     def _locate(self, index: int) -> tuple[int, int, int]:
@@ -160,7 +160,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         entry, block, _ = self.groups[group]
         rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
-            variant, T = self._mask_of(epoch), self.columns.temperature
+            variant, T = self._mask_epoch(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
         return rows
 

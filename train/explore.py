@@ -25,7 +25,7 @@ from entropy_masking.commands.console import option
 from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.faults import check_shards
-from entropy_masking.shards.manifests import load_tokenizer, read_manifest
+from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Manifest
 from train.arguments import check_ranges
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
     mask = mask_policy(options, options.entropy_source, options.seed, training=False)
     manifests = open_directories(directories)
-    view = View(masker_of(manifests[0], mask.unit), mask, load_tokenizer(manifests[0].uri))
+    view = View(masker_of(manifests[0], mask.unit), mask, shard_tokenizer(manifests[0].uri))
     picks = sample.pick(manifests, options.limit)
     if not picks:
         raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")

@@ -107,7 +107,7 @@ def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
 def _names_masks(targets: Manifest) -> bool:
     masks, length = targets.masks or {}, targets.sequence_length
     try:
-        positions = min(MaskPolicy.from_json(masks["policy"]).positions(length), length)
+        positions = MaskPolicy.from_json(masks["policy"]).max_masked(length)
         return masks["positions"] == positions and masks["variants"] >= 1 and "source" in masks
     except (KeyError, TypeError, ValueError):
         return False

@@ -53,8 +53,8 @@ def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments
     return training_flops(
         *forward_flops(student.masked_lm, length),
         sequences=args.max_steps * batch,
-        predicted=min(policy.predictions(length), length),
-        scored=min(policy.positions(length), length) if chosen_by_student else 0,
+        predicted=policy.max_predicted(length),
+        scored=policy.max_masked(length) if chosen_by_student else 0,
         fresh=fresh_steps * batch,
         length=length,
     )

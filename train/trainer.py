@@ -109,7 +109,7 @@ class MaskedLMTrainer(Trainer):
         output = model(
             **masked,
             predict_by=self.policy.predict_by,
-            predictions=self.policy.predictions(self.manifest.sequence_length),
+            predictions=self.policy.max_predicted(self.manifest.sequence_length),
             distill_weight=self.options.distill_weight,
             distill_temperature=self.options.distill_temperature,
             distill_share=self.options.distill_positions,

@@ -135,7 +135,7 @@ class Masker:
         inputs_BL, labels_BP = corrupt(ids_BL, positions_BP, *key, policy, self.mask_id, self.replacement_ids_R)
         masked = {"input_ids": inputs_BL}
         if not policy.predicts_all:
-            size = policy.predictions(ids_BL.shape[1])
+            size = policy.max_predicted(ids_BL.shape[1])
             predicted_B1 = count(policy.predict_ratio or 0, candidates_BL, size)
             if policy.predict_by == "random":
                 score_BK = noise(policy.seed, PREDICTION, batch["epoch"], batch["sequence_id"], positions_BP)

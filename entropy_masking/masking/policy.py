@@ -110,10 +110,10 @@ class MaskPolicy:
         risen_B = (past_B / self.ramp).clamp(0, 1) if self.ramp else (past_B >= 0).double()
         return self.hard_share * risen_B
 
-    def positions(self, length: int) -> int:
+    def max_masked(self, length: int) -> int:
         """K, the masked positions of a row of L tokens whose ends are special: round(ratio · (L - 2)), at least 1."""
         return max(1, round(self.ratio * (length - 2)))
 
-    def predictions(self, length: int) -> int:
+    def max_predicted(self, length: int) -> int:
         """P, the predicted positions of such a row."""
         return max(1, round((self.predict_ratio or self.ratio) * (length - 2)))

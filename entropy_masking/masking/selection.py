@@ -25,7 +25,7 @@ from torch import Tensor
 
 from entropy_masking.masking.noise import HARD, SELECTION, noise
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.masking.words import take_while_it_fits, word_heads, word_sizes_and_means
+from entropy_masking.masking.words import word_heads, word_sizes_and_means, words_that_fit
 
 IGNORED = -1  # pads the positions of a row that masks fewer than K
 
@@ -58,7 +58,7 @@ def select_positions(
         ValueError: the unit is the word, and ``continues_BL`` is None.
     """
     L = candidates_BL.shape[1]
-    K = min(policy.positions(L), L)
+    K = policy.max_masked(L)
     if policy.unit == "token":
         continues_BL = None
     elif continues_BL is None:
@@ -137,7 +137,7 @@ def _first(
         if score_BL is noise_BL:  # the noise at its first token draws a word
             mean_BL = noise_BL
         order_BL = order(mean_BL, size_BL > 0)
-        fits_BL = take_while_it_fits(size_BL.gather(1, order_BL), count_B1)
+        fits_BL = words_that_fit(size_BL.gather(1, order_BL), count_B1)
         chosen_heads_BL = chosen_BL.scatter(1, order_BL, fits_BL)
         chosen_BL = candidates_BL & chosen_heads_BL.gather(1, head_BL)
         count_B1 = count_B1 - chosen_BL.sum(1, keepdim=True)

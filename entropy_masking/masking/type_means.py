@@ -68,13 +68,13 @@ class TypeMeans:
     def state(self) -> dict[str, Tensor]:
         """The state that a resumed run needs."""
         self.update()
-        return {"mean_V": self.mean_V, "count_V": self.count_V, "level": self.fallback}
+        return {"mean_V": self.mean_V, "count_V": self.count_V, "fallback": self.fallback}
 
     def load(self, state: dict[str, Tensor]) -> None:
         self._clear()
         device = self.mean_V.device
         self.mean_V, self.count_V = state["mean_V"].to(device), state["count_V"].to(device)
-        self.fallback = state["level"].to(device)
+        self.fallback = state["fallback"].to(device)
 
     def _clear(self) -> None:
         self._sums_2V.zero_()

@@ -99,7 +99,7 @@ def word_sizes_and_means(score_BL: Tensor, candidates_BL: Tensor, head_BL: Tenso
     return size_BL, sum_BL / size_BL.clamp_min(1)
 
 
-def take_while_it_fits(size_BL: Tensor, room_B1: Tensor) -> Tensor:
+def words_that_fit(size_BL: Tensor, room_B1: Tensor) -> Tensor:
     """Choose words in order if they fit into the space that earlier words left; bool [B, L].
 
     A round chooses words until one does not fit. Then all words that are larger than the remaining space are dropped.

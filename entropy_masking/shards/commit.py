@@ -29,9 +29,6 @@ ATTEMPTS = "_attempts"  # folder of a shard directory
 READERS = 16  # files that are read at once: an object store answers many requests as fast as one
 
 
-# --- one shard -------------------------------------------------------------------------------------------------------
-
-
 def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, object], started: float) -> Record:
     """Write a shard, read its footer back, then write its record, which marks the shard as done.
 
@@ -76,9 +73,6 @@ def read_if_valid(kind: type[AnyFile], uri: str) -> AnyFile | None:
         return manifests.read_json_file(kind, uri)
     except UsageError:
         return None
-
-
-# --- a directory -----------------------------------------------------------------------------------------------------
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
@@ -177,13 +171,10 @@ def unfinished_manifest(uri: str) -> Manifest:
     if not records:
         raise UsageError(f"{uri} is unfinished (none of {run.shards} shards); run the same command again")
     try:
-        empty = manifests.new_manifest(uri, run, manifests.load_tokenizer(uri))
+        empty = manifests.new_manifest(uri, run, manifests.shard_tokenizer(uri))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
     return with_shards(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
-
-
-# --- the end of a run ------------------------------------------------------------------------------------------------
 
 
 def busy_seconds(records: list[Record]) -> float:

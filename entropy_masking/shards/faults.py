@@ -83,9 +83,6 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
             advance(entry.bytes)
 
 
-# --- manifest, records, tokenizer ------------------------------------------------------------------------------------
-
-
 def missing_shards(manifest: Manifest) -> list[str]:
     """Planned shards that the manifest neither lists nor names as failed."""
     known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
@@ -132,13 +129,10 @@ def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
 def tokenizer_fault(manifest: Manifest) -> str | None:
     """The fault of ``tokenizer/``, or None."""
     try:
-        own = manifests.tokenizer_hash(manifests.load_tokenizer(manifest.uri))
+        own = manifests.tokenizer_hash(manifests.shard_tokenizer(manifest.uri))
     except Exception as error:  # tokenizers raises bare Exceptions
         return unreadable(error)
     return None if own == manifest.tokenizer_hash else "is not the tokenizer that made the ids"
-
-
-# --- a file ----------------------------------------------------------------------------------------------------------
 
 
 def content_faults(manifest: Manifest, entry: ShardEntry, size: int, depth: Depth) -> list[str]:
@@ -201,9 +195,6 @@ def expected_schema(manifest: Manifest) -> pa.Schema:
     if manifest.kind == "targets":
         return targets.targets_schema(manifest.vocab_size, manifest.temperatures)
     return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
-
-
-# --- scored again ----------------------------------------------------------------------------------------------------
 
 
 def rescored_faults(

@@ -91,7 +91,7 @@ def read_table(
         return file.read_row_groups(row_groups, columns=columns, use_threads=False)
 
 
-def load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
     """The tokenizer that made the shards in ``directory``."""
     from transformers import AutoTokenizer  # takes seconds, and most readers of shards need none
 

@@ -25,15 +25,9 @@ TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 Scores = dict[str, np.ndarray]
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
 def shard_file(index: int) -> str:
     """``part-00000.parquet``: every writer uses the same name for a shard."""
     return f"part-{index:05d}.parquet"
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def list_of(value: pa.DataType) -> pa.DataType:
@@ -146,9 +140,6 @@ def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict
         "scored_tokens": len(entropy),
         "entropy_sum": float(entropy.sum(dtype=np.float64)),
     }
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def footer_rows(uri: str) -> int:

@@ -16,7 +16,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
-from entropy_masking.shards.manifests import load_tokenizer, read_table
+from entropy_masking.shards.manifests import read_table, shard_tokenizer
 from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import predictions_of, row_group, rows_of
@@ -129,9 +129,6 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
     }
 
 
-# --- by a mask policy -------------------------------------------------------------------------------------------------
-
-
 def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     """The masker of a directory's sequences, by tokens or by words.
 
@@ -141,7 +138,7 @@ def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     continues_V = None
     if unit == "word":
         try:
-            continues_V = continuing_tokens(load_tokenizer(manifest.uri), manifest.vocab_size)
+            continues_V = continuing_tokens(shard_tokenizer(manifest.uri), manifest.vocab_size)
         except ValueError as error:
             raise UsageError(f"--mask-unit word cannot be used with {manifest.uri}: {error}") from None
     return Masker(

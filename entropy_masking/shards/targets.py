@@ -52,9 +52,6 @@ def input_crc32(inputs_NL: np.ndarray) -> np.ndarray:
     return np.fromiter((zlib.crc32(row.data) for row in rows), np.uint32, count=len(rows))
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
 def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
     """Arrow schema of a target shard; top-k columns hold position after position of ``positions``."""
     columns = {"sequence_id": pa.uint64(), "variant": pa.uint16(), "positions": list_of(pa.uint16())}
@@ -105,9 +102,6 @@ def counts(rows: MaskedRows) -> dict[str, float]:
     """The counts in the record of a target shard."""
     scored = int((rows.positions_NK != NO_POSITION).sum())
     return {"rows": len(rows.variant_N), "tokens": 0, "scored_tokens": scored, "entropy_sum": 0.0}
-
-
-# --- layout ----------------------------------------------------------------------------------------------------------
 
 
 def blocks(sequences: int, variants: int) -> list[tuple[np.ndarray, int]]:

@@ -111,9 +111,6 @@ def plan_corpus(
     return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
-# --- cutting files into ranges ---------------------------------------------------------------------------------------
-
-
 def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
     """(range, estimated bytes) of one file; a file that can be split has ranges of about ``shard_bytes``."""
     kind, suffix = file_kind(path), compression_suffix(path)
@@ -208,9 +205,6 @@ def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[t
         shards[-1].append((file_range, size))
         filled += size
     return shards
-
-
-# --- other corpora ---------------------------------------------------------------------------------------------------
 
 
 def _is_shard_directory(spec: str) -> bool:

@@ -120,9 +120,6 @@ def often_enough(frame: pl.DataFrame) -> int:
     return max(10, len(frame) // 20_000)
 
 
-# --- two sources -----------------------------------------------------------------------------------------------------
-
-
 def side_by_side(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
     """The positions that both frames have scored: ``sequence``, ``token``, and ``first``, ``second`` (entropies)."""
     columns = first.select("sequence", "token", pl.col("entropy").alias("first"))
