@@ -6,6 +6,7 @@ import argparse
 import json
 import uuid
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Fingerprint, Manifest, Masks, Run
 from pipeline.corpus.plan import Corpus
+
+PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "ray")  # whose versions the manifest names
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
         tokenizer,
         teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
         failed=corpus.from_shards.failed if corpus.from_shards else {},
+        versions={name: version(name) for name in PACKAGES},
     )
     return Job(
         manifest=manifest,

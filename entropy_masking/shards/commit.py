@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -246,7 +245,6 @@ def with_shards(empty: Manifest, records: dict[int, Record], failed: dict[int, s
             "shards": [record.entry for record in ordered],
             "failed": empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())},
             "totals": totals(ordered),
-            "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "pyarrow", "ray")},
         }
     )
 

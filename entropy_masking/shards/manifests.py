@@ -125,12 +125,14 @@ def new_manifest(
     tokenizer: PreTrainedTokenizerBase,
     teacher: str | None = None,
     failed: dict[str, str] | None = None,
+    versions: dict[str, str] | None = None,
 ) -> Manifest:
     """The manifest of a scoring run without shards, from its fingerprint and its tokenizer.
 
     Args:
         teacher: its path or Hub id; the fingerprint has only the hash of its weights.
         failed: by file, why the corpus lacks shards.
+        versions: by package, of those that make the shards.
     """
     fingerprint = run.fingerprint
     return Manifest(
@@ -155,6 +157,7 @@ def new_manifest(
         shards=[],
         failed=failed or {},
         totals={},
+        versions=versions or {},
     )
 
 
