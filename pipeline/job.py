@@ -110,7 +110,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     teacher = None
     if args.teacher != "none":
         teacher = local_checkpoint(args.teacher)
-        check_teacher(teacher, args, tokenizer, length)
+        check_teacher(teacher, args, tokenizer)
         fingerprint |= {
             "teacher": weights_hash(teacher),
             "context": "targets" if sequences else args.context,
@@ -167,7 +167,7 @@ def sequence_length(asked: int | None, corpus: Corpus) -> int:
     return length
 
 
-def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher that does not fit the tokenizer or the flags, by its configuration and tokenizer alone."""
     config = load_config(teacher, args.trust_remote_code)
     if len(tokenizer) > config.vocab_size:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from transformers import BertTokenizer
 
 from entropy_masking import storage
@@ -107,7 +107,7 @@ def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertToke
         raise UsageError(
             f"the corpus is too small for --vocab-size {vocab_size}: it gives {size} tokens; choose at most {size}"
         )
-    return BertTokenizer(tokenizer_object=wordpiece._tokenizer, do_lower_case=lowercase)
+    return BertTokenizer(tokenizer_object=Tokenizer.from_str(wordpiece.to_str()), do_lower_case=lowercase)
 
 
 def most_frequent_characters(texts: list[str], lowercase: bool) -> list[str]:
