@@ -137,7 +137,4 @@ def fill_in(args: argparse.Namespace) -> None:
 
 def temperatures(text: str) -> list[float]:
     """argparse type of ``1,2``: positive numbers, ascending, 1 always among them."""
-    values = {float(part) for part in text.split(",")} | {1.0}
-    if not all(0 < value < float("inf") for value in values):
-        raise argparse.ArgumentTypeError(f"{text} is not a list of positive numbers")
-    return sorted(values)
+    return sorted({positive_float(part) for part in text.split(",")} | {1.0})

@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError, one_line
-from entropy_masking.shards import commit, manifests
+from entropy_masking.shards import commit, costs, manifests
 from entropy_masking.shards.schema import Attempt, Record, Run
 
 RECENT_SECONDS = 300.0  # the current rate covers the last five minutes, or twice the time of the slowest shard
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         report = status(storage.absolute(args.directory), time.time())
+    except PermissionError:
+        raise
     except OSError as error:
         raise RunError(f"cannot read {args.directory}: {one_line(error)}") from None
     print(json.dumps(report, indent=1) if args.json else to_text(report))
@@ -44,7 +46,7 @@ def status(directory: str, now: float) -> dict[str, object]:
     if manifest:
         planned, shards_done, totals = manifest.planned_shards, len(manifest.shards), manifest.totals
     elif run:
-        planned, shards_done, totals = run.shards, len(done), commit.totals(list(done.values()))
+        planned, shards_done, totals = run.shards, len(done), costs.totals(list(done.values()))
     else:
         raise UsageError(f"{directory} is not a shard directory; name the --output of a pipeline/score.py run")
     records = list(done.values())
@@ -66,7 +68,7 @@ def status(directory: str, now: float) -> dict[str, object]:
         "tokens_per_second": round(tokens / max(totals["seconds"], 1e-3), 1),
         "eta_seconds": round(left / rate) if left is not None and rate and not manifest else None,
         "totals": totals,
-        "workers": commit.worker_costs(records),
+        "workers": costs.worker_costs(records),
     }
 
 

@@ -23,7 +23,7 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, manifests
-from entropy_masking.shards.faults import Depth, Fault, faults, rescored_faults
+from entropy_masking.shards.faults import Depth, Fault, faults, repair, rescored_faults
 from entropy_masking.shards.schema import Manifest
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         print_harmless(manifest)
         depth = Depth.VALUES if args.deep else Depth.TABLES
         with console.Progress(sum(entry.bytes for entry in manifest.shards), "B", "verifying") as progress:
-            faulty = print_faults(faults(manifest, depth, progress.advance))
+            faulty = print_faults(manifest, faults(manifest, depth, progress.advance))
         if teacher:
             sound = [entry for entry in manifest.shards if entry.file not in faulty]
-            faulty += print_faults(rescored_faults(manifest, sound, teacher.score, args.sample))
+            faulty += print_faults(manifest, rescored_faults(manifest, sound, teacher.score, args.sample))
+    except PermissionError:
+        raise
     except OSError as error:
         raise RunError(f"cannot read {directory}: {one_line(error)}") from None
     print(summary(manifest, bool(finished), len(faulty), args))
@@ -76,7 +78,7 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
     if manifest.kind != "sequences" or not manifest.scored:
         raise UsageError(f"{manifest.uri} holds no sequences with scores; leave out --teacher")
     directory = local_checkpoint(args.teacher)
-    if weights_hash(directory) != manifest.fingerprint["teacher"]:
+    if weights_hash(directory) != manifest.fingerprint.get("teacher"):
         raise UsageError(
             f"the weights of --teacher {args.teacher} did not score {manifest.uri}; use the same checkpoint"
         )
@@ -93,11 +95,11 @@ def print_harmless(manifest: Manifest) -> None:
         print("note: there are no records; the shards are checked against the manifest alone")
 
 
-def print_faults(faults: Iterable[Fault]) -> list[str]:
-    """Print faults as they are found; returns their files."""
+def print_faults(manifest: Manifest, faults: Iterable[Fault]) -> list[str]:
+    """Print faults with their repair as they are found; returns their files."""
     faulty = []
     for file, fault in faults:
-        print(f"{file}: {fault}")
+        print(f"{file}: {fault}; {repair(manifest, (file, fault))}")
         faulty.append(file)
     return faulty
 
@@ -109,8 +111,7 @@ def summary(manifest: Manifest, finished: bool, count: int, args: argparse.Names
     state = state if finished else f"unfinished, {done:,} of {manifest.planned_shards:,} shards; "
     checked = "every value" if args.deep else "files"
     checked += f" and {args.sample} sequences with the teacher" if args.teacher else ""
-    repair = f"delete the records of bad shards in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
-    outcome = f"{count:,} fault{'s' * (count != 1)}; {repair}" if count else "no faults"
+    outcome = f"{count:,} fault{'s' * (count != 1)}" if count else "no faults"
     return f"{args.directory}: {state}{done:,} shards, {rows:,} rows of {manifest.kind}, checked {checked}: {outcome}"
 
 

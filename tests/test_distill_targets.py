@@ -263,7 +263,7 @@ def test_targets_that_do_not_fit_are_refused(
     (lacking / "manifest.json").write_text(
         json.dumps(manifest | {"shards": manifest["shards"][1:], "failed": {"part-00000.parquet": "it hung"}})
     )
-    (vague / "manifest.json").write_text(json.dumps(manifest | {"masks": {"variants": 4}}))
+    (vague / "manifest.json").write_text(json.dumps(manifest | {"masks": manifest["masks"] | {"positions": 1}}))
     targets = ["--targets", sharp_targets]
     for sequences, flags, sentence in (
         (sharp, [*PARQUET, *DISTIL, *targets, "--mask-ratio", 0.2], "--mask-ratio 0.2 differs from 0.3"),

@@ -7,14 +7,19 @@ import os
 import shutil
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import ROOT, refused, run
 
+from entropy_masking import storage
+from entropy_masking.commands import console
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests
 from entropy_masking.shards.schema import Record
+from pipeline import status, verify
 from pipeline.status import duration, recent_rate
 
 STATUS = [sys.executable, str(ROOT / "pipeline" / "status.py")]
@@ -106,6 +111,22 @@ def test_what_is_no_run_is_refused(scored: Path, tmp_path: Path) -> None:
     (tmp_path / "_records").mkdir()
     (tmp_path / "_records" / "run.json").write_text('{"shards": 3}')
     assert "run.json cannot be read" in refused(*STATUS, tmp_path)
+
+
+def test_what_is_unreadable_is_refused(
+    scored: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(uri: str) -> bytes:
+        raise PermissionError(13, "Permission denied", uri)
+
+    monkeypatch.setattr(storage, "read_bytes", denied)
+    monkeypatch.setattr(console.signal, "signal", lambda *_: None)
+    for main in (status.main, verify.main):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            console.run(partial(main, [str(scored)]))
+        assert "manifest.json: Permission denied; give this user permission" in capsys.readouterr().err
+        with pytest.raises(UsageError, match=r"^an argument is empty; give it a value"):
+            main([""])
 
 
 def test_it_needs_neither_ray_nor_a_model(scored: Path) -> None:

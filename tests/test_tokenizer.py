@@ -59,7 +59,11 @@ def test_what_is_no_tokenizer(work: Path, tmp_path: Path) -> None:
     (tmp_path / "bare" / "config.json").write_bytes((work / "teacher" / "config.json").read_bytes())
     with pytest.raises(UsageError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path / "bare"))
-    with pytest.raises(UsageError, match="argument --vocab-size: -5 is not positive"):
+    with pytest.raises(UsageError, match="argument --vocab-size: 'x' is not a whole number above 0"):
+        parse(["--corpus", "x", "--output", "x", "--vocab-size", "x"])
+    with pytest.raises(UsageError, match="--output is empty"):
+        parse(["--corpus", "x", "--output", ""])
+    with pytest.raises(UsageError, match="argument --vocab-size: '-5' is not a whole number above 0"):
         parse(["--corpus=x", "--output=y", "--vocab-size=-5"])
 
 

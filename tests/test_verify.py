@@ -177,6 +177,10 @@ def test_a_resumed_run_trusts_the_bytes_that_were_checked_when_it_began(
         {"vocab_size": "many"},
         {"shards": [{"index": 0}]},
         {"totals": []},
+        {"totals": {}},
+        {"fingerprint": {}},
+        {"masks": {"source": "parquet"}},
+        {"sequence_length": -3},
         {"schema_version": 1},
         {"unknown": 0},
     ],
@@ -227,9 +231,13 @@ def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
         ({"shards": renamed}, "calls shard 1 part-00000.parquet"),
         ({"shards": manifest.shards[::-1]}, "does not list each shard once and in order"),
         ({"sequences_hash": "0"}, "sequences_hash"),
+        ({"context": "full", "passes": 1}, "does not match its fingerprint in context, passes"),
     ):
         faults = manifest_faults(manifest.model_copy(update=fields))
         assert any(fault in named for named in faults), fault
+    edit(copy / "manifest.json", vocab_size=9999)
+    output = run(*VERIFY, copy, code=1)
+    assert "manifest.json: does not match its tokenizer in vocab_size; delete it and run pipeline/score.py" in output
 
 
 def test_the_files_are_what_the_models_write(scored: Path, copy: Path) -> None:

@@ -33,8 +33,11 @@ print(len(entropy_masking.shards.commit.unfinished_manifest(sys.argv[1]).shards)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("dist")
+    # without files of an older build, and without new ones in the checkout
+    (directory / "setup.cfg").write_text(f"[build]\nbuild_base = {directory}\n[egg_info]\negg_base = {directory}\n")
+    environment = os.environ | {"DIST_EXTRA_CONFIG": str(directory / "setup.cfg")}
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", directory, ROOT]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, env=environment)
     (built,) = directory.glob("*.whl")
     return built
 

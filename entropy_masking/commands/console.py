@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import math
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -22,6 +23,8 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
+
+Number = TypeVar("Number", int, float)
 
 # when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
 Rule = tuple[bool, Mapping[str, object], str]
@@ -48,6 +51,8 @@ def run(main: Callable[[], int | None]) -> None:
         code, message = 2, f"error: {error}"
     except RunError as error:
         code, message = 1, f"failed: {error}"
+    except PermissionError as error:
+        code, message = 2, f"error: {one_line(error)}; give this user permission, or name another path"
     except OSError as error:
         failure = error.errno in FAILURES or isinstance(error, ConnectionError | TimeoutError)
         code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}")
@@ -90,7 +95,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        flags, unknown = self.parse_known_args(args)
+        texts = sys.argv[1:] if args is None else list(args)
+        for before, text in zip(["", *texts], texts, strict=False):
+            if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
+                name = text[:-1] or (before if before[:2] == "--" else "an argument")
+                raise UsageError(f"{name} is empty; give it a value, or leave it out")
+        flags, unknown = self.parse_known_args(texts)
         if unknown:
             raise UsageError(self.unknown(unknown[0]))
         return flags
@@ -109,23 +119,24 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text: str) -> int:
     """argparse type of a whole number above zero."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    return _number(int, text, lambda value: value > 0, "a whole number above 0")
 
 
 def not_negative(text: str) -> int:
     """argparse type of a whole number, zero included."""
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
 
 
 def positive_float(text: str) -> float:
     """argparse type of a finite number above zero."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    return _number(float, text, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+
+def _number(kind: type[Number], text: str, allowed: Callable[[Number], bool], wanted: str) -> Number:
+    with contextlib.suppress(ValueError):
+        if allowed(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 class Progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import manifests
+from entropy_masking.shards.costs import totals
 from entropy_masking.shards.manifests import AnyFile, manifest_uri, record_file, run_uri
 from entropy_masking.shards.parquet import footer_rows, shard_file
 from entropy_masking.shards.schema import Attempt, Fingerprint, Manifest, Record, Run
@@ -174,54 +174,6 @@ def unfinished_manifest(uri: str) -> Manifest:
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
     return with_shards(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
-
-
-def busy_seconds(records: list[Record]) -> float:
-    """Seconds in which at least one of these shards was in progress."""
-    total, until = 0.0, float("-inf")
-    for start, end in sorted((record.ended - record.seconds, record.ended) for record in records):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
-
-
-def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
-    """By worker: shards, tokens or positions, busy ``seconds``, ``forward_seconds`` inside the model, and the rate.
-
-    A worker prepares one shard while it scores another, so its seconds are the union of its shards' times, not the sum.
-    """
-    costs = {}
-    for worker in sorted({record.worker for record in records}):
-        own = [record for record in records if record.worker == worker]
-        seconds, tokens = busy_seconds(own), sum(record.tokens_or_positions for record in own)
-        costs[worker] = {
-            "shards": len(own),
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "forward_seconds": round(sum(record.forward_seconds for record in own), 3),
-            "tokens_per_second": round(tokens / max(seconds, 1e-3), 1),
-        }
-    return costs
-
-
-def totals(records: list[Record]) -> dict[str, object]:
-    """The sums in a manifest and in the summary of a run."""
-    workers = worker_costs(records)
-    worker_seconds = sum(cost["seconds"] for cost in workers.values())
-    forward = sum(cost["forward_seconds"] for cost in workers.values())
-    names = ("tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "flops")
-    return {name: sum(getattr(record, name) for record in records) for name in names} | {
-        "sequences": sum(record.rows for record in records),
-        "seconds": round(busy_seconds(records), 3),
-        "worker_seconds": round(worker_seconds, 3),
-        "forward_seconds": round(forward, 3),
-        "utilisation": round(forward / max(worker_seconds, 1e-3), 4),
-        "workers": len(workers),
-        "by_worker": workers,
-        "rescued_shards": sum(record.batch_tokens is not None for record in records),
-        "rejected": sum(record.rejected.count for record in records),
-        "rejected_reasons": dict(sum((Counter(record.rejected.reasons) for record in records), Counter())),
-    }
 
 
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:

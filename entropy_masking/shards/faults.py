@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from entropy_masking.shards import commit, manifests, parquet, targets, values
+from entropy_masking.shards import commit, costs, manifests, parquet, targets, values
 from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
@@ -49,12 +50,18 @@ def check_shards(manifest: Manifest, contents: bool = True) -> None:
     if (fault := next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)) is None:
         return
     file, text = fault
-    repair = f"delete its record in _records/ and run {manifests.MADE_BY[manifest.kind]} again"
-    if file == "tokenizer":
-        repair = "put back the one that made the shards"
+    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {repair(manifest, fault)}")
+
+
+def repair(manifest: Manifest, fault: Fault) -> str:
+    """What to do about a fault."""
+    file, text = fault
     if text.startswith(DENIED):
-        repair = "give the user permission to read it"
-    raise UsageError(f"{storage.join(manifest.uri, file)} {text}; {repair}")
+        return "give the user permission to read it"
+    if file == "tokenizer":
+        return "put back the one that made the shards"
+    deleted = "its record in _records/" if file.startswith("part-") else "it"
+    return f"delete {deleted} and run {manifests.MADE_BY[manifest.kind]} again"
 
 
 def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
@@ -71,8 +78,7 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
     for entry in present:
         if (size := sizes[entry.file]) != entry.bytes:
             yield entry.file, f"has {size:,} bytes, but its manifest says {entry.bytes:,}"
-    if text := tokenizer_fault(manifest):
-        yield "tokenizer", text
+    yield from tokenizer_faults(manifest)
     if depth == Depth.NAMES:
         return
     yield from record_faults(manifest, depth)
@@ -98,9 +104,13 @@ def manifest_faults(manifest: Manifest) -> list[str]:
     texts += [f"calls shard {entry.index} {entry.file}" for entry in wrong]
     if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
         texts.append("its fingerprint_hash is not the hash of its fingerprint")
-    if manifests.sequences_hash(manifest.fingerprint) != manifest.sequences_hash:
-        texts.append("its sequences_hash does not match its fingerprint")
+    if fields := differing_fields(manifest, manifests.from_fingerprint(manifest.fingerprint)):
+        texts.append(f"does not match its fingerprint in {fields}")
     return texts
+
+
+def differing_fields(manifest: Manifest, expected: dict[str, Any]) -> str:
+    return ", ".join(name for name, value in expected.items() if getattr(manifest, name) != value)
 
 
 def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
@@ -121,18 +131,22 @@ def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
         return
     yield from ((file, "is unreadable, or of another run") for file in files if file not in by_file)
     if len(intact) == len(manifest.shards):
-        sums = commit.totals(intact)
+        sums = costs.totals(intact)
         if differing := [name for name in SUMMED if manifest.totals.get(name) != sums[name]]:
             yield "manifest.json", f"its totals differ from the records' in {', '.join(differing)}"
 
 
-def tokenizer_fault(manifest: Manifest) -> str | None:
-    """The fault of ``tokenizer/``, or None."""
+def tokenizer_faults(manifest: Manifest) -> Iterator[Fault]:
+    """Faults of ``tokenizer/``, and of the fields of the manifest that it determines."""
     try:
-        own = manifests.tokenizer_hash(manifests.shard_tokenizer(manifest.uri))
+        expected = manifests.from_tokenizer(manifests.shard_tokenizer(manifest.uri))
     except Exception as error:  # tokenizers raises bare Exceptions
-        return unreadable(error)
-    return None if own == manifest.tokenizer_hash else "is not the tokenizer that made the ids"
+        yield "tokenizer", unreadable(error)
+        return
+    if expected["tokenizer_hash"] != manifest.tokenizer_hash:
+        yield "tokenizer", "is not the tokenizer that made the ids"
+    elif wrong := differing_fields(manifest, expected):
+        yield "manifest.json", f"does not match its tokenizer in {wrong}"
 
 
 def content_faults(manifest: Manifest, entry: ShardEntry, size: int, depth: Depth) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
+from entropy_masking.shards import costs
 from entropy_masking.shards.schema import Fingerprint, JsonFile, Manifest, Run, ShardEntry
 
 if TYPE_CHECKING:
@@ -134,31 +135,44 @@ def new_manifest(
         failed: by file, why the corpus lacks shards.
         versions: by package, of those that make the shards.
     """
-    fingerprint = run.fingerprint
     return Manifest(
         uri=uri,
-        kind="targets" if "masks" in fingerprint else "sequences",
-        sequence_length=fingerprint["sequence_length"],
-        vocab_size=len(tokenizer),
-        special_ids=special_ids(tokenizer),
-        special_token_ids=sorted(set(tokenizer.all_special_ids)),
-        scored="teacher" in fingerprint,
-        top_k=fingerprint.get("top_k", 0),
-        temperatures=fingerprint.get("temperatures", []),
-        context=fingerprint.get("context"),
-        passes=fingerprint.get("passes"),
         teacher=teacher,
-        masks=fingerprint.get("masks"),
-        sequences_hash=sequences_hash(fingerprint),
-        fingerprint=fingerprint,
+        fingerprint=run.fingerprint,
         fingerprint_hash=run.fingerprint_hash,
-        tokenizer_hash=tokenizer_hash(tokenizer),
         planned_shards=run.shards,
         shards=[],
         failed=failed or {},
-        totals={},
+        totals=costs.totals([]),
         versions=versions or {},
+        **from_fingerprint(run.fingerprint),
+        **from_tokenizer(tokenizer),
     )
+
+
+def from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fields of a manifest that its tokenizer determines."""
+    return {
+        "vocab_size": len(tokenizer),
+        "special_ids": special_ids(tokenizer),
+        "special_token_ids": sorted(set(tokenizer.all_special_ids)),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+    }
+
+
+def from_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
+    """The fields of a manifest that its fingerprint determines."""
+    return {
+        "kind": "targets" if "masks" in fingerprint else "sequences",
+        "sequence_length": fingerprint["sequence_length"],
+        "scored": "teacher" in fingerprint,
+        "top_k": fingerprint.get("top_k", 0),
+        "temperatures": fingerprint.get("temperatures", []),
+        "context": fingerprint.get("context"),
+        "passes": fingerprint.get("passes"),
+        "masks": fingerprint.get("masks"),
+        "sequences_hash": sequences_hash(fingerprint),
+    }
 
 
 def sequences_hash(fingerprint: Fingerprint) -> str:

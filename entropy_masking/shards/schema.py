@@ -5,15 +5,34 @@ from __future__ import annotations
 import math
 import re
 from datetime import datetime
+from types import UnionType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from entropy_masking import storage
 from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION
 
-Fingerprint = dict[str, Any]  # everything that determines the bytes of the shards
-Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K)
+
+def _with(**kinds: type | UnionType) -> AfterValidator:
+    """Refuses a dictionary in which one of these is missing or of another type."""
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
+            raise ValueError(f"it has no valid {', '.join(wrong)}")
+        return values
+
+    return AfterValidator(check)
+
+
+# everything that determines the bytes of the shards
+Fingerprint = Annotated[dict[str, Any], _with(corpus=dict, tokenizer=str, sequence_length=int)]
+# of targets; positions is K
+Masks = Annotated[dict[str, Any], _with(source=str, policy=dict, variants=int, positions=int)]
+_counts = ("sequences", "tokens", "scored_tokens", "bytes", "documents", "rejected", "flops", "workers")
+_costs = ("entropy_sum", "seconds", "worker_seconds", "forward_seconds", "utilisation", "rescued_shards")
+_numbers = dict.fromkeys((*_counts, *_costs), int | float)
+Totals = Annotated[dict[str, Any], _with(**_numbers, rejected_reasons=dict)]  # see ``costs.totals``
 
 
 def _check_file(file: str) -> str:
@@ -119,7 +138,7 @@ class Manifest(JsonFile, title="shard manifest"):
     uri: str = Field("", exclude=True)  # the directory; not in the file
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["sequences", "targets"]  # tokens, with scores if there was a teacher; or targets (``shards.targets``)
-    sequence_length: int
+    sequence_length: PositiveInt
     vocab_size: int
     special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]  # by role
     special_token_ids: list[int]  # all ids that are never masked
@@ -137,7 +156,7 @@ class Manifest(JsonFile, title="shard manifest"):
     planned_shards: int
     shards: list[ShardEntry]
     failed: dict[str, str]  # planned shards that are not in ``shards``, and why
-    totals: dict[str, Any]
+    totals: Totals
     versions: dict[str, str] = {}
 
     def entry(self, index: int) -> ShardEntry:
