@@ -1,4 +1,7 @@
-"""Fine-tunes one model on one task with one seed, in a plain loop."""
+"""Fine-tunes one model on one task with one seed, in a plain loop.
+
+Shapes: N rows, B rows of a batch, L tokens, C classes.
+"""
 
 from __future__ import annotations
 

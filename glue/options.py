@@ -13,7 +13,7 @@ from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
 from glue.tasks import PROBES, TASKS, ZERO_SHOT, Task, choose
 
-# flags that only change fine-tuning, with the value of one that is not given
+# flags that only change fine-tuning, each with its value if it is not given
 TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length"))
 TUNING |= {"limit_train": {}, "drop_overlap": False}
 

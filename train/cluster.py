@@ -17,7 +17,7 @@ from entropy_masking import storage
 from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
-from train import guard, resume
+from train import guard, private, resume
 from train.options import Options
 
 MAX_FAILURES = 3  # of workers, in one call
@@ -102,8 +102,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    # Ctrl-C raises KeyboardInterrupt here as everywhere; Ray's handler would end the process with exit code 1
-    trainer._register_sigint_handler = lambda _controller: None
+    private.leave_ctrl_c_alone(trainer)
     ended = threading.Event()
     printer = threading.Thread(target=_show, args=(config["log"], ended))
     printer.start()

@@ -21,7 +21,7 @@ from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
 from train.options import Options
 
-RISES, MIN_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
+RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MIN_TOKENS = 100  # to estimate this probability
 

@@ -183,7 +183,7 @@ def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: 
 def svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element, with text as text and colours as CSS variables; the same bytes each time."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):  # elements with equal ids are equal
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):  # ids are hashes of the content and this salt
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"\n\s*", " ", buffer.getvalue())
     text = re.sub(r"^.*?</defs>", "", text)  # the head: sizes, metadata, a style that would apply to the whole page

@@ -1,4 +1,7 @@
-"""Documents to fixed-length sequences: tokenize, join with [SEP], cut into blocks."""
+"""Documents to fixed-length sequences: tokenize, join with [SEP], cut into blocks.
+
+Shapes: N sequences, L tokens.
+"""
 
 from __future__ import annotations
 
