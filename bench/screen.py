@@ -84,7 +84,8 @@ def parse() -> argparse.Namespace:
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
     add("--trunks", type=console.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
     add("--jobs", type=console.positive, default=2, help="runs at once (default: 2)")
-    add("--reference", help="a model that scores the text (default: one is trained on the same articles)")
+    reference = "model with the screen's tokenizer that scores the text (default: one is trained on the same articles)"
+    add("--reference", help=reference)
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
     add("--glue", help=f"directory of GLUE tasks: fine-tune every run on some training rows of {', '.join(TUNED)}")
     args = parser.parse_args()
