@@ -40,6 +40,7 @@ from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
 
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
+COMMON_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)  # of trunks and of the reference
 RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
 COLUMNS = {  # heading of the table: measures whose mean it shows
     "all tokens": ["loss"],
@@ -160,7 +161,7 @@ class Screen:
         reference = self.args.reference or of("reference")
         if not self.args.reference:
             flags = ("--shards", of("articles-tokens"), "--model", self.size.reference, "--eval-fraction", 0)
-            self.train("reference", 1, self.size.reference_steps, *flags, "--entropy-source", "random")
+            self.train("reference", 1, self.size.reference_steps, *flags, *COMMON_MASKS)
         for name in ("heldout", "branches"):
             files = ("--corpus", of(f"{name}.jsonl"), "--output", of(name))
             run(f"{name}-scores", *score, *files, "--teacher", reference)
@@ -175,9 +176,8 @@ class Screen:
 
     def train_trunk(self, trunk: int) -> None:
         shards = ("--shards", self.output / "trunks-tokens", "--eval-shards", self.output / "heldout")
-        flags = ("--model", self.size.student, "--entropy-source", "random")
-        constant = ("--lr-scheduler-type", "constant_with_warmup")
-        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, *shards, *flags, *constant)
+        flags = ("--model", self.size.student, "--lr-scheduler-type", "constant_with_warmup")
+        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, *shards, *flags, *COMMON_MASKS)
 
     def train_and_test(self, name: str, trunk: int) -> None:
         """One recipe from one trunk, and its zero-shot accuracy."""
