@@ -32,7 +32,7 @@ from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.manifests import tokenizer_hash
+from entropy_masking.shards.manifests import tokenization_hash
 from glue import blimp, finetune, metrics
 from glue.batches import encode_task
 from glue.options import parse
@@ -55,7 +55,7 @@ class Model:
     path: str
     directory: Path
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_hash: str
+    tokenization_hash: str
     hash: str
     output: str
 
@@ -121,10 +121,10 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
         finetune.check_model(directory, args.max_length or Settings.max_length)
     if any(task.name in ZERO_SHOT for task in args.tasks):
         blimp.check_model(directory, tokenizer, args.pll)
-    vocabulary_hash = tokenizer_hash(tokenizer)
+    text_hash = tokenization_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
-    model_hash = storage.sha256_json([checkpoints.weights_hash(directory), vocabulary_hash])
-    return Model(name, path, directory, tokenizer, vocabulary_hash, model_hash, output)
+    model_hash = storage.sha256_json([checkpoints.weights_hash(directory), text_hash])
+    return Model(name, path, directory, tokenizer, text_hash, model_hash, output)
 
 
 def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
@@ -176,7 +176,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, pll: str) -> Callable
 
     def tokens_of(trial: Trial) -> TrialTokens:
         model, own = models[trial.model], data[trial.task.name]
-        key = model.tokenizer_hash, trial.task.name
+        key = model.tokenization_hash, trial.task.name
         if key in made:
             return made[key]
         if isinstance(own, blimp.Pairs):

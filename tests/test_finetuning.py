@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +39,7 @@ from entropy_masking.shards.manifests import read_manifest
 from glue.batches import batches_by_length, encode, shuffled_batches
 from glue.finetune import load_classifier
 from glue.tasks import GLUE, load
+from glue.trials import Outcome, Trial, TrialTokens
 from train.student import build_student
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
@@ -225,6 +228,28 @@ def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
     assert model.config.hidden_dropout_prob == 0.1 and model.classifier.out_features == 3
     weight = "embeddings.word_embeddings.weight"
     assert torch.equal(model.bert.get_parameter(weight), trained.bert.get_parameter(weight))
+
+
+def test_models_share_tokens_only_if_their_tokenizers_are_equal(
+    work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokenizers of one vocabulary differ if only one of them lower-cases."""
+    shutil.copytree(work / "teacher", tmp_path / "cased")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / "cased" / name).read_text()
+        (tmp_path / "cased" / name).write_text(re.sub(r'("(do_lower_case|lowercase)": )true', r"\1false", text))
+    used = []
+
+    def run_trial(trial: Trial, tokens: TrialTokens, advance: object) -> Outcome:
+        used.append((trial.key["model_hash"], tokens))
+        return Outcome(failure="not run")
+
+    monkeypatch.setattr(glue.run, "run_trial", run_trial)
+    with pytest.raises(RunError, match="2 of 2 failed"):
+        models = ["--model", work / "teacher", tmp_path / "cased"]
+        glue_here(tmp_path / "out", *models, "--tasks", "rte", "--data", data, *QUICK)
+    (hash_1, tokens_1), (hash_2, tokens_2) = used
+    assert hash_1 != hash_2 and tokens_1 is not tokens_2
 
 
 def test_a_classifier_on_a_preset_reads_the_mean_of_the_hidden_states(tokens: Path, tmp_path: Path) -> None:
