@@ -37,7 +37,7 @@ from glue import blimp, finetune, metrics
 from glue.batches import encode_task
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
-from glue.records import Result
+from glue.records import Result, Summary
 from glue.results import read_result
 from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
 from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
@@ -58,14 +58,7 @@ class Model:
     tokenization_hash: str
     hash: str
     output: str
-
-    @property
-    def pretraining_summary(self) -> object:
-        """Its summary, if it was pretrained by train/run.py."""
-        try:
-            return storage.read_json(str(self.directory / "summary.json"))
-        except (FileNotFoundError, ValueError):
-            return None
+    training: object
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,7 +117,21 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     text_hash = tokenization_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
     model_hash = storage.sha256_json([checkpoints.weights_hash(directory), text_hash])
-    return Model(name, path, directory, tokenizer, text_hash, model_hash, output)
+    return Model(name, path, directory, tokenizer, text_hash, model_hash, output, read_summary(directory))
+
+
+def read_summary(directory: Path) -> object:
+    """The summary of a model that train/run.py pretrained; None for other models."""
+    file = str(directory / "summary.json")
+    try:
+        summary = storage.read_json(file)
+        Summary.model_validate(summary)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        print(f"{file} is not a summary of train/run.py; the results will not contain it", file=sys.stderr)
+        return None
+    return summary
 
 
 def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
@@ -198,7 +205,7 @@ def result_fields(trial: Trial, outcome: Outcome, model: Model) -> dict[str, obj
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
         "model": {"path": str(model.path), "hash": model.hash},
-        "training": model.pretraining_summary,
+        "training": model.training,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         **outcome.result,

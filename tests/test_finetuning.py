@@ -230,6 +230,18 @@ def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
     assert torch.equal(model.bert.get_parameter(weight), trained.bert.get_parameter(weight))
 
 
+@pytest.mark.parametrize("summary", ['[{"loss": 1.5}]', '{"seed": "42"}', "{"])
+def test_a_summary_of_another_program_is_ignored(
+    work: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: str
+) -> None:
+    shutil.copytree(work / "teacher", tmp_path / "model")
+    (tmp_path / "model" / "summary.json").write_text(summary)
+    flags = ["--model", tmp_path / "model", "--tasks", "rte", "--data", data, *QUICK]
+    (result,) = glue_here(tmp_path / "out", *flags).values()
+    assert result["training"] is None
+    assert "summary.json is not a summary of train/run.py; the results will not contain it" in capsys.readouterr().err
+
+
 def test_models_share_tokens_only_if_their_tokenizers_are_equal(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
