@@ -38,6 +38,7 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards.manifests import read_manifest
 from glue.batches import batches_by_length, encode, shuffled_batches
 from glue.finetune import load_classifier
+from glue.options import parse
 from glue.tasks import GLUE, load
 from glue.trials import Outcome, Trial, TrialTokens
 from train.student import build_student
@@ -278,6 +279,8 @@ def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monke
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(UsageError, match="would be deleted with the working directory of the Ray job"):
         glue_here(Path("relative"), "--model", work / "teacher", "--tasks", "rte", "--data", data)
+    for output in ("/shared/glue/", "/shared/./glue", "file:///shared/glue", "s3://bucket/glue"):
+        assert parse(["--model=x", "--tasks=rte", f"--output={output}"], None).output == output
 
 
 def test_two_workers_give_the_numbers_of_one_process(
