@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from entropy_masking import storage
-from entropy_masking.commands import console
+from entropy_masking.commands import console, ray_cluster
 from entropy_masking.errors import UsageError
 from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
@@ -70,9 +68,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     ]
     console.check_rules(vars(args), rules)
     args.pll, args.gpus_per_worker = args.pll or FORMS[0], args.gpus_per_worker or 1.0
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.absolute(args.output) != args.output:
-        lost = "would be deleted with the working directory of the Ray job"
-        raise UsageError(f"--output {args.output} {lost}; name an absolute path")
+    ray_cluster.check_kept("--output", args.output)
     return args
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 import psutil
 
-from entropy_masking import storage
+from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import flag, not_negative, option, positive, positive_float
 from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
@@ -130,9 +129,7 @@ def fill_in(args: argparse.Namespace) -> None:
                 )
         args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
     args.cpus_per_worker = args.cpus_per_worker or 1
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_remote(args.output) or args.output[:1] == "/"):
-        lost = "would be deleted with the working directory of the Ray job"
-        raise UsageError(f"--output {args.output} {lost}; name an absolute path or a URI")
+    ray_cluster.check_kept("--output", args.output)
 
 
 def temperatures(text: str) -> list[float]:

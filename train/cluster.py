@@ -36,10 +36,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         UsageError, RunError, Terminated: as the workers say.
     """
     output = Path(str(args.output_dir))
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
-        raise UsageError(
-            f"--output-dir {output} would be deleted with the working directory of the Ray job; name an absolute path"
-        )
+    ray_cluster.check_kept("--output-dir", str(output))
     import ray
 
     directory = output.absolute()

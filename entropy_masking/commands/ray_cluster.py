@@ -11,10 +11,19 @@ from pathlib import Path
 
 import psutil
 
+from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
+
+
+def check_kept(flag: str, output: str) -> None:
+    """Raises UsageError if the output would be deleted with the working directory of a Ray job."""
+    kept = storage.is_remote(output) or Path(output.removeprefix("file://")).is_absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not kept:
+        lost = "would be deleted with the working directory of the Ray job"
+        raise UsageError(f"{flag} {output} {lost}; name an absolute path")
 
 
 def connect(*applications: str, cpus: int | None = None) -> None:

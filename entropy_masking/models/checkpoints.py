@@ -23,6 +23,7 @@ from transformers.utils import logging
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # suffixes; all but the first are pickles
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -51,12 +52,9 @@ def safetensors_files(directory: Path) -> list[Path]:
     """
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if not pickles:
-        raise UsageError(f"{directory} holds no model weights (*.safetensors); name the directory of a saved model")
     raise UsageError(
-        f"{directory} holds only a pickle checkpoint ({pickles[0]}), which can run code when loaded; if you trust it, "
-        f"convert it once with AutoModelForMaskedLM.from_pretrained('{directory}').save_pretrained('NEW_DIR')"
+        f"{directory} has no model weights in safetensors; if you trust its pickle, which can run code when loaded, "
+        "convert it once with AutoModelForMaskedLM.from_pretrained('MODEL').save_pretrained('NEW_DIR')"
     )
 
 
