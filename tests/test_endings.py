@@ -184,8 +184,9 @@ def test_what_asked_workers_of_a_cluster_to_stop_stops_no_other_run(flags: list[
 
 def test_the_best_checkpoint_is_found_where_the_directory_lies_now(flags: list[object], tmp_path: Path) -> None:
     steps = ["--eval-fraction", 0.2, "--eval-strategy", "steps", "--eval-steps", 2, "--save-steps", 2]
-    # at this rate the loss rises, so the first checkpoint is the best
-    argv = [*flags, *steps, "--load-best-model-at-end", "--learning-rate", 1, "--save-total-limit", 2]
+    # the rate rises too far and the loss with it, so the first checkpoint is the best
+    rising = ["--learning-rate", 1, "--warmup-steps", STEPS]
+    argv = [*flags, *steps, *rising, "--load-best-model-at-end", "--save-total-limit", 2]
     assert Run(tmp_path / "log", *argv, "--output-dir", tmp_path / "out", kill_at=5).end() == [-9]
     (tmp_path / "out").rename(tmp_path / "moved")
     again = Run(tmp_path / "again", *argv, "--output-dir", tmp_path / "moved")
