@@ -98,9 +98,10 @@ def test_nan_ends_a_run_and_becomes_no_checkpoint(flags: list[object], tmp_path:
 
 
 def test_nan_weights_are_not_the_model_of_a_run_that_saves_nothing(flags: list[object], tmp_path: Path) -> None:
-    more = ["--learning-rate", 1e36, "--save-strategy", "no", "--logging-strategy", "no"]
     start = flags.index("--save-steps")
-    line = sentence(Run(tmp_path / "log", *flags[:start], *flags[start + 4 :], *more, "--output-dir", tmp_path / "out"), 1)
+    kept = flags[:start] + flags[start + 4 :]  # without --save-steps and --logging-steps
+    more = ["--learning-rate", 1e36, "--save-strategy", "no", "--logging-strategy", "no"]
+    line = sentence(Run(tmp_path / "log", *kept, *more, "--output-dir", tmp_path / "out"), 1)
     assert "weights are NaN or infinite" in line
     assert not list(tmp_path.glob("out/*.safetensors"))
 

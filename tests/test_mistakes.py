@@ -105,7 +105,7 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
         (["--metric-for-best-model", "accuracy"], "--metric-for-best-model only applies to --load-best-model-at-end"),
         (["--save-strategy", "no", "--save-steps", 5], "--save-steps needs checkpoints; leave out --save-strategy no"),
         (["--save-strategy", "no", "--save-total-limit", 3], "--save-total-limit needs checkpoints"),
-        (["--logging-strategy", "no", "--logging-steps", 3], "--logging-steps has no effect with --logging-strategy no"),
+        (["--logging-strategy", "no", "--logging-steps", 3], "--logging-steps has no effect with --logging-str"),
         (["--logging-strategy", "no", "--logging-first-step"], "--logging-first-step has no effect with --logging-str"),
         (["--num-train-epochs", 3], "--num-train-epochs has no effect with --max-steps; leave one out"),
         (["--eval-strategy", "no", "--eval-delay", 3], "--eval-delay needs evaluations during the run"),
