@@ -36,6 +36,7 @@ from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
 from glue.intervals import estimate
+from glue.tables import difference
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
 
@@ -267,7 +268,8 @@ def table(rows: dict[str, Row]) -> str:
         if name == minus:
             minus, texts = "", [f"{by_trunk(row, own).mean():.3f}" for own in columns.values()]
         else:
-            texts = [difference(by_trunk(row, own) - by_trunk(baseline, own)) for own in columns.values()]
+            differences = [by_trunk(row, own) - by_trunk(baseline, own) for own in columns.values()]
+            texts = [difference(asdict(estimate(values.tolist())), digits=3) for values in differences]
         training, scored = by_trunk(row, ["training_flops"]).mean(), by_trunk(row, ["flops"]).mean()
         base = by_trunk(baseline, ["flops"]).mean()
         flops = f"{training / base:.2f}, {scored / base:.2f}"
@@ -278,14 +280,6 @@ def table(rows: dict[str, Row]) -> str:
 def by_trunk(row: Row, measures: list[str]) -> np.ndarray:
     """The mean of some measures [trunks]."""
     return np.mean([list(row[measure].values()) for measure in measures], axis=0)
-
-
-def difference(values: np.ndarray) -> str:
-    """Mean and interval of paired differences; one difference has no interval."""
-    over_trunks = estimate(values.tolist())
-    if over_trunks.low is None:
-        return f"{over_trunks.mean:+.3f}"
-    return f"{over_trunks.mean:+.3f} [{over_trunks.low:+.3f}, {over_trunks.high:+.3f}]"
 
 
 if __name__ == "__main__":

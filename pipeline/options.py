@@ -20,7 +20,7 @@ MAX_VARIANTS = 1 << 16  # they fit a uint16
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
-    **{"mask_source": None, "gpus_per_worker": None, "torch_compile": False},
+    **{"mask_source": None, "gpus_per_worker": None, "torch_compile": False, "trust_remote_code": False},
 }
 
 
@@ -102,7 +102,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         help="seconds to read, score or write a shard, then its worker is ended",
     )
-    add("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
+    add("--trust-remote-code", action="store_true", default=None, help="run model code from the checkpoint")
     add("--dry-run", action="store_true", help="show what would be written, and stop")
 
 

@@ -309,6 +309,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., but the model has 200"),
         ([*model, *cola, "--limit-train", "rte"], "is not a number of rows"),
         ([*model, *cola, "--limit-train", "sst3=10"], "there is no task 'sst3'"),
+        ([*model, *cola, "--limit-train", "rte=10"], "there is no task 'rte' to train on in --tasks"),
         (["--model", work / "teacher", work / "teacher", *cola], "two models have the name teacher"),
         (["--model", "=x", *cola], "not NAME=MODEL"),
         (["--model", tuned, "--tasks", "cola", "--data", data], "is already fine-tuned"),

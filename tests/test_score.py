@@ -186,6 +186,7 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
     assert "needs --tokenizer" in score(corpus, "none")
     assert "--passes" in score(corpus, teacher, "--context", "full", "--passes", 3)
     assert "needs a teacher" in score(corpus, "none", "--tokenizer", work / "tokenizer", "--top-k", 3)
+    assert "--trust-remote-code needs a teacher" in score(corpus, "none", "--trust-remote-code")
 
     assert "--top-k 5000" in score(corpus, teacher, "--top-k", 5000)
     long = refused(*command(work, tmp_path / "long", "--sequence-length", "65"))

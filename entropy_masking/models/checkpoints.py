@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -76,7 +76,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         reason = one_line(error)
         if "trust_remote_code" in str(error):
             reason = "it brings its own code; pass --trust-remote-code if you trust it"
@@ -104,7 +104,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise UsageError(f"{name} holds no tokenizer ({names}); save the model's tokenizer there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(
             f"cannot load the tokenizer in {name} ({one_line(error)}); save the model's tokenizer there"
         ) from None
