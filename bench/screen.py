@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
     add("--glue", help=f"directory of GLUE tasks: fine-tune every run on some training rows of {', '.join(TUNED)}")
     args = parser.parse_args()
-    args.rows = args.rows.split(",")
+    args.rows = list(dict.fromkeys(args.rows.split(",")))
     if unknown := [name for name in args.rows if name not in RECIPES]:
         raise UsageError(f"--rows names {unknown[0]!r}, which is none of {', '.join(RECIPES)}")
     for name in list(args.rows):

@@ -79,7 +79,7 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ([*RANDOM, "--distill-weight", 0.5], "no top-k"),
+        ([*RANDOM, "--distill-weight", 0.5], "needs top-k log-probabilities"),
         ([*SELF, "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),
         ([*SELF, "--distill-positions", 0.5], "--distill-positions needs distillation"),
         ([*SELF, "--distill-weight", 2], "--distill-weight 2 is out of range"),

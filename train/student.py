@@ -46,7 +46,10 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
         model = _from_config(name, _preset(name, manifest), manifest, seed)
     else:
         if "/" not in name and not Path(name).exists():
-            raise UsageError(f"--model {name} is not a preset ({', '.join(PRESETS)}), file, directory or Hub id")
+            raise UsageError(
+                f"--model {name} is neither a preset ({', '.join(PRESETS)}) nor a file or directory; "
+                "name a model of the Hub as OWNER/NAME"
+            )
         path = _source(name)
         if _is_configuration(name, path):
             model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)

@@ -53,7 +53,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             if port.isdigit():  # Ray itself would try for minutes
-                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
             start(address)
         except OSError:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
