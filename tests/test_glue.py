@@ -266,7 +266,10 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, "--tasks", "cola", "--data", data, "--seeds=-1"], "--seeds -1 is not between 0 and"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=1,5000000000"], "--seeds 5000000000 is not between 0"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=1,2,1"], "has a seed twice"),
-        ([*model, "--tasks", "cola", "--data", data, "--max-length=65"], "--max-length 65 is out of range; use 8 to 64"),
+        (
+            [*model, "--tasks", "cola", "--data", data, "--max-length=65"],
+            "--max-length 65 is out of range; use 8 to 64",
+        ),
         ([*model, "--tasks", "cola", "--data", data, "--max-length=7"], "--max-length 7 is out of range; use 8 to 64"),
         ([*model, *table("column", good.rename({"sentence": "text"}))], "has no column 'sentence'"),
         ([*model, *table("hidden", good.with_columns(label=pl.Series([-1, -1])))], "label -1 in row 0"),
