@@ -22,6 +22,7 @@ from train.arguments import global_batch
 from train.options import Options
 
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
+ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MIN_TOKENS = 100  # to estimate this probability
 
@@ -121,7 +122,7 @@ def collapse_signs(history: list[dict[str, float]], warmup: float, vocab_size: i
             if above == RISES:
                 where = f"{RISES} evaluations in a row up to step {step}"
                 yield "rise", f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {where}"
-            if step and step >= warmup and loss > guess + MIN_RISE:  # random weights start a little above it
+            if step and step >= warmup and loss > guess + ABOVE_GUESS:
                 loss_here = f"the held-out loss at step {step}, {loss:.2f} nats"
                 yield "guess", f"{loss_here}, is worse than a uniform guess, {guess:.2f}"
         if concentration > MAX_CONCENTRATION and step >= warmup:
