@@ -34,7 +34,7 @@ from entropy_masking.models.checkpoints import load_tokenizer, local_checkpoint,
 from entropy_masking.models.flops import forward_flops
 from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import Manifest, read_manifest, read_table
-from pipeline.corpus.packing import tokenize
+from pipeline.corpus.packing import text_tokenizer, tokenize
 from pipeline.corpus.plan import plan_corpus
 from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.teacher import DTYPES, Teacher
@@ -91,7 +91,7 @@ def write_texts(tokens: int, tokenizer: PreTrainedTokenizerBase, args: argparse.
     with open(work / f"{tokens}.jsonl", "w") as file:
         for document in documents:
             file.write(json.dumps({"text": document.text}) + "\n")
-            count += sum(len(ids) + 1 for ids in tokenize([document], tokenizer, rejects))
+            count += sum(len(ids) + 1 for ids in tokenize([document], text_tokenizer(tokenizer), rejects))
             if count >= tokens:
                 break
     return Path(file.name)

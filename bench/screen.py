@@ -36,10 +36,12 @@ from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
 from glue.intervals import estimate
+from glue.tables import difference
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
 
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
+COMMON_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)  # of trunks and of the reference
 RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
 COLUMNS = {  # heading of the table: measures whose mean it shows
     "all tokens": ["loss"],
@@ -84,11 +86,12 @@ def parse() -> argparse.Namespace:
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
     add("--trunks", type=console.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
     add("--jobs", type=console.positive, default=2, help="runs at once (default: 2)")
-    add("--reference", help="a model that scores the text (default: one is trained on the same articles)")
+    reference = "model with the screen's tokenizer that scores the text (default: one is trained on the same articles)"
+    add("--reference", help=reference)
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
     add("--glue", help=f"directory of GLUE tasks: fine-tune every run on some training rows of {', '.join(TUNED)}")
     args = parser.parse_args()
-    args.rows = args.rows.split(",")
+    args.rows = list(dict.fromkeys(args.rows.split(",")))
     if unknown := [name for name in args.rows if name not in RECIPES]:
         raise UsageError(f"--rows names {unknown[0]!r}, which is none of {', '.join(RECIPES)}")
     for name in list(args.rows):
@@ -159,7 +162,7 @@ class Screen:
         reference = self.args.reference or of("reference")
         if not self.args.reference:
             flags = ("--shards", of("articles-tokens"), "--model", self.size.reference, "--eval-fraction", 0)
-            self.train("reference", 1, self.size.reference_steps, *flags, "--entropy-source", "random")
+            self.train("reference", 1, self.size.reference_steps, *flags, *COMMON_MASKS)
         for name in ("heldout", "branches"):
             files = ("--corpus", of(f"{name}.jsonl"), "--output", of(name))
             run(f"{name}-scores", *score, *files, "--teacher", reference)
@@ -174,9 +177,8 @@ class Screen:
 
     def train_trunk(self, trunk: int) -> None:
         shards = ("--shards", self.output / "trunks-tokens", "--eval-shards", self.output / "heldout")
-        flags = ("--model", self.size.student, "--entropy-source", "random")
-        constant = ("--lr-scheduler-type", "constant_with_warmup")
-        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, *shards, *flags, *constant)
+        flags = ("--model", self.size.student, "--lr-scheduler-type", "constant_with_warmup")
+        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, *shards, *flags, *COMMON_MASKS)
 
     def train_and_test(self, name: str, trunk: int) -> None:
         """One recipe from one trunk, and its zero-shot accuracy."""
@@ -266,7 +268,8 @@ def table(rows: dict[str, Row]) -> str:
         if name == minus:
             minus, texts = "", [f"{by_trunk(row, own).mean():.3f}" for own in columns.values()]
         else:
-            texts = [difference(by_trunk(row, own) - by_trunk(baseline, own)) for own in columns.values()]
+            differences = [by_trunk(row, own) - by_trunk(baseline, own) for own in columns.values()]
+            texts = [difference(asdict(estimate(values.tolist())), digits=3) for values in differences]
         training, scored = by_trunk(row, ["training_flops"]).mean(), by_trunk(row, ["flops"]).mean()
         base = by_trunk(baseline, ["flops"]).mean()
         flops = f"{training / base:.2f}, {scored / base:.2f}"
@@ -277,14 +280,6 @@ def table(rows: dict[str, Row]) -> str:
 def by_trunk(row: Row, measures: list[str]) -> np.ndarray:
     """The mean of some measures [trunks]."""
     return np.mean([list(row[measure].values()) for measure in measures], axis=0)
-
-
-def difference(values: np.ndarray) -> str:
-    """Mean and interval of paired differences; one difference has no interval."""
-    over_trunks = estimate(values.tolist())
-    if over_trunks.low is None:
-        return f"{over_trunks.mean:+.3f}"
-    return f"{over_trunks.mean:+.3f} [{over_trunks.low:+.3f}, {over_trunks.high:+.3f}]"
 
 
 if __name__ == "__main__":

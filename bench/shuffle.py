@@ -1,4 +1,7 @@
-"""The control of the screen: scores that say nothing about their tokens."""
+"""The control of the screen: scores that say nothing about their tokens.
+
+Shapes: N sequences, L tokens.
+"""
 
 from __future__ import annotations
 

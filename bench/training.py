@@ -140,7 +140,7 @@ def train_once(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": args.batch * length,
         "parts": {part: seconds / args.steps for part, seconds in clock.parts.items()},
         "peak_bytes": peak,
-        "flops": training_flops(encoder, head, sequences=args.batch, predicted=MaskPolicy().positions(length)),
+        "flops": training_flops(encoder, head, sequences=args.batch, predicted=MaskPolicy().max_masked(length)),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 GROUP = 64  # ids of a group; the top k lie in the k groups with the largest maxima
-IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core, which passes over them several times
+IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core; the reduction passes over them several times
 
 
 class Reduced(NamedTuple):
@@ -71,9 +71,10 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
 def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values of each row, largest first, ties to the lower id: independent of hardware.
 
-    ``torch.topk`` leaves the order of ties open and takes longer than the softmax. So the ids are cut into groups of
-    neighbours, ranked by their largest value, ties to the lower ids. The k best ids lie in the k best groups: for an id
-    in another group, each of the k best groups holds a better id. Only the ids of these groups are sorted.
+    ``torch.topk`` leaves the order of ties open and takes longer than the softmax. So neighbouring ids form groups,
+    which are ranked by their largest value, ties to the lower ids. The k best ids lie in the k best groups, because
+    each of these groups has an id that is better than all ids of the other groups. Only the ids of the k groups are
+    sorted.
     """
     V = z_NV.shape[-1]
     groups = V // GROUP
@@ -90,8 +91,8 @@ def top_k_ids(z_NV: Tensor, k: int) -> Tensor:
 
 def _best(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
     """The ids [N, k] of the k largest float32 values, largest first, ties to the lower id."""
-    # the bits of a float, read as an integer, sort like the float if those of negative floats are flipped; + 0 turns
-    # -0 into 0
+    # read as integers, the bits of floats sort like the floats, if all bits but the sign of negative ones are flipped;
+    # + 0 turns -0 into 0
     bits_NC = (values_NC + 0.0).view(torch.int32)
     bits_NC = bits_NC ^ ((bits_NC >> 31) & 0x7FFFFFFF)
     key_NC = (bits_NC.long() << 32) | (0xFFFFFFFF - ids_NC)

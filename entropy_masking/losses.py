@@ -101,14 +101,14 @@ def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tens
 class _OneSoftmax(torch.autograd.Function):
     """``(1 - α)·CE + α·tail_kl``, row by row, with one softmax over [N, V] and its gradient in closed form.
 
-    With y the label, and e the softmax over the tokens outside of the teacher's head alone, the gradient is::
+    Let y be the label, and e the softmax over only the tokens outside of the teacher's head. The gradient is::
 
         q_i - α·p_i                      in the head
         e_j·((1 - Q) - α·(1 - P))        outside of it
         minus 1 - α                      at y
 
-    So the backward needs e, which can neither overflow nor cancel, and of each row the head and two numbers. Autograd
-    through the two losses takes six times as long on a CPU, because it passes over [N, V] a dozen times.
+    So the backward needs e, which can neither overflow nor cancel, and for each row the values in the head and two
+    numbers. Autograd through the two losses takes six times as long on a CPU, with a dozen passes over [N, V].
     """
 
     @staticmethod

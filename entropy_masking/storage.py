@@ -88,7 +88,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write ``data`` so that a reader sees either the old file or the whole new one."""
     filesystem, path = resolve(uri)
     if is_remote(uri):
-        # in a thread: here Ctrl-C or SIGTERM would close the stream, and so commit an incomplete object
+        # in another thread: in this one, Ctrl-C or SIGTERM would close the stream and so commit an incomplete object
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_upload, filesystem, path, data).result()
         return

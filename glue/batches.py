@@ -1,4 +1,7 @@
-"""Rows of a task → token ids, once for all seeds → batches of rows of similar length."""
+"""Rows of a task → token ids, once for all seeds → batches of rows of similar length.
+
+Shapes: B rows of a batch, L tokens.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 The score of a sentence is its pseudo-log-likelihood (Salazar et al. 2020): each of its tokens is masked in turn, and
 the log-probabilities of the masked tokens are added up. ``original`` masks only the scored token. ``within-word`` (Kauf
 and Ivanova 2023) also masks the later tokens of its word, because they would reveal it.
+
+Shapes: T tokens of all sentences end to end, I inputs with one masked position each, N pairs, B inputs of a batch, L
+tokens, V vocabulary.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
 
 
 def break_even(once: float, extra: float) -> float | None:
-    """Trained tokens, over all epochs and students, until a cost ``once`` is cheaper than a cost ``extra`` per token.
+    """The number of trained tokens from which a cost ``once`` is lower than a cost ``extra`` per token.
 
     0 if it is cheaper from the start, None if it never is.
     """

@@ -1,4 +1,7 @@
-"""Fine-tunes one model on one task with one seed, in a plain loop."""
+"""Fine-tunes one model on one task with one seed, in a plain loop.
+
+Shapes: N rows, B rows of a batch, L tokens, C classes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def check_model(directory: Path, length: int) -> None:
         )
     longest = positions(load_classifier(directory, GLUE["rte"], 0.0))
     if not 8 <= length <= (longest or length):
-        raise UsageError(f"--max-length {length} must be between 8 and {longest}, the positions of {directory}")
+        allowed = f"8 to {longest}, the positions of {directory}" if longest else "at least 8"
+        raise UsageError(f"--max-length {length} is out of range; use {allowed}")
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from entropy_masking import storage
-from entropy_masking.commands import console
+from entropy_masking.commands import console, ray_cluster
 from entropy_masking.errors import UsageError
 from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
-from glue.tasks import PROBES, TASKS, ZERO_SHOT, Task, choose
+from glue.tasks import PROBES, ZERO_SHOT, Task, choose
 
-# flags that only change fine-tuning, with the value of one that is not given
+# flags that only change fine-tuning, each with its value if it is not given
 TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length"))
-TUNING |= {"limit_train": {}, "drop_overlap": False}
+TUNING |= {"limit_train": {}, "drop_overlap": False, "protocol": "cramming", "dtype": "auto"}
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -70,9 +68,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     ]
     console.check_rules(vars(args), rules)
     args.pll, args.gpus_per_worker = args.pll or FORMS[0], args.gpus_per_worker or 1.0
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and storage.absolute(args.output) != args.output:
-        lost = "would be deleted with the working directory of the Ray job"
-        raise UsageError(f"--output {args.output} {lost}; name an absolute path")
+    ray_cluster.check_kept("--output", args.output)
     return args
 
 
@@ -113,11 +109,12 @@ def parse_seeds(text: str) -> list[int]:
 def parse_limits(text: str | None, tasks: list[Task]) -> dict[str, int]:
     """Training rows by task: of ``10000``, which applies to all tasks, or of ``sst2=10000,qnli=5000``."""
     limits: dict[str, int] = {}
+    names = [task.name for task in tasks]
     for part in text.split(",") if text else []:
         name, equals, number = part.strip().rpartition("=")
         if not number.isdecimal() or int(number) < 1 or (not equals and part != text):
             raise UsageError(f"--limit-train {text} is not a number of rows such as 10000 or sst2=10000,qnli=5000")
-        if equals and name not in TASKS.keys() - ZERO_SHOT.keys():
-            raise UsageError(f"--limit-train {text}: there is no task {name!r} to train on")
-        limits |= dict.fromkeys([name] if equals else [task.name for task in tasks], int(number))
+        if equals and (name not in names or name in ZERO_SHOT):
+            raise UsageError(f"--limit-train {text}: there is no task {name!r} to train on in --tasks; leave it out")
+        limits |= dict.fromkeys([name] if equals else names, int(number))
     return limits

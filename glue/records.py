@@ -28,7 +28,7 @@ Number = Known[int | float]
 
 
 class JsonFile(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Directory(JsonFile):

@@ -161,7 +161,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     new, old = pretraining(run), pretraining(baseline)
     separate = ("shards", "targets", "training_flops")
     differing = [name for name in new if new[name] != old.get(name) and name not in separate]
-    # in a summary, but no flags of train/run.py
+    # entries of a summary's flags that are no flags of train/run.py
     words = {"steps": "steps", "global_batch": "global batch", "muon": "Muon"}
     apart = [f"{words.get(name, '--' + name.replace('_', '-'))} {new[name]}" for name in differing]
     if targets := own.targets:

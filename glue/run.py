@@ -32,12 +32,12 @@ from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.manifests import tokenizer_hash
+from entropy_masking.shards.manifests import tokenization_hash
 from glue import blimp, finetune, metrics
 from glue.batches import encode_task
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
-from glue.records import Result
+from glue.records import Result, Summary
 from glue.results import read_result
 from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
 from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
@@ -55,17 +55,10 @@ class Model:
     path: str
     directory: Path
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_hash: str
+    tokenization_hash: str
     hash: str
     output: str
-
-    @property
-    def pretraining_summary(self) -> object:
-        """Its summary, if it was pretrained by train/run.py."""
-        try:
-            return storage.read_json(str(self.directory / "summary.json"))
-        except (FileNotFoundError, ValueError):
-            return None
+    training: object
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,10 +114,24 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
         finetune.check_model(directory, args.max_length or Settings.max_length)
     if any(task.name in ZERO_SHOT for task in args.tasks):
         blimp.check_model(directory, tokenizer, args.pll)
-    vocabulary_hash = tokenizer_hash(tokenizer)
+    text_hash = tokenization_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
-    model_hash = storage.sha256_json([checkpoints.weights_hash(directory), vocabulary_hash])
-    return Model(name, path, directory, tokenizer, vocabulary_hash, model_hash, output)
+    model_hash = storage.sha256_json([checkpoints.weights_hash(directory), text_hash])
+    return Model(name, path, directory, tokenizer, text_hash, model_hash, output, read_summary(directory))
+
+
+def read_summary(directory: Path) -> object:
+    """The summary of a model that train/run.py pretrained; None for other models."""
+    file = str(directory / "summary.json")
+    try:
+        summary = storage.read_json(file)
+        Summary.model_validate(summary)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        print(f"{file} is not a summary of train/run.py; the results will not contain it", file=sys.stderr)
+        return None
+    return summary
 
 
 def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
@@ -176,7 +183,7 @@ def shared_tokens(models: Mapping[str, Model], data: Data, pll: str) -> Callable
 
     def tokens_of(trial: Trial) -> TrialTokens:
         model, own = models[trial.model], data[trial.task.name]
-        key = model.tokenizer_hash, trial.task.name
+        key = model.tokenization_hash, trial.task.name
         if key in made:
             return made[key]
         if isinstance(own, blimp.Pairs):
@@ -198,7 +205,7 @@ def result_fields(trial: Trial, outcome: Outcome, model: Model) -> dict[str, obj
         "seconds": round(outcome.seconds, 2),
         "device": outcome.device,
         "model": {"path": str(model.path), "hash": model.hash},
-        "training": model.pretraining_summary,
+        "training": model.training,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
         **outcome.result,

@@ -196,9 +196,9 @@ def _split(task: Task, frame: pl.DataFrame, where: str) -> pl.DataFrame:
 
 def _labels(task: Task, column: pl.Series, where: str) -> pl.Series:
     names = column.cast(pl.String)
-    if (hidden := names.is_in(["-1", "-1.0"])).any():
+    if (unlabelled := names.is_in(["-1", "-1.0"])).any():
         raise UsageError(
-            f"{where} has the label -1 in row {hidden.arg_max()}: labels of a test split are not public; use dev"
+            f"{where} has the label -1 in row {unlabelled.arg_max()}: labels of a test split are not public; use dev"
         )
     if task.labels:
         known = ", ".join(task.labels)

@@ -149,7 +149,7 @@ def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | N
     threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
     if threads > max(cpus):
         raise UsageError(f"--cpus-per-worker {threads} is more than a node's {max(cpus):g} CPUs")
-    share = min(threads * threads_per_core, max(cpus))  # a hyper-thread is no core
+    share = min(threads * threads_per_core, max(cpus))  # Ray counts hyper-threads, and a worker needs whole cores
     return sum(int(count / share) for count in cpus), {"num_cpus": share}
 
 

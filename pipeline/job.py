@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import uuid
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -101,7 +100,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     fingerprint: Fingerprint = {
         "schema_version": parquet.SCHEMA_VERSION,
         "corpus": corpus.identity,
-        "tokenizer": tokenization_hash(tokenizer),
+        "tokenizer": manifests.tokenization_hash(tokenizer),
         "sequence_length": length,
     }
     sequences = check_masks(args, corpus) if args.policy else None
@@ -191,11 +190,3 @@ def check_teacher_runs(job: Job) -> None:
     if teacher := job.manifest.teacher:
         model = load_masked_lm(local_checkpoint(teacher), job.trust_remote_code).eval()
         MaskedLM(model, job.manifest.sequence_length, teacher)
-
-
-def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the conversion of text to ids: the fast tokenizer's whole definition without truncation and padding."""
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    return storage.sha256_json(
-        [definition | {"truncation": None, "padding": None}, manifests.tokenizer_hash(tokenizer)]
-    )

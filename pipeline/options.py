@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 import psutil
 
-from entropy_masking import storage
+from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import flag, not_negative, option, positive, positive_float
 from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, OptionsParser, mask_policy
 from entropy_masking.errors import UsageError
@@ -21,7 +20,7 @@ MAX_VARIANTS = 1 << 16  # they fit a uint16
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
-    **{"mask_source": None, "gpus_per_worker": None, "torch_compile": False},
+    **{"mask_source": None, "gpus_per_worker": None, "torch_compile": False, "trust_remote_code": False},
 }
 
 
@@ -103,7 +102,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=positive_float,
         help="seconds to read, score or write a shard, then its worker is ended",
     )
-    add("--trust-remote-code", action="store_true", help="run model code from the checkpoint")
+    add("--trust-remote-code", action="store_true", default=None, help="run model code from the checkpoint")
     add("--dry-run", action="store_true", help="show what would be written, and stop")
 
 
@@ -130,9 +129,7 @@ def fill_in(args: argparse.Namespace) -> None:
                 )
         args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
     args.cpus_per_worker = args.cpus_per_worker or 1
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not (storage.is_remote(args.output) or args.output[:1] == "/"):
-        lost = "would be deleted with the working directory of the Ray job"
-        raise UsageError(f"--output {args.output} {lost}; name an absolute path or a URI")
+    ray_cluster.check_kept("--output", args.output)
 
 
 def temperatures(text: str) -> list[float]:

@@ -1,4 +1,8 @@
-"""A masked LM as a teacher: scoring sequences in a chosen context, or given positions. See docs/scoring.md."""
+"""A masked LM as a teacher: scoring sequences in a chosen context, or given positions. See docs/scoring.md.
+
+Shapes: N sequences or scored positions, R rows of a batch, L tokens, K given positions of a row, C positions of a
+chunk, H width of the head's input, V vocabulary, T temperatures.
+"""
 
 from __future__ import annotations
 

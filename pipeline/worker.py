@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
 
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
@@ -28,7 +28,7 @@ from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, parquet, targets
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Record
-from pipeline.corpus.packing import pack, tokenize
+from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.readers import FileRange, Rejects, read_documents
 from pipeline.job import Failure, Job
 from pipeline.masking import mask_shard
@@ -205,8 +205,8 @@ class ShardScorer:
             raise UsageError(f"{teacher} gives NaN in {dtype}; use --dtype float32, or another teacher")
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return manifests.shard_tokenizer(self.job.output)
+    def tokenizer(self) -> Tokenizer:
+        return text_tokenizer(manifests.shard_tokenizer(self.job.output))
 
     @cached_property
     def masker(self) -> Masker:

@@ -326,7 +326,7 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
             parse([*flags, "--tasks=blimp", wrong], "")
     with pytest.raises(UsageError, match="--limit-pairs only applies to the task blimp"):
         parse([*flags, "--tasks=cola", "--limit-pairs=1"], "")
-    for wrong in ("--epochs=3", "--limit-train=100", "--drop-overlap"):
+    for wrong in ("--epochs=3", "--limit-train=100", "--drop-overlap", "--protocol=bert-grid", "--dtype=float32"):
         with pytest.raises(UsageError, match="has no effect on blimp, which is scored without"):
             parse([*flags, "--tasks=blimp", wrong], "")
     with pytest.raises(UsageError, match="--gpus-per-worker needs several workers; set --num-workers above 1"):

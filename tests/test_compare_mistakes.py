@@ -23,6 +23,8 @@ COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
         {"metrics": {"accuracy": 0.5}},
         {"metrics": {"accuracy": 0.5, "f1": None}},
         {"score": None},
+        {"score": float("nan")},
+        {"seconds": float("inf")},
         {"train_rows": ...},
         {"training": ...},
         {"training": {"seed": "one"}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_the_page_stands_alone_and_shows_it_all(compared: Path) -> None:
         places += [(float(mark.attrib["x"]), float(mark.attrib["y"])) for mark in (*svg.iter("use"), *svg.iter("text"))]
         assert len(places) > 9 and all(-1 <= x <= width + 1 and -1 <= y <= height + 1 for x, y in places)
     assert len(re.findall(r"#[0-9a-f]{6}\b", text.partition("</style>")[2])) == 0, "all colours are of the theme"
+
+
+def test_a_chart_of_one_regime_and_one_task_has_room_for_its_caption(tmp_path: Path) -> None:
+    directory = write_results(tmp_path / "a", {"rte": {1: 0.5}}, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of axes without room
+        compare_here(tmp_path / "out", f"a={directory}")
 
 
 def test_a_name_may_hold_any_characters(results: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from entropy_masking.commands import docstrings
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
 from pipeline.corpus import readers
-from pipeline.corpus.packing import pack, tokenize
+from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.corpus.readers import FileRange, Rejects, read_documents
 
@@ -323,7 +323,10 @@ def test_special_tokens_written_out_in_a_text_are_text(work: Path, tmp_path: Pat
     (tmp_path / "a.txt").write_text("abcde [MASK] fghab [SEP]\nabcde\n")
     rejects = Rejects()
     documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], "text", rejects)
-    first, second = tokenize(documents, tokenizer, rejects)
+    backend = text_tokenizer(tokenizer)
+    backend.enable_truncation(99)
+    first, second = tokenize(documents, backend, rejects)
+    assert backend.truncation, "another thread may be encoding, so the options stay as they are"
     assert not set(first.tolist()) & ({tokenizer.mask_token_id, tokenizer.sep_token_id})
     assert len(first) > len(second) > 0
 

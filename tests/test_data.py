@@ -69,7 +69,7 @@ def test_masks_are_the_same_for_any_workers_and_batch_size(manifest: manifests.M
     special = manifest.special_token_ids
     assert not np.isin(results[0]["labels_BP"], special).any()
     counts = (results[0]["positions_BP"] != IGNORED).sum(1)
-    assert (counts[:-1] > 0).all() and counts.max() == POLICY.predictions(LENGTH)
+    assert (counts[:-1] > 0).all() and counts.max() == POLICY.max_predicted(LENGTH)
 
 
 def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(manifest: manifests.Manifest) -> None:

@@ -33,7 +33,7 @@ def test_evaluation_on_shards_of_other_text(work: Path, scored: Path, tokens: Pa
     sequences = json.loads((scored / "manifest.json").read_text())["totals"]["sequences"]
     assert summary["steps"] == math.ceil(sequences / 8)
     manifest = read_manifest(str(other))
-    masks = MaskPolicy.paper().positions(LENGTH)
+    masks = MaskPolicy.paper().max_masked(LENGTH)
     padded = sum(entry.tokens < entry.rows * LENGTH for entry in manifest.shards)
     whole = sum(entry.rows for entry in manifest.shards) - padded
     assert masks * whole < summary["eval_positions"] <= masks * (whole + padded)

@@ -90,7 +90,7 @@ def test_mistakes_are_one_sentence(sharp: Path, tokens: Path, tmp_path: Path) ->
     for arguments, sentence in (
         ([tmp_path / "nowhere"], "is not a shard directory"),
         ([sharp / "manifest.json"], "manifest.json is not a shard directory"),
-        ([blank], "has no entropies"),
+        ([blank], "has no scores .*; score it with pipeline/score.py"),
         ([sharp, "--limit", 0], "--limit 0 is out of range; use at least 1"),
         ([sharp, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
         ([sharp, "--seed", -1], "--seed -1 is out of range"),
@@ -101,6 +101,8 @@ def test_mistakes_are_one_sentence(sharp: Path, tokens: Path, tmp_path: Path) ->
         with pytest.raises(UsageError, match=sentence) as caught:
             explore_here(*arguments, "--output", tmp_path / "page.html")
         assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="--sequences only applies to the page; name its file with --output"):
+        explore_here(sharp, "--sequences", 3)
     with pytest.raises(UsageError, match=r"--output .* is a directory; name a file, such as .*/page.html"):
         explore_here(tmp_path / "nowhere", "--output", tmp_path)
     (blank / "manifest.json").write_text(json.dumps(manifest | {"scored": True}))

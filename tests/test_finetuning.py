@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +38,9 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards.manifests import read_manifest
 from glue.batches import batches_by_length, encode, shuffled_batches
 from glue.finetune import load_classifier
+from glue.options import parse
 from glue.tasks import GLUE, load
+from glue.trials import Outcome, Trial, TrialTokens
 from train.student import build_student
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
@@ -227,6 +231,40 @@ def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
     assert torch.equal(model.bert.get_parameter(weight), trained.bert.get_parameter(weight))
 
 
+@pytest.mark.parametrize("summary", ['[{"loss": 1.5}]', '{"seed": "42"}', "{"])
+def test_a_summary_of_another_program_is_ignored(
+    work: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: str
+) -> None:
+    shutil.copytree(work / "teacher", tmp_path / "model")
+    (tmp_path / "model" / "summary.json").write_text(summary)
+    flags = ["--model", tmp_path / "model", "--tasks", "rte", "--data", data, *QUICK]
+    (result,) = glue_here(tmp_path / "out", *flags).values()
+    assert result["training"] is None
+    assert "summary.json is not a summary of train/run.py; the results will not contain it" in capsys.readouterr().err
+
+
+def test_models_share_tokens_only_if_their_tokenizers_are_equal(
+    work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokenizers of one vocabulary differ if only one of them lower-cases."""
+    shutil.copytree(work / "teacher", tmp_path / "cased")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / "cased" / name).read_text()
+        (tmp_path / "cased" / name).write_text(re.sub(r'("(do_lower_case|lowercase)": )true', r"\1false", text))
+    used = []
+
+    def run_trial(trial: Trial, tokens: TrialTokens, advance: object) -> Outcome:
+        used.append((trial.key["model_hash"], tokens))
+        return Outcome(failure="not run")
+
+    monkeypatch.setattr(glue.run, "run_trial", run_trial)
+    with pytest.raises(RunError, match="2 of 2 failed"):
+        models = ["--model", work / "teacher", tmp_path / "cased"]
+        glue_here(tmp_path / "out", *models, "--tasks", "rte", "--data", data, *QUICK)
+    (hash_1, tokens_1), (hash_2, tokens_2) = used
+    assert hash_1 != hash_2 and tokens_1 is not tokens_2
+
+
 def test_a_classifier_on_a_preset_reads_the_mean_of_the_hidden_states(tokens: Path, tmp_path: Path) -> None:
     build_student("tiny", read_manifest(str(tokens)), seed=0).save_pretrained(tmp_path)
     model = load_classifier(tmp_path, GLUE["rte"], dropout=0.0).eval()
@@ -241,6 +279,8 @@ def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monke
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(UsageError, match="would be deleted with the working directory of the Ray job"):
         glue_here(Path("relative"), "--model", work / "teacher", "--tasks", "rte", "--data", data)
+    for output in ("/shared/glue/", "/shared/./glue", "file:///shared/glue", "s3://bucket/glue"):
+        assert parse(["--model=x", "--tasks=rte", f"--output={output}"], None).output == output
 
 
 def test_two_workers_give_the_numbers_of_one_process(

@@ -140,6 +140,7 @@ def test_mistakes_in_both_commands_are_one_sentence(work: Path, scored: Path, to
         ([*SELF, "--hard-share", 1.1], "--hard-share 1.1 is out of range; use at least 0 and at most 1"),
         ([*SELF, "--hard-share=-0.1"], "--hard-share -0.1 is out of range; use at least 0 and at most 1"),
         ([*SELF, "--mask-warmup", 1], "--mask-warmup 1 is out of range; use at least 0 and less than 1"),
+        ([*SELF, "--mask-warmup", 0.8], "--mask-ramp 0.3 is out of range; .* at most 1 - warm-up = 0.2, a share"),
         ([*SELF, "--mask-ramp", 5], "--mask-ramp 5 is out of range; use at least 0 and at most 1"),
         ([*SELF, "--mask-temperature", "inf"], "--mask-temperature inf is out of range; .* a hard share of 0"),
         ([*SELF, "--hard-share", 0, "--mask-ramp", 0.1], "--mask-ramp has no effect with"),

@@ -153,7 +153,7 @@ def test_a_higher_temperature_masks_lower_entropies() -> None:
 
 def test_the_hard_share_rises_over_the_ramp_after_the_warm_up() -> None:
     progress = np.linspace(0, 1, 201)
-    for warmup, ramp in ((0.0, 0.0), (0.1, 0.2), (0.25, 0.0), (0.0, 1.0), (0.5, 1.0)):
+    for warmup, ramp in ((0.0, 0.0), (0.1, 0.2), (0.25, 0.0), (0.0, 1.0), (0.7, 0.3)):
         policy = paper(hard_share=0.6, warmup=warmup, ramp=ramp)
         found = policy.share_at(torch.from_numpy(progress)).tolist()
         for p, share in zip(progress.tolist(), found, strict=True):
@@ -188,6 +188,7 @@ def test_each_row_is_masked_by_its_own_progress() -> None:
         {"warmup": 1},
         {"warmup": -0.1},
         {"ramp": 1.5},
+        {"ramp": 0.6, "warmup": 0.5},
         {"ramp": math.nan},
         {"predict_ratio": 0},
         {"predict_ratio": 0.2},

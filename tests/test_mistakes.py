@@ -103,7 +103,17 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
         (["--eval-steps", 5, "--eval-fraction", 0], "--eval-steps needs held-out shards; set --eval-fraction"),
         (["--eval-steps", 5, "--eval-strategy", "no"], "leave out --eval-strategy no"),
         (["--metric-for-best-model", "accuracy"], "--metric-for-best-model only applies to --load-best-model-at-end"),
-        (["--greater-is-better", "false"], "--greater-is-better only applies to --load-best-model-at-end"),
+        (["--save-strategy", "no", "--save-steps", 5], "--save-steps needs checkpoints; leave out --save-strategy no"),
+        (["--save-strategy", "no", "--save-total-limit", 3], "--save-total-limit needs checkpoints"),
+        (["--logging-strategy", "no", "--logging-steps", 3], "--logging-steps has no effect with --logging-str"),
+        (["--logging-strategy", "no", "--logging-first-step"], "--logging-first-step has no effect with --logging-str"),
+        (["--num-train-epochs", 3], "--num-train-epochs has no effect with --max-steps; leave one out"),
+        (["--eval-strategy", "no", "--eval-delay", 3], "--eval-delay needs evaluations during the run"),
+        (["--eval-fraction", 0, "--eval-delay", 2], "--eval-delay needs held-out shards"),
+        (["--eval-fraction", 0, "--per-device-eval-batch-size", 2], "--per-device-eval-batch-size needs held-out"),
+        (["--optim", "sgd", "--adam-beta1", 0.5], "--adam-beta1 has no effect with --optim sgd; leave it out"),
+        (["--lr-scheduler-type", "constant", "--warmup-steps", 5], "no effect with --lr-scheduler-type constant"),
+        (["--eval-on-start", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
     ],
 )
 def test_flags_without_effect_are_refused_before_shards_are_read(flags: list[object], sentence: str) -> None:
@@ -122,6 +132,11 @@ def test_the_best_model_is_among_the_checkpoints(flags: list[str], steps: float)
 def test_a_schedule_may_follow_the_metric_of_evaluations() -> None:
     args = parsed("--metric-for-best-model", "accuracy", "--lr-scheduler-type", "greedy")
     assert args.metric_for_best_model == "accuracy"
+
+
+def test_evaluations_may_follow_the_logging_steps_of_a_run_that_does_not_log() -> None:
+    args = parsed("--logging-strategy", "no", "--logging-steps", "7", "--eval-strategy", "steps", "--eval-on-start")
+    assert args.eval_steps == 7 and args.eval_on_start
 
 
 def test_shards_that_are_a_file(scored: Path, tmp_path: Path) -> None:

@@ -182,10 +182,11 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
     assert "broken.parquet" in score(tmp_path / "broken.parquet", teacher)
     assert "--text-column" in score(corpus, teacher, "--text-column", "body")
     (tmp_path / "blank.txt").write_text("\n \n\n")
-    assert "no text" in score(tmp_path / "blank.txt", teacher)
+    assert "no usable text" in score(tmp_path / "blank.txt", teacher)
     assert "needs --tokenizer" in score(corpus, "none")
     assert "--passes" in score(corpus, teacher, "--context", "full", "--passes", 3)
     assert "needs a teacher" in score(corpus, "none", "--tokenizer", work / "tokenizer", "--top-k", 3)
+    assert "--trust-remote-code needs a teacher" in score(corpus, "none", "--trust-remote-code")
 
     assert "--top-k 5000" in score(corpus, teacher, "--top-k", 5000)
     long = refused(*command(work, tmp_path / "long", "--sequence-length", "65"))

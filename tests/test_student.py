@@ -22,9 +22,10 @@ from entropy_masking.losses import distillation
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
+from entropy_masking.models import checkpoints
 from entropy_masking.models.masked_positions import MEASURED_EVERY, student_scores, with_masked_positions
 from entropy_masking.shards.manifests import read_manifest
-from train.student import build_student
+from train.student import build_student, model_identity
 
 ROWS, TOP = 6, 5
 OTHERS = {
@@ -337,3 +338,18 @@ def test_other_architectures_train(scored: Path, tmp_path: Path, name: str) -> N
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert type(model) is type(model_of(name))
     assert model.config.pad_token_id == manifest.special_ids["pad"]
+
+
+def test_a_pickle_checkpoint_is_refused_not_trained_from_random_weights(
+    scored: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the Hub, whose pickles are not downloaded: only its configuration arrives."""
+    (tmp_path / "config.json").write_bytes((work / "teacher" / "config.json").read_bytes())
+    monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: tmp_path)
+    build_student(str(tmp_path), read_manifest(str(scored)), 0)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    for name in (str(tmp_path), "some/model"):
+        with pytest.raises(UsageError, match=r"has no model weights in safetensors; .* pickle, .*save_pretrained"):
+            build_student(name, read_manifest(str(scored)), 0)
+        with pytest.raises(UsageError, match="has no model weights in safetensors"):
+            model_identity(name)

@@ -30,6 +30,9 @@ def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:
     BertConfig(vocab_size=100, **sizes).save_pretrained(tmp_path / "narrow")
     with pytest.raises(UsageError, match="has 100 tokens"):
         train_here(scored, tmp_path / "three", *RANDOM, "--max-steps", 1, "--model", tmp_path / "narrow")
+    (tmp_path / "odd.json").write_text('{"model_type": "bert", "hidden_size": "a"}')
+    with pytest.raises(UsageError, match=r"cannot read a model configuration in .*odd\.json: .*hidden_size"):
+        train_here(scored, tmp_path / "four", *RANDOM, "--max-steps", 1, "--model", tmp_path / "odd.json")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ([*RANDOM, "--distill-weight", 0.5], "no top-k"),
+        ([*RANDOM, "--distill-weight", 0.5], "needs top-k log-probabilities"),
         ([*SELF, "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),
         ([*SELF, "--distill-positions", 0.5], "--distill-positions needs distillation"),
         ([*SELF, "--distill-weight", 2], "--distill-weight 2 is out of range"),

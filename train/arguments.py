@@ -54,7 +54,6 @@ class TrainerFlags:
     fp16: bool = option("train in float16", False)
     tf32: bool | None = switch("multiply float32 matrices in TF32")
     activation_checkpointing: bool | None = switch("compute activations twice to save memory")
-    gradient_checkpointing: bool | None = switch("the older name of --activation-checkpointing")
     torch_compile: bool = option("compile the model", False)
     torch_compile_backend: str | None = option("backend of the compiler")
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
@@ -74,7 +73,7 @@ class TrainerFlags:
         "--logging-steps)"
     )
     eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
-    eval_on_start: bool | None = option("evaluate before the first step (default: yes, without --eval-strategy)")
+    eval_on_start: bool | None = switch("evaluate before the first step (default: yes, without --eval-strategy)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
     save_steps: float | None = option(
         "save a checkpoint every N steps; below 1 a share of all steps (default: 500, or as --eval-steps with "
@@ -83,7 +82,6 @@ class TrainerFlags:
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
     load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
     metric_for_best_model: Literal["loss", "accuracy"] | None = option("metric of the best evaluation (default: loss)")
-    greater_is_better: bool | None = switch("whether a higher metric is better (default: for accuracy)")
 
     seed: int = option("seed of the weights and of the masks (default: 42)", 42)
     data_seed: int | None = option("seed of the order of the sequences (default: --seed)")

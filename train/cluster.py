@@ -17,7 +17,7 @@ from entropy_masking import storage
 from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
-from train import guard, resume
+from train import guard, private, resume
 from train.options import Options
 
 MAX_FAILURES = 3  # of workers, in one call
@@ -36,10 +36,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         UsageError, RunError, Terminated: as the workers say.
     """
     output = Path(str(args.output_dir))
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
-        raise UsageError(
-            f"--output-dir {output} would be deleted with the working directory of the Ray job; name an absolute path"
-        )
+    ray_cluster.check_kept("--output-dir", str(output))
     import ray
 
     directory = output.absolute()
@@ -102,8 +99,7 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    # Ctrl-C raises KeyboardInterrupt here as everywhere; Ray's handler would end the process with exit code 1
-    trainer._register_sigint_handler = lambda _controller: None
+    private.leave_ctrl_c_alone(trainer)
     ended = threading.Event()
     printer = threading.Thread(target=_show, args=(config["log"], ended))
     printer.start()

@@ -1,4 +1,7 @@
-"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so a run resumes by index."""
+"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so a run resumes by index.
+
+Shapes: B rows of a batch, L tokens, P predicted positions, N shards.
+"""
 
 from __future__ import annotations
 

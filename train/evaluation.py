@@ -1,4 +1,7 @@
-"""Evaluation under one fixed random mask, the same for every run: losses at positions, and their means."""
+"""Evaluation under one fixed random mask, the same for every run: losses at positions, and their means.
+
+Shapes: B rows, L tokens, P predicted positions of a row, N positions of all rows, V vocabulary.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.console import option
-from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser, mask_policy
+from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser, check_scored, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
     mask = mask_policy(options, options.entropy_source, options.seed, training=False)
     manifests = open_directories(directories)
+    for manifest in manifests:
+        check_scored(mask, "parquet", manifest)  # its statistics need scores, even if masks are random
     view = View(masker_of(manifests[0], mask.unit), mask, shard_tokenizer(manifests[0].uri))
     picks = sample.pick(manifests, options.limit)
     if not picks:
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         Source(name, manifest, sample.frame_of(manifest, picks, view))
         for name, manifest in zip(names, manifests, strict=True)
     ]
-    check_scored(sources)
+    check_sample(sources)
     summary = summarise(sources, mask, view.label)
     for title, lines in summary.items():
         print(title)
@@ -80,6 +82,8 @@ def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
     flags = vars(parser.parse_args(argv))
     directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
     check_ranges(flags)
+    of_page = "{flag} only applies to the page; name its file with --output, or leave it out"
+    console.check_rules(flags, [(not flags["output"], {"sequences": Options.sequences}, of_page)])
     (options,) = parser.parse_dict(flags)
     if options.output and storage.exists(options.output) and storage.size(options.output) is None:
         raise UsageError(f"--output {options.output} is a directory; name a file, such as {options.output}/page.html")
@@ -90,16 +94,11 @@ def open_directories(uris: list[str]) -> list[Manifest]:
     """The manifests of the directories.
 
     Raises:
-        UsageError: one is not a shard directory or has no scores, or they hold different tokens.
+        UsageError: one is not a shard directory, or they hold different tokens.
     """
     manifests = [read_manifest(uri) for uri in uris]
     for manifest in manifests:
         check_shards(manifest, contents=False)
-        if not manifest.scored:
-            raise UsageError(
-                f"{manifest.uri} has no entropies (made with --teacher none); score it with pipeline/score.py "
-                f"--corpus {manifest.uri} --teacher …"
-            )
         if manifest.sequences_hash != manifests[0].sequences_hash:
             raise UsageError(
                 f"{uris[0]} and {manifest.uri} hold different tokens; score one with --corpus {uris[0]}, "
@@ -108,7 +107,7 @@ def open_directories(uris: list[str]) -> list[Manifest]:
     return manifests
 
 
-def check_scored(sources: list[Source]) -> None:
+def check_sample(sources: list[Source]) -> None:
     """Refuse sources without scores, or without common scores.
 
     Raises:

@@ -112,7 +112,7 @@ def writing(what: str, output: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if _lost_loader(error) or is_of_device(error):
             raise
-        # torch's writer names the position, not the reason
+        # torch's writer says where the write stopped, not why
         cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
         reason = "it was cut short" if cut_short else one_line(error)
         full = cut_short or any(os.strerror(code) in str(error) for code in storage.FULL)

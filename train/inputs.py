@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,31 +53,34 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
         check_shards(directory, contents=not (resumes or args.local_process_index))
     policy = policy_of(options, targets) if targets else mask_policy(options, source, args.seed)
     check_scored(policy, source, manifest)
-    for sentence in contradictions(options, args, targets or manifest):
-        raise UsageError(sentence)
+    check_machine_and_scores(options, args, targets or manifest)
     shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
     if eval_shards:
         held_out = [entry for entry in eval_shards.shards if entry.rows]
     return Inputs(manifest, targets, eval_shards, policy, shards, held_out)
 
 
-def contradictions(options: Options, args: TrainingArguments, teacher: Manifest) -> Iterator[str]:
-    """A sentence for each flag that contradicts the machine or the scores in ``teacher``: the targets or the shards."""
+def check_machine_and_scores(options: Options, args: TrainingArguments, teacher: Manifest) -> None:
+    """Refuse flags that contradict the machine or the scores in ``teacher``, the targets or the shards.
+
+    Raises UsageError.
+    """
     workers, ranks, gpus = options.num_workers, args.world_size, args.n_gpu
     if workers > 1 and ranks > 1:
-        yield f"--num-workers {workers} has no effect under torchrun, which has started {ranks} processes; leave it out"
+        started = f"which has started {ranks} processes"
+        raise UsageError(f"--num-workers {workers} has no effect under torchrun, {started}; leave it out")
     if workers == 1 and gpus > 1:
         use = f"torchrun --nproc-per-node {gpus} train/run.py … or --num-workers {gpus}"
-        yield f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES"
+        raise UsageError(f"{gpus} GPUs are visible; use them with {use}, or choose one with CUDA_VISIBLE_DEVICES")
     if not options.distill_weight:
         return
     if not options.targets and not teacher.top_k:
         fix = f"{how_to_score(teacher.uri)} --top-k 16"
-        yield f"--distill-weight needs top-k log-probabilities, but {teacher.uri} has none; {fix}"
-    elif (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
+        raise UsageError(f"--distill-weight needs top-k log-probabilities, but {teacher.uri} has none; {fix}")
+    if (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
         scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
         fix = f"use one of these, or score again with --temperatures {T:g}"
-        yield f"--distill-temperature {T:g} is not among the temperatures of {teacher.uri}: {scored}; {fix}"
+        raise UsageError(f"--distill-temperature {T:g} is not among the temperatures of {teacher.uri}: {scored}; {fix}")
 
 
 def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:

@@ -22,6 +22,7 @@ LEARNING_RATES = {
     "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
 }
 ADAMW = ("adamw_torch", "adamw_torch_fused", None)  # None is the default, one of them
+WITHOUT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")  # optimizers that do not read AdamW's flags
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
 SAVE_STEPS = 500
@@ -97,6 +98,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     of_self = "{flag} only applies to --entropy-source self; leave it out"
     at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
     of_muon = "{flag} only applies to --optim muon; leave it out"
+    of_adam = f"{{flag}} has no effect with --optim {flags.optim}; leave it out"
     no_arguments = "{flag} has no effect with Muon and AdamW; leave it out, or use another --optim"
     two_places = "{flag} and --eval-shards both choose the shards to evaluate on; use one"
     held_out = "{flag} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
@@ -105,10 +107,13 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     steps = "--load-best-model-at-end needs a checkpoint at each evaluation; set {flag} to {value:g}, or leave it out"
     limit = "{flag} {given} keeps only the best checkpoint at the end of a run, not the last; use at least 2"
     best = "{flag} only applies to --load-best-model-at-end; leave it out"
+    unlogged = "{flag} has no effect with --logging-strategy no; leave one out"
+    two_lengths = "{flag} has no effect with --max-steps; leave one out"
+    no_warmup = f"{{flag}} has no effect with --lr-scheduler-type {flags.lr_scheduler_type}; leave it out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
     takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC
-    not_best = {"load_best_model_at_end": False}
+    not_best, silent = {"load_best_model_at_end": False}, flags.logging_strategy == "no"
     return [
         (options.recipe == "paper", {"self_refresh": "step"}, paper),
         (options.entropy_source != "self", {"self_refresh": None}, of_self),
@@ -117,14 +122,24 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
         (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None, **not_best}, held_out),
-        (flags.eval_strategy == "no", {"eval_steps": None, **not_best}, evaluations),
-        (flags.save_strategy == "no", not_best, checkpoints),
+        (not evaluates, _defaults("eval_delay", "per_device_eval_batch_size"), held_out),
+        (flags.eval_strategy == "no", {"eval_steps": None, "eval_delay": 0, **not_best}, evaluations),
+        (flags.save_strategy == "no", not_best | _defaults("save_steps", "save_total_limit"), checkpoints),
+        (silent, {"logging_first_step": False}, unlogged),
+        (silent and flags.eval_strategy != "steps", _defaults("logging_steps"), unlogged),  # --eval-steps reads it too
+        (bool(flags.max_steps), _defaults("num_train_epochs"), two_lengths),
+        (by_metric or flags.lr_scheduler_type == "constant", _defaults("warmup_steps"), no_warmup),
+        (flags.optim in WITHOUT_ADAM, _defaults("adam_beta1", "adam_beta2", "adam_epsilon"), of_adam),
         (takes_best and flags.eval_steps is not None, {"save_steps": flags.eval_steps}, steps),
         (takes_best and flags.save_total_limit == 1, {"save_total_limit": None}, limit),
-        (not takes_best, {"greater_is_better": None}, best),
         (not (takes_best or by_metric), {"metric_for_best_model": None}, best),
         (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
     ]
+
+
+def _defaults(*names: str) -> dict[str, object]:
+    """The values of Trainer's flags that are not given."""
+    return {name: getattr(TrainerFlags, name) for name in names}
 
 
 def fill_in(options: Options, flags: TrainerFlags) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 from transformers import Trainer
@@ -21,3 +22,8 @@ def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[N
             save(model, trial)
 
     trainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+
+
+def leave_ctrl_c_alone(trainer: Any) -> None:
+    """Let Ctrl-C raise KeyboardInterrupt in ``trainer.fit()``. Ray's own handler ends the process with exit code 1."""
+    trainer._register_sigint_handler = lambda _controller: None

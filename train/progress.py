@@ -21,7 +21,8 @@ from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
 from train.options import Options
 
-RISES, MIN_RISE = 3, 0.1  # warn when this many evaluations in a row are this many nats above the lowest loss
+RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
+ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MIN_TOKENS = 100  # to estimate this probability
 
@@ -86,8 +87,8 @@ class CollapseWarnings(TrainerCallback):
         """Check the whole history, which includes that before a resume."""
         if not self.policy.uses_scores:
             return
-        late = [entry for entry in state.log_history if entry["step"] >= self.policy.warmup * state.max_steps]
-        for sign, sentence in collapse_signs(late, self.vocab_size):
+        warmup = self.policy.warmup * state.max_steps
+        for sign, sentence in collapse_signs(state.log_history, warmup, self.vocab_size):
             if sign not in self.by_sign:
                 self.by_sign[sign] = f"{sentence}; {self.remedy}"
                 if state.is_world_process_zero:
@@ -105,27 +106,27 @@ def remedy(options: Options, policy: MaskPolicy) -> str:
     return "use a smaller --hard-share or a longer --mask-warmup"
 
 
-def collapse_signs(history: list[dict[str, float]], vocab_size: int) -> Iterator[tuple[str, str]]:
-    """Name and sentence of each sign of a collapse in Trainer's history, in the order of steps.
+def collapse_signs(history: list[dict[str, float]], warmup: float, vocab_size: int) -> Iterator[tuple[str, str]]:
+    """Name and sentence of each sign of a collapse in Trainer's history after ``warmup`` steps, in the order of steps.
 
-    The held-out loss stays above its lowest value for several evaluations; it is worse than a uniform guess; or the
-    masks concentrate on a few token types.
+    The held-out loss stays above its lowest value, which the warm-up may have reached, for several evaluations; it is
+    worse than a uniform guess; or the masks concentrate on a few token types.
     """
     lowest, above, guess, evaluated = math.inf, 0, math.log(vocab_size), -1.0
     for entry in history:
         step, loss, concentration = entry["step"], entry.get("eval_loss"), entry.get("mask_concentration", 0.0)
         if loss is not None and step != evaluated:  # a run is evaluated once more at its end
             evaluated = step
-            above = above + 1 if loss > lowest + MIN_RISE else 0
+            above = above + 1 if loss > lowest + MIN_RISE and step >= warmup else 0
             lowest = min(lowest, loss)
             if above == RISES:
                 where = f"{RISES} evaluations in a row up to step {step}"
                 yield "rise", f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {where}"
-            if step and loss > guess + MIN_RISE:  # random weights start a little above it
+            if step and step >= warmup and loss > guess + ABOVE_GUESS:
                 loss_here = f"the held-out loss at step {step}, {loss:.2f} nats"
                 yield "guess", f"{loss_here}, is worse than a uniform guess, {guess:.2f}"
-        if concentration > MAX_CONCENTRATION:
-            pairs = f"two predicted tokens had the same type with a probability of {concentration:.0%}"
+        if concentration > MAX_CONCENTRATION and step >= warmup:
+            pairs = f"two masked tokens had the same type with a probability of {concentration:.0%}"
             yield "concentration", f"at step {step} {pairs}, so the masks concentrate on a few types"
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, ModernBertConfig, Pre
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import (
+    WEIGHTS,
     has_tokenizer,
     load_config,
     load_masked_lm,
@@ -45,13 +46,16 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
         model = _from_config(name, _preset(name, manifest), manifest, seed)
     else:
         if "/" not in name and not Path(name).exists():
-            raise UsageError(f"--model {name} is not a preset ({', '.join(PRESETS)}), file, directory or Hub id")
+            raise UsageError(
+                f"--model {name} is neither a preset ({', '.join(PRESETS)}) nor a file or directory; "
+                "name a model of the Hub as OWNER/NAME"
+            )
         path = _source(name)
-        if _has_weights(path):
+        if _is_configuration(name, path):
+            model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
+        else:
             _check_tokenizer(name, path, manifest)
             model = load_masked_lm(path, trust_remote_code)
-        else:
-            model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
     if model.config.vocab_size < manifest.vocab_size:
         raise UsageError(
             f"--model {name} has {model.config.vocab_size} tokens, but the shards have {manifest.vocab_size}; "
@@ -69,9 +73,9 @@ def model_identity(name: str) -> str:
     if name in PRESETS:
         return name
     path = _source(name)
-    if _has_weights(path):
-        return weights_hash(path)
-    return storage.sha256(str(path / "config.json" if path.is_dir() else path))
+    if _is_configuration(name, path):
+        return storage.sha256(str(path / "config.json" if path.is_dir() else path))
+    return weights_hash(path)
 
 
 def _source(name: str) -> Path:
@@ -79,8 +83,9 @@ def _source(name: str) -> Path:
     return Path(name) if Path(name).is_file() else local_checkpoint(name)
 
 
-def _has_weights(path: Path) -> bool:
-    return path.is_dir() and any(path.glob("*.safetensors"))
+def _is_configuration(name: str, path: Path) -> bool:
+    """Whether there are no weights to load: a file, or a local directory without weights in any format."""
+    return path.is_file() or (Path(name).is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()))
 
 
 def _preset(name: str, manifest: Manifest) -> PretrainedConfig:

@@ -90,9 +90,11 @@ def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
     """Panels of dots with their intervals; a hollow dot has none. Panels have titles only if there is a caption."""
     columns = min(3, len(panels))
     down = math.ceil(len(panels) / columns)
-    height = (0.7 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
-    figure = Figure((WIDTH * columns, height * down), layout=ConstrainedLayoutEngine(w_pad=0.12 if caption else 0.04))
-    figure.supxlabel(textwrap.fill(caption, 55 * columns), color=DIM)
+    wrapped = textwrap.wrap(caption, 55 * columns)
+    height = (0.6 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
+    size = WIDTH * columns, height * down + 0.2 * len(wrapped)
+    figure = Figure(size, layout=ConstrainedLayoutEngine(w_pad=0.12 if caption else 0.04))
+    figure.supxlabel("\n".join(wrapped), color=DIM)
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(down, columns, number)
         axes.set(xlim=_limits(panel.rows, panel.line), ylim=(len(panel.rows) - 0.5, -0.65), yticks=[])
@@ -183,7 +185,7 @@ def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: 
 def svg(figure: Figure, label: str) -> str:
     """The figure as an SVG element, with text as text and colours as CSS variables; the same bytes each time."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):  # elements with equal ids are equal
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}):  # ids are hashes of the content and this salt
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"\n\s*", " ", buffer.getvalue())
     text = re.sub(r"^.*?</defs>", "", text)  # the head: sizes, metadata, a style that would apply to the whole page

@@ -11,10 +11,19 @@ from pathlib import Path
 
 import psutil
 
+from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
+
+
+def check_kept(flag: str, output: str) -> None:
+    """Raises UsageError if the output would be deleted with the working directory of a Ray job."""
+    kept = storage.is_remote(output) or Path(output.removeprefix("file://")).is_absolute()
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not kept:
+        lost = "would be deleted with the working directory of the Ray job"
+        raise UsageError(f"{flag} {output} {lost}; name an absolute path")
 
 
 def connect(*applications: str, cpus: int | None = None) -> None:
@@ -44,7 +53,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             if port.isdigit():  # Ray itself would try for minutes
-                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
             start(address)
         except OSError:
             raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None

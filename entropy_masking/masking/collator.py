@@ -94,7 +94,7 @@ class EntropyMaskingCollator(TrainerCallback):
         """
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        # two extra columns, cut off below: k assumes a special token at both ends, which these rows may not have
+        # two extra columns, cut off below: K assumes special tokens at both ends, and these rows may have none
         ids_BL = _padded(rows, "input_ids", length + 2, torch.int64, self.masker.pad_id)
         attended_BL = ids_BL != self.masker.pad_id
         if all("sequence_id" in row for row in rows):

@@ -46,7 +46,7 @@ class MaskPolicy:
 
     def __post_init__(self) -> None:
         predicted = self.ratio if self.predict_ratio is None else self.predict_ratio
-        known = ", ".join(SCORES)
+        known, room = ", ".join(SCORES), round(1 - self.warmup, 9)
         for name, holds, allowed in (
             ("ratio", 0 < self.ratio <= 1, "more than 0 and at most 1"),
             ("hard_share", 0 <= self.hard_share <= 1, "at least 0 and at most 1"),
@@ -56,7 +56,7 @@ class MaskPolicy:
                 "a finite number of at least 0, or a hard share of 0 for random masks",
             ),
             ("warmup", 0 <= self.warmup < 1, "at least 0 and less than 1, a share of the run"),
-            ("ramp", 0 <= self.ramp <= 1, "at least 0 and at most 1, a share of the run"),
+            ("ramp", 0 <= self.ramp <= room, f"at least 0 and at most 1 - warm-up = {room:g}, a share of the run"),
             ("by", self.by in SCORES, known),
             ("predict_ratio", 0 < predicted <= self.ratio, f"more than 0 and at most the mask ratio {self.ratio:g}"),
             ("predict_by", self.predict_by in ("random", *SCORES), f"random, {known}"),

@@ -5,7 +5,7 @@ the training forward computes it anyway. The running mean of a type ranks the to
 
     mean(type) ← mean(type) + n · (mean of the n new scores - mean(type)) / (count + n)        count ≤ ``MAX_COUNT``
 
-A type without scores has the mean of all scores of the last step. Scores are summed as whole numbers, so the means do
+A type without scores has the mean of all scores of the last step. Scores are summed as whole numbers, so their sums do
 not depend on how a batch is split among devices and accumulation.
 
 Shapes: V vocabulary, B rows, L tokens, M measured positions of a row, N scores.

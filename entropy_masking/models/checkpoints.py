@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # suffixes; all but the first are pickles
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
@@ -51,12 +52,9 @@ def safetensors_files(directory: Path) -> list[Path]:
     """
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-    if not pickles:
-        raise UsageError(f"{directory} holds no model weights (*.safetensors); name the directory of a saved model")
     raise UsageError(
-        f"{directory} holds only a pickle checkpoint ({pickles[0]}), which can run code when loaded; if you trust it, "
-        f"convert it once with AutoModelForMaskedLM.from_pretrained('{directory}').save_pretrained('NEW_DIR')"
+        f"{directory} has no model weights in safetensors; if you trust its pickle, which can run code when loaded, "
+        "convert it once with AutoModelForMaskedLM.from_pretrained('MODEL').save_pretrained('NEW_DIR')"
     )
 
 
@@ -78,7 +76,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         reason = one_line(error)
         if "trust_remote_code" in str(error):
             reason = "it brings its own code; pass --trust-remote-code if you trust it"
@@ -106,7 +104,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise UsageError(f"{name} holds no tokenizer ({names}); save the model's tokenizer there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(
             f"cannot load the tokenizer in {name} ({one_line(error)}); save the model's tokenizer there"
         ) from None

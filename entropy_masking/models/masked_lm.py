@@ -59,7 +59,7 @@ class MaskedLM:
             return self._run(input_ids, attention_mask)[select]
         if select[0].ndim > 1:
             return self._run(input_ids, attention_mask, select)
-        rows_1N, columns_1N = select[0][None], select[1][None]  # some heads take three dimensions only
+        rows_1N, columns_1N = select[0][None], select[1][None]  # some heads accept only three dimensions
         return self._run(input_ids, attention_mask, (rows_1N, columns_1N))[0]
 
     def project(self, features: Tensor) -> Tensor:

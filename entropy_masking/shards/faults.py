@@ -1,4 +1,7 @@
-"""The faults of a shard directory: one list for the start of training and for pipeline/verify.py."""
+"""The faults of a shard directory: one list for the start of training and for pipeline/verify.py.
+
+Shapes: N rows.
+"""
 
 from __future__ import annotations
 

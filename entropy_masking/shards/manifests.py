@@ -5,6 +5,7 @@ Readers trust the manifest only, so stray or late files in the directory are har
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -118,6 +119,12 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the meaning of token ids: the vocabulary and the special ids."""
     return storage.sha256_json([tokenizer.get_vocab(), special_ids(tokenizer)])
+
+
+def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the conversion of text to ids: the fast tokenizer's whole definition without truncation and padding."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    return storage.sha256_json([definition | {"truncation": None, "padding": None}, tokenizer_hash(tokenizer)])
 
 
 def new_manifest(

@@ -1,4 +1,7 @@
-"""The Parquet format of shards of sequences: schema, tables, bytes, and reading. See docs/shards.md."""
+"""The Parquet format of shards of sequences: schema, tables, bytes, and reading. See docs/shards.md.
+
+Shapes: N rows, L tokens, P positions of a row, k tokens that a teacher names.
+"""
 
 from __future__ import annotations
 

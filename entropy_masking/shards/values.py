@@ -15,8 +15,8 @@ from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import NO_POSITION, predictions_of, rows_of
 
 PROBABILITY_SUM = 1.01  # float16 rounds a log-probability by up to a two-thousandth of its value
-ABOVE_ZERO = 1e-3  # nats by which float32 may miss a logarithm of 0
-RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # differences that other batches cause
+ABOVE_ZERO = 1e-3  # nats: rounding may put a value of exactly 0 this far on the wrong side of 0
+RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # nats: the batch changes scores by less
 RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # share of positions with larger differences
 
 BadValues = dict[str, np.ndarray]  # fault → where it occurs, bool [N, …]

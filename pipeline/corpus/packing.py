@@ -1,4 +1,7 @@
-"""Documents to fixed-length sequences: tokenize, join with [SEP], cut into blocks."""
+"""Documents to fixed-length sequences: tokenize, join with [SEP], cut into blocks.
+
+Shapes: N sequences, L tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ from pipeline.corpus.readers import Document, Rejects
 BATCH = 256  # documents per call of the tokenizer
 
 
-def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, rejects: Rejects
-) -> Iterator[np.ndarray]:
-    """Token ids (uint32) of each document, without special tokens: ``[MASK]`` written out in a text is plain text.
-
-    A document on which the tokenizer fails is rejected.
-    """
-    backend = tokenizer.backend_tokenizer
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The backend of a tokenizer, set for ``tokenize``: whole texts, in which ``[MASK]`` is plain text."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
+    return backend
+
+
+def tokenize(documents: Iterable[Document], backend: Tokenizer, rejects: Rejects) -> Iterator[np.ndarray]:
+    """Token ids (uint32) of each document, without special tokens, by a tokenizer from ``text_tokenizer``.
+
+    A document on which the tokenizer fails is rejected. Several threads may use one tokenizer.
+    """
     iterator = iter(documents)
     while batch := list(islice(iterator, BATCH)):
         try:

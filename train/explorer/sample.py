@@ -1,4 +1,7 @@
-"""A sample of scored sequences: a frame of their tokens, with the masks of a policy, and some of them as text."""
+"""A sample of scored sequences: a frame of their tokens, with the masks of a policy, and some of them as text.
+
+Shapes: N sequences, L tokens, K masked positions (or tokens that a teacher names), V vocabulary.
+"""
 
 from __future__ import annotations
 
