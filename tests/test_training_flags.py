@@ -95,7 +95,7 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
         ([*SELF, "--do-eval"], "--do-eval of transformers.TrainingArguments is not supported"),
         ([*SELF, "--eval-fraction", 1], "--eval-fraction"),
         ([*SELF, "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out shards"),
-        ([*SELF, "--model", "huge"], "not a preset"),
+        ([*SELF, "--model", "huge"], "neither a preset"),
         ([*SELF, "--model", "./nowhere"], "nowhere"),
         ([*SELF, "--output-dir", ""], "--output-dir is empty; give it a value"),
     ],
