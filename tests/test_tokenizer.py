@@ -84,7 +84,11 @@ def test_files_and_directories_that_cannot_be_used(work: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "error, code, sentence",
     [
-        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "error: /a/b: Permission denied; give this user permission"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            2,
+            "error: /a/b: Permission denied; give this user permission",
+        ),
         (
             OSError(errno.EROFS, "Failed to open '/a/b'.\n Detail: read-only"),
             2,
