@@ -22,7 +22,7 @@ ENCODER_DECODER = {
     "decoder_attention_heads": 2,
 }
 REFUSED = {
-    "perceiver": ["gives no logits for each token", "gives no logits for each token"],
+    "perceiver": ["does not give logits for each token", "does not give logits for each token"],
     "reformer": ["cannot be trained on sequences of 32 tokens"],  # in training its length is a multiple of 64
 }
 XLM = {"emb_dim": 64, "n_layers": 2, "n_heads": 2}
