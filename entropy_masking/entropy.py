@@ -15,8 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_masking.mkl import choose_kernels
+
 GROUP = 64  # ids of a group; the top k lie in the k groups with the largest maxima
 IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core; the reduction passes over them several times
+
+choose_kernels()  # before any computation in threads
 
 
 class Reduced(NamedTuple):

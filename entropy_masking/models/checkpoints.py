@@ -22,9 +22,12 @@ from transformers.utils import logging
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
+from entropy_masking.mkl import choose_kernels
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}  # suffixes; all but the first are pickles
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
+
+choose_kernels()  # before any computation in threads
 
 
 def local_checkpoint(name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_scoring_maths import ARCHITECTURES, LENGTH, PAD, SMALL, VOCAB, sequences
+from small_models import ARCHITECTURES, LENGTH, PAD, SMALL, VOCAB, sequences
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, DebertaV2Config, EsmConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCORE = [sys.executable, str(ROOT / "pipeline" / "score.py")]
 TRAIN = [sys.executable, str(ROOT / "train" / "run.py")]
 LENGTH, TOP_K = 32, 4
