@@ -26,7 +26,7 @@ SCORING: dict[str, object] = {
 
 @dataclass(kw_only=True)
 class TargetOptions(MaskOptions):
-    """Which masked inputs to score; the mask flags are those of train/run.py."""
+    """Which masked inputs to score."""
 
     _argument_group_name = "targets of distillation"
 
@@ -65,7 +65,7 @@ def policy_of(options: TargetOptions) -> MaskPolicy | None:
         raise UsageError(f"--variants {options.variants} is not between 1 and {MAX_VARIANTS}")
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"--mask-seed {seed} is not between 0 and {MAX_SEED}")
-    return mask_policy(options, options.mask_source, seed, training=False, source_flag="--mask-source")
+    return mask_policy(options, options.mask_source, seed, source_flag="--mask-source")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

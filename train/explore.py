@@ -36,7 +36,7 @@ from train.explorer.summary import summarise
 
 @dataclass(kw_only=True)
 class Options(MaskOptions):
-    """The flags; the mask flags are those of train/run.py."""
+    """The flags."""
 
     output: str | None = option("HTML file to write (default: only print the summary)")
     limit: int = option("maximum number of sequences for the statistics (default: 10000)", 10_000)
@@ -47,7 +47,7 @@ class Options(MaskOptions):
 
 def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv)
-    mask = mask_policy(options, options.entropy_source, options.seed, training=False)
+    mask = mask_policy(options, options.entropy_source, options.seed)
     manifests = open_directories(directories)
     for manifest in manifests:
         check_scored(mask, "parquet", manifest)  # its statistics need scores, even if masks are random

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from entropy_masking.commands.console import Rule, check_rules, option
-from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser
+from entropy_masking.commands.mask_flags import OptionsParser, TrainingMaskOptions
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import resolve_dtype
 from train.arguments import BY_METRIC, TrainerFlags, check_ranges, training_arguments
@@ -29,7 +29,7 @@ SAVE_STEPS = 500
 
 
 @dataclass(kw_only=True)
-class Options(MaskOptions):
+class Options(TrainingMaskOptions):
     """The flags of train/run.py besides TrainerFlags."""
 
     shards: str = option("shard directory made by pipeline/score.py, a path or a URI", MISSING)

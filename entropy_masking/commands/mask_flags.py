@@ -27,33 +27,20 @@ FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "tempera
 
 @dataclass(kw_only=True)
 class MaskOptions:
-    """Which tokens to mask and to predict; None if the flag was not given."""
+    """Which tokens to mask; None if the flag was not given."""
 
     recipe: Literal["default", "paper"] | None = option(
         "default, or paper: mask the 15 %% with the highest entropies from the first step, as in arXiv 2605.28526"
     )
     mask_ratio: float | None = option(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
-    predict_ratio: float | None = option(
-        "share of the tokens to predict, at most --mask-ratio (default: all masked tokens)"
-    )
     hard_share: float | None = option(
         f"share of a mask that is chosen by score; the rest is random (default: {MaskPolicy.hard_share})"
-    )
-    mask_warmup: float | None = option(
-        f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
-    )
-    mask_ramp: float | None = option(
-        f"share of the run, after the warm-up, in which the hard share rises (default: {RECIPES['default']['ramp']})"
     )
     mask_temperature: float | None = option(
         f"τ: sample from softmax(rank/τ); 0 takes the highest scores (default: {MaskPolicy.temperature})"
     )
-    mask_by: Literal["entropy", "surprisal", "excess"] | None = option(
-        "score: entropy of the prediction (default), surprisal of the token, or excess, the student's surprisal minus "
-        "that in the shards (only with --entropy-source self)"
-    )
-    predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
-        "how to choose the predicted tokens among the masked ones (default: random)"
+    mask_by: Literal["entropy", "surprisal"] | None = option(
+        "score: entropy of the prediction (default), or surprisal of the token"
     )
     corruption: Literal["bert", "mask-only"] | None = option(
         "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept; or [MASK] only"
@@ -61,28 +48,46 @@ class MaskOptions:
     mask_unit: Literal["token", "word"] | None = option("mask token by token (default), or word by word")
 
 
+@dataclass(kw_only=True)
+class TrainingMaskOptions(MaskOptions):
+    """Also which of the masked tokens to predict, and how masks change during a run."""
+
+    mask_by: Literal["entropy", "surprisal", "excess"] | None = option(  # type: ignore[assignment]  # one choice more
+        "score: entropy of the prediction (default), surprisal of the token, or excess, the student's surprisal minus "
+        "that in the shards (only with --entropy-source self)"
+    )
+    mask_warmup: float | None = option(
+        f"share of the run, at its start, with random masks (default: {RECIPES['default']['warmup']})"
+    )
+    mask_ramp: float | None = option(
+        f"share of the run, after the warm-up, in which the hard share rises (default: {RECIPES['default']['ramp']})"
+    )
+    predict_ratio: float | None = option(
+        "share of the tokens to predict, at most --mask-ratio (default: all masked tokens)"
+    )
+    predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
+        "how to choose the predicted tokens among the masked ones (default: random)"
+    )
+
+
 class OptionsParser(Parser, HfArgumentParser):
     """A parser of dataclasses of flags."""
 
 
-def mask_policy(
-    options: MaskOptions, source: str, seed: int, training: bool = True, source_flag: str = "--entropy-source"
-) -> MaskPolicy:
-    """The policy that the mask flags name.
+def mask_policy(options: MaskOptions, source: str, seed: int, source_flag: str = "--entropy-source") -> MaskPolicy:
+    """The policy that the mask flags name. Without ``TrainingMaskOptions`` it has neither warm-up nor ramp.
 
     Args:
         source: the source of the scores: ``random`` (there are none), ``parquet`` or ``self``.
-        training: False without a training run: then a policy has neither warm-up nor ramp, and predicts all masked
-            positions.
         source_flag: the flag that names the source, for messages.
 
     Raises:
         UsageError: flags that are out of range or contradict each other.
     """
     given = given_masks(options)
-    _check_uses(given, options.recipe, source, training, source_flag)
+    _check_uses(given, options.recipe, source, source_flag)
     fields = {"hard_share": 0.0} if source == "random" else RECIPES[options.recipe or "default"]
-    if not training or given.get("hard_share") == 0:
+    if not isinstance(options, TrainingMaskOptions) or given.get("hard_share") == 0:
         fields = fields | {"warmup": 0.0, "ramp": 0.0}
     try:
         return MaskPolicy.from_json(fields | given | {"seed": seed})
@@ -91,22 +96,18 @@ def mask_policy(
         raise UsageError(f"{mask_flag(name)} {problem}") from None
 
 
-def _check_uses(given: dict[str, object], recipe: str | None, source: str, training: bool, source_flag: str) -> None:
+def _check_uses(given: dict[str, object], recipe: str | None, source: str, source_flag: str) -> None:
     """Refuse mask flags that contradict others or have no effect with them. Raises UsageError."""
     unscored = f"{{flag}} needs scores, and {source_flag} random has none"
     at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
     recipes = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
     papers = "{flag} contradicts --recipe paper, which predicts all masked tokens; leave one out"
-    length = "{flag} depends on the length of a run, which is not known here; leave it out"
-    all_predicted = "{flag} has no effect here, because all masked tokens are predicted; leave it out"
     excess = "{flag} excess needs the student's own loss; train with --entropy-source self to use it"
     part = "{flag} chooses among the masked tokens; set --predict-ratio below the mask ratio, or leave it out"
     of_scores = ("warmup", "ramp", "temperature", "by")
     ratio = given.get("ratio", RECIPES[recipe or "default"].get("ratio", MaskPolicy.ratio))
     rules: list[Rule] = [
         (source == "random", dict.fromkeys(("hard_share", *of_scores, "recipe")), f"{unscored}; leave it out"),
-        (not training, {"warmup": 0.0, "ramp": 0.0}, length),
-        (not training, {"predict_ratio": None, "predict_by": None}, all_predicted),
         (recipe == "paper", {name: value for name, value in RECIPES["paper"].items() if name != "ratio"}, recipes),
         (recipe == "paper", {"predict_ratio": None, "predict_by": None}, papers),
         (source == "random", {"predict_by": "random"}, f"{unscored}; use {source_flag} parquet --hard-share 0"),
@@ -119,7 +120,7 @@ def _check_uses(given: dict[str, object], recipe: str | None, source: str, train
 
 def given_masks(options: MaskOptions) -> dict[str, object]:
     """The mask flags that were given, by the field of MaskPolicy."""
-    given = {name: getattr(options, field) for name, field in FIELDS.items()}
+    given = {name: getattr(options, field, None) for name, field in FIELDS.items()}
     return {name: value for name, value in given.items() if value is not None}
 
 

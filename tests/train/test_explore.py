@@ -94,8 +94,8 @@ def test_mistakes_are_one_sentence(sharp: Path, tokens: Path, tmp_path: Path) ->
         ([sharp, "--limit", 0], "--limit 0 is out of range; use at least 1"),
         ([sharp, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
         ([sharp, "--seed", -1], "--seed -1 is out of range"),
-        ([sharp, "--mask-warmup", 0.5], "--mask-warmup depends on the length of a run"),
-        ([sharp, "--predict-by", "surprisal"], "--predict-by has no effect here, because all masked .*; leave it out"),
+        ([sharp, "--mask-warmup", 0.5], "--mask-warmup is not a flag of train/explore.py"),
+        ([sharp, "--mask-by", "excess"], "invalid choice: 'excess'"),
         ([sharp, *RANDOM, "--hard-share", 0.1], "--hard-share needs scores"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:

@@ -26,7 +26,8 @@ paper = MaskPolicy.paper
 STEPS = ["--max-steps", 3]
 HARDEST = ["--hard-share", 1, "--mask-temperature", 0]
 WORDS_BY_SURPRISAL = ["--mask-unit", "word", "--mask-by", "surprisal", "--mask-ratio", 0.3]
-WORDS_BY_SURPRISAL += [*HARDEST, "--mask-warmup", 0, "--mask-ramp", 0]
+WORDS_BY_SURPRISAL += HARDEST
+AT_ONCE = ["--mask-warmup", 0, "--mask-ramp", 0]
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def masked_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tens
 def test_a_run_and_targets_mask_the_words_of_the_shards_surprisals(
     work: Path, scored: Path, tmp_path: Path, masked_batches: list
 ) -> None:
-    summary = train_here(scored, tmp_path / "out", *STEPS, *PARQUET, *WORDS_BY_SURPRISAL)
+    summary = train_here(scored, tmp_path / "out", *STEPS, *PARQUET, *WORDS_BY_SURPRISAL, *AT_ONCE)
     assert (summary["flags"]["mask_unit"], summary["flags"]["mask_by"]) == ("word", "surprisal")
     policy = paper(ratio=0.3, unit="word", by="surprisal", seed=SEED)
     trained = [(batch, masked) for batch, masked, used in masked_batches if used == policy]
@@ -109,7 +110,6 @@ def test_mistakes_in_both_commands_are_one_sentence(work: Path, scored: Path, to
         (scored, "parquet", ["--mask-ratio", 1.2], "--mask-ratio 1.2 is out of range; use more than 0"),
         (scored, "random", ["--mask-by", "surprisal"], "--mask-by needs scores, and --(entropy|mask)-source random"),
         (scored, "parquet", ["--mask-by", "entropy", "--hard-share", 0], "--mask-by has no effect with --hard-share 0"),
-        (scored, "parquet", ["--mask-by", "excess"], "--mask-by excess needs the student's own loss"),
         (tokens, "parquet", ["--mask-by", "surprisal"], "has no scores"),
         (blind, "random", ["--mask-unit", "word"], "do not mark which of them continue a word"),
     ):
@@ -119,6 +119,8 @@ def test_mistakes_in_both_commands_are_one_sentence(work: Path, scored: Path, to
         with pytest.raises(UsageError, match=sentence) as caught:
             score_here(shards, work / "teacher", tmp_path / "out", "--mask-source", source, *flags)
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="--mask-by excess needs the student's own loss"):
+        train_here(scored, tmp_path / "out", *PARQUET, "--mask-by", "excess")
     with pytest.raises(UsageError, match="--mask-unit: invalid choice: 'letter'"):
         train_here(scored, tmp_path / "out", *RANDOM, "--mask-unit", "letter")
 
