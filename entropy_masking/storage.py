@@ -18,7 +18,7 @@ from typing import Any
 
 from pyarrow import ArrowInvalid, fs
 
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write to a full disk
 
@@ -32,12 +32,15 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it; a plain path becomes absolute.
 
     Raises:
-        UsageError: the scheme is unknown.
+        UsageError: the scheme is unknown, or the URI is wrong.
     """
     if not is_remote(uri):
         return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
-    with contextlib.suppress(ArrowInvalid, OSError, ValueError):
+    try:
         return fs.FileSystem.from_uri(uri)
+    except (ArrowInvalid, OSError, ValueError) as error:
+        if uri.startswith(("s3://", "gs://", "gcs://")):  # of pyarrow; fsspec would only ask for another package
+            raise UsageError(f"cannot open {uri} ({one_line(error)}); check the URI and the connection") from None
     try:  # abfs and other schemes that fsspec knows
         return fs.FileSystem.from_uri(f"fsspec+{uri}")
     except (ImportError, ValueError) as error:

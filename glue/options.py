@@ -67,7 +67,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
         (args.num_workers == 1, {"gpus_per_worker": None}, of_workers),
     ]
     console.check_rules(vars(args), rules)
-    args.pll, args.gpus_per_worker = args.pll or FORMS[0], args.gpus_per_worker or 1.0
+    args.pll = args.pll or FORMS[0]
     ray_cluster.check_kept("--output", args.output)
     return args
 

@@ -100,19 +100,24 @@ def run_on_ray(
     tokens_of: Callable[[Trial], TrialTokens],
     advance: Callable[[int], None],
     workers: int,
-    gpus_per_worker: float,
+    gpus_per_worker: float | None,
 ) -> Iterator[tuple[Trial, Outcome]]:
     """Run at most ``workers`` trials at once as Ray tasks, the largest first; yields them as they end.
 
     A task has a GPU (or a share of one) if the cluster has any, else a CPU. If a worker dies, its trial fails. Workers
     read the models from their paths; the tokens come through Ray's object store, one copy per node.
+
+    Raises:
+        UsageError: ``gpus_per_worker`` is given, but the cluster has no GPUs.
     """
     import ray
 
     ray_cluster.connect("glue", cpus=workers)
     try:
         on_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        resources = {"num_cpus": 0, "num_gpus": gpus_per_worker} if on_gpus else {"num_cpus": 1}
+        if gpus_per_worker and not on_gpus:
+            raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
+        resources = {"num_cpus": 0, "num_gpus": gpus_per_worker or 1} if on_gpus else {"num_cpus": 1}
         task: Any = ray.remote(**resources, max_retries=0)(run_on_worker)
         waiting = sorted(trials, key=lambda trial: trial.rows)  # the last one runs next
         stored: dict[int, Any] = {}  # references to tokens that are in the object store

@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     rejects = Rejects()
     texts = list(documents(corpus, rejects))
     tokenizer = train(texts, args.vocab_size, args.lowercase)
-    tokenizer.save_pretrained(args.output)
-    storage.write_json(str(origin), made_from)  # last: it marks the tokenizer as complete
+    unfinished = args.output.with_name(f"{args.output.name}.unfinished")
+    tokenizer.save_pretrained(unfinished)
+    storage.write_json(str(unfinished / origin.name), made_from)
+    unfinished.rename(args.output)  # whole or not at all, if this process is killed
     print(
         f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents"
         f" ({rejects.reasons.total():,} rejected)"

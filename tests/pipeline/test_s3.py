@@ -21,6 +21,8 @@ from harness import LENGTH, ROOT, SCORE, TOP_K, TRAIN, run
 from moto.server import ThreadedMotoServer
 from trap import save_trap
 
+from entropy_masking import storage
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests
 
 BUCKET = "corpora"
@@ -47,6 +49,11 @@ def s3() -> Iterator[Any]:
         client.create_bucket(Bucket=BUCKET)
         yield client
     server.stop()
+
+
+def test_a_wrong_uri_is_named_with_its_own_error() -> None:
+    with pytest.raises(UsageError, match="cannot open s3://name:x@@/a .*syntax error.*; check the URI"):
+        storage.resolve("s3://name:x@@/a")
 
 
 def objects(s3: Any, prefix: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import load_tokenizer
-from pipeline.tokenizer import parse
+from pipeline.tokenizer import main, parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
 
@@ -34,6 +34,21 @@ def test_it_loads_and_is_reproducible(work: Path, tmp_path: Path) -> None:
     assert "finished already" in run(*COMMAND, *flags, "--output", tmp_path / "one")
     flags[-1] = 260
     assert "with other settings" in refused(*COMMAND, *flags, "--output", tmp_path / "one")
+
+
+def test_the_same_command_goes_on_after_a_kill(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--corpus", str(work / "corpus.jsonl"), "--vocab-size", "250", "--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.tokenizer.storage.write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags)
+    main(flags)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 250
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:
