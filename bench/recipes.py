@@ -100,7 +100,7 @@ RECIPES = {
     "scratch-self": scratch("--entropy-source self", baseline="scratch-random-r30"),
     **{f"scratch-{name}": scratch(flags_of(name, when="")) for name in SCRATCH.split()},
     "scratch-bert-adamw-1e-3": scratch(f"{ADAMW} 1e-3", bert=True),
-    **{f"scratch-adamw-{rate}": scratch(f"{ADAMW} {rate}") for rate in ("1e-3", "2e-3", "4e-3")},
+    **{f"scratch-adamw-{rate}": scratch(f"{ADAMW} {rate}") for rate in ("1e-3", "2e-3", "4e-3", "8e-3")},
     **{f"scratch-muon-{rate}": scratch(f"{flags_of('random')} --muon-learning-rate {rate}") for rate in (0.01, 0.04)},
 }
 

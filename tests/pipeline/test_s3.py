@@ -52,7 +52,7 @@ def s3() -> Iterator[Any]:
 
 
 def test_a_wrong_uri_is_named_with_its_own_error() -> None:
-    with pytest.raises(UsageError, match="cannot open s3://name:x@@/a .*syntax error.*; check the URI"):
+    with pytest.raises(UsageError, match=r"cannot open s3://name:x@@/a .*syntax error.*; check the URI"):
         storage.resolve("s3://name:x@@/a")
 
 
