@@ -27,11 +27,13 @@ Known = Annotated[T | None, WrapValidator(_none_if_wrong)]
 Number = Known[int | float]
 
 
-class JsonFile(BaseModel):
+class Tolerant(BaseModel):
+    """Of a JSON file with more fields than those that are read."""
+
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
-class Directory(JsonFile):
+class Directory(Tolerant):
     """The shards or targets that a model was trained on. Only targets have ``source``, ``variants`` and ``policy``."""
 
     sequences: Number = None
@@ -47,7 +49,7 @@ class Directory(JsonFile):
     policy: Known[dict[str, object]] = None
 
 
-class Summary(JsonFile):
+class Summary(Tolerant):
     """``summary.json`` of train/run.py: how a model was pretrained. ``history`` is its training curve."""
 
     regime: Known[str] = None
@@ -68,7 +70,7 @@ class Summary(JsonFile):
     flags: Known[dict[str, object]] = None
 
 
-class Result(JsonFile):
+class Result(Tolerant):
     """The fields of a result file that a comparison needs."""
 
     task: str

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
+from entropy_masking.shards.schema import first_fault
 from glue.records import Directory, Result, Summary
 from glue.tasks import ZERO_SHOT
 
@@ -50,8 +51,7 @@ def read_result(file: str) -> Result:
     try:
         return Result.model_validate(storage.read_json(file))
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise ValueError(" ".join([*map(str, fault["loc"]), fault["msg"]])) from None
+        raise ValueError(first_fault(error)) from None
 
 
 def read_regimes(directories: Mapping[str, list[str]]) -> Regimes:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import costs
-from entropy_masking.shards.schema import Fingerprint, JsonFile, Manifest, Run, ShardEntry
+from entropy_masking.shards.schema import Fingerprint, JsonFile, Manifest, Run, ShardEntry, first_fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +52,10 @@ def read_json_file(kind: type[AnyFile], uri: str) -> AnyFile | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = " ".join([*map(str, first["loc"]), first["msg"]])
         title = kind.model_config["title"]
-        raise UsageError(f"{uri} cannot be read: it is not a {title} ({reason}); restore it or make it again") from None
+        raise UsageError(
+            f"{uri} cannot be read: it is not a {title} ({first_fault(error)}); restore it or make it again"
+        ) from None
 
 
 def find_manifest(uri: str) -> Manifest | None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from types import UnionType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from entropy_masking import storage
 from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION
@@ -51,6 +51,12 @@ class JsonFile(BaseModel):
     """A JSON file, or an object in one. Messages use the title. An unknown field is an error, like a wrong type."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault of a JSON file in words: where it is, and what is wrong."""
+    fault = error.errors()[0]
+    return " ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
 
 
 class Run(JsonFile, title="record of a run"):
