@@ -28,7 +28,7 @@ Number = Known[int | float]
 
 
 class Tolerant(BaseModel):
-    """Of a JSON file with more fields than those that are read."""
+    """A JSON file of which only the fields of the model are read."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 

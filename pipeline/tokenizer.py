@@ -46,15 +46,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError(f"{args.output} holds a tokenizer with other settings; choose a new --output")
         print(f"{args.output} is finished already")
         return
-    if args.output.exists() and any(args.output.iterdir()):
+    started = args.output / "unfinished"  # left by a killed run, whose files may be overwritten
+    if args.output.exists() and any(args.output.iterdir()) and not started.exists():
         raise UsageError(f"{args.output} is not empty; choose a new --output")
     rejects = Rejects()
     texts = list(documents(corpus, rejects))
     tokenizer = train(texts, args.vocab_size, args.lowercase)
-    unfinished = args.output.with_name(f"{args.output.name}.unfinished")
-    tokenizer.save_pretrained(unfinished)
-    storage.write_json(str(unfinished / origin.name), made_from)
-    unfinished.rename(args.output)  # whole or not at all, if this process is killed
+    storage.write_bytes(str(started), b"")
+    tokenizer.save_pretrained(args.output)
+    storage.write_json(str(origin), made_from)  # it marks the tokenizer as complete
+    started.unlink()
     print(
         f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents"
         f" ({rejects.reasons.total():,} rejected)"

@@ -27,7 +27,7 @@ FIELDS |= {name: f"mask_{name}" for name in ("ratio", "warmup", "ramp", "tempera
 
 @dataclass(kw_only=True)
 class MaskOptions:
-    """Which tokens to mask; None if the flag was not given."""
+    """Which tokens to mask. A field is None if its flag was not given."""
 
     recipe: Literal["default", "paper"] | None = option(
         "default, or paper: mask the 15 %% with the highest entropies from the first step, as in arXiv 2605.28526"
@@ -119,7 +119,7 @@ def _check_uses(given: dict[str, object], recipe: str | None, source: str, sourc
 
 
 def given_masks(options: MaskOptions) -> dict[str, object]:
-    """The mask flags that were given, by the field of MaskPolicy."""
+    """The mask flags that were given, with the fields of MaskPolicy as keys."""
     given = {name: getattr(options, field, None) for name, field in FIELDS.items()}
     return {name: value for name, value in given.items() if value is not None}
 

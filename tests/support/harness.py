@@ -60,6 +60,14 @@ def save_bert(directory: Path, tokenizer: object, head: bool = True) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def save_student_config(directory: Path, vocab_size: int) -> Path:
+    """The configuration of a small BERT without dropout, for ``--model``."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertConfig(vocab_size=vocab_size, **sizes).save_pretrained(directory)
+    return directory / "config.json"
+
+
 def command(work: Path, output: Path, *more: str) -> list[str]:
     """Scoring the world's corpus, exactly and in many small shards."""
     flags = ["--corpus", work / "corpus.jsonl", "--teacher", work / "teacher", "--output", output]

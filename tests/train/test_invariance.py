@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TRAIN, run
+from harness import TRAIN, run, save_student_config
 from processes import Run, history
 from torch.nn import functional as F
-from transformers import BertConfig
 
 import train.run
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
@@ -27,11 +26,9 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def flags(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    student = tmp_path_factory.mktemp("student")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertConfig(vocab_size=read_manifest(str(scored)).vocab_size, **sizes).save_pretrained(student)
-    common = ["--shards", scored, "--model", student / "config.json", "--bf16", "false", "--eval-fraction", 0]
+    vocab_size = read_manifest(str(scored)).vocab_size
+    student = save_student_config(tmp_path_factory.mktemp("student"), vocab_size)
+    common = ["--shards", scored, "--model", student, "--bf16", "false", "--eval-fraction", 0]
     return [*common, "--max-steps", STEPS, "--logging-steps", 1, "--learning-rate", 1e-3]
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT, TRAIN, refused, run
+from harness import ROOT, TRAIN, refused, run, save_student_config
 from processes import Run, history
 from ray.cluster_utils import Cluster
-from transformers import BertConfig
 
 import train.run
 from entropy_masking.errors import UsageError
@@ -27,11 +26,9 @@ SEVERAL = ["--num-workers", 2, "--per-device-train-batch-size", 4]
 
 @pytest.fixture(scope="module")
 def flags(scored: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    student = tmp_path_factory.mktemp("student")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertConfig(vocab_size=read_manifest(str(scored)).vocab_size, **sizes).save_pretrained(student)
-    common = ["--shards", scored, "--model", student / "config.json", "--entropy-source", "parquet", "--bf16", "false"]
+    vocab_size = read_manifest(str(scored)).vocab_size
+    student = save_student_config(tmp_path_factory.mktemp("student"), vocab_size)
+    common = ["--shards", scored, "--model", student, "--entropy-source", "parquet", "--bf16", "false"]
     return [*common, "--eval-fraction", 0.2, "--learning-rate", 1e-3, "--logging-steps", 1, "--save-total-limit", 9]
 
 
