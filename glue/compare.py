@@ -25,11 +25,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
+from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import break_evens, cost
 from glue.intervals import Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
-from glue.records import Summary
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glue.records import Directory, Summary
+from entropy_masking.summary import Directory, Summary
 
 # numbers of a run's summary, averaged over its pretraining seeds
 NUMBERS = ("steps", "tokens", "seconds", "tokens_per_second", "training_flops", "scoring_seconds", "scoring_flops")

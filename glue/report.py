@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
 from entropy_masking.commands.figures import Line, Panel, Row
+from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import ONLINE
-from glue.records import Summary
 from glue.results import evaluated_on
 from glue.tables import Comparison, Estimates
 

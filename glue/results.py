@@ -4,15 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.schema import first_fault
-from glue.records import Directory, Result, Summary
-from glue.tasks import ZERO_SHOT
+from entropy_masking.summary import Directory, Summary, Tolerant
+from glue.tasks import TASKS, ZERO_SHOT
+
+
+class Result(Tolerant):
+    """The fields of a result file that a comparison needs."""
+
+    task: str
+    seed: int
+    protocol: str
+    settings: dict[str, object] = Field({})
+    metrics: dict[str, float]
+    score: float
+    fields: dict[str, float] = Field({})
+    collapsed: bool
+    constant_score: float
+    train_split: str
+    train_rows: int
+    eval_rows: int
+    overlap: int
+    seconds: float
+    training: Summary | None
+    key: dict[str, object]
+
+    @model_validator(mode="after")
+    def has_the_metrics_of_its_task(self) -> Self:
+        if self.task not in TASKS or not TASKS[self.task].metric_names <= self.metrics.keys():
+            raise ValueError(f"{self.task} is not a task, or lacks metrics")
+        return self
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import tokenization_hash
+from entropy_masking.summary import Summary
 from glue import blimp, finetune, metrics
 from glue.batches import encode_task
 from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
-from glue.records import Result, Summary
-from glue.results import read_result
+from glue.results import Result, read_result
 from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
 from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
 

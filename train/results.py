@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -14,6 +13,7 @@ from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
+from entropy_masking.summary import Directory, Summary
 from train.arguments import BY_METRIC, deciding_arguments, global_batch
 from train.evaluation import DECILES
 from train.inputs import Inputs
@@ -60,9 +60,7 @@ def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments
     )
 
 
-def summarise(
-    trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, metrics: dict[str, float]
-) -> dict[str, object]:
+def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, metrics: dict[str, float]) -> Summary:
     """The results of a finished run."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
     manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
@@ -70,36 +68,37 @@ def summarise(
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
     deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
-    teacher = {"context": manifest.context, "teacher": manifest.teacher, "scores_read": reads_scores}
-    return {
-        "regime": options.entropy_source + ("+kd" if options.distill_weight else ""),
-        "model": options.model,
-        "steps": args.max_steps,
-        "tokens": tokens,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "train_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
-        **{name: metrics.get(name) for name in ("eval_loss", "eval_accuracy", "eval_positions")},
-        "eval_loss_by_entropy_decile": deciles if any(deciles) else None,
-        "training_flops": flops,
-        "scoring_seconds": sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
-        "scoring_flops": sum(directory.totals["flops"] for directory in scored),
-        "shards": costs(manifest) | teacher,
-        "targets": targets and costs(targets) | (targets.masks or {}),
-        "eval_shards": inputs.eval_shards and costs(inputs.eval_shards),
-        "seed": args.seed,
-        "warnings": trainer.collapse.warnings,
-        "history": curve(log),
-        "flags": flags,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
-    }
+    return Summary(
+        regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
+        model=options.model,
+        steps=args.max_steps,
+        tokens=tokens,
+        seconds=round(seconds, 2),
+        tokens_per_second=round(tokens / seconds, 1),
+        train_loss=next((entry["loss"] for entry in reversed(log) if "loss" in entry), None),
+        eval_loss=metrics.get("eval_loss"),
+        eval_accuracy=metrics.get("eval_accuracy"),
+        eval_positions=metrics.get("eval_positions"),
+        eval_loss_by_entropy_decile=deciles if any(deciles) else None,
+        training_flops=flops,
+        scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
+        scoring_flops=sum(directory.totals["flops"] for directory in scored),
+        shards=costs(manifest, context=manifest.context, teacher=manifest.teacher, scores_read=reads_scores),
+        targets=costs(targets, **targets.masks or {}) if targets else None,
+        eval_shards=costs(inputs.eval_shards) if inputs.eval_shards else None,
+        seed=args.seed,
+        warnings=trainer.collapse.warnings,
+        history=curve(log),
+        flags=flags,
+        versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
+    )
 
 
-def costs(manifest: Manifest) -> dict[str, object]:
+def costs(manifest: Manifest, **others: object) -> Directory:
     """The identity and the costs of a directory, for a comparison that cannot read the directory."""
     names = ("uri", "fingerprint_hash", "sequences_hash", "passes", "sequence_length")
-    totals = ("sequences", "bytes", "flops", "worker_seconds")
-    return {name: getattr(manifest, name) for name in names} | {name: manifest.totals[name] for name in totals}
+    totals = {name: manifest.totals[name] for name in ("sequences", "bytes", "flops", "worker_seconds")}
+    return Directory.model_validate({name: getattr(manifest, name) for name in names} | totals | others)
 
 
 def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -120,11 +119,11 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return sorted(points, key=lambda point: point["step"])
 
 
-def print_summary(output: Path, summary: dict[str, Any]) -> None:
-    print(f"{output}: {summary['regime']}, {summary['steps']} steps, {summary['tokens']:,} tokens")
-    print(f"  seconds     {summary['seconds']:,.1f}")
-    print(f"  tokens/s    {summary['tokens_per_second']:,.0f}")
-    if summary["eval_loss"] is not None:
-        print(f"  eval loss   {summary['eval_loss']:.4f} nats over {summary['eval_positions']:,} masked tokens")
-    if deciles := summary["eval_loss_by_entropy_decile"]:
+def print_summary(output: Path, summary: Summary) -> None:
+    print(f"{output}: {summary.regime}, {summary.steps} steps, {summary.tokens:,} tokens")
+    print(f"  seconds     {summary.seconds:,.1f}")
+    print(f"  tokens/s    {summary.tokens_per_second:,.0f}")
+    if summary.eval_loss is not None:
+        print(f"  eval loss   {summary.eval_loss:.4f} nats over {summary.eval_positions:,} masked tokens")
+    if deciles := summary.eval_loss_by_entropy_decile:
         print(f"  by decile   {' '.join(f'{loss:.2f}' for loss in deciles if loss is not None)} (easy → hard)")

@@ -29,6 +29,7 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
+from entropy_masking.summary import Summary
 from train import cluster, resume
 from train.arguments import global_batch, refused_by_transformers
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
@@ -113,13 +114,13 @@ def train(trainer: MaskedLMTrainer) -> None:
         raise console.Terminated
 
 
-def save(trainer: MaskedLMTrainer, summary: dict[str, object]) -> None:
+def save(trainer: MaskedLMTrainer, summary: Summary) -> None:
     """Write the model with its tokenizer, and last the summary, which marks the run as finished. Raises RunError."""
     output = trainer.output
     with writing(f"the model to {output}", output):
         trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
         copy_tokenizer(trainer.manifest.uri, output)
-        storage.write_json(str(output / resume.SUMMARY), summary)
+        storage.write_json(str(output / resume.SUMMARY), summary.model_dump(exclude_unset=True))
 
 
 if __name__ == "__main__":

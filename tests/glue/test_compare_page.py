@@ -13,8 +13,8 @@ from browser import Browser, needs_browser
 from html_page import Page, svgs, words
 from made_results import SEEDS, compare_here, summary, write_results
 
+from entropy_masking.summary import Summary
 from glue import report
-from glue.records import Summary
 
 
 def test_the_page_stands_alone_and_shows_it_all(compared: Path) -> None:

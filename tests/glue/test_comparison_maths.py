@@ -14,9 +14,9 @@ from scipy import stats
 
 from entropy_masking.commands import figures
 from entropy_masking.commands.figures import Line, Panel, Row
+from entropy_masking.summary import Summary
 from glue import costs
 from glue.intervals import estimate, paired_difference, seed_means
-from glue.records import Summary
 from glue.tables import amount
 
 # --- statistics ------------------------------------------------------------------------------------------------------
