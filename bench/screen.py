@@ -36,7 +36,7 @@ from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
 from glue.intervals import estimate
-from glue.tables import difference
+from glue.tables import difference, markdown
 from glue.tasks import TASKS, find_file, read_file
 from train.options import LEARNING_RATES, MUON
 
@@ -260,8 +260,7 @@ def mean_score(directory: Path) -> float:
 def table(rows: dict[str, Row]) -> str:
     """The rows as Markdown: a baseline's measures, and the differences of the others to their baseline."""
     columns = {heading: own for heading, own in COLUMNS.items() if all(own[0] in row for row in rows.values())}
-    lines = [f"| recipe | baseline | n | {' | '.join(columns)} | FLOPs, with scoring |"]
-    lines += [f"|---|---|---:|{'---:|' * (len(columns) + 1)}"]
+    lines = []
     for name, row in rows.items():
         minus = RECIPES[name].baseline
         baseline = rows[minus]
@@ -273,8 +272,8 @@ def table(rows: dict[str, Row]) -> str:
         training, scored = by_trunk(row, ["training_flops"]).mean(), by_trunk(row, ["flops"]).mean()
         base = by_trunk(baseline, ["flops"]).mean()
         flops = f"{training / base:.2f}, {scored / base:.2f}"
-        lines.append(f"| {name} | {minus} | {len(row['loss'])} | {' | '.join(texts)} | {flops} |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, minus, str(len(row["loss"])), *texts, flops])
+    return markdown(["recipe", "baseline", "n", *columns, "FLOPs, with scoring"], lines, words=2) + "\n"
 
 
 def by_trunk(row: Row, measures: list[str]) -> np.ndarray:

@@ -27,13 +27,13 @@ Estimates = dict[str, dict[str, Any]]  # of one score, average or loss, by regim
 
 @dataclass(frozen=True)
 class Table:
-    """A title, the names of the columns, the rows, and the notes below them; ``words`` are aligned to the left."""
+    """A title, the names of the columns, the rows, and the notes below them; the first ``words`` columns hold words."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str]
-    words: bool = False
+    words: int = 1
 
 
 def all_tables(table: Comparison) -> dict[str, Table]:
@@ -51,11 +51,14 @@ def all_tables(table: Comparison) -> dict[str, Table]:
 def to_markdown(table: Comparison) -> str:
     parts = []
     for own in all_tables(table).values():
-        rule = "---|" if own.words else "---:|"
-        lines = [f"| {' | '.join(own.columns)} |", f"|---|{rule * (len(own.columns) - 1)}"]
-        lines += [f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in own.rows]
-        parts += [f"### {own.title}", "\n".join(lines), *own.notes]
+        parts += [f"### {own.title}", markdown(own.columns, own.rows, own.words), *own.notes]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """The lines of a table, whose first ``words`` columns are aligned to the left, and the others to the right."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * words}{'---:|' * (len(columns) - words)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in rows)])
 
 
 def to_csv(table: Comparison) -> str:
@@ -159,7 +162,7 @@ def set_apart_table(table: Comparison) -> Table:
     apart = table["set_apart"] if any(flags != [] for flags in table["set_apart"].values()) else {}
     rows = [[name, "; ".join(unknown if flags is None else flags or ["nothing"])] for name, flags in apart.items()]
     note = "The flags come from the summaries of the models, without the seeds. All other flags are the same."
-    return Table("What sets them apart", ["regime", f"not as in {table['baseline']}"], rows, [note], words=True)
+    return Table("What sets them apart", ["regime", f"not as in {table['baseline']}"], rows, [note], words=2)
 
 
 def cost_table(table: Comparison) -> Table:
