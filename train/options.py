@@ -108,6 +108,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     limit = "{flag} {given} keeps only the best checkpoint at the end of a run, not the last; use at least 2"
     best = "{flag} only applies to --load-best-model-at-end; leave it out"
     unlogged = "{flag} has no effect with --logging-strategy no; leave one out"
+    unreported = "{flag} names a run for --report-to; set it too, or leave {flag} out"
     two_lengths = "{flag} has no effect with --max-steps; leave one out"
     no_warmup = f"{{flag}} has no effect with --lr-scheduler-type {flags.lr_scheduler_type}; leave it out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
@@ -127,6 +128,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (flags.save_strategy == "no", not_best | _defaults("save_steps", "save_total_limit"), checkpoints),
         (silent, {"logging_first_step": False}, unlogged),
         (silent and flags.eval_strategy != "steps", _defaults("logging_steps"), unlogged),  # --eval-steps reads it too
+        (flags.report_to == "none", {"run_name": None}, unreported),
         (bool(flags.max_steps), _defaults("num_train_epochs"), two_lengths),
         (by_metric or flags.lr_scheduler_type == "constant", _defaults("warmup_steps"), no_warmup),
         (flags.optim in WITHOUT_ADAM, _defaults("adam_beta1", "adam_beta2", "adam_epsilon"), of_adam),

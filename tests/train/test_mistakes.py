@@ -107,6 +107,7 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
         (["--save-strategy", "no", "--save-total-limit", 3], "--save-total-limit needs checkpoints"),
         (["--logging-strategy", "no", "--logging-steps", 3], "--logging-steps has no effect with --logging-str"),
         (["--logging-strategy", "no", "--logging-first-step"], "--logging-first-step has no effect with --logging-str"),
+        (["--run-name", "x"], "--run-name names a run for --report-to"),
         (["--num-train-epochs", 3], "--num-train-epochs has no effect with --max-steps; leave one out"),
         (["--eval-strategy", "no", "--eval-delay", 3], "--eval-delay needs evaluations during the run"),
         (["--eval-fraction", 0, "--eval-delay", 2], "--eval-delay needs held-out shards"),
