@@ -33,12 +33,14 @@ from bench.recipes import LENGTH, RECIPES, ROWS, SIZES
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
 from glue.intervals import estimate
 from glue.tables import difference, markdown
 from glue.tasks import TASKS, find_file, read_file
-from train.options import LEARNING_RATES, MUON
+from train.arguments import LEARNING_RATES
+from train.flags import MUON
 
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 COMMON_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)  # of trunks and of the reference
@@ -84,8 +86,8 @@ def parse() -> argparse.Namespace:
     add("--output", required=True, help="directory for all results")
     add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
-    add("--trunks", type=console.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
-    add("--jobs", type=console.positive, default=2, help="runs at once (default: 2)")
+    add("--trunks", type=positive, default=3, help="number of trunks, each with its own seed (default: 3)")
+    add("--jobs", type=positive, default=2, help="runs at once (default: 2)")
     reference = "model with the screen's tokenizer that scores the text (default: one is trained on the same articles)"
     add("--reference", help=reference)
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")

@@ -24,6 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import UsageError
 from entropy_masking.summary import Summary
 from glue import tables
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = console.Parser(prog="glue/compare.py", description=__doc__)
+    parser = Parser("glue/compare.py", __doc__)
     add = parser.add_argument
     add(
         "regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime: output directories of glue/run.py, one per seed"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from entropy_masking.commands import console, ray_cluster
+from entropy_masking.commands import ray_cluster
+from entropy_masking.commands.flags import Parser, Rule, check_rules, positive, positive_float
 from entropy_masking.errors import UsageError
 from glue.blimp import FORMS
 from glue.protocols import PROTOCOLS
@@ -21,8 +22,8 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
-    parser = console.Parser(prog="glue/run.py", description=description)
-    add, positive = parser.add_argument, console.positive
+    parser = Parser("glue/run.py", description)
+    add = parser.add_argument
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
     add("--tasks", required=True, help="comma-separated names, glue (all nine), probes (both) or blimp")
@@ -32,7 +33,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--output", required=True, help="directory of the result files; those of named models go to OUTPUT/NAME")
     add("--num-workers", type=positive, default=1, help="Ray workers, each with a GPU or a core (default: 1, no Ray)")
     add("--gpus-per-worker", type=share, help="a fraction lets several workers share a GPU (default: 1)")
-    add("--learning-rate", type=console.positive_float, help="learning rate (default: that of the protocol)")
+    add("--learning-rate", type=positive_float, help="learning rate (default: that of the protocol)")
     add("--epochs", type=positive, help="epochs (default: those of the protocol)")
     add("--batch-size", type=positive, help="rows per batch (default: that of the protocol)")
     add("--max-length", type=positive, help="tokens of a text or pair (default: 128)")
@@ -61,12 +62,12 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     of_blimp = "{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out"
     of_tuning = "{flag} has no effect on blimp, which is scored without fine-tuning; leave it out"
     of_workers = "{flag} needs several workers; set --num-workers above 1, or leave it out"
-    rules: list[console.Rule] = [
+    rules: list[Rule] = [
         (len(tuned) == len(args.tasks), {"pll": None, "limit_pairs": None}, of_blimp),
         (not tuned, TUNING, of_tuning),
         (args.num_workers == 1, {"gpus_per_worker": None}, of_workers),
     ]
-    console.check_rules(vars(args), rules)
+    check_rules(vars(args), rules)
     args.pll = args.pll or FORMS[0]
     ray_cluster.check_kept("--output", args.output)
     return args

@@ -19,6 +19,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking.commands import console
+from pipeline.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.faults import expected_schema
@@ -27,7 +32,6 @@ from entropy_masking.shards.schema import Record, Run
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
 from pipeline.job import Failure, Job, check_teacher_runs, choose_tokenizer, new_job
-from pipeline.options import parse
 from pipeline.status import line, totals_lines
 
 

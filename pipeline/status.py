@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, costs, manifests
 from entropy_masking.shards.schema import Attempt, Record, Run
@@ -26,7 +27,7 @@ NAMED = 20  # most workers and shards that are listed
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = console.Parser(prog="pipeline/status.py", description=__doc__)
+    parser = Parser("pipeline/status.py", __doc__)
     parser.add_argument("directory", help="shard directory of a run, a path or a URI")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from transformers import BertTokenizer
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser, positive
 from entropy_masking.errors import UsageError
 from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.corpus.readers import Rejects, read_documents
@@ -63,15 +64,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = console.Parser(prog="pipeline/tokenizer.py", description=__doc__)
+    parser = Parser("pipeline/tokenizer.py", __doc__)
     add = parser.add_argument
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")
-    add("--vocab-size", type=console.positive, default=8192, help="tokens, special tokens included (default: 8192)")
+    add("--vocab-size", type=positive, default=8192, help="tokens, special tokens included (default: 8192)")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower-case the text (default: yes)")
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
-    add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")
+    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     return parser.parse_args(argv)
 
 

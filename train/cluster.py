@@ -18,7 +18,7 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
 from train import guard, private, resume
-from train.options import Options
+from train.flags import Options
 
 MAX_FAILURES = 3  # of workers, in one call
 POLL_SECONDS = 0.5  # between two reads of the first worker's log
@@ -26,7 +26,7 @@ RAY = ".ray"  # Ray Train's own files, in the output directory
 TERMINATED = 143  # exit code
 
 
-def run(main: Callable[[list[str]], None], argv: list[str], options: Options, args: TrainingArguments) -> None:
+def run(main: Callable[[list[str]], None], options: Options, args: TrainingArguments) -> None:
     """Call ``main`` in ``--num-workers`` processes, on a running cluster or on one that is started here.
 
     Each worker gets a GPU if the cluster has any. If a worker dies, all start again from the last checkpoint. SIGTERM
@@ -57,7 +57,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
 
     previous = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        config = {"main": main, "argv": [*argv, *_for_workers(options, directory)], "log": log, "overwrite": overwrite}
+        config = {
+            "main": main,
+            "argv": [*options.argv, *_for_workers(options, directory)],
+            "log": log,
+            "overwrite": overwrite,
+        }
         code, message = _fit(config, options.num_workers, args.ddp_timeout)
     except KeyboardInterrupt:  # Ray raises it in place of Terminated
         if stop.exists():

@@ -19,7 +19,7 @@ from entropy_masking.commands import console
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
-from train.options import Options
+from train.flags import Options
 
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
 ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it

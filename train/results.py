@@ -14,10 +14,11 @@ from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
-from train.arguments import BY_METRIC, deciding_arguments, global_batch
+from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES
+from train.flags import Options
 from train.inputs import Inputs
-from train.options import Options
+from train.options import BY_METRIC
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a masked LM on a shard directory. Masks are chosen by the teacher's scores, the student's, or at random.
+r"""Train a masked LM on a shard directory. Masks are chosen by the teacher's scores, the student's, or at random.
 
 python train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
 python train/run.py --shards runs/scored --entropy-source parquet --distill-weight 0.5 --output-dir runs/student-kd
@@ -22,19 +22,23 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
+from entropy_masking.commands import console
+from train.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import logging
 
 from entropy_masking import storage
-from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from entropy_masking.summary import Summary
 from train import cluster, resume
-from train.arguments import global_batch, refused_by_transformers
+from train.arguments import global_batch, refused_by_transformers, training_arguments
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
-from train.options import parse
 from train.results import deciding_flags, flops_of, print_summary, summarise
 from train.student import build_student
 from train.trainer import MaskedLMTrainer
@@ -43,14 +47,14 @@ DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay sch
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    options, args = parse(argv, __doc__)
+    options, given = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    args = training_arguments(options, given)
     rank, output = args.process_index, Path(str(args.output_dir))
     logging.disable_progress_bar()  # of reading and writing weights
     with on_all_ranks(rank):
         inputs = open_inputs(options, args)
     if options.num_workers > 1:
-        return cluster.run(main, argv, options, args)
+        return cluster.run(main, options, args)
     with on_all_ranks(rank):
         set_steps(args, inputs)
         student = build_student(options.model, inputs.manifest, args.seed, options.trust_remote_code)

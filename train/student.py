@@ -23,9 +23,8 @@ from entropy_masking.models.checkpoints import (
 from entropy_masking.models.masked_positions import MaskedPositions, with_masked_positions
 from entropy_masking.shards.manifests import special_ids, tokenizer_hash
 from entropy_masking.shards.schema import Manifest
+from train.flags import SIZES
 
-# layers and hidden size of Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962)
-SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
 PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT as Google's
 
 

@@ -15,7 +15,8 @@ import transformers.training_args
 import train.run
 from entropy_masking.errors import RunError, UsageError
 from train import cluster, guard
-from train.arguments import TrainerFlags
+from train.arguments import training_arguments
+from train.flags import TrainerFlags
 from train.options import parse
 
 BEST = ["--load-best-model-at-end", "--eval-strategy", "steps", "--eval-steps", 5, "--save-steps", 5]
@@ -149,7 +150,7 @@ def test_help_lists_the_flags_of_transformers_that_work_and_the_others_are_refus
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exited:
-        parse(["--help"], "about")
+        parse(["--help-all"], "about")
     assert exited.value.code == 0
     listed = set(re.findall(r"^  --\w+(?: \S+)?, --([a-z0-9-]+)|^  --(\w+)", capsys.readouterr().out, re.M))
     names = {(long or short).replace("-", "_") for long, short in listed}
@@ -176,7 +177,7 @@ def test_ray_starts_no_processes_under_torchrun(scored: Path, tmp_path: Path, mo
 
 def parsed(*flags: str) -> transformers.TrainingArguments:
     needed = ["--shards", "S", *RANDOM, "--output-dir", "O", "--bf16", "false"]
-    return parse([*needed, *flags], None)[1]
+    return training_arguments(*parse([*needed, *flags], None))
 
 
 def test_an_accelerator_is_not_waited_for() -> None:

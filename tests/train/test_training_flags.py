@@ -14,8 +14,10 @@ from transformers import BertConfig, FunnelConfig, FunnelForMaskedLM
 
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import read_manifest
+from train.arguments import LEARNING_RATES, training_arguments
+from train.flags import MUON
 from train.optimizer import hidden_matrices
-from train.options import LEARNING_RATES, MUON, parse
+from train.options import parse
 
 
 def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:
@@ -57,7 +59,8 @@ def test_presets_have_defaults_and_the_last_model_counts() -> None:
         (["--model", "mini", "--learning-rate", "0.5", "--muon-learning-rate", "0.1"], 0.5, 64, 0.1),
         (["--model", "mini", "--optim", "adamw_torch"], adamw["mini"], 64, None),
     ):
-        options, args = parse([*needed, *more], None)
+        options, given = parse([*needed, *more], None)
+        args = training_arguments(options, given)
         assert (args.learning_rate, args.per_device_train_batch_size) == (rate, batch)
         assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
 
