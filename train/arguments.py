@@ -13,13 +13,14 @@ from transformers import TrainingArguments
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import resolve_dtype
 from train.flags import MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY, Options, TrainerFlags
-from train.options import size_of
+from train.student import nearest_size
 
-# AdamW's learning rate, beside Muon and alone, by size of the preset; other models use that of base
+# AdamW's learning rate, beside Muon and alone, by size; other models use those of the nearest size
 LEARNING_RATES = {
     MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
     "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
 }
+PRETRAINED_RATE = 5e-5  # AdamW's, to train a checkpoint further
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
 SAVE_STEPS = 500
@@ -81,14 +82,14 @@ def is_of_device(error: Exception) -> bool:
 
 def fill_in(options: Options, flags: TrainerFlags) -> None:
     """Set the defaults that depend on the model, on other flags and on the machine."""
-    size = size_of(options.model)
+    size, pretrained = nearest_size(options.model, options.trust_remote_code)
     if options.muon:
         flags.optim = TrainingArguments.optim  # for the other parameters
         _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
     _set_missing(flags, optim=TrainingArguments.optim)  # of configurations and checkpoints too
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
-    _set_missing(flags, learning_rate=rates.get(size, rates["base"]))
-    _set_missing(flags, per_device_train_batch_size=BATCH_SIZES.get(size, BATCH_SIZES["base"]))
+    _set_missing(flags, learning_rate=PRETRAINED_RATE if pretrained and not options.muon else rates[size])
+    _set_missing(flags, per_device_train_batch_size=BATCH_SIZES[size])
     _set_missing(flags, bf16=not flags.fp16 and resolve_dtype("auto") == "bfloat16")
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)

@@ -11,7 +11,7 @@ from entropy_masking.commands.mask_flags import TrainingMaskOptions
 # layers and hidden size of Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962)
 SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
 MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY = "muon", 0.02, 0.01
-BY_PRESET = "(default: by preset; that of base for other models)"
+BY_SIZE = "(default: by the size of the model)"
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,8 @@ class Options(TrainingMaskOptions):
     eval_shards: str | None = option("evaluate on this shard directory (default: on held-out shards)")
     trust_remote_code: bool = option("run model code from the checkpoint", False)
     num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
+    dry_run: bool = option("print what the run would do, and stop", False)
+    eval_only: bool = option("only evaluate the model, which is not changed", False)
     overwrite: bool = option("delete the run in the output directory, and start again", False)
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
     argv: list[str] = field(default_factory=list, init=False)  # the flags of --config and of the command line
@@ -56,14 +58,14 @@ class TrainerFlags:
     output_dir: str = option("directory of the trained model, its checkpoints and its summary", MISSING)
     max_steps: int | None = option("steps of the run (default: from the epochs)")
     num_train_epochs: float = option("epochs of the run, unless --max-steps is given (default: 1)", 1.0)
-    per_device_train_batch_size: int | None = option(f"sequences per batch of a device {BY_PRESET}")
+    per_device_train_batch_size: int | None = option(f"sequences per batch of a device {BY_SIZE}")
     gradient_accumulation_steps: int = option("batches per step on each device (default: 1)", 1)
     per_device_eval_batch_size: int = option("sequences per batch in an evaluation (default: 64)", 64)
 
     optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
     optim_args: str | None = option("arguments of the optimizer: name=value,…")
     learning_rate: float | None = option(
-        f"peak learning rate of --optim; beside Muon, that of embeddings, norms and biases {BY_PRESET}"
+        f"peak learning rate of --optim; beside Muon, that of embeddings, norms and biases {BY_SIZE}"
     )
     weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
@@ -121,7 +123,7 @@ class TrainerFlags:
 
 # what --help shows; --help-all shows the other flags too
 GROUPS = {
-    "data": "shards entropy_source targets eval_shards eval_fraction output_dir overwrite",
+    "data": "shards entropy_source targets eval_shards eval_fraction output_dir overwrite dry_run eval_only",
     "model and length": "model max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps",
     "masks": "recipe mask_ratio hard_share mask_temperature mask_warmup mask_ramp mask_by mask_unit corruption",
     "predictions and distillation": "predict_ratio predict_by distill_weight distill_temperature distill_positions",

@@ -57,14 +57,9 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFla
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
         raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")
-    options.muon = flags.optim == MUON or (flags.optim is None and size_of(options.model) in SIZES)
+    options.muon = flags.optim == MUON or (flags.optim is None and options.model.removeprefix("bert-") in SIZES)
     check_rules(vars(options) | vars(flags), rules(options, flags))
     return options, flags
-
-
-def size_of(model: str) -> str:
-    """The size of a preset; other models are their own."""
-    return model.removeprefix("bert-")
 
 
 def _unsupported(text: str) -> str | None:
@@ -120,6 +115,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
         (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None, **not_best}, held_out),
+        (not evaluates, {"eval_only": False}, held_out),
         (not evaluates, _defaults("eval_delay", "per_device_eval_batch_size"), held_out),
         (flags.eval_strategy == "no", {"eval_steps": None, "eval_delay": 0, **not_best}, evaluations),
         (flags.save_strategy == "no", not_best | _defaults("save_steps", "save_total_limit"), checkpoints),

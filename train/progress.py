@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from entropy_masking.commands import console
-from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.policy import SCORES, MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
 from train.flags import Options
@@ -24,6 +24,7 @@ from train.flags import Options
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
 ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
+SCORE_MEANS = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # names in a log
 MIN_TOKENS = 100  # to estimate this probability
 
 
@@ -164,7 +165,10 @@ class ProgressReport(TrainerCallback):
             return
         logs, step = event["logs"], f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            self.progress.note(f"{step}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
+            means = ", ".join(f"{name.replace('_', ' ')} {logs[name]:.2f}" for name in logs if name in SCORE_MEANS)
+            self.progress.note(
+                f"{step}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}{means and f', {means}'}"
+            )
         elif "eval_loss" in logs:
             accuracy = f"accuracy {logs['eval_accuracy']:.1%}"
             self.progress.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")

@@ -23,7 +23,16 @@ from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
+FREE = (
+    "overwrite",
+    "dry_run",
+    "eval_only",
+    "argv",
+    "trust_remote_code",
+    "num_workers",
+    "eval_shards",
+    "recipe",
+)  # they do not decide what is learned
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
@@ -68,7 +77,6 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
-    deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
         model=options.model,
@@ -80,7 +88,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         eval_loss=metrics.get("eval_loss"),
         eval_accuracy=metrics.get("eval_accuracy"),
         eval_positions=metrics.get("eval_positions"),
-        eval_loss_by_entropy_decile=deciles if any(deciles) else None,
+        eval_loss_by_entropy_decile=deciles_of(metrics),
         training_flops=flops,
         scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
         scoring_flops=sum(directory.totals["flops"] for directory in scored),
@@ -93,6 +101,12 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         flags=flags,
         versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
     )
+
+
+def deciles_of(metrics: dict[str, float]) -> list[float | None] | None:
+    """The held-out loss by decile of the entropy; None if the shards have no entropies."""
+    deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
+    return deciles if any(deciles) else None
 
 
 def costs(manifest: Manifest, **others: object) -> Directory:
@@ -120,11 +134,16 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return sorted(points, key=lambda point: point["step"])
 
 
-def print_summary(output: Path, summary: Summary) -> None:
+def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> None:
     print(f"{output}: {summary.regime}, {summary.steps} steps, {summary.tokens:,} tokens")
     print(f"  seconds     {summary.seconds:,.1f}")
     print(f"  tokens/s    {summary.tokens_per_second:,.0f}")
-    if summary.eval_loss is not None:
-        print(f"  eval loss   {summary.eval_loss:.4f} nats over {summary.eval_positions:,} masked tokens")
-    if deciles := summary.eval_loss_by_entropy_decile:
+    print_losses(metrics)
+
+
+def print_losses(metrics: dict[str, float]) -> None:
+    """Print the result of an evaluation, if there was one."""
+    if metrics:
+        print(f"  eval loss   {metrics['eval_loss']:.4f} nats over {metrics['eval_positions']:,} masked tokens")
+    if deciles := deciles_of(metrics):
         print(f"  by decile   {' '.join(f'{loss:.2f}' for loss in deciles if loss is not None)} (easy → hard)")

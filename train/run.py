@@ -39,7 +39,8 @@ from train import cluster, resume
 from train.arguments import global_batch, refused_by_transformers, training_arguments
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
-from train.results import deciding_flags, flops_of, print_summary, summarise
+from train.outline import outline
+from train.results import deciding_flags, flops_of, print_losses, print_summary, summarise
 from train.student import build_student
 from train.trainer import MaskedLMTrainer
 
@@ -60,13 +61,20 @@ def main(argv: list[str] | None = None) -> None:
         student = build_student(options.model, inputs.manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, inputs)
         flags = deciding_flags(options, args, inputs)
+    if rank == 0:
+        print("\n".join(outline(student, options, args, inputs)), file=sys.stderr, flush=True)
+    if options.dry_run:
+        return
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
         trainer.check_flags()
-    with on_all_ranks(rank):
-        _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if options.eval_only:
+        metrics = trainer.evaluate()
+        return print_losses(metrics) if rank == 0 else None
+    with on_all_ranks(rank):
+        _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     if not on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train again")
@@ -76,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     check_finite(student, trainer.state.global_step, output)
     if rank == 0:
         save(trainer, summary := summarise(trainer, flags, flops, metrics))
-        print_summary(output, summary)
+        print_summary(output, summary, metrics)
 
 
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
