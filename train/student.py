@@ -73,7 +73,8 @@ def nearest_size(name: str, trust_remote_code: bool) -> tuple[str, bool]:
     path = _source(name)
     config = load_config(path, trust_remote_code)
     layers, width = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
-    distance = {size: abs(math.log(layers * width**2 / (own[0] * own[1] ** 2))) for size, own in SIZES.items()}
+    weights = max(1, layers * width**2)  # in proportion
+    distance = {size: abs(math.log(weights / (own[0] * own[1] ** 2))) for size, own in SIZES.items()}
     return min(distance, key=lambda size: distance[size]), not _is_configuration(name, path)
 
 

@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse flags with dashes or underscores, after those of --config. Raises UsageError."""
-        texts = [_with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
+        texts = [self._with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
         for before, text in zip(["", *texts], texts, strict=False):
             if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
                 name = text[:-1] or (before if before[:2] == "--" else "an argument")
@@ -103,6 +103,11 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(values, dict):
             raise UsageError(f"--config {given.config} is not a mapping of flags to values, such as top-k: 16")
         return [text for name, value in values.items() for text in self._texts(given.config, str(name), value)]
+
+    def _with_dashes(self, text: str) -> str:
+        name, equals, value = text.partition("=")
+        dashed = name.replace("_", "-")
+        return dashed + equals + value if dashed in self._option_string_actions else text
 
     def _texts(self, file: str, name: str, value: object) -> Argv:
         """An entry of a YAML file as on a command line."""
@@ -173,11 +178,6 @@ def _by_type(name: str, kind: Any) -> dict[str, Any]:
     if kinds[0] is bool:
         return {"nargs": "?", "const": True, "type": boolean, "metavar": "true|false"}
     return {"type": kinds[0], "metavar": {int: "N", float: "X"}.get(kinds[0], name.split("_")[-1].upper())}
-
-
-def _with_dashes(text: str) -> str:
-    name, equals, value = text.partition("=")
-    return name.replace("_", "-") + equals + value if name[:2] == "--" else text
 
 
 def boolean(text: str) -> bool:
