@@ -51,6 +51,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add_flags(parser)
     parser.add_fields(TargetOptions)
     args = parser.parse_args(argv)
+    args.as_yaml = parser.to_yaml()
     options = TargetOptions(**{name: getattr(args, name) for name in TargetOptions.__dataclass_fields__})
     args.policy = policy_of(options)
     if args.policy:

@@ -24,6 +24,7 @@ from pipeline.options import parse
 if __name__ == "__main__":
     console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
 
+from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.faults import expected_schema
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(job, shards, len(records))
         return
     commit.begin_run(job.output, Run(fingerprint=fingerprint, shards=shards))
+    storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
     failed: dict[int, str] = {}
     if todo:
         commit.save_tokenizer(tokenizer, job.output)

@@ -75,6 +75,8 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
         overwrite.unlink(missing_ok=True)
     if code == TERMINATED:
         raise Terminated
+    if (given := directory / resume.GIVEN).exists():  # the workers had other flags
+        given.write_text(options.as_yaml, encoding="utf-8")
     if code in (0, 2):
         shutil.rmtree(directory / RAY)
     if code:

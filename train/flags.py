@@ -49,6 +49,7 @@ class Options(TrainingMaskOptions):
     overwrite: bool = option("delete the run in the output directory, and start again", False)
     muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
     argv: list[str] = field(default_factory=list, init=False)  # the flags of --config and of the command line
+    as_yaml: str = field(default="", init=False)  # the same as a file for --config
 
 
 @dataclass(kw_only=True)

@@ -53,7 +53,7 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFla
     given = vars(parser.parse_args(argv))
     options = Options(**{own.name: given.pop(own.name) for own in fields(Options) if own.init})
     flags = TrainerFlags(**given)
-    options.argv = parser.argv
+    options.argv, options.as_yaml = parser.argv, parser.to_yaml()
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
         raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")

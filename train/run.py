@@ -68,17 +68,19 @@ def main(argv: list[str] | None = None) -> None:
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
         trainer.check_flags()
-    # torchrun may have restarted these processes: then they resume their own run
-    overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if options.eval_only:
         metrics = trainer.evaluate()
         return print_losses(metrics) if rank == 0 else None
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
+    # torchrun may have restarted these processes: then they resume their own run
+    overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if not on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train again")
         return
+    if rank == 0:
+        storage.write_bytes(str(output / resume.GIVEN), options.as_yaml.encode())
     train(trainer)
     metrics = trainer.evaluate() if inputs.held_out else {}
     check_finite(student, trainer.state.global_step, output)

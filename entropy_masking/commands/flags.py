@@ -74,11 +74,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse flags with dashes or underscores, after those of --config. Raises UsageError."""
         texts = [self._with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
-        for before, text in zip(["", *texts], texts, strict=False):
+        self.argv = [*self.configured(texts), *texts]
+        for before, text in zip(["", *self.argv], self.argv, strict=False):
             if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
                 name = text[:-1] or (before if before[:2] == "--" else "an argument")
                 raise UsageError(f"{name} is empty; give it a value, or leave it out")
-        self.argv = [*self.configured(texts), *texts]
         flags, unknown = self.parse_known_args(self.argv)
         if unknown:
             raise UsageError(self.unknown(unknown[0]))
@@ -111,6 +111,8 @@ class Parser(argparse.ArgumentParser):
 
     def _texts(self, file: str, name: str, value: object) -> Argv:
         """An entry of a YAML file as on a command line."""
+        if name == "config":
+            raise UsageError(f"--config {file}: config is not a flag of a file; leave it out")
         own = {action.dest: action for action in self._actions}.get(name.replace("-", "_"))
         if own is None:
             raise UsageError(f"--config {file}: {self.unknown(flag(name))}")
@@ -121,6 +123,21 @@ class Parser(argparse.ArgumentParser):
         if own.nargs == 0:  # a switch
             texts, value = [], value or None
         return [] if value is None else [*own.option_strings[:1], *texts]
+
+    def to_yaml(self) -> str:
+        """The flags of the last ``parse_args`` as a file for --config. Positional arguments are not supported."""
+        import yaml
+
+        given: dict[str, list[str]] = {}
+        for text in self.argv:
+            name, equals, value = text.partition("=")
+            if own := self._option_string_actions.get(name):
+                adds = isinstance(own, argparse._AppendAction | argparse._ExtendAction)
+                values = given[name[2:]] = given.get(name[2:], []) if adds else []
+            if own is None or equals:
+                values.append(value if own else text)
+        entries = {name: values[0] if len(values) == 1 else values or True for name, values in given.items()}
+        return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
