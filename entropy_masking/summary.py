@@ -65,6 +65,7 @@ class Summary(Tolerant):
     eval_loss: Number = None
     eval_accuracy: Number = None
     eval_positions: Number = None
+    eval_unigram_loss: Number = None
     eval_loss_by_entropy_decile: Known[Sequence[Number]] = None
     training_flops: Number = None
     scoring_seconds: Number = None

@@ -30,6 +30,7 @@ from entropy_masking.shards import commit
 from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record, Run
+from entropy_masking.shards.spread import entropy_spread, spread_words
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
 from pipeline.job import Failure, Job, check_teacher_runs, choose_tokenizer, new_job
@@ -123,12 +124,15 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
         raise UsageError(f"the corpus holds no usable text ({reasons or 'no documents'}); choose another --corpus")
     if job.manifest.teacher and not any(record.scored_tokens for record in records.values()):
         raise UsageError("no token of the corpus was scored: all are special tokens; use the teacher's own tokenizer")
-    totals = commit.write_manifest(job.manifest, records, failed).totals
+    manifest = commit.write_manifest(job.manifest, records, failed)
+    totals = manifest.totals
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
     if failed:
         print(line("given up", f"{len(failed)} shards ({named})"))
     print(line("sequences", f"{totals['sequences']:,} of {job.manifest.sequence_length} tokens"))
     print("\n".join(totals_lines(totals)))
+    if manifest.kind == "sequences" and (spread := entropy_spread(manifest)):
+        print(line("entropies", spread_words(*spread)))
 
 
 def print_plan(job: Job, shards: int, done: int) -> None:

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.masked_positions import MaskedPositions
+from entropy_masking.shards.spread import entropy_spread, spread_words
 from train import resume
 from train.arguments import global_batch
 from train.flags import Options
@@ -36,6 +37,7 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
         f"steps   {args.max_steps:,} of {batch} sequences ({batch * manifest.sequence_length:,} tokens), "
         f"{args.max_steps * batch / sequences:.2f} epochs; {rate}, warm-up of {warmup} steps",
         f"masks   {masks(inputs.policy, options)}",
+        *scores(inputs, options),
         f"output  {args.output_dir}, {start}",
     ]
     if args.max_steps < FEW_STEPS:
@@ -44,6 +46,14 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     elif warmup < FEW_WARMUP_STEPS and args.lr_scheduler_type != "constant":
         lines.append(f"warning: the learning rate rises within {FEW_WARMUP_STEPS} steps; use a larger --warmup-steps")
     return lines
+
+
+def scores(inputs: Inputs, options: Options) -> list[str]:
+    """The spread of the teacher's entropies, if they choose the masks."""
+    if options.entropy_source != "parquet" or not inputs.policy.uses_scores:
+        return []
+    spread = entropy_spread(inputs.manifest)
+    return [f"scores  entropies of {inputs.manifest.teacher}, {spread_words(*spread)}"] if spread else []
 
 
 def masks(policy: MaskPolicy, options: Options) -> str:

@@ -15,7 +15,7 @@ from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
 from train.arguments import deciding_arguments, global_batch
-from train.evaluation import DECILES
+from train.evaluation import DECILES, unigram_loss
 from train.flags import Options
 from train.inputs import Inputs
 from train.options import BY_METRIC
@@ -23,6 +23,7 @@ from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
+LEARNED = 0.3  # nats below the loss of the token frequencies, from which on a model has learned something
 FREE = (
     "overwrite",
     "dry_run",
@@ -88,6 +89,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         eval_loss=metrics.get("eval_loss"),
         eval_accuracy=metrics.get("eval_accuracy"),
         eval_positions=metrics.get("eval_positions"),
+        eval_unigram_loss=unigram_loss(manifest, inputs.shards, inputs.evaluated, inputs.held_out) if metrics else None,
         eval_loss_by_entropy_decile=deciles_of(metrics),
         training_flops=flops,
         scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
@@ -139,6 +141,12 @@ def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> 
     print(f"  seconds     {summary.seconds:,.1f}")
     print(f"  tokens/s    {summary.tokens_per_second:,.0f}")
     print_losses(metrics)
+    guess = summary.eval_unigram_loss
+    if guess is not None and metrics["eval_loss"] > guess - LEARNED:
+        print(
+            f"warning: the token frequencies alone give a loss of {guess:.2f} nats, so this model has learned little; "
+            "train it longer before it scores text"
+        )
 
 
 def print_losses(metrics: dict[str, float]) -> None:
