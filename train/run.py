@@ -32,6 +32,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.utils import logging
 
 from entropy_masking import storage
+from entropy_masking.cards import model_card
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from entropy_masking.summary import Summary
@@ -134,6 +135,7 @@ def save(trainer: MaskedLMTrainer, summary: Summary) -> None:
     with writing(f"the model to {output}", output):
         trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
         copy_tokenizer(trainer.manifest.uri, output)
+        storage.write_bytes(str(output / "README.md"), model_card(summary).encode())
         storage.write_json(str(output / resume.SUMMARY), summary.model_dump(exclude_unset=True))
 
 

@@ -136,7 +136,10 @@ class Parser(argparse.ArgumentParser):
                 values = given[name[2:]] = given.get(name[2:], []) if adds else []
             if own is None or equals:
                 values.append(value if own else text)
-        entries = {name: values[0] if len(values) == 1 else values or True for name, values in given.items()}
+        entries: dict[str, object] = {}
+        for name, values in given.items():
+            numbers = [int(text) if text.isdecimal() and str(int(text)) == text else text for text in values]
+            entries[name] = numbers[0] if len(numbers) == 1 else numbers or True
         return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
     def error(self, message: str) -> NoReturn:
