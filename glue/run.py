@@ -125,10 +125,12 @@ def read_summary(directory: Path) -> object:
     file = str(directory / "summary.json")
     try:
         summary = storage.read_json(file)
-        Summary.model_validate(summary)
+        is_ours = Summary.model_validate(summary).regime is not None
     except FileNotFoundError:
         return None
     except ValueError:
+        is_ours = False
+    if not is_ours:
         print(f"{file} is not a summary of train/run.py; the results will not contain it", file=sys.stderr)
         return None
     return summary

@@ -231,7 +231,7 @@ def test_dropout_is_put_back_and_the_encoder_kept(work: Path) -> None:
     assert torch.equal(model.bert.get_parameter(weight), trained.bert.get_parameter(weight))
 
 
-@pytest.mark.parametrize("summary", ['[{"loss": 1.5}]', '{"seed": "42"}', "{"])
+@pytest.mark.parametrize("summary", ['[{"loss": 1.5}]', '{"seed": "42"}', '{"rouge": 3}', "{"])
 def test_a_summary_of_another_program_is_ignored(
     work: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: str
 ) -> None:
