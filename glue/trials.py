@@ -110,9 +110,9 @@ def run_on_ray(
     Raises:
         UsageError: ``gpus_per_worker`` is given, but the cluster has no GPUs.
     """
+    ray_cluster.connect("glue", cpus=workers)
     import ray
 
-    ray_cluster.connect("glue", cpus=workers)
     try:
         on_gpus = ray.cluster_resources().get("GPU", 0) > 0
         if gpus_per_worker and not on_gpus:

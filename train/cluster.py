@@ -37,8 +37,6 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
     """
     output = Path(str(args.output_dir))
     ray_cluster.check_kept("--output-dir", str(output))
-    import ray
-
     directory = output.absolute()
     _lock = resume.lock(directory, of_cluster=True)  # until this function returns
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,6 +47,7 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
+    import ray
 
     def ask_to_stop(*_: object) -> None:
         stop.touch()

@@ -24,16 +24,18 @@ from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
 LEARNED = 0.3  # nats below the loss of the token frequencies, from which on a model has learned something
-FREE = (
+# flags that do not decide what is learned
+FREE = [
     "overwrite",
     "dry_run",
     "eval_only",
     "argv",
+    "as_yaml",
     "trust_remote_code",
     "num_workers",
     "eval_shards",
     "recipe",
-)  # they do not decide what is learned
+]
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:

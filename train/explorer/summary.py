@@ -38,7 +38,7 @@ def of_source(source: Source, mask: MaskPolicy, label: Label) -> dict[str, str]:
     for measure in statistics.MEASURES:
         if numbers := statistics.spread(frame, measure):
             lines[measure] = (
-                f"mean {numbers['mean']:.2f}, median {numbers['median']:.2f}, "
+                f"mean {numbers['mean']:.2f} nats, median {numbers['median']:.2f}, "
                 f"{spread_words(numbers['low'], numbers['high'], measure)}"
                 f"   0 {sparkline(statistics.histogram(frame, measure, 0.5, 20))} 10"
             )
