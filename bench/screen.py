@@ -35,9 +35,10 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
+from glue.files import find_file, read_file
 from glue.intervals import estimate
 from glue.tables import difference, markdown
-from glue.tasks import TASKS, find_file, read_file
+from glue.tasks import TASKS
 from train.options import LEARNING_RATES, MUON
 
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file

@@ -27,7 +27,7 @@ from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.masked_lm import MaskedLM
 from glue.batches import Tokens
-from glue.tasks import check_table, find_file, read_file
+from glue.files import check_table, find_file, read_file
 
 FORMS = ("within-word", "original")
 PROTOCOL = "zero-shot"  # instead of a fine-tuning protocol

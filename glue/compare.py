@@ -103,7 +103,8 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         UsageError: a required average lacks tasks.
     """
     reference = regimes[baseline][0]
-    results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
+    tasks = sorted(reference.results, key=[*TASKS, *sorted(reference.results)].index)  # GLUE's, then one's own
+    results = {task: next(iter(reference.results[task].values())) for task in tasks}
     table: Comparison = {
         "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,
