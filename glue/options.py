@@ -54,6 +54,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--drop-overlap", action="store_true", help="do not train on rows that are also evaluation rows")
     dtypes = ["auto", "bfloat16", "float32"]
     add("--dtype", choices=dtypes, default="auto", help="auto (default): bfloat16 if the hardware has it")
+    add("--trust-remote-code", action="store_true", help="run model code from the checkpoints")
     add("--overwrite", action="store_true", help="replace existing results")
     args = parser.parse_args(argv)
     if not (args.tasks or args.task_file):

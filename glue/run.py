@@ -106,16 +106,16 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     """Load the tokenizer and the hashes of a model. Raises UsageError if the tasks cannot be run with it."""
     directory = checkpoints.local_checkpoint(path)
     tokenizer = checkpoints.load_tokenizer(str(directory))
-    vocab_size = checkpoints.load_config(directory).vocab_size
+    vocab_size = checkpoints.load_config(directory, args.trust_remote_code).vocab_size
     if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
         raise UsageError(
             f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), but the model "
             f"has {vocab_size}; save the model's tokenizer there"
         )
     if any(task.name not in ZERO_SHOT for task in args.tasks):
-        finetune.check_model(directory, args.max_length or Settings.max_length)
+        finetune.check_model(directory, args.max_length or Settings.max_length, args.trust_remote_code)
     if any(task.name in ZERO_SHOT for task in args.tasks):
-        blimp.check_model(directory, tokenizer, args.pll)
+        blimp.check_model(directory, tokenizer, args.pll, args.trust_remote_code)
     text_hash = tokenization_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
     model_hash = storage.sha256_json([checkpoints.weights_hash(directory), text_hash])
@@ -161,7 +161,8 @@ def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pa
         file = f"{task.name}-seed{seed}.json"
         task = data.task
     key |= {"data_hash": data.hash, "model_hash": model.hash}
-    return Trial(model.name, model.directory, task, seed, grid, rows, storage.join(model.output, file), key)
+    path = storage.join(model.output, file)
+    return Trial(model.name, model.directory, task, seed, grid, rows, path, key, args.trust_remote_code)
 
 
 def is_done(trial: Trial) -> bool:
