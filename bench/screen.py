@@ -36,9 +36,10 @@ from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
+from glue.files import find_file, read_file
 from glue.intervals import estimate
 from glue.tables import difference, markdown
-from glue.tasks import TASKS, find_file, read_file
+from glue.tasks import TASKS
 from train.arguments import LEARNING_RATES
 from train.flags import MUON
 

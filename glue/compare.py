@@ -32,8 +32,8 @@ from glue.costs import break_evens, cost
 from glue.intervals import Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
-from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT
+from glue.verdict import Comparison, Estimates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +104,8 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         UsageError: a required average lacks tasks.
     """
     reference = regimes[baseline][0]
-    results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
+    tasks = sorted(reference.results, key=[*TASKS, *sorted(reference.results)].index)  # GLUE's, then one's own
+    results = {task: next(iter(reference.results[task].values())) for task in tasks}
     table: Comparison = {
         "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,

@@ -99,7 +99,7 @@ def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
 
     with tempfile.TemporaryDirectory() as temporary:
         copy_tokenizer(directory, Path(temporary))
-        return AutoTokenizer.from_pretrained(temporary)
+        return AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
 
 
 def copy_tokenizer(directory: str, destination: Path) -> None:

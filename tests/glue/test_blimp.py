@@ -349,7 +349,7 @@ def test_what_cannot_be_scored_fails(
     sentences = blimp.encode(blimp.Pairs(short, None, ""), tokenizer, "original")
     model = AutoModelForMaskedLM.from_pretrained(checkpoints["bert"])
     handle = model.cls.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
-    monkeypatch.setattr(glue.blimp, "load_masked_lm", lambda directory: model)
+    monkeypatch.setattr(glue.blimp, "load_masked_lm", lambda directory, trust: model)
     found_2N, expected_U = blimp.score(checkpoints["bert"], sentences), np.zeros(len(sentences.tokens))
     for number, row in enumerate(sentences.inputs[0]):
         inputs, (position,), (target,) = blimp.masked_batch(sentences, np.array([number]))
