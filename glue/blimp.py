@@ -29,7 +29,6 @@ from entropy_masking.models.masked_lm import MaskedLM
 from glue.batches import Tokens
 from glue.files import check_table, find_file, read_file
 
-FORMS = ("within-word", "original")
 PROTOCOL = "zero-shot"  # instead of a fine-tuning protocol
 SEED = 0  # instead of a seed: BLiMP does not depend on one
 TEXTS = ["sentence_good", "sentence_bad"]

@@ -10,11 +10,17 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.flags import Parser, Rule, check_rules, positive, positive_float
 from entropy_masking.errors import UsageError
 from glue import metrics
-from glue.blimp import FORMS
 from glue.files import formats
-from glue.protocols import PROTOCOLS
+from glue.protocols import FORMS, PROTOCOLS
 from glue.tasks import GROUPS, PROBES, TASKS, ZERO_SHOT, Task, choose
 
+# what --help shows; --help-all shows the other flags too
+GROUPS_OF_FLAGS = {
+    "models and tasks": "model tasks task_file data seeds output overwrite",
+    "fine-tuning": "protocol learning_rate epochs batch_size max_length limit_train drop_overlap dtype",
+    "blimp": "pll limit_pairs",
+    "workers": "num_workers gpus_per_worker",
+}
 # flags that only change fine-tuning, each with its value if it is not given
 TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length"))
 TUNING |= {"limit_train": {}, "drop_overlap": False, "protocol": "cramming", "dtype": "auto"}
@@ -25,7 +31,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
-    parser = Parser("glue/run.py", description)
+    parser = Parser("glue/run.py", description, GROUPS_OF_FLAGS)
     add = parser.add_argument
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
@@ -58,6 +64,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--trust-remote-code", action="store_true", help="run model code from the checkpoints")
     add("--overwrite", action="store_true", help="replace existing results")
     args = parser.parse_args(argv)
+    args.as_yaml = parser.to_yaml()
     if not (args.tasks or args.task_file):
         raise UsageError("there is nothing to do; name tasks with --tasks, or a task of your own with --task-file")
     args.tasks = (choose(args.tasks) if args.tasks else []) + own_tasks(args.task_file)

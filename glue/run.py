@@ -26,11 +26,16 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
+from entropy_masking.commands import console
+from glue.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from entropy_masking import storage
-from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
@@ -38,7 +43,6 @@ from entropy_masking.shards.manifests import tokenization_hash
 from entropy_masking.summary import Summary
 from glue import blimp, finetune, metrics
 from glue.batches import encode_task
-from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import Result, read_result
 from glue.tasks import ZERO_SHOT, Task, TaskData, load
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         for model in models.values()
     ]
     todo = [trial for trial in trials if args.overwrite or not is_done(trial)]
+    storage.write_bytes(storage.join(args.output, "flags.yaml"), args.as_yaml.encode())
     tokens_of = shared_tokens(models, data, args.pll)
     failures: dict[str, str] = {}
     tunes = set(data) - set(ZERO_SHOT)

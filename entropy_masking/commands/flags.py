@@ -122,6 +122,8 @@ class Parser(argparse.ArgumentParser):
         texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
         if own.nargs == 0:  # a switch
             texts, value = [], value or None
+        if isinstance(own, argparse._AppendAction):  # one value each time
+            return [text for one in texts for text in (own.option_strings[0], one)]
         return [] if value is None else [*own.option_strings[:1], *texts]
 
     def to_yaml(self) -> str:

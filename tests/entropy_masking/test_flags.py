@@ -25,6 +25,7 @@ def new_parser() -> Parser:
     parser = Parser("some/command.py", "What it does:\n    exactly", {"main flags": "steps models"})
     parser.add_fields(Options)
     parser.add_argument("--models", nargs="+", action="extend", help="several")
+    parser.add_argument("--task", action="append", help="again and again")
     parser.add_argument("--dry-run", action="store_true", help="stop early")
     parser.add_argument("--workers", type=positive, help="how many workers")
     return parser
@@ -37,7 +38,15 @@ def parsed(*texts: str) -> dict[str, object]:
 def test_flags_of_a_dataclass() -> None:
     given = parsed("--steps", "3", "--kind=b", "--bf16", "--workers", "2")
     nothing = {"output": None, "steps": None, "rate": 0.5, "kind": None, "bf16": None}
-    assert given == nothing | {"steps": 3, "kind": "b", "bf16": True, "models": None, "dry_run": False, "workers": 2}
+    assert given == nothing | {
+        "steps": 3,
+        "kind": "b",
+        "bf16": True,
+        "models": None,
+        "task": None,
+        "dry_run": False,
+        "workers": 2,
+    }
     assert parsed("--bf16", "false", "--dry_run")["bf16"] is False
 
 
@@ -60,10 +69,11 @@ def test_wrong_flags(flags: list[str], sentence: str) -> None:
 
 def test_a_file_of_flags_and_the_command_line_which_wins(tmp_path: Path) -> None:
     file = tmp_path / "flags.yaml"
-    file.write_text("steps: 7\nrate: 1e-3\nbf16: false\ndry-run: true\nmodels: [x, y]\nworkers: null\n")
+    file.write_text("steps: 7\nrate: 1e-3\nbf16: false\ndry-run: true\nmodels: [x, y]\ntask: [a b, c]\nworkers: null\n")
     given = parsed("--config", str(file), "--steps", "9", "--models", "z")
     assert given["steps"] == 9 and given["rate"] == 1e-3 and given["bf16"] is False and given["dry_run"] is True
-    assert given["models"] == ["x", "y", "z"] and given["workers"] is None and "config" not in given
+    assert given["models"] == ["x", "y", "z"] and given["task"] == ["a b", "c"]
+    assert given["workers"] is None and "config" not in given
     file.write_text("dry_run: false\n")
     assert parsed(f"--config={file}")["dry_run"] is False
 

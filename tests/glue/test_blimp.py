@@ -31,6 +31,7 @@ import glue.run
 from entropy_masking.errors import RunError, UsageError
 from glue import blimp
 from glue.options import parse
+from glue.protocols import FORMS
 from glue.tasks import GLUE
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
@@ -122,7 +123,7 @@ def brute_force(model: Any, tokenizer: Any, text: str, form: str) -> float:
     return total
 
 
-@pytest.mark.parametrize("form", blimp.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
 def test_scores_are_those_of_brute_force(checkpoints: dict[str, Path], data: Path, name: str, form: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoints[name])
