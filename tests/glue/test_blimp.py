@@ -138,7 +138,7 @@ def test_scores_are_those_of_brute_force(checkpoints: dict[str, Path], data: Pat
         found = blimp.score(checkpoints[name], encoded, told.append, batch_tokens=batch_tokens)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
         assert sum(told) == len(expected)
-    other = next(each for each in blimp.FORMS if each != form)
+    other = next(each for each in FORMS if each != form)
     assert not np.allclose(blimp.score(checkpoints[name], blimp.encode(pairs, tokenizer, other)), expected, atol=0.1)
 
 
