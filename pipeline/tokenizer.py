@@ -21,7 +21,7 @@ from transformers import BertTokenizer
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
-from pipeline.corpus.plan import Corpus, plan_corpus
+from pipeline.corpus.plan import UNITS, Corpus, plan_corpus
 from pipeline.corpus.readers import Rejects, read_documents
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=console.positive, default=8192, help="tokens, special tokens included (default: 8192)")
     add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower-case the text (default: yes)")
     add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
+    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
     add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")
     return parser.parse_args(argv)
 

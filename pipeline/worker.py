@@ -28,8 +28,9 @@ from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, parquet, targets
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Record
+from pipeline.corpus.formats import FileRange
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
-from pipeline.corpus.readers import FileRange, Rejects, read_documents
+from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.job import Failure, Job
 from pipeline.masking import mask_shard
 from pipeline.teacher import Stopped, Teacher
@@ -148,6 +149,7 @@ class ShardScorer:
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
                 "worker": f"{platform.node()}:{os.getpid()}",
                 "documents": rejects.documents,
+                "longest_document": rejects.longest,
                 "rejected": rejects.report(),
             }
             return commit.commit_shard(job.output, index, parquet.to_parquet(groups), fields, started)

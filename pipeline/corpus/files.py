@@ -10,7 +10,7 @@ from pyarrow import fs
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from pipeline.corpus.readers import COMPRESSIONS
+from pipeline.corpus.formats import COMPRESSIONS
 
 KINDS = {
     ".parquet": "parquet",
@@ -19,7 +19,7 @@ KINDS = {
     ".md": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",  # one array, or JSON lines
     ".csv": "csv",
     ".tsv": "tsv",
 }
