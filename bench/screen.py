@@ -153,7 +153,8 @@ class Screen:
         """Tokenizer, tokens, the reference and its scores."""
         of, run = self.output.joinpath, self.commands.run
         vocabulary = ("--vocab-size", self.size.vocab_size, "--output", of("tokenizer"))
-        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *vocabulary)
+        uncased = ("--lowercase", "--strip-accents")  # as for the results in docs/RECIPES.md
+        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *uncased, *vocabulary)
         score = ("pipeline/score.py", "--backend", "local", "--cpus-per-worker", 1, "--sequence-length", LENGTH)
         score += ("--shard-tokens", 1 << 18 if self.size.vocab_size > 1000 else 1 << 12)
         for name in ("trunks", "articles"):
