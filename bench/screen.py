@@ -130,7 +130,7 @@ class Screen:
     def split_articles(self) -> None:
         """Write the texts of each part. Raises UsageError for a file that cannot be read, or lacks ids or articles."""
         try:
-            articles = pl.read_parquet(self.args.articles, columns=["id", "text"]).cast({"id": pl.String})
+            articles = pl.read_parquet(self.args.articles, glob=False, columns=["id", "text"]).cast({"id": pl.String})
             held_out = Path(self.args.held_out).read_text().split()
         except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
             raise UsageError(f"--articles or --held-out cannot be read: {one_line(error)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -155,12 +156,13 @@ def find_file(directory: Path, *stems: str) -> Path:
 def read_file(path: Path) -> pl.DataFrame:
     """The table of a file. Raises UsageError if it cannot be read."""
     try:
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # polars would take some names for patterns
         if path.suffix == ".parquet":
-            return pl.read_parquet(path)
+            return pl.read_parquet(data)
         if path.suffix == ".jsonl":
-            return pl.read_ndjson(path, infer_schema_length=None)
+            return pl.read_ndjson(data, infer_schema_length=None)
         # GLUE's own files are not quoted: a quotation mark is a character, and an empty field is an empty text
-        return pl.read_csv(path, separator="\t", quote_char=None, infer_schema=False).fill_null("")
+        return pl.read_csv(data, separator="\t", quote_char=None, infer_schema=False).fill_null("")
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from None
 

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         document=args.document,
         shard_tokens=args.shard_tokens,
         limit_documents=args.limit_documents,
+        output=args.output,
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)

@@ -39,7 +39,11 @@ MUCH_UNKNOWN = 0.001  # share of [UNK] tokens that is worth a warning
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     corpus = plan_corpus(
-        args.corpus, text_column=args.text_column, document=args.document, limit_documents=args.limit_documents
+        args.corpus,
+        text_column=args.text_column,
+        document=args.document,
+        limit_documents=args.limit_documents,
+        output=str(args.output),
     )
     if corpus.from_shards:
         raise UsageError(f"{args.corpus} holds tokens, not text, and has a tokenizer already; name the text corpus")
@@ -162,8 +166,14 @@ def train_wordpiece(texts: list[str], vocab_size: int, normalizer: normalizers.N
         return tokenizer
 
     def vocabulary(size: int, first: list[str]) -> dict[str, int]:
-        fixed = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": sys.stderr.isatty()}
-        trainer = trainers.WordPieceTrainer(vocab_size=size, min_frequency=2, special_tokens=first, **fixed)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            special_tokens=first,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=sys.stderr.isatty(),
+        )
         tokenizer = of()
         tokenizer.train_from_iterator(texts, trainer)
         return tokenizer.get_vocab()

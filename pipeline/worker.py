@@ -141,7 +141,7 @@ class ShardScorer:
                 columns = manifest.vocab_size, manifest.top_k, manifest.temperatures
                 table = parquet.to_table(index, ids_NL, scores, *columns)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
-            fields = {
+            fields: dict[str, object] = {
                 **counts,
                 "fingerprint_hash": manifest.fingerprint_hash,
                 "attempt": attempt,

@@ -8,6 +8,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
 
+PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")  # a path with ~ or a file URI, within an argument
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
 
@@ -108,6 +110,12 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise UsageError(self.unknown(unknown[0]))
         return flags
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """First turn file URIs and ``~`` into plain paths, also in ``--flag=~/a``, ``name=~/a`` and ``b,~/a``."""
+        texts = sys.argv[1:] if args is None else args
+        texts = [PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in texts]
+        return super().parse_known_args(texts, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

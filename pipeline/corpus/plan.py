@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,7 @@ def plan_corpus(
     document: str | None = None,
     shard_tokens: int | None = None,
     limit_documents: int | None = None,
+    output: str | None = None,
 ) -> Corpus:
     """Plan the shards of a corpus.
 
@@ -76,12 +78,13 @@ def plan_corpus(
         document: the unit of a document in plain-text files: ``paragraph`` (default), ``line`` or ``file``.
         shard_tokens: approximate tokens per shard (default: 262144).
         limit_documents: use only this many documents from the start, rejected ones included.
+        output: the directory to write, which must be outside of the corpus.
 
     Raises:
         UsageError: files are missing or unreadable, there is no such text column, a shard directory is unfinished, or
             an option does not apply to the corpus.
     """
-    if not all(part.strip() for part in spec.split(",")):
+    if not _is_path(spec) and not all(part.strip() for part in spec.split(",")):
         raise UsageError(f"--corpus {spec!r} has an empty part; remove the extra comma")
     if _is_shard_directory(spec):
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
@@ -96,7 +99,10 @@ def plan_corpus(
     elif spec.startswith("hf:"):
         files = [(str(_materialise_hub_dataset(spec)), spec)]
     else:
-        files = [file for part in spec.split(",") for file in find_files(part.strip())]
+        parts = [spec] if _is_path(spec) else spec.split(",")
+        found = [find_files(part.strip(), output) for part in parts]
+        files = [file for known, _ in found for file in known]
+        _print_unread([name for _, unknown in found for name in unknown])
     kinds = {file_kind(path) for path, _ in files}
     if document and "text" not in kinds:
         raise UsageError(f"{spec} holds no plain-text files; leave out --document")
@@ -238,10 +244,20 @@ def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[t
     return shards
 
 
+def _is_path(spec: str) -> bool:
+    """Whether the whole specification is an existing path, whatever characters it has."""
+    return bool(spec.strip()) and not storage.is_remote(spec) and storage.exists(spec)
+
+
+def _print_unread(names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        print(f"note: {', '.join(names[:5])}{more} not read: unknown endings", file=sys.stderr)
+
+
 def _is_shard_directory(spec: str) -> bool:
-    if "*" in spec or "," in spec or spec.startswith("hf:"):
-        return False
-    return storage.exists(manifest_uri(spec)) or storage.exists(run_uri(spec))
+    is_place = _is_path(spec) or (storage.is_remote(spec) and not any(character in spec for character in "*,"))
+    return is_place and (storage.exists(manifest_uri(spec)) or storage.exists(run_uri(spec)))
 
 
 def _plan_shard_directory(spec: str) -> Corpus:

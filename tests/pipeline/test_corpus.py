@@ -241,6 +241,48 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert texts_of(plan_corpus(f"{tmp_path}/c.txt,{tmp_path}/a")) == ["three", "one"]
 
 
+def test_links_names_and_wildcards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A link is followed, but not for ever. An existing path is not a pattern. Unknown files are named."""
+    for name in ("a[1]*", "a1x", "b,c"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "x.txt").write_text(name)
+        (tmp_path / name / "sub" / "up").symlink_to("..")
+        (tmp_path / name / "other").symlink_to(tmp_path / name / "sub")
+        (tmp_path / name / "notes.pdf").write_text("?")
+    for spec, expected in {
+        "a[1]*": ["a[1]*"] * 2,
+        "a[1]*/**/*.txt": ["a[1]*"] * 2,
+        "a[1]*/*/x.txt": ["a[1]*"] * 2,
+        "a[1]?/*/x.txt": ["a1x"] * 2,
+        "b,c": ["b,c"] * 2,
+    }.items():
+        assert texts_of(plan_corpus(f"{tmp_path}/{spec}")) == expected, spec
+    assert "note: notes.pdf not read: unknown endings" in capsys.readouterr().err
+    (tmp_path / "a1x" / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="cannot read .*gone"):
+        plan_corpus(f"{tmp_path}/a1x")
+    (tmp_path / "b,c" / "\udcff.txt").write_text("x")
+    with pytest.raises(UsageError, match="is not UTF-8; rename it"):
+        plan_corpus(f"{tmp_path}/b,c")
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/*/*", "{}/**/*.parquet", "{}/a.txt,{}/../texts"])
+def test_an_output_within_its_corpus_is_refused(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/b.txt", "sub/c.parquet"):
+        (tmp_path / "texts" / name).write_text("one")
+    spec = spec.format(*[tmp_path / "texts"] * 2)
+    with pytest.raises(UsageError, match="is within the corpus"):
+        plan_corpus(spec, output=f"{tmp_path}/texts/scored")
+    plan_corpus(f"{tmp_path}/texts/*.txt", output=f"{tmp_path}/texts/scored")
+    plan_corpus(f"{tmp_path}/texts/sub/b.txt", output=f"{tmp_path}/text")
+
+
+def test_a_shard_directory_of_any_name(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens,*[1]").symlink_to(tokens)
+    assert plan_corpus(f"{tmp_path}/tokens,*[1]").from_shards
+
+
 def test_one_document_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first line\nsecond line")
     (tmp_path / "b.txt").write_bytes(b"bad \xff")

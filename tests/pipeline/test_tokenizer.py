@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, SCORE, refused, run
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
+import train.options
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
+from entropy_masking.masking.collator import EntropyMaskingCollator
+from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_tokenizer
-from pipeline.tokenizer import KINDS, main, parse, train
+from entropy_masking.shards import manifests
+from pipeline import tokenizer as command
+from pipeline.tokenizer import KINDS, main, parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
 
@@ -65,7 +70,9 @@ def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:
 def test_nothing_is_lost_without_a_word(kind: str) -> None:
     """Case, accents and vowel signs stay unless a flag asks to remove them; a decomposed character is composed."""
     texts = ["Some Café cafe\u0301 हिन्दी में किताब ที่นี่มีข้าว 語"] * 20
-    tokenizers = {names: train(texts, most(texts, kind, *names), kind, *names) for names in ((), (True,), (True, True))}
+    tokenizers = {
+        names: command.train(texts, most(texts, kind, *names), kind, *names) for names in ((), (True,), (True, True))
+    }
     for names, found in zip(
         tokenizers, ("Café CAFÉ हिन्दी มีข้าว", "café café हिन्दी มีข้าว", "cafe cafe हिनदी มขาว"), strict=True
     ):
@@ -78,7 +85,7 @@ def test_nothing_is_lost_without_a_word(kind: str) -> None:
 def most(texts: list[str], kind: str, *names: bool) -> int:
     """The largest vocabulary that texts give."""
     with pytest.raises(UsageError) as refusal:
-        train(texts, 10_000, kind, *names)
+        command.train(texts, 10_000, kind, *names)
     return int(str(refusal.value).rpartition("choose at most ")[2])
 
 
@@ -104,6 +111,28 @@ def test_a_bpe_tokenizer_has_no_unknown_tokens(tmp_path: Path, capsys: pytest.Ca
     ]
     heads = [tokenizer.decode([token]) for token in ids if not continuing_tokens(tokenizer, 300)[token]]
     assert len(heads) == 7, "four words and three special tokens"
+
+
+def test_home_and_file_uris_are_understood_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = parse(["--corpus", "~/a,file:///b%20c,d~", "--output=~/out"])
+    assert flags.corpus == f"{tmp_path}/a,/b c,d~" and flags.output == tmp_path / "out"
+    run_flags = ["--shards=file:///tokens", "--entropy-source", "random", "--output-dir", "~/run"]
+    options, training = train.options.parse(run_flags, None)
+    assert options.shards == "/tokens" and training.output_dir == f"{tmp_path}/run"
+    with pytest.raises(UsageError, match="names the host elsewhere"):
+        parse(["--corpus", "file://elsewhere/a", "--output", "x"])
+
+
+def test_ids_with_a_gap(work: Path, tmp_path: Path) -> None:
+    """A token that vocab.txt has twice has the second number, so the greatest number is the number of tokens."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "twice", "twice", "last"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 7 and manifests.from_tokenizer(tokenizer)["vocab_size"] == 8
+    assert len(continuing_tokens(tokenizer, manifests.vocabulary_size(tokenizer))) == 8
+    row = {"input_ids": [2, 7, 6, 7, 3], "entropy": [0.0, 1.0, 1.0, 1.0, 0.0], "sequence_id": 0}
+    assert EntropyMaskingCollator(tokenizer, MaskPolicy(ratio=0.5))([row])["input_ids"].shape == (1, 5)
 
 
 def test_what_is_no_tokenizer(work: Path, tmp_path: Path) -> None:
