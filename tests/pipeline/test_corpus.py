@@ -259,7 +259,7 @@ def test_links_names_and_wildcards(tmp_path: Path, capsys: pytest.CaptureFixture
         assert texts_of(plan_corpus(f"{tmp_path}/{spec}")) == expected, spec
     assert "note: notes.pdf not read: unknown endings" in capsys.readouterr().err
     (tmp_path / "a1x" / "gone.txt").symlink_to("nowhere")
-    with pytest.raises(UsageError, match="cannot read .*gone"):
+    with pytest.raises(UsageError, match=r"cannot read .*gone"):
         plan_corpus(f"{tmp_path}/a1x")
     (tmp_path / "b,c" / "\udcff.txt").write_text("x")
     with pytest.raises(UsageError, match="is not UTF-8; rename it"):

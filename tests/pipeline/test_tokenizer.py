@@ -70,16 +70,16 @@ def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:
 def test_nothing_is_lost_without_a_word(kind: str) -> None:
     """Case, accents and vowel signs stay unless a flag asks to remove them; a decomposed character is composed."""
     texts = ["Some Café cafe\u0301 हिन्दी में किताब ที่นี่มีข้าว 語"] * 20
-    tokenizers = {
-        names: command.train(texts, most(texts, kind, *names), kind, *names) for names in ((), (True,), (True, True))
-    }
-    for names, found in zip(
-        tokenizers, ("Café CAFÉ हिन्दी มีข้าว", "café café हिन्दी มีข้าว", "cafe cafe हिनदी มขาว"), strict=True
-    ):
-        ids = tokenizers[names]("Cafe\u0301 CAFÉ हिन्दी มีข้าว", add_special_tokens=False).input_ids
+    text = "Cafe\u0301 CAFÉ हिन्दी มีข้าว"
+    for flags, expected in {
+        (): "Café CAFÉ हिन्दी มีข้าว",
+        (True,): "café café हिन्दी มีข้าว",
+        (True, True): "cafe cafe हिनदी มขาว",
+    }.items():
+        tokenizer = command.train(texts, most(texts, kind, *flags), kind, *flags)
+        assert tokenizer.backend_tokenizer.normalizer.normalize_str(text) == expected
         if kind == "bpe":
-            assert tokenizers[names].decode(ids).strip() == found
-        assert tokenizers[names].backend_tokenizer.normalizer.normalize_str("Cafe\u0301 CAFÉ हिन्दी มีข้าว") == found
+            assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids).strip() == expected
 
 
 def most(texts: list[str], kind: str, *names: bool) -> int:
