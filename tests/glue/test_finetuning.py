@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -246,9 +247,10 @@ def test_models_share_tokens_only_if_their_tokenizers_are_equal(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tokenizers of one vocabulary differ if only one of them lower-cases."""
-    shutil.copytree(work / "teacher", tmp_path / "uncased")
-    file = tmp_path / "uncased" / "tokenizer.json"
-    file.write_text(file.read_text().replace('"lowercase": false', '"lowercase": true'))
+    shutil.copytree(work / "teacher", tmp_path / "cased")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / "cased" / name).read_text()
+        (tmp_path / "cased" / name).write_text(re.sub(r'("(do_lower_case|lowercase)": )true', r"\1false", text))
     used = []
 
     def run_trial(trial: Trial, tokens: TrialTokens, advance: object) -> Outcome:
@@ -257,7 +259,7 @@ def test_models_share_tokens_only_if_their_tokenizers_are_equal(
 
     monkeypatch.setattr(glue.run, "run_trial", run_trial)
     with pytest.raises(RunError, match="2 of 2 failed"):
-        models = ["--model", work / "teacher", tmp_path / "uncased"]
+        models = ["--model", work / "teacher", tmp_path / "cased"]
         glue_here(tmp_path / "out", *models, "--tasks", "rte", "--data", data, *QUICK)
     (hash_1, tokens_1), (hash_2, tokens_2) = used
     assert hash_1 != hash_2 and tokens_1 is not tokens_2
