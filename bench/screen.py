@@ -133,7 +133,7 @@ class Screen:
     def split_articles(self) -> None:
         """Write the texts of each part. Raises UsageError for a file that cannot be read, or lacks ids or articles."""
         try:
-            articles = pl.read_parquet(self.args.articles, columns=["id", "text"]).cast({"id": pl.String})
+            articles = pl.read_parquet(self.args.articles, glob=False, columns=["id", "text"]).cast({"id": pl.String})
             held_out = Path(self.args.held_out).read_text().split()
         except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
             raise UsageError(f"--articles or --held-out cannot be read: {one_line(error)}") from None
@@ -156,7 +156,8 @@ class Screen:
         """Tokenizer, tokens, the reference and its scores."""
         of, run = self.output.joinpath, self.commands.run
         vocabulary = ("--vocab-size", self.size.vocab_size, "--output", of("tokenizer"))
-        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *vocabulary)
+        uncased = ("--lowercase", "--strip-accents")  # as for the results in docs/RECIPES.md
+        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *uncased, *vocabulary)
         score = ("pipeline/score.py", "--backend", "local", "--cpus-per-worker", 1, "--sequence-length", LENGTH)
         score += ("--shard-tokens", 1 << 18 if self.size.vocab_size > 1000 else 1 << 12)
         for name in ("trunks", "articles"):

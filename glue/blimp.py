@@ -26,6 +26,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.masked_lm import MaskedLM
+from entropy_masking.shards.manifests import vocabulary_size
 from glue.batches import Tokens
 from glue.files import check_table, find_file, read_file
 
@@ -118,7 +119,7 @@ def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, pll: str, t
         raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
     if pll == "within-word":
         try:
-            continuing_tokens(tokenizer, len(tokenizer))
+            continuing_tokens(tokenizer, vocabulary_size(tokenizer))
         except ValueError:
             raise UsageError(
                 f"the tokenizer in {directory} does not mark the tokens that continue a word; pass --pll original"
@@ -141,7 +142,7 @@ def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, pll: str) -> Senten
     scored_T = word_T >= 0
     ends_T = np.arange(len(ids_T))
     if pll == "within-word":
-        continues_T = continuing_tokens(tokenizer, len(tokenizer)).numpy()[ids_T] & scored_T
+        continues_T = continuing_tokens(tokenizer, vocabulary_size(tokenizer)).numpy()[ids_T] & scored_T
         continues_T[1:] &= word_T[1:] == word_T[:-1]
         continues_T[starts[:-1]] = False
         last_T = np.append(~continues_T[1:], True)  # of its word

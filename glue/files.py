@@ -30,7 +30,7 @@ def read_file(path: Path) -> pl.DataFrame:
     """The table of a file; all columns of a TSV or CSV are text. Raises UsageError if it cannot be read."""
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path)
+            return pl.read_parquet(path.read_bytes())  # polars would take some names for patterns
         if path.suffix == ".jsonl":
             return pl.DataFrame(list(_objects(path)), infer_schema_length=None, strict=False)
         if path.suffix in (".tsv", ".csv"):

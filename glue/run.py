@@ -39,7 +39,7 @@ from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.manifests import tokenization_hash
+from entropy_masking.shards.manifests import tokenization_hash, vocabulary_size
 from entropy_masking.summary import Summary
 from glue import blimp, finetune, metrics
 from glue.batches import encode_task
@@ -111,9 +111,10 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     directory = checkpoints.local_checkpoint(path)
     tokenizer = checkpoints.load_tokenizer(str(directory))
     vocab_size = checkpoints.load_config(directory, args.trust_remote_code).vocab_size
-    if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
+    size = vocabulary_size(tokenizer)
+    if tokenizer.pad_token_id is None or size > vocab_size:
         raise UsageError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), but the model "
+            f"the tokenizer in {directory} has {size} tokens (padding: {tokenizer.pad_token}), but the model "
             f"has {vocab_size}; save the model's tokenizer there"
         )
     if any(task.name not in ZERO_SHOT for task in args.tasks):

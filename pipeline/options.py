@@ -13,6 +13,7 @@ from entropy_masking.commands.flags import Parser, flag, not_negative, option, p
 from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
+from pipeline.corpus.plan import UNITS
 
 SEED = 42  # by default, as in a training run
 VARIANTS = 4  # by default, if epochs have different masks
@@ -86,7 +87,7 @@ def add_flags(parser: Parser) -> None:
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
     add("--tokenizer", help="path or Hub id (default: the teacher's, or that of a corpus which is a shard directory)")
     add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
+    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
     add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")

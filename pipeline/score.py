@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         document=args.document,
         shard_tokens=args.shard_tokens,
         limit_documents=args.limit_documents,
+        output=args.output,
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
@@ -129,6 +130,9 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
     if failed:
         print(line("given up", f"{len(failed)} shards ({named})"))
+    if job.manifest.teacher and (bare := [shard_file(i) for i, record in records.items() if not record.scored_tokens]):
+        named = ", ".join(bare[:5]) + " …" * (len(bare) > 5)
+        print(line("without scores", f"{len(bare)} shards ({named}): all tokens are special or [UNK]"))
     print(line("sequences", f"{totals['sequences']:,} of {job.manifest.sequence_length} tokens"))
     print("\n".join(totals_lines(totals)))
     if manifest.kind == "sequences" and (spread := entropy_spread(manifest)):

@@ -134,6 +134,10 @@ def totals_lines(totals: dict[str, Any]) -> list[str]:
     if totals["rescued_shards"]:
         lines.append(line("smaller batches", f"{totals['rescued_shards']} shards, for lack of memory"))
     lines.append(line("bytes", f"{totals['bytes']:,} ({totals['bytes'] / max(tokens, 1):.2f} a {unit[:-1]})"))
+    if read := totals["documents"] - totals["rejected"]:
+        mean = f"{max(1, round((tokens - 2 * totals['sequences']) / read) - 1):,} tokens in the mean"
+        most = f", {longest:,} at most" if (longest := totals.get("longest_document")) else ""
+        lines.append(line("documents", f"{read:,}, {mean}{most}"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())
     listed = f" ({reasons}), listed in _records/" if reasons else ""
     return [*lines, line("rejected documents", f"{totals['rejected']:,}{listed}")]

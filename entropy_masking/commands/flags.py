@@ -8,11 +8,13 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 
 Number = TypeVar("Number", int, float)
@@ -20,6 +22,7 @@ Number = TypeVar("Number", int, float)
 # when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
 Rule = tuple[bool, Mapping[str, object], str]
 Argv = list[str]
+PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")  # a path with ~ or a file URI, within an argument
 
 
 def flag(name: str) -> str:
@@ -74,6 +77,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
         """Parse flags with dashes or underscores, after those of --config. Raises UsageError."""
         texts = [self._with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
+        # file URIs and ~ become plain paths, also in --flag=~/a, name=~/a and b,~/a
+        texts = [PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in texts]
         self.argv = [*self.configured(texts), *texts]
         for before, text in zip(["", *self.argv], self.argv, strict=False):
             if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):

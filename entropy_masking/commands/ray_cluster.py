@@ -20,7 +20,7 @@ CONNECT_SECONDS = 10.0
 
 def check_kept(flag: str, output: str) -> None:
     """Raises UsageError if the output would be deleted with the working directory of a Ray job."""
-    kept = storage.is_remote(output) or Path(output.removeprefix("file://")).is_absolute()
+    kept = storage.is_remote(output) or Path(storage.local_path(output)).is_absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not kept:
         lost = "would be deleted with the working directory of the Ray job"
         raise UsageError(f"{flag} {output} {lost}; name an absolute path")

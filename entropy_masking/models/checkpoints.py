@@ -36,8 +36,8 @@ def local_checkpoint(name: str) -> Path:
     Raises:
         UsageError: neither a local directory nor a Hub repository that can be reached.
     """
-    if Path(name).is_dir():
-        return Path(name).absolute()
+    if (directory := Path(storage.local_path(name))).is_dir():
+        return directory.absolute()
     if name.startswith(("/", ".", "~")):
         raise UsageError(f"there is no model directory {name}; name an existing one, or a model on the Hub")
     try:

@@ -116,6 +116,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {role: token for role, token in ids.items() if token is not None}
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The greatest id + 1. ``len(tokenizer)`` is less if ids have gaps, as after a line that vocab.txt has twice."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the meaning of token ids: the vocabulary and the special ids."""
     return storage.sha256_json([tokenizer.get_vocab(), special_ids(tokenizer)])
@@ -160,7 +165,7 @@ def new_manifest(
 def from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The fields of a manifest that its tokenizer determines."""
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "special_ids": special_ids(tokenizer),
         "special_token_ids": sorted(set(tokenizer.all_special_ids)),
         "tokenizer_hash": tokenizer_hash(tokenizer),
