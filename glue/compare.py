@@ -84,13 +84,15 @@ def teacher_flops(directory: str | None) -> float | None:
     if directory is None:
         return None
     try:
-        summary = storage.read_json(storage.join(directory, "summary.json"))
-        return summary["training_flops"] + summary["scoring_flops"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        summary = Summary.model_validate(storage.read_json(storage.join(directory, "summary.json")))
+    except (FileNotFoundError, ValueError):
+        summary = Summary()
+    if summary.training_flops is None or summary.scoring_flops is None:
         raise UsageError(
             f"--teacher {directory} has no summary.json with the costs of its training; name a directory made by "
             "train/run.py, or leave it out"
-        ) from None
+        )
+    return summary.training_flops + summary.scoring_flops
 
 
 def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> Comparison:

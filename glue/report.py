@@ -176,6 +176,6 @@ def warnings(summaries: Summaries) -> dict[str, list[str]]:
 
 def history(summary: Summary) -> pl.DataFrame:
     """The training curve of a summary; empty for a run of one step."""
-    columns = {"step": pl.Int64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
+    columns = {"step": pl.Float64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
     frame = pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls(["step", "seconds"])
     return frame if frame["step"].n_unique() > 1 else frame.clear()

@@ -211,4 +211,5 @@ def evaluated_on(training: Summary) -> tuple[str | None, object]:
     """The text of a run's held-out loss, and its share of the shards."""
     if training.eval_shards:
         return training.eval_shards.sequences_hash, None
-    return (training.shards or Directory()).sequences_hash, (training.flags or {}).get("eval_fraction")
+    fraction = (training.flags or {}).get("eval_fraction")
+    return (training.shards or Directory()).sequences_hash, str(fraction)  # a summary of others may have a list there

@@ -48,6 +48,8 @@ def training_arguments(options: Options, flags: TrainerFlags) -> TrainingArgumen
     given["accelerator_config"] = {"non_blocking": not flags.use_cpu}
     with refused_by_transformers():  # TrainingArguments checks its fields
         args = TrainingArguments(**(given | FIXED))
+    if flags.fp16 and args.device.type == "cpu":
+        raise UsageError("--fp16 has no effect on a CPU; leave it out")
     if args.device.type == "mps":
         raise UsageError("--use-cpu false would train on Apple's GPU, which has no float64 for the masks; leave it out")
     return args

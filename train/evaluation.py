@@ -56,22 +56,20 @@ def outcomes(
     return tuple(values_N[labels_N != IGNORED_LABEL].numpy() for values_N in columns)
 
 
-def unigram_loss(
-    manifest: Manifest, training: list[ShardEntry], evaluated: Manifest, held_out: list[ShardEntry]
-) -> float:
-    """The mean loss (nats) on held-out tokens of a model that knows only how often each token occurs.
+def token_counts(manifest: Manifest, entries: list[ShardEntry]) -> np.ndarray:
+    """How often each token occurs in a sample of the shards [V]; 0 for special tokens."""
+    count_V = np.zeros(manifest.vocab_size, np.int64)
+    for entry in entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]:
+        ids_N = read_table(manifest, entry, ["input_ids"], [0]).column("input_ids").combine_chunks().flatten()
+        count_V += np.bincount(ids_N.to_numpy(), minlength=len(count_V))[: len(count_V)]
+    count_V[list(manifest.special_token_ids)] = 0
+    return count_V
 
-    It counts tokens in a sample of the training shards, adds one to each count, and leaves out special tokens.
-    """
-    special = list(manifest.special_token_ids)
-    counts = [np.zeros(manifest.vocab_size), np.zeros(manifest.vocab_size)]
-    for count_V, directory, entries in ((counts[0], manifest, training), (counts[1], evaluated, held_out)):
-        for entry in entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]:
-            ids_N = read_table(directory, entry, ["input_ids"], [0]).column("input_ids").combine_chunks().flatten()
-            count_V += np.bincount(ids_N.to_numpy(), minlength=len(count_V))[: len(count_V)]
-        count_V[special] = 0
-    probability_V = (counts[0] + 1) / (counts[0] + 1).sum()
-    return float(-(counts[1] * np.log(probability_V)).sum() / max(1, counts[1].sum()))
+
+def unigram_loss(training_V: np.ndarray, held_out_V: np.ndarray) -> float:
+    """The mean loss (nats) on held-out tokens of a model that knows only how often each token occurs, plus one."""
+    log_V = np.log((training_V + 1) / (training_V + 1).sum())
+    return float(-(held_out_V * log_V).sum() / max(1, held_out_V.sum()))
 
 
 def metrics(columns: Sequence[np.ndarray], scored: bool) -> dict[str, float]:

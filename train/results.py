@@ -15,7 +15,7 @@ from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
 from train.arguments import deciding_arguments, global_batch
-from train.evaluation import DECILES, unigram_loss
+from train.evaluation import DECILES, token_counts, unigram_loss
 from train.flags import Options
 from train.inputs import Inputs
 from train.options import BY_METRIC
@@ -80,6 +80,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
+    guess = unigram_loss(token_counts(manifest, inputs.shards), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
         model=options.model,
@@ -91,7 +92,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         eval_loss=metrics.get("eval_loss"),
         eval_accuracy=metrics.get("eval_accuracy"),
         eval_positions=metrics.get("eval_positions"),
-        eval_unigram_loss=unigram_loss(manifest, inputs.shards, inputs.evaluated, inputs.held_out) if metrics else None,
+        eval_unigram_loss=guess if metrics else None,
         eval_loss_by_entropy_decile=deciles_of(metrics),
         training_flops=flops,
         scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),

@@ -95,10 +95,10 @@ def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
     if args.max_steps <= 0:
         rows = sum(entry.rows for entry in inputs.shards)
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
+    given = args.lr_scheduler_kwargs or {}
+    if not isinstance(given, dict):
+        raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        given = args.lr_scheduler_kwargs or {}
-        if not isinstance(given, dict):
-            raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
         args.lr_scheduler_kwargs = {
             "num_decay_steps": round(DECAY_SHARE * args.max_steps),
             "decay_type": "linear",

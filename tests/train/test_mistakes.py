@@ -48,7 +48,7 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--dataloader-persistent-workers", "true"], f"--dataloader-persistent-workers {UNSUPPORTED}"),
         (["--dataloader-num-workers", 1, "--dataloader-prefetch-factor", -1], "--dataloader-prefetch-factor -1"),
         (["--lr-scheduler-type", "cosine_with_min_lr"], "min_lr"),
-        (["--lr-scheduler-kwargs", "nope"], "transformers does not accept the flags"),
+        (["--lr-scheduler-kwargs", "nope"], "is not a JSON object"),
         (["--lr-scheduler-kwargs", '{"nope": 1}'], "nope"),
         (["--lr-scheduler-type", "warmup_stable_decay", "--lr-scheduler-kwargs", "[1]"], "is not a JSON object"),
         (["--save-strategy", "best"], "--save-strategy: invalid choice: 'best' (choose from 'no', 'steps')"),
