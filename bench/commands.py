@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,9 +21,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "107
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
 
-def new_parser(description: str | None) -> console.Parser:
+def new_parser(description: str | None) -> Parser:
     """A parser whose help begins with the docstring of a bench."""
-    return console.Parser(prog=f"bench/{Path(sys.argv[0]).name}", description=description)
+    return Parser(f"bench/{Path(sys.argv[0]).name}", description)
 
 
 def keep_buffers() -> None:

@@ -15,7 +15,7 @@ corpus=(--corpus docstrings --limit-documents "$documents")
 train=(--model tiny --eval-fraction 0.05 --max-steps "$steps" --seed 1)
 
 step "1/6 a WordPiece tokenizer, trained on the docstrings of the installed packages"
-python pipeline/tokenizer.py "${corpus[@]}" --vocab-size 8192 --output "$out/tokenizer"
+python pipeline/tokenizer.py "${corpus[@]}" --lowercase --strip-accents --vocab-size 8192 --output "$out/tokenizer"
 
 step "2/6 the corpus as token shards"
 python pipeline/score.py "${corpus[@]}" --teacher none --tokenizer "$out/tokenizer" --shard-tokens 32768 \

@@ -34,6 +34,7 @@ from bench.commands import measure_in_child, new_parser
 from bench.table import Row, print_table, row
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
@@ -79,10 +80,10 @@ def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--shards", required=True, help="shard directory on this machine")
-    add("--batch", type=console.positive, default=64, help="sequences per batch (default: 64)")
-    add("--windows", type=console.positive, default=3, help="windows of the shuffle read in each round (default: 3)")
-    add("--tokens", type=console.positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
-    add("--rounds", type=console.positive, default=3)
+    add("--batch", type=positive, default=64, help="sequences per batch (default: 64)")
+    add("--windows", type=positive, default=3, help="windows of the shuffle read in each round (default: 3)")
+    add("--tokens", type=positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
+    add("--rounds", type=positive, default=3)
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if storage.is_remote(args.shards):

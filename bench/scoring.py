@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from bench.commands import ROOT, keep_buffers, new_parser, run_script
 from bench.table import Row, device_name, in_turns, peak_flops, print_table, row
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import load_tokenizer, local_checkpoint, resolve_dtype
 from entropy_masking.models.flops import forward_flops
@@ -69,14 +70,14 @@ def parse() -> argparse.Namespace:
     add("--teacher", required=True, help="masked LM by path or Hub id")
     add("--corpus", required=True, help="texts, as for pipeline/score.py; its first documents are scored")
     add("--text-column", default="text")
-    add("--sequence-length", type=console.positive, default=128)
-    add("--batch-tokens", type=console.positive, default=8192, help="tokens in one of our forwards (default: 8192)")
+    add("--sequence-length", type=positive, default=128)
+    add("--batch-tokens", type=positive, default=8192, help="tokens in one of our forwards (default: 8192)")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
-    add("--threads", type=console.positive, default=1, help="torch threads of every contestant (default: 1)")
-    add("--tokens", type=console.positive, default=2048, help="text scored in each round (default: 2048)")
-    add("--rounds", type=console.positive, default=4)
+    add("--threads", type=positive, default=1, help="torch threads of every contestant (default: 1)")
+    add("--tokens", type=positive, default=2048, help="text scored in each round (default: 2048)")
+    add("--rounds", type=positive, default=4)
     add("--job-seconds", type=float, default=300, help="approximate seconds of the job; 0 skips it (default: 300)")
-    add("--size-tokens", type=console.positive, default=16384, help="tokens in the measured shards (default: 16384)")
+    add("--size-tokens", type=positive, default=16384, help="tokens in the measured shards (default: 16384)")
     args = parser.parse_args()
     args.dtype = resolve_dtype(args.dtype)
     return args

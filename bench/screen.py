@@ -33,12 +33,15 @@ from bench.recipes import LENGTH, RECIPES, ROWS, SIZES
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import local_checkpoint
+from glue.files import find_file, read_file
 from glue.intervals import estimate
 from glue.tables import difference, markdown
-from glue.tasks import TASKS, find_file, read_file
-from train.options import LEARNING_RATES, MUON
+from glue.tasks import TASKS
+from train.arguments import LEARNING_RATES
+from train.flags import MUON
 
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 COMMON_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)  # of trunks and of the reference
@@ -84,8 +87,8 @@ def parse() -> argparse.Namespace:
     add("--output", required=True, help="directory for all results")
     add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
-    add("--trunks", type=console.positive, default=3, help="number of trunks, each with its own seed (default: 3)")
-    add("--jobs", type=console.positive, default=2, help="runs at once (default: 2)")
+    add("--trunks", type=positive, default=3, help="number of trunks, each with its own seed (default: 3)")
+    add("--jobs", type=positive, default=2, help="runs at once (default: 2)")
     reference = "model with the screen's tokenizer that scores the text (default: one is trained on the same articles)"
     add("--reference", help=reference)
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
@@ -130,7 +133,7 @@ class Screen:
     def split_articles(self) -> None:
         """Write the texts of each part. Raises UsageError for a file that cannot be read, or lacks ids or articles."""
         try:
-            articles = pl.read_parquet(self.args.articles, columns=["id", "text"]).cast({"id": pl.String})
+            articles = pl.read_parquet(self.args.articles, glob=False, columns=["id", "text"]).cast({"id": pl.String})
             held_out = Path(self.args.held_out).read_text().split()
         except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
             raise UsageError(f"--articles or --held-out cannot be read: {one_line(error)}") from None
@@ -153,7 +156,8 @@ class Screen:
         """Tokenizer, tokens, the reference and its scores."""
         of, run = self.output.joinpath, self.commands.run
         vocabulary = ("--vocab-size", self.size.vocab_size, "--output", of("tokenizer"))
-        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *vocabulary)
+        uncased = ("--lowercase", "--strip-accents")  # as for the results in docs/RECIPES.md
+        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *uncased, *vocabulary)
         score = ("pipeline/score.py", "--backend", "local", "--cpus-per-worker", 1, "--sequence-length", LENGTH)
         score += ("--shard-tokens", 1 << 18 if self.size.vocab_size > 1000 else 1 << 12)
         for name in ("trunks", "articles"):

@@ -37,11 +37,13 @@ from bench.commands import keep_buffers, measure_in_child, new_parser
 from bench.recipes import AT_ONCE
 from bench.table import Row, device_name, now, peak_flops, print_table, row
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import positive
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
+from train.arguments import training_arguments
 from train.data import TrainingSequences
 from train.options import parse as parse_run
 from train.student import build_student
@@ -98,10 +100,10 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--shards", required=True, help="shard directory with entropies and top-k log-probabilities")
     add("--model", default="mini", help="as for train/run.py (default: mini)")
-    add("--batch", type=console.positive, default=64, help="sequences a step (default: 64)")
-    add("--steps", type=console.positive, default=12, help="measured steps of a round (default: 12)")
-    add("--rounds", type=console.positive, default=4)
-    add("--threads", type=console.positive, default=1, help="torch threads of every contestant (default: 1)")
+    add("--batch", type=positive, default=64, help="sequences a step (default: 64)")
+    add("--steps", type=positive, default=12, help="measured steps of a round (default: 12)")
+    add("--rounds", type=positive, default=4)
+    add("--threads", type=positive, default=1, help="torch threads of every contestant (default: 1)")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of every contestant's autocast")
     add("--torch-compile", action="store_true", help="compile the model of every contestant")
     add("--child", help=argparse.SUPPRESS)
@@ -146,7 +148,8 @@ def train_once(args: argparse.Namespace) -> dict[str, Any]:
 
 def train_stock(line: list[str], clock: Clock) -> None:
     """``transformers.Trainer`` as run_mlm.py uses it: its collator, the head at every position, the same arguments."""
-    options, arguments = parse_run(line, None)
+    options, given = parse_run(line, None)
+    arguments = training_arguments(options, given)
     manifest = read_manifest(options.shards)
     student = build_student(options.model, manifest, arguments.seed)
     files = [manifest.shard_uri(entry) for entry in manifest.shards]

@@ -15,6 +15,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from pyarrow import ArrowInvalid, fs
 
@@ -28,14 +29,33 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def local_path(uri: str) -> str:
+    """The path that ``file://…`` or ``~/…`` means; any other path or URI is returned unchanged.
+
+    Raises:
+        UsageError: a file URI names another host.
+    """
+    if uri.startswith("file://"):
+        host, slash, path = uri.removeprefix("file://").partition("/")
+        if host not in ("", "localhost"):
+            raise UsageError(f"{uri} names the host {host}; a file URI begins with file:/// and an absolute path")
+        return unquote(slash + path, errors="surrogateescape")
+    return os.path.expanduser(uri) if uri == "~" or uri.startswith("~/") else uri
+
+
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it; a plain path becomes absolute.
 
     Raises:
-        UsageError: the scheme is unknown, or the URI is wrong.
+        UsageError: the scheme is unknown, the URI is wrong, or a path is not UTF-8.
     """
     if not is_remote(uri):
-        return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
+        path = str(Path(local_path(uri)).absolute())
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # Arrow cannot open it
+            raise UsageError(f"the name of {path!r} is not UTF-8; rename it") from None
+        return fs.LocalFileSystem(), path
     try:
         return fs.FileSystem.from_uri(uri)
     except (ArrowInvalid, OSError, ValueError) as error:

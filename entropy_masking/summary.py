@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 T = TypeVar("T")
+LARGEST = 1e30  # whole numbers beyond are no measurements, and overflow later
 
 
 def _none_if_wrong(value: object, validate: Callable[[object], object]) -> object:
@@ -22,7 +23,7 @@ def _none_if_wrong(value: object, validate: Callable[[object], object]) -> objec
 
 
 Known = Annotated[T | None, WrapValidator(_none_if_wrong)]
-Number = Known[int | float]
+Number = Known[Annotated[int | float, Field(ge=-LARGEST, le=LARGEST)]]
 
 
 class Tolerant(BaseModel):
@@ -65,6 +66,7 @@ class Summary(Tolerant):
     eval_loss: Number = None
     eval_accuracy: Number = None
     eval_positions: Number = None
+    eval_unigram_loss: Number = None
     eval_loss_by_entropy_decile: Known[Sequence[Number]] = None
     training_flops: Number = None
     scoring_seconds: Number = None
@@ -72,7 +74,7 @@ class Summary(Tolerant):
     shards: Known[Directory] = None
     targets: Known[Directory] = None
     eval_shards: Known[Directory] = None
-    seed: int | None = None
+    seed: Known[int] = None
     warnings: Known[Sequence[str]] = None
     history: Known[Sequence[Mapping[str, Number]]] = None  # the losses as a curve
     flags: Known[dict[str, object]] = None

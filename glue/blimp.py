@@ -26,10 +26,10 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.masked_lm import MaskedLM
+from entropy_masking.shards.manifests import vocabulary_size
 from glue.batches import Tokens
-from glue.tasks import check_table, find_file, read_file
+from glue.files import check_table, find_file, read_file
 
-FORMS = ("within-word", "original")
 PROTOCOL = "zero-shot"  # instead of a fine-tuning protocol
 SEED = 0  # instead of a seed: BLiMP does not depend on one
 TEXTS = ["sentence_good", "sentence_bad"]
@@ -113,18 +113,18 @@ def load(data: str | None, limit: int | None) -> Pairs:
     return Pairs(kept, limit if len(kept) < len(frame) else None, storage.sha256_json(frame.rows()))
 
 
-def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, pll: str) -> None:
+def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, pll: str, trust_remote_code: bool) -> None:
     """Raises UsageError if a model cannot score sentences in this form."""
     if tokenizer.mask_token_id is None:
         raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
     if pll == "within-word":
         try:
-            continuing_tokens(tokenizer, len(tokenizer))
+            continuing_tokens(tokenizer, vocabulary_size(tokenizer))
         except ValueError:
             raise UsageError(
                 f"the tokenizer in {directory} does not mark the tokens that continue a word; pass --pll original"
             ) from None
-    load_masked_lm(directory)
+    load_masked_lm(directory, trust_remote_code)
 
 
 def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, pll: str) -> Sentences:
@@ -142,7 +142,7 @@ def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, pll: str) -> Senten
     scored_T = word_T >= 0
     ends_T = np.arange(len(ids_T))
     if pll == "within-word":
-        continues_T = continuing_tokens(tokenizer, len(tokenizer)).numpy()[ids_T] & scored_T
+        continues_T = continuing_tokens(tokenizer, vocabulary_size(tokenizer)).numpy()[ids_T] & scored_T
         continues_T[1:] &= word_T[1:] == word_T[:-1]
         continues_T[starts[:-1]] = False
         last_T = np.append(~continues_T[1:], True)  # of its word
@@ -158,6 +158,7 @@ def score(
     sentences: Sentences,
     advance: Callable[[int], None] = lambda rows: None,
     batch_tokens: int = BATCH_TOKENS,
+    trust_remote_code: bool = False,
 ) -> np.ndarray:
     """Pseudo-log-likelihoods [2N] in nats, first of the good sentences, then of the bad ones.
 
@@ -174,7 +175,8 @@ def score(
     tokens, (rows_I, places_I) = sentences.tokens, sentences.inputs
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        model = MaskedLM(load_masked_lm(directory).eval(), int(tokens.lengths.max()), str(directory))
+        loaded = load_masked_lm(directory, trust_remote_code).eval()
+        model = MaskedLM(loaded, int(tokens.lengths.max()), str(directory))
     except UsageError as error:
         raise RunError(f"the longest sentence of BLiMP cannot be scored: {error}") from None
     model.model.to(device)
@@ -228,12 +230,14 @@ def log_probabilities(model: MaskedLM, inputs: dict[str, Tensor], position_B: Te
     return (target_B1 - highest_B1)[:, 0] - logits_BV.sub_(highest_B1).exp_().sum(1).log()
 
 
-def evaluate(directory: Path, sentences: Sentences, advance: Callable[[int], None]) -> dict[str, object]:
+def evaluate(
+    directory: Path, sentences: Sentences, advance: Callable[[int], None], trust_remote_code: bool
+) -> dict[str, object]:
     """The fields of a result file: the share of the pairs whose good sentence has the higher score.
 
     Equal scores count as wrong.
     """
-    good_N, bad_N = np.split(score(directory, sentences, advance), 2)
+    good_N, bad_N = np.split(score(directory, sentences, advance, trust_remote_code=trust_remote_code), 2)
     frame = sentences.pairs.frame.with_columns(right=pl.Series(good_N > bad_N))
     accuracy = float(np.mean(good_N > bad_N))
     return {

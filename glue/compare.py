@@ -24,6 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import UsageError
 from entropy_masking.summary import Summary
 from glue import tables
@@ -31,8 +32,8 @@ from glue.costs import break_evens, cost
 from glue.intervals import Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
-from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT
+from glue.verdict import Comparison, Estimates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = console.Parser(prog="glue/compare.py", description=__doc__)
+    parser = Parser("glue/compare.py", __doc__)
     add = parser.add_argument
     add(
         "regimes", nargs="+", metavar="NAME=DIR[,DIR]", help="a regime: output directories of glue/run.py, one per seed"
@@ -83,13 +84,15 @@ def teacher_flops(directory: str | None) -> float | None:
     if directory is None:
         return None
     try:
-        summary = storage.read_json(storage.join(directory, "summary.json"))
-        return summary["training_flops"] + summary["scoring_flops"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        summary = Summary.model_validate(storage.read_json(storage.join(directory, "summary.json")))
+    except (FileNotFoundError, ValueError):
+        summary = Summary()
+    if summary.training_flops is None or summary.scoring_flops is None:
         raise UsageError(
             f"--teacher {directory} has no summary.json with the costs of its training; name a directory made by "
             "train/run.py, or leave it out"
-        ) from None
+        )
+    return summary.training_flops + summary.scoring_flops
 
 
 def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> Comparison:
@@ -103,7 +106,8 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
         UsageError: a required average lacks tasks.
     """
     reference = regimes[baseline][0]
-    results = {task: next(iter(reference.results[task].values())) for task in TASKS if task in reference.results}
+    tasks = sorted(reference.results, key=[*TASKS, *sorted(reference.results)].index)  # GLUE's, then one's own
+    results = {task: next(iter(reference.results[task].values())) for task in tasks}
     table: Comparison = {
         "protocol": next(iter(results.values())).protocol,
         "baseline": baseline,

@@ -34,15 +34,16 @@ DROPOUTS = (
 EVAL_BATCH = 128
 
 
-def check_model(directory: Path, length: int) -> None:
+def check_model(directory: Path, length: int, trust_remote_code: bool) -> None:
     """Raises UsageError if a model cannot be fine-tuned on sequences of ``length`` tokens."""
     safetensors_files(directory)
-    tuned = [name for name in load_config(directory).architectures or [] if "ForSequenceClassification" in name]
+    config = load_config(directory, trust_remote_code)
+    tuned = [name for name in config.architectures or [] if "ForSequenceClassification" in name]
     if tuned:
         raise UsageError(
             f"{directory} is already fine-tuned ({tuned[0]}); use the pretrained model, from which all tasks start"
         )
-    longest = positions(load_classifier(directory, GLUE["rte"], 0.0))
+    longest = positions(load_classifier(directory, GLUE["rte"], 0.0, trust_remote_code))
     if not 8 <= length <= (longest or length):
         allowed = f"8 to {longest}, the positions of {directory}" if longest else "at least 8"
         raise UsageError(f"--max-length {length} is out of range; use {allowed}")
@@ -59,7 +60,12 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def finetune(
-    directory: Path, tokens: TaskTokens, settings: Settings, seed: int, advance: Callable[[int], None]
+    directory: Path,
+    tokens: TaskTokens,
+    settings: Settings,
+    seed: int,
+    advance: Callable[[int], None],
+    trust_remote_code: bool = False,
 ) -> tuple[dict[str, float], bool]:
     """Fine-tune on the training rows, and evaluate on the evaluation rows.
 
@@ -77,7 +83,7 @@ def finetune(
     """
     task, device = tokens.task, torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     set_seed(seed)
-    model = load_classifier(directory, task, settings.dropout).to(device)
+    model = load_classifier(directory, task, settings.dropout, trust_remote_code).to(device)
     train(model, as_seen_by(model, tokens.train), settings, seed, advance)
     values: dict[str, float] = {}
     collapsed = False
@@ -142,12 +148,12 @@ def as_seen_by(model: PreTrainedModel, rows: Tokens) -> Tokens:
     return rows if takes else replace(rows, segments=None)
 
 
-def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
+def load_classifier(directory: Path, task: Task, dropout: float, trust_remote_code: bool = False) -> Any:
     """The encoder with a new head, in float32, with dropout.
 
     Raises UsageError if the model has no classification form, or if weights are missing or not finite.
     """
-    config = load_config(directory)
+    config = load_config(directory, trust_remote_code)
     for name in DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
@@ -157,9 +163,14 @@ def load_classifier(directory: Path, task: Task, dropout: float) -> Any:
     config.label2id = {name: number for number, name in config.id2label.items()}
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            directory, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UsageError(f"cannot load {directory} for fine-tuning: {one_line(error)}") from None
     encoder = f"{model.base_model_prefix}."
     if lost := [name for name in loading["missing_keys"] if name.startswith(encoder) and "pooler" not in name]:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+OF_CLASSES = ("accuracy", "f1", "matthews")
+OF_NUMBERS = ("pearson", "spearman")
+
 # Averages differ between papers, so they have names. A part is a task (the mean of its metrics) or task:metric.
 AVERAGES = {
     # the eight tasks that most papers average, without WNLI; MNLI's two evaluations count as one task

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
-from entropy_masking.commands import console, ray_cluster
+from entropy_masking.commands import ray_cluster
+from entropy_masking.commands.flags import Parser, Rule, check_rules, positive, positive_float
 from entropy_masking.errors import UsageError
-from glue.blimp import FORMS
-from glue.protocols import PROTOCOLS
-from glue.tasks import PROBES, ZERO_SHOT, Task, choose
+from glue import metrics
+from glue.files import formats
+from glue.protocols import FORMS, PROTOCOLS
+from glue.tasks import GROUPS, PROBES, TASKS, ZERO_SHOT, Task, choose
 
+# what --help shows; --help-all shows the other flags too
+GROUPS_OF_FLAGS = {
+    "models and tasks": "model tasks task_file data seeds output overwrite",
+    "fine-tuning": "protocol learning_rate epochs batch_size max_length limit_train drop_overlap dtype",
+    "blimp": "pll limit_pairs",
+    "workers": "num_workers gpus_per_worker",
+}
 # flags that only change fine-tuning, each with its value if it is not given
 TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length"))
 TUNING |= {"limit_train": {}, "drop_overlap": False, "protocol": "cramming", "dtype": "auto"}
@@ -21,18 +31,20 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
-    parser = console.Parser(prog="glue/run.py", description=description)
-    add, positive = parser.add_argument, console.positive
+    parser = Parser("glue/run.py", description, GROUPS_OF_FLAGS)
+    add = parser.add_argument
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
-    add("--tasks", required=True, help="comma-separated names, glue (all nine), probes (both) or blimp")
-    add("--data", help="hub, or a directory with TASK/train and TASK/dev as .parquet, .tsv or .jsonl")
+    add("--tasks", help="comma-separated names, glue (all nine), probes (both) or blimp")
+    own = "a task of your own: two files with the columns text, or text_a and text_b, and label; see docs/glue.md"
+    add("--task-file", action="append", default=[], metavar="NAME=TRAIN,DEV[,METRIC]", help=own)
+    add("--data", help=f"hub, or a directory with TASK/train and TASK/dev as {formats()}")
     add("--seeds", default="1", help="comma-separated seeds (default: 1)")
     add("--protocol", choices=PROTOCOLS, default="cramming", help="settings of fine-tuning (default: cramming)")
     add("--output", required=True, help="directory of the result files; those of named models go to OUTPUT/NAME")
     add("--num-workers", type=positive, default=1, help="Ray workers, each with a GPU or a core (default: 1, no Ray)")
     add("--gpus-per-worker", type=share, help="a fraction lets several workers share a GPU (default: 1)")
-    add("--learning-rate", type=console.positive_float, help="learning rate (default: that of the protocol)")
+    add("--learning-rate", type=positive_float, help="learning rate (default: that of the protocol)")
     add("--epochs", type=positive, help="epochs (default: those of the protocol)")
     add("--batch-size", type=positive, help="rows per batch (default: that of the protocol)")
     add("--max-length", type=positive, help="tokens of a text or pair (default: 128)")
@@ -49,24 +61,27 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--drop-overlap", action="store_true", help="do not train on rows that are also evaluation rows")
     dtypes = ["auto", "bfloat16", "float32"]
     add("--dtype", choices=dtypes, default="auto", help="auto (default): bfloat16 if the hardware has it")
+    add("--trust-remote-code", action="store_true", help="run model code from the checkpoints")
     add("--overwrite", action="store_true", help="replace existing results")
     args = parser.parse_args(argv)
-    args.tasks = choose(args.tasks)
+    if not (args.tasks or args.task_file):
+        raise UsageError("there is nothing to do; name tasks with --tasks, or a task of your own with --task-file")
+    args.tasks = (choose(args.tasks) if args.tasks else []) + own_tasks(args.task_file)
     args.models = named_models(args.model)
     args.seeds = parse_seeds(args.seeds)
     args.limit_train = parse_limits(args.limit_train, args.tasks)
-    if args.data and all(task.name in PROBES for task in args.tasks):
-        raise UsageError("the probes are made from installed packages; leave out --data")
+    if args.data and all(task.name in PROBES or task.files for task in args.tasks):
+        raise UsageError(f"{', '.join(task.name for task in args.tasks)}: these do not read --data; leave out --data")
     tuned = [task.name for task in args.tasks if task.name not in ZERO_SHOT]
     of_blimp = "{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out"
     of_tuning = "{flag} has no effect on blimp, which is scored without fine-tuning; leave it out"
     of_workers = "{flag} needs several workers; set --num-workers above 1, or leave it out"
-    rules: list[console.Rule] = [
+    rules: list[Rule] = [
         (len(tuned) == len(args.tasks), {"pll": None, "limit_pairs": None}, of_blimp),
         (not tuned, TUNING, of_tuning),
         (args.num_workers == 1, {"gpus_per_worker": None}, of_workers),
     ]
-    console.check_rules(vars(args), rules)
+    check_rules(vars(args), rules)
     args.pll = args.pll or FORMS[0]
     ray_cluster.check_kept("--output", args.output)
     return args
@@ -76,6 +91,29 @@ def share(text: str) -> float:
     if not 0 < (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range; use more than 0 and at most 1: a trial uses one GPU")
     return value
+
+
+def own_tasks(texts: list[str]) -> list[Task]:
+    """Tasks of ``NAME=TRAIN,DEV[,METRIC[+METRIC]]``; their columns and labels are not known before they are read."""
+    tasks: dict[str, Task] = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        train, dev, *named = rest.split(",") if rest.count(",") in (1, 2) else ("", "")
+        if not (re.fullmatch(r"\w[\w.-]*", name) and train and dev):
+            raise UsageError(
+                f"--task-file {text} is not NAME=TRAIN,DEV or NAME=TRAIN,DEV,METRIC, such as mood=train.tsv,dev.tsv,f1"
+            )
+        if name in tasks or name in (*TASKS, *GROUPS, *metrics.AVERAGES):
+            raise UsageError(f"--task-file {text}: there is another task or average {name}; choose another name")
+        scores = tuple(dict.fromkeys(named[0].split("+"))) if named else ()
+        if not any(set(scores) <= set(kind) for kind in (metrics.OF_CLASSES, metrics.OF_NUMBERS)):
+            kinds = [", ".join(kind) for kind in (metrics.OF_CLASSES, metrics.OF_NUMBERS)]
+            raise UsageError(
+                f"--task-file {text}: {named[0]} is no metric; use {kinds[0]} for classes, or {kinds[1]} for numbers"
+            )
+        files = Path(train).expanduser(), Path(dev).expanduser()
+        tasks[name] = Task(name, (), (), scores, files=files)
+    return list(tasks.values())
 
 
 def named_models(texts: list[str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ Row = dict[str, str]
 
 def make(task: str) -> dict[str, pl.DataFrame]:
     """``train`` and ``dev`` rows of a probe: ``text`` or ``sentence1`` and ``sentence2``, and ``label``."""
-    docs = pl.read_parquet(docstrings.materialise()["probes"]).to_dicts()
+    docs = pl.read_parquet(docstrings.materialise()["probes"], glob=False).to_dicts()
     parts: dict[str, list[Row]] = {"train": [], "dev": []}
     for doc in sorted(docs, key=lambda doc: _hash(doc["text"])):
         parts["train" if _hash("split" + doc["text"]) % DEV_SHARE else "dev"].append(doc)

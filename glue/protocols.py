@@ -32,6 +32,8 @@ PROTOCOLS = {
 }
 LIMITS = {"babylm": dict.fromkeys(("mnli", "mnli_matched", "qqp"), 10_000)}  # training rows by task
 
+FORMS = ("within-word", "original")  # of the pseudo-log-likelihood of BLiMP
+
 # the same in every protocol; results of different recipes are not compared
 RECIPE: dict[str, Any] = {
     "optimizer": "adamw",  # β 0.9, 0.999; ε 1e-8

@@ -1,4 +1,4 @@
-"""The comparison as a page and as one PNG: figures, and the conclusions from the intervals. Tables are in tables.py.
+"""The comparison as a page and as one PNG. Tables are in tables.py.
 
 ``table`` comes from ``glue.compare.compare``; ``summaries`` are the models' summaries by regime.
 """
@@ -17,10 +17,12 @@ from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import ONLINE
 from glue.results import evaluated_on
-from glue.tables import Comparison, Estimates
+from glue.verdict import Comparison, Estimates, primary, verdict
 
 STUDENTS, MAX_STUDENTS = 64, 10_000  # the axis ends between these
 EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
+
+LOSSES = ("training loss", "distilled training loss")
 
 Summaries = Mapping[str, Sequence[Summary]]
 
@@ -34,6 +36,7 @@ def page(table: Comparison, summaries: Summaries) -> str:
         table=table,
         primary=primary(table)[0],
         verdict=verdict(table),
+        warnings=warnings(summaries),
         tables=tables.all_tables(table),
         differences=differences(table),
         scores={panel.title: figures.intervals([panel]) for panel in scores(table)},
@@ -52,30 +55,6 @@ def chart(table: Comparison) -> bytes:
     return figures.png(figures.intervals(scores(table), caption))
 
 
-def primary(table: Comparison) -> tuple[str, Estimates]:
-    """The main score of the page: the first average (a requested one comes first), or else the first task."""
-    rows = table["averages"] or {task: row["scores"] for task, row in table["tasks"].items()}
-    return next(iter(rows.items()))
-
-
-def verdict(table: Comparison) -> dict[str, list[str]]:
-    """The conclusions from the intervals of the primary score: regimes with their difference, by conclusion."""
-    (label, row), baseline = primary(table), table["baseline"]
-    groups: dict[str, list[str]] = {}
-    for name in table["set_apart"]:  # all but the baseline
-        estimate = row[name]["difference"]
-        if estimate is None:
-            kind, text = f"Without a pretraining seed of {baseline}, so not compared", name
-        elif estimate["n"] == 1:
-            kind, text = "Anecdotes, of one pretraining seed each", f"{name} {tables.difference(estimate)}"
-        else:
-            low, high = estimate["low"] or 0.0, estimate["high"] or 0.0  # equal pairs have no interval
-            side = "above" if low > 0 else "below" if high < 0 else "not told apart from"
-            kind, text = f"{label} {side} {baseline}", f"{name} {tables.difference(estimate)}, n = {estimate['n']}"
-        groups.setdefault(kind, []).append(text)
-    return groups
-
-
 def differences(table: Comparison) -> dict[str, Figure]:
     """The primary score of each regime minus that of the baseline."""
     label, row = primary(table)
@@ -84,7 +63,7 @@ def differences(table: Comparison) -> dict[str, Figure]:
         for style, name in enumerate(table["regimes"])
         if (d := row[name]["difference"])
     ]
-    return {label: figures.intervals([Panel(label, rows, line=0.0)])} if rows else {}
+    return {f"{label}, percentage points": figures.intervals([Panel(label, rows, line=0.0)])} if rows else {}
 
 
 def scores(table: Comparison) -> list[Panel]:
@@ -139,21 +118,28 @@ def break_even(table: Comparison) -> dict[str, Figure]:
 
 
 def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
-    """Curves of losses by heading: held-out losses if all runs logged them on the same text, else training losses."""
+    """Curves of losses by heading: held-out losses if all runs logged them on the same text, else training losses.
+
+    The training loss of a distilled run is not a cross-entropy, so it is drawn apart.
+    """
     histories = {name: [frame for run in runs if len(frame := history(run))] for name, runs in summaries.items()}
     every = [frame for frames in histories.values() for frame in frames]
     if not every:
         return {}
     held_out = all(frame["eval_loss"].count() > 1 for frame in every)
     held_out &= len({evaluated_on(run) for runs in summaries.values() for run in runs}) == 1
-    loss, label = ("eval_loss", "held-out loss") if held_out else ("loss", "training loss")
     lasts = [frame["step"][-1] for frame in every]
     waits = {name: (cost or {}).get("scoring_seconds") or 0.0 for name, cost in table["training"].items()}
     panels = {"at equal steps": "step", "at equal seconds": "seconds"}
     panels |= {"scoring included": "with_scoring"} if any(waits.values()) else {}
-    drawn: dict[str, list[Line]] = {panel: [] for panel in panels}
+    drawn: dict[str, list[Line]] = {}
+    for label in ("held-out loss",) if held_out else LOSSES:
+        for panel in panels:
+            drawn[f"{label} {panel}"] = []
     for style, name in enumerate(table["regimes"]):
-        columns = {"loss": pl.col(loss), "with_scoring": pl.col("seconds") + waits[name]}
+        label = "held-out loss" if held_out else LOSSES[is_distilled(summaries[name])]
+        loss = pl.col("eval_loss" if held_out else "loss")
+        columns = {"loss": loss, "with_scoring": pl.col("seconds") + waits[name]}
         runs = [frame.with_columns(**columns).drop_nulls("loss") for frame in histories.get(name, [])]
         runs = [frame.filter(pl.col("step") >= EARLY * min(lasts)) for frame in runs]
         if runs := [frame for frame in runs if len(frame) > 1]:
@@ -161,18 +147,35 @@ def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
             mean = means.filter(pl.col("len") == len(runs)).sort("step")  # only at steps that all seeds have
             for panel, by in panels.items():
                 points, *seeds = [frame.select(by, "loss").rows() for frame in (mean, *runs)]
-                drawn[panel].append(Line(style, name, points, faint=seeds if len(seeds) > 1 else ()))
+                line = Line(style, name, points, faint=seeds if len(seeds) > 1 else ())
+                drawn[f"{label} {panel}"].append(line)
+    log = max(lasts) > 3 * min(lasts)
     return {
-        f"{label} {panel}": figures.lines(
-            lines, "steps" if panels[panel] == "step" else "seconds", "nats", log=max(lasts) > 3 * min(lasts)
+        # a figure of one curve has no legend
+        heading + (f": {lines[0].name}" if len(lines) == 1 else ""): figures.lines(
+            lines, "steps" if heading.endswith("steps") else "seconds", "nats", log=log
         )
-        for panel, lines in drawn.items()
+        for heading, lines in drawn.items()
         if lines
+    }
+
+
+def is_distilled(summaries: Sequence[Summary]) -> bool:
+    return any((summary.regime or "").endswith("+kd") for summary in summaries)
+
+
+def warnings(summaries: Summaries) -> dict[str, list[str]]:
+    """The warnings of pretraining by regime and seed."""
+    return {
+        f"{name}, seed {summary.seed}": list(summary.warnings)
+        for name, own in summaries.items()
+        for summary in own
+        if summary.warnings
     }
 
 
 def history(summary: Summary) -> pl.DataFrame:
     """The training curve of a summary; empty for a run of one step."""
-    columns = {"step": pl.Int64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
+    columns = {"step": pl.Float64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
     frame = pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls(["step", "seconds"])
     return frame if frame["step"].n_unique() > 1 else frame.clear()

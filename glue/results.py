@@ -38,7 +38,9 @@ class Result(Tolerant):
 
     @model_validator(mode="after")
     def has_the_metrics_of_its_task(self) -> Self:
-        if self.task not in TASKS or not TASKS[self.task].metric_names <= self.metrics.keys():
+        # the key of a task of one's own names its metrics
+        wanted = TASKS[self.task].metric_names if self.task in TASKS else self.key.get("metrics")
+        if not (wanted and isinstance(wanted, set | list) and {*wanted} <= self.metrics.keys()):
             raise ValueError(f"{self.task} is not a task, or lacks metrics")
         return self
 
@@ -209,4 +211,5 @@ def evaluated_on(training: Summary) -> tuple[str | None, object]:
     """The text of a run's held-out loss, and its share of the shards."""
     if training.eval_shards:
         return training.eval_shards.sequences_hash, None
-    return (training.shards or Directory()).sequences_hash, (training.flags or {}).get("eval_fraction")
+    fraction = (training.flags or {}).get("eval_fraction")
+    return (training.shards or Directory()).sequences_hash, str(fraction)  # a summary of others may have a list there

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Fine-tune models on GLUE, or on two probe tasks that need no data. One result file per task, seed and model.
+"""Fine-tune models on GLUE, on tasks of your own, or on two probes that need no data.
 
-BLiMP is scored without fine-tuning: one result file per model, for any seeds.
+There is one result file per task, seed and model. BLiMP is scored without fine-tuning: one result file per model, for
+any seeds.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
 python glue/run.py --model runs/student --tasks blimp --data GLUE --output runs/glue/student
 python glue/run.py --model a=runs/random b=runs/parquet --tasks probes --num-workers 4 --output runs/probes
+python glue/run.py --model runs/student --task-file mood=train.tsv,dev.tsv --seeds 1,2,3 --output runs/mood
 
 Existing results are skipped, so the same command continues an interrupted run, and repeats failed trials.
 """
@@ -24,22 +26,26 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
+from entropy_masking.commands import console
+from glue.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from entropy_masking import storage
-from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.manifests import tokenization_hash
+from entropy_masking.shards.manifests import tokenization_hash, vocabulary_size
 from entropy_masking.summary import Summary
 from glue import blimp, finetune, metrics
 from glue.batches import encode_task
-from glue.options import parse
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import Result, read_result
-from glue.tasks import TASKS, ZERO_SHOT, TaskData, load
+from glue.tasks import ZERO_SHOT, Task, TaskData, load
 from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
 
 MAX_NAMED = 5  # of the trials that failed
@@ -66,9 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # without the warning that the weights of the head are new
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
-    data = {task.name: load_data(args, task.name) for task in args.tasks}
+    data = {task.name: load_data(args, task) for task in args.tasks}
     trials = [
-        plan_trial(args, model, data[task.name], task.name, seed)
+        plan_trial(args, model, data[task.name], task, seed)
         for task in args.tasks
         for seed in ([blimp.SEED] if task.name in ZERO_SHOT else args.seeds)
         for model in models.values()
@@ -104,16 +110,17 @@ def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
     """Load the tokenizer and the hashes of a model. Raises UsageError if the tasks cannot be run with it."""
     directory = checkpoints.local_checkpoint(path)
     tokenizer = checkpoints.load_tokenizer(str(directory))
-    vocab_size = checkpoints.load_config(directory).vocab_size
-    if tokenizer.pad_token_id is None or len(tokenizer) > vocab_size:
+    vocab_size = checkpoints.load_config(directory, args.trust_remote_code).vocab_size
+    size = vocabulary_size(tokenizer)
+    if tokenizer.pad_token_id is None or size > vocab_size:
         raise UsageError(
-            f"the tokenizer in {directory} has {len(tokenizer)} tokens (padding: {tokenizer.pad_token}), but the model "
+            f"the tokenizer in {directory} has {size} tokens (padding: {tokenizer.pad_token}), but the model "
             f"has {vocab_size}; save the model's tokenizer there"
         )
     if any(task.name not in ZERO_SHOT for task in args.tasks):
-        finetune.check_model(directory, args.max_length or Settings.max_length)
+        finetune.check_model(directory, args.max_length or Settings.max_length, args.trust_remote_code)
     if any(task.name in ZERO_SHOT for task in args.tasks):
-        blimp.check_model(directory, tokenizer, args.pll)
+        blimp.check_model(directory, tokenizer, args.pll, args.trust_remote_code)
     text_hash = tokenization_hash(tokenizer)
     output = storage.join(args.output, name) if name else args.output
     model_hash = storage.sha256_json([checkpoints.weights_hash(directory), text_hash])
@@ -136,30 +143,33 @@ def read_summary(directory: Path) -> object:
     return summary
 
 
-def load_data(args: argparse.Namespace, task: str) -> TaskData | blimp.Pairs:
-    if task in ZERO_SHOT:
+def load_data(args: argparse.Namespace, task: Task) -> TaskData | blimp.Pairs:
+    if task.name in ZERO_SHOT:
         return blimp.load(args.data, args.limit_pairs)
-    data = load(TASKS[task], args.data)
+    data = load(task, args.data)
     return data.without_overlap() if args.drop_overlap else data
 
 
-def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: str, seed: int) -> Trial:
+def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: Task, seed: int) -> Trial:
     """A trial under the protocol and the flags that override it; BLiMP has one trial per model."""
-    key: dict[str, object] = {"task": task, "seed": seed, "protocol": args.protocol}
+    key: dict[str, object] = {"task": task.name, "seed": seed, "protocol": args.protocol}
     grid: tuple[Settings, ...] = ()
     if isinstance(data, blimp.Pairs):
         key |= {"protocol": blimp.PROTOCOL, "pll": args.pll, "limit_pairs": data.limit}
-        rows, file = 2 * len(data.frame), f"{task}.json"
+        rows, file = 2 * len(data.frame), f"{task.name}.json"
     else:
         changes = {name: getattr(args, name) for name in ("learning_rate", "epochs", "batch_size", "max_length")}
-        changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task)}
-        grid = grid_of(args.protocol, task, changes)
+        changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task.name)}
+        grid = grid_of(args.protocol, task.name, changes)
         key |= {"settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)}}
         key |= {"recipe": RECIPE, "train_split": data.train_split}
+        key |= {"metrics": [*data.task.metrics], "labels": [*data.task.labels]} if task.files else {}
         rows = sum(settings.epochs * min(len(data.train), settings.limit_train or sys.maxsize) for settings in grid)
-        file = f"{task}-seed{seed}.json"
+        file = f"{task.name}-seed{seed}.json"
+        task = data.task
     key |= {"data_hash": data.hash, "model_hash": model.hash}
-    return Trial(model.name, model.directory, TASKS[task], seed, grid, rows, storage.join(model.output, file), key)
+    path = storage.join(model.output, file)
+    return Trial(model.name, model.directory, task, seed, grid, rows, path, key, args.trust_remote_code)
 
 
 def is_done(trial: Trial) -> bool:
@@ -221,6 +231,10 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
         grid = f"a grid of {size} settings; each trial reports the setting with the best dev score"
         lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
     for name, own in data.items():
+        if isinstance(own, TaskData) and own.task.files:
+            kind = f"{len(own.task.labels)} classes" if own.task.labels else "a regression"
+            names = f" ({', '.join(own.task.labels[:MAX_NAMED])}{', …' * (len(own.task.labels) > MAX_NAMED)})"
+            lines.append(f"{name}: {kind}{names * bool(own.task.labels)}, by {' and '.join(own.task.metrics)}")
         if isinstance(own, TaskData) and own.overlap:
             rows = sum(map(len, own.evaluations.values()))
             lines.append(

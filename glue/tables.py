@@ -12,6 +12,7 @@ from typing import Any
 
 from glue.costs import ONLINE
 from glue.metrics import AVERAGES
+from glue.verdict import Comparison, Estimates, verdict
 
 COSTS = {  # heading: name in a regime's costs
     **{"n": "n", "steps": "steps", "tokens": "tokens", "training s": "seconds", "tokens/s": "tokens_per_second"},
@@ -20,9 +21,6 @@ COSTS = {  # heading: name in a regime's costs
 }
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 ESTIMATE = ("mean", "sd", "low", "high", "n")
-
-Comparison = dict[str, Any]  # what table.json holds; see glue.compare.compare
-Estimates = dict[str, dict[str, Any]]  # of one score, average or loss, by regime; see glue.compare.estimates
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def all_tables(table: Comparison) -> dict[str, Table]:
 
 
 def to_markdown(table: Comparison) -> str:
-    parts = []
+    parts = [sentence] if (sentence := verdict(table)) else []
     for own in all_tables(table).values():
         parts += [f"### {own.title}", markdown(own.columns, own.rows, own.words), *own.notes]
     return "\n\n".join(parts) + "\n"
@@ -147,11 +145,13 @@ def difference_table(table: Comparison) -> Table:
         first = next(iter(differences.values()))
         texts = [difference(own, digits(label)) for label, own in differences.items()]
         lines.append([name, *texts, seeds(first["n"] if first else 0)])
+    losses = " (eval loss: in nats)" if table["eval_loss"] else ""
     note = (
-        f"Each value is a regime minus {baseline}, with the 95 % interval of a paired t over the n pretraining seeds "
-        "that both have. It uses only the fine-tuning seeds that both have, so it can differ from the difference of "
-        "the scores above. One pretraining seed has no interval: it is an anecdote. The intervals are not corrected "
-        "for multiple comparisons: of twenty true differences of zero, one interval excludes zero on average."
+        f"Each value is a regime minus {baseline} in percentage points{losses}, with the 95 % interval of a paired t "
+        "over the n pretraining seeds that both have. It uses only the fine-tuning seeds that both have, so it can "
+        "differ from the difference of the scores above. One pretraining seed has no interval: it is an anecdote. The "
+        "intervals are not corrected for multiple comparisons: of twenty true differences of zero, one interval "
+        "excludes zero on average."
     )
     return Table(f"Difference to {baseline}", [f"minus {baseline}", *rows, "n"], lines, [note])
 

@@ -1,8 +1,8 @@
-"""The tasks as data, and their readers: GLUE's nine from files or the Hub, two probes, and BLiMP."""
+"""The tasks as data, and how their rows are read: GLUE's nine, two probes, BLiMP, and tasks of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,8 @@ import polars as pl
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from glue import probes
+from glue import metrics, probes
+from glue.files import check_table, find_file, formats, read_file
 
 HUB_NAME = "nyu-mll/glue"
 HIGHEST_SIMILARITY = 5  # of STS-B, the only regression
@@ -26,6 +27,8 @@ class Task:
         labels: names of the classes, in the order of their ids; none for a regression.
         metrics: names of ``glue.metrics``.
         evaluations: suffixes of the evaluation files and of their metrics; MNLI has two.
+        files: the training and the dev file of a task of one's own. They decide its columns, its labels and, unless
+            given, its metrics.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Task:
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     evaluations: tuple[str, ...] = ("",)
+    files: tuple[Path, ...] = ()
 
     @property
     def directory(self) -> str:
@@ -72,6 +76,8 @@ ZERO_SHOT = {"blimp": Task("blimp", ("sentence_good", "sentence_bad"), ())}
 MATCHED = {"mnli_matched": replace(GLUE["mnli"], name="mnli_matched", evaluations=("_matched",))}
 TASKS = GLUE | MATCHED | PROBES | ZERO_SHOT
 GROUPS = {"glue": tuple(GLUE), "probes": tuple(PROBES)}
+# the text columns of a task of one's own
+TEXTS = (("text",), ("sentence",), ("text_a", "text_b"), PAIR)
 
 
 @dataclass(frozen=True)
@@ -118,16 +124,21 @@ def choose(names: str) -> list[Task]:
 def load(task: Task, data: str | None) -> TaskData:
     """The rows of a task from ``data``: ``hub``, or a directory with ``TASK/train.*`` and ``TASK/dev.*``.
 
+    A task of one's own has its files, and comes back with the columns, labels and metrics that they decide.
+
     Raises UsageError for a file, column, text or label that is missing or wrong, and names it.
     """
     train_split = "train"
-    if task.name in PROBES:
+    if task.files:
+        tables = [(read_file(path), str(path)) for path in task.files]
+        task = _completed(task, *tables[0])
+    elif task.name in PROBES:
         frames = probes.make(task.name)
         tables = [(frames[part], task.name) for part in ("train", "dev")]
     elif data is None:
         raise UsageError(
             f"the task {task.name} needs --data: hub, or a directory with {task.directory}/train.* and "
-            f"{task.directory}/dev{task.evaluations[0]}.* as .parquet, .tsv or .jsonl"
+            f"{task.directory}/dev{task.evaluations[0]}.* as {formats()}"
         )
     elif data == "hub":
         splits = ["train", *(f"validation{suffix}" for suffix in task.evaluations)]
@@ -141,39 +152,9 @@ def load(task: Task, data: str | None) -> TaskData:
         tables = [(read_file(path), str(path)) for path in paths]
         train_split = paths[0].stem
     train, *evaluations = (_split(task, frame, where) for frame, where in tables)
+    if task.files and not task.labels:
+        train, *evaluations = _standardised(train, *evaluations)
     return TaskData(task, train, dict(zip(task.evaluations, evaluations, strict=True)), train_split)
-
-
-def find_file(directory: Path, *stems: str) -> Path:
-    """The first existing file of these names, in any format. Raises UsageError if there is none."""
-    paths = [directory / f"{stem}.{ending}" for stem in stems for ending in ("parquet", "tsv", "jsonl")]
-    if existing := [path for path in paths if path.exists()]:
-        return existing[0]
-    raise UsageError(f"{directory} has no {' or '.join(stems)} as .parquet, .tsv or .jsonl")
-
-
-def read_file(path: Path) -> pl.DataFrame:
-    """The table of a file. Raises UsageError if it cannot be read."""
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path)
-        if path.suffix == ".jsonl":
-            return pl.read_ndjson(path, infer_schema_length=None)
-        # GLUE's own files are not quoted: a quotation mark is a character, and an empty field is an empty text
-        return pl.read_csv(path, separator="\t", quote_char=None, infer_schema=False).fill_null("")
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UsageError(f"cannot read {path}: {one_line(error)}") from None
-
-
-def check_table(frame: pl.DataFrame, columns: Sequence[str], where: object) -> None:
-    """Raises UsageError if one of the columns is missing or has a gap, or if there are no rows."""
-    if missing := [name for name in columns if name not in frame.columns]:
-        raise UsageError(f"{where} has no column {missing[0]!r}, only {', '.join(frame.columns)}")
-    if not len(frame):
-        raise UsageError(f"{where} has no rows")
-    for name in columns:
-        if (gaps := frame[name].is_null()).any():
-            raise UsageError(f"{where} has no {name} in row {gaps.arg_max()}; fill in or drop the row")
 
 
 def _hub(task: Task, split: str) -> pl.DataFrame:
@@ -185,6 +166,33 @@ def _hub(task: Task, split: str) -> pl.DataFrame:
         raise UsageError(f"cannot load {HUB_NAME} {task.directory} ({split}) from the Hub: {one_line(error)}") from None
 
 
+def _completed(task: Task, train: pl.DataFrame, where: str) -> Task:
+    """A task of one's own with the columns, classes and metrics that its training rows decide."""
+    found = [columns for columns in TEXTS if set(columns) <= set(train.columns)]
+    if len(found) != 1:
+        raise UsageError(
+            f"{where} needs one text column (text or sentence) or one pair of them (text_a and text_b, or sentence1 "
+            f"and sentence2), but has {', '.join(train.columns)}"
+        )
+    check_table(train, (*found[0], "label"), where)
+    names = _names(train["label"], where)
+    numbers = names.cast(pl.Float64, strict=False)
+    fractions = numbers.is_finite().fill_null(False).all() and bool((numbers % 1 != 0).any())
+    scores = task.metrics or (metrics.OF_NUMBERS if fractions else ("accuracy",))
+    labels = () if scores[0] in metrics.OF_NUMBERS else tuple(sorted(set(names) - {""}))
+    if names.n_unique() == 1:
+        raise UsageError(f"all rows of {where} have the label {names[0]!r}; training needs several labels")
+    if "f1" in scores and len(labels) > 2:
+        raise UsageError(f"{where} has {len(labels)} labels, but f1 needs two; name another metric, such as accuracy")
+    return replace(task, columns=found[0], labels=labels, metrics=scores)
+
+
+def _standardised(train: pl.DataFrame, *others: pl.DataFrame) -> list[pl.DataFrame]:
+    """Labels with the mean 0 and the deviation 1 in training, which any scale allows and no correlation notices."""
+    mean, deviation = statistics.fmean(train["label"]), statistics.pstdev(train["label"])
+    return [rows.with_columns((pl.col("label") - mean) / deviation) for rows in (train, *others)]
+
+
 def _split(task: Task, frame: pl.DataFrame, where: str) -> pl.DataFrame:
     check_table(frame, (*task.columns, "label"), where)
     for name in task.columns:
@@ -194,22 +202,31 @@ def _split(task: Task, frame: pl.DataFrame, where: str) -> pl.DataFrame:
     return frame.select(pl.col(task.columns).cast(pl.String), labels.alias("label"))
 
 
+def _names(column: pl.Series, where: str) -> pl.Series:
+    """Labels as text. A whole number is the same label with and without a decimal point."""
+    if column.dtype.is_nested() or column.dtype == pl.Binary:
+        raise UsageError(f"the column label of {where} is {column.dtype}; use text or numbers")
+    return column.cast(pl.String).str.replace(r"^(-?\d+)\.0+$", "$1")
+
+
 def _labels(task: Task, column: pl.Series, where: str) -> pl.Series:
-    names = column.cast(pl.String)
-    if (unlabelled := names.is_in(["-1", "-1.0"])).any():
+    names = _names(column, where)
+    if not task.files and (unlabelled := names == "-1").any():
         raise UsageError(
             f"{where} has the label -1 in row {unlabelled.arg_max()}: labels of a test split are not public; use dev"
         )
     if task.labels:
         known = ", ".join(task.labels)
-        ids = {str(number): number for number in range(len(task.labels))}
+        ids = {} if task.files else {str(number): number for number in range(len(task.labels))}
         ids |= {name: number for number, name in enumerate(task.labels)}
         labels = names.replace_strict(ids, default=None, return_dtype=pl.Int64)
     else:
-        known = f"numbers from 0 to {HIGHEST_SIMILARITY}"
-        labels = column.cast(pl.Float64, strict=False)
-        labels = labels.set(~labels.is_between(0, HIGHEST_SIMILARITY), None)
+        known = "numbers" if task.files else f"numbers from 0 to {HIGHEST_SIMILARITY}"
+        labels = names.cast(pl.Float64, strict=False)
+        fits = labels.is_finite() if task.files else labels.is_between(0, HIGHEST_SIMILARITY)
+        labels = labels.set(~fits, None)
     if (unknown := labels.is_null()).any():
         row = unknown.arg_max() or 0
-        raise UsageError(f"{where} has the label {column[row]!r} in row {row}; known are {known}")
+        source = f"{task.files[0]} has" if task.files and task.labels else "known are"
+        raise UsageError(f"{where} has the label {column[row]!r} in row {row}; {source} {known}")
     return labels

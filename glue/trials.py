@@ -31,6 +31,7 @@ class Trial:
         key: everything that decides the result.
         file: the result file.
         rows: training rows over the whole grid; sentences for BLiMP.
+        trust_remote_code: whether code of the checkpoint may run.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Trial:
     rows: int
     file: str
     key: dict[str, object]
+    trust_remote_code: bool
 
     def __str__(self) -> str:
         return f"{self.model} {self.task.name}{f' seed {self.seed}' if self.grid else ''}".strip()
@@ -63,7 +65,8 @@ def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] 
         if isinstance(tokens, blimp.Sentences):
             torch.set_num_threads(THREADS)
             settings = {name: trial.key[name] for name in ("pll", "limit_pairs")}
-            result = {"settings": settings, **blimp.evaluate(trial.directory, tokens, advance)}
+            found = blimp.evaluate(trial.directory, tokens, advance, trial.trust_remote_code)
+            result = {"settings": settings, **found}
         else:
             torch.set_num_threads(1)  # several threads slow such small steps down, and round sums differently
             result = search(trial, tokens, advance)
@@ -78,7 +81,7 @@ def search(trial: Trial, tokens: TaskTokens, advance: Callable[[int], None]) -> 
     """The first setting of the grid with the best dev score, and the results of the whole grid."""
     grid: list[dict[str, Any]] = []
     for settings in trial.grid:
-        values, collapsed = finetune(trial.directory, tokens, settings, trial.seed, advance)
+        values, collapsed = finetune(trial.directory, tokens, settings, trial.seed, advance, trial.trust_remote_code)
         own = {"score": metrics.score(values), "metrics": values, "collapsed": collapsed}
         grid.append(asdict(settings) | own)
     number, best = max(enumerate(grid), key=lambda pair: pair[1]["score"])
@@ -110,9 +113,9 @@ def run_on_ray(
     Raises:
         UsageError: ``gpus_per_worker`` is given, but the cluster has no GPUs.
     """
+    ray_cluster.connect("glue", cpus=workers)
     import ray
 
-    ray_cluster.connect("glue", cpus=workers)
     try:
         on_gpus = ray.cluster_resources().get("GPU", 0) > 0
         if gpus_per_worker and not on_gpus:

@@ -20,7 +20,7 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.schema import Record
-from pipeline.corpus.readers import FileRange
+from pipeline.corpus.formats import FileRange
 from pipeline.job import Failure, Job
 
 STOP_SECONDS = 10.0
@@ -52,11 +52,11 @@ def ray_records(
     Raises:
         UsageError: no worker fits the cluster, or a committed shard is not visible from the driver.
     """
+    ray_cluster.connect("pipeline")
     import ray
 
     from pipeline.worker import SHARDS_AT_ONCE
 
-    ray_cluster.connect("pipeline")
     try:
         fitting, resources = _fit(
             [node["Resources"] for node in ray.nodes() if node["Alive"]], job.threads, gpus_per_worker

@@ -169,13 +169,14 @@ def sequence_length(asked: int | None, corpus: Corpus) -> int:
 def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher that does not fit the tokenizer or the flags, by its configuration and tokenizer alone."""
     config = load_config(teacher, args.trust_remote_code)
-    if len(tokenizer) > config.vocab_size:
+    size = manifests.vocabulary_size(tokenizer)
+    if size > config.vocab_size:
         raise UsageError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {args.teacher} predicts only {config.vocab_size}; "
+            f"the tokenizer has {size} tokens, but {args.teacher} predicts only {config.vocab_size}; "
             "use the tokenizer that the teacher was trained with"
         )
-    if not 0 <= args.top_k <= len(tokenizer):
-        raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {len(tokenizer)} tokens")
+    if not 0 <= args.top_k <= size:
+        raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {size} tokens")
     if has_tokenizer(teacher):
         own = load_tokenizer(str(teacher))
         if manifests.tokenizer_hash(own) != manifests.tokenizer_hash(tokenizer):

@@ -9,14 +9,22 @@ from typing import Literal
 import psutil
 
 from entropy_masking.commands import ray_cluster
-from entropy_masking.commands.console import flag, not_negative, option, positive, positive_float
-from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, OptionsParser, mask_policy
+from entropy_masking.commands.flags import Parser, flag, not_negative, option, positive, positive_float
+from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
+from pipeline.corpus.plan import UNITS
 
 SEED = 42  # by default, as in a training run
 VARIANTS = 4  # by default, if epochs have different masks
 MAX_VARIANTS = 1 << 16  # they fit a uint16
+# what --help shows; --help-all shows the other flags too
+GROUPS = {
+    "text": "corpus text_column document limit_documents tokenizer sequence_length",
+    "teacher and scores": "teacher context passes top_k dtype batch_tokens temperatures",
+    "targets of distillation": "mask_source variants mask_seed",
+    "output and workers": "output shard_tokens dry_run backend workers gpus_per_worker max_failed_shards",
+}
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
@@ -27,8 +35,6 @@ SCORING: dict[str, object] = {
 @dataclass(kw_only=True)
 class TargetOptions(MaskOptions):
     """Which masked inputs to score."""
-
-    _argument_group_name = "targets of distillation"
 
     mask_source: Literal["random", "parquet"] | None = option(
         "make distillation targets: mask the shards of --corpus as a student will, at random or by their scores "
@@ -42,9 +48,11 @@ class TargetOptions(MaskOptions):
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
     """Flags → settings; ``policy`` (the masks to score) replaces the mask flags. Raises UsageError."""
-    parser = OptionsParser(TargetOptions, prog="pipeline/score.py", description=description)
+    parser = Parser("pipeline/score.py", description, GROUPS)
     add_flags(parser)
+    parser.add_fields(TargetOptions)
     args = parser.parse_args(argv)
+    args.as_yaml = parser.to_yaml()
     options = TargetOptions(**{name: getattr(args, name) for name in TargetOptions.__dataclass_fields__})
     args.policy = policy_of(options)
     if args.policy:
@@ -68,7 +76,7 @@ def policy_of(options: TargetOptions) -> MaskPolicy | None:
     return mask_policy(options, options.mask_source, seed, source_flag="--mask-source")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     add = parser.add_argument
     add(
         "--corpus",
@@ -79,7 +87,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
     add("--tokenizer", help="path or Hub id (default: the teacher's, or that of a corpus which is a shard directory)")
     add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
+    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
     add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")

@@ -19,15 +19,21 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking.commands import console
+from pipeline.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
+from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record, Run
+from entropy_masking.shards.spread import entropy_spread, spread_words
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import plan_corpus
 from pipeline.job import Failure, Job, check_teacher_runs, choose_tokenizer, new_job
-from pipeline.options import parse
 from pipeline.status import line, totals_lines
 
 
@@ -39,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         document=args.document,
         shard_tokens=args.shard_tokens,
         limit_documents=args.limit_documents,
+        output=args.output,
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
@@ -53,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         print_plan(job, shards, len(records))
         return
     commit.begin_run(job.output, Run(fingerprint=fingerprint, shards=shards))
+    storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
     failed: dict[int, str] = {}
     if todo:
         commit.save_tokenizer(tokenizer, job.output)
@@ -117,12 +125,18 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
         raise UsageError(f"the corpus holds no usable text ({reasons or 'no documents'}); choose another --corpus")
     if job.manifest.teacher and not any(record.scored_tokens for record in records.values()):
         raise UsageError("no token of the corpus was scored: all are special tokens; use the teacher's own tokenizer")
-    totals = commit.write_manifest(job.manifest, records, failed).totals
+    manifest = commit.write_manifest(job.manifest, records, failed)
+    totals = manifest.totals
     print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
     if failed:
         print(line("given up", f"{len(failed)} shards ({named})"))
+    if job.manifest.teacher and (bare := [shard_file(i) for i, record in records.items() if not record.scored_tokens]):
+        named = ", ".join(bare[:5]) + " …" * (len(bare) > 5)
+        print(line("without scores", f"{len(bare)} shards ({named}): all tokens are special or [UNK]"))
     print(line("sequences", f"{totals['sequences']:,} of {job.manifest.sequence_length} tokens"))
     print("\n".join(totals_lines(totals)))
+    if manifest.kind == "sequences" and (spread := entropy_spread(manifest)):
+        print(line("entropies", spread_words(*spread)))
 
 
 def print_plan(job: Job, shards: int, done: int) -> None:

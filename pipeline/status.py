@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, costs, manifests
 from entropy_masking.shards.schema import Attempt, Record, Run
@@ -26,7 +27,7 @@ NAMED = 20  # most workers and shards that are listed
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = console.Parser(prog="pipeline/status.py", description=__doc__)
+    parser = Parser("pipeline/status.py", __doc__)
     parser.add_argument("directory", help="shard directory of a run, a path or a URI")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -133,6 +134,10 @@ def totals_lines(totals: dict[str, Any]) -> list[str]:
     if totals["rescued_shards"]:
         lines.append(line("smaller batches", f"{totals['rescued_shards']} shards, for lack of memory"))
     lines.append(line("bytes", f"{totals['bytes']:,} ({totals['bytes'] / max(tokens, 1):.2f} a {unit[:-1]})"))
+    if read := totals["documents"] - totals["rejected"]:
+        mean = f"{max(1, round((tokens - 2 * totals['sequences']) / read) - 1):,} tokens in the mean"
+        most = f", {longest:,} at most" if (longest := totals.get("longest_document")) else ""
+        lines.append(line("documents", f"{read:,}, {mean}{most}"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())
     listed = f" ({reasons}), listed in _records/" if reasons else ""
     return [*lines, line("rejected documents", f"{totals['rejected']:,}{listed}")]

@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
-"""Train a WordPiece tokenizer on a corpus; AutoTokenizer loads the result.
+"""Train a tokenizer on a corpus; AutoTokenizer loads the result.
 
-python pipeline/tokenizer.py --corpus docstrings --vocab-size 8192 --output runs/tokenizer
-python pipeline/tokenizer.py --corpus 'articles/*.parquet' --text-column body --output runs/tokenizer
+    python pipeline/tokenizer.py --corpus docstrings --vocab-size 8192 --output runs/tokenizer
+    python pipeline/tokenizer.py --corpus 'articles/*.parquet' --text-column body --output runs/tokenizer
+    python pipeline/tokenizer.py --corpus texts --kind bpe --output runs/tokenizer
+
+WordPiece needs few tokens for a language with spaces. A byte-level BPE has no unknown tokens in any language. Both keep
+case and accents, unless you pass --lowercase or --strip-accents. See docs/scoring.md.
 """
 
 from __future__ import annotations
@@ -15,27 +19,37 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
-from tokenizers import BertWordPieceTokenizer, Tokenizer
-from transformers import BertTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser, positive
 from entropy_masking.errors import UsageError
-from pipeline.corpus.plan import Corpus, plan_corpus
-from pipeline.corpus.readers import Rejects, read_documents
+from pipeline.corpus.packing import text_tokenizer, tokenize
+from pipeline.corpus.plan import UNITS, Corpus, plan_corpus
+from pipeline.corpus.readers import Document, Rejects, read_documents
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-ALPHABET = 1000  # characters; rarer ones become [UNK]
+# by role, in the order of their ids; a byte-level BPE has no [UNK]
+SPECIAL_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+ALPHABET = 1000  # characters of a WordPiece vocabulary; rarer ones become [UNK]
+WORD_CHARACTERS = 100  # a longer word becomes [UNK]
+MUCH_UNKNOWN = 0.001  # share of [UNK] tokens that is worth a warning
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     corpus = plan_corpus(
-        args.corpus, text_column=args.text_column, document=args.document, limit_documents=args.limit_documents
+        args.corpus,
+        text_column=args.text_column,
+        document=args.document,
+        limit_documents=args.limit_documents,
+        output=str(args.output),
     )
     if corpus.from_shards:
         raise UsageError(f"{args.corpus} holds tokens, not text, and has a tokenizer already; name the text corpus")
-    made_from = {"corpus": corpus.identity, "vocab_size": args.vocab_size, "lowercase": args.lowercase}
+    settings = {name: getattr(args, name) for name in ("vocab_size", "kind", "lowercase", "strip_accents")}
+    made_from = {"corpus": corpus.identity, **settings}
     origin = args.output / "made_from.json"
     if origin.exists():
         try:
@@ -50,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and any(args.output.iterdir()) and not started.exists():
         raise UsageError(f"{args.output} is not empty; choose a new --output")
     rejects = Rejects()
-    texts = list(documents(corpus, rejects))
-    tokenizer = train(texts, args.vocab_size, args.lowercase)
+    documents = list(read_corpus(corpus, rejects))
+    tokenizer = train([document.text for document in documents], **settings)
     storage.write_bytes(str(started), b"")
     tokenizer.save_pretrained(args.output)
     storage.write_json(str(origin), made_from)  # it marks the tokenizer as complete
@@ -60,67 +74,141 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents"
         f" ({rejects.reasons.total():,} rejected)"
     )
+    print_coverage(tokenizer, documents)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = console.Parser(prog="pipeline/tokenizer.py", description=__doc__)
+    parser = Parser("pipeline/tokenizer.py", __doc__)
     add = parser.add_argument
     add("--corpus", required=True, help="as for pipeline/score.py")
     add("--output", required=True, type=Path, help="directory of the tokenizer")
-    add("--vocab-size", type=console.positive, default=8192, help="tokens, special tokens included (default: 8192)")
-    add("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="lower-case the text (default: yes)")
+    add("--vocab-size", type=positive, default=8192, help="tokens, special tokens included (default: 8192)")
+    add("--kind", choices=KINDS, default="wordpiece", help="wordpiece (default), or bpe: byte-level, without [UNK]")
+    add("--lowercase", action="store_true", help="lower-case the text")
+    marks = "remove combining marks: accents, but also vowel signs of languages such as Hindi and Thai"
+    add("--strip-accents", action="store_true", help=marks)
     add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=["line", "file"], help="unit of a document in plain-text files (default: line)")
-    add("--limit-documents", type=console.positive, help="only the first N documents of the corpus")
+    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
+    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     return parser.parse_args(argv)
 
 
-def documents(corpus: Corpus, rejects: Rejects) -> Iterator[str]:
-    """The texts of the whole corpus; shows progress by shard."""
+def read_corpus(corpus: Corpus, rejects: Rejects) -> Iterator[Document]:
+    """The documents of the whole corpus; shows progress by shard."""
     with console.Progress(len(corpus.shards), "shards", "reading") as progress:
         for ranges in corpus.shards:
-            yield from (document.text for document in read_documents(ranges, corpus.text_column, rejects))
+            yield from read_documents(ranges, corpus.text_column, rejects)
             progress.advance(1)
 
 
-def train(texts: list[str], vocab_size: int, lowercase: bool = True) -> BertTokenizer:
-    """A BERT-style WordPiece tokenizer; the same texts give the same tokenizer.
+def print_coverage(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None:
+    """Print how well the tokenizer fits its corpus: tokens per word (between spaces), and the share of [UNK]."""
+    tokens = unknown = 0
+    for ids in tokenize(documents, text_tokenizer(tokenizer), Rejects()):
+        tokens += len(ids)
+        unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token else 0
+    words, share = sum(len(document.text.split()) for document in documents), unknown / max(tokens, 1)
+    print(f"  {tokens / words:.2f} tokens per word, {share:.2%} of the tokens are [UNK]")
+    if share > MUCH_UNKNOWN:
+        print(
+            f"warning: {share:.1%} of the tokens are [UNK], so their text is lost: it has characters beyond the "
+            f"{ALPHABET:,} most frequent, or words of more than {WORD_CHARACTERS} characters; use --kind bpe, which "
+            "has no [UNK]",
+            file=sys.stderr,
+        )
 
-    The trainer alone does not guarantee that: it numbers single characters in the order of a randomly seeded hash map,
-    and resolves ties by number. So a first pass without merges collects the characters, and the second pass gets them
-    in order, as special tokens.
+
+def train(
+    texts: list[str], vocab_size: int, kind: str = "wordpiece", lowercase: bool = False, strip_accents: bool = False
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of ``KINDS``, with the special tokens of BERT. The same texts give the same tokenizer.
 
     Raises:
         UsageError: the vocabulary is too small for the characters of the corpus, or the corpus too small for it.
     """
-    alphabet = most_frequent_characters(texts, lowercase)
-    fixed = {"initial_alphabet": alphabet, "limit_alphabet": len(alphabet), "show_progress": sys.stderr.isatty()}
-    characters = BertWordPieceTokenizer(lowercase=lowercase)
-    characters.train_from_iterator(texts, vocab_size=1, special_tokens=SPECIAL_TOKENS, **fixed)
-    ordered = sorted(characters.get_vocab().keys() - set(SPECIAL_TOKENS))
-    trained = BertWordPieceTokenizer(lowercase=lowercase)
-    trained.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *ordered], **fixed)
-    wordpiece = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=lowercase)
-    size = wordpiece.get_vocab_size()
+    bert = kind == "wordpiece"  # clean and split the text as BERT does
+    case_and_marks = normalizers.BertNormalizer(
+        clean_text=bert, handle_chinese_chars=bert, strip_accents=strip_accents, lowercase=lowercase
+    )
+    backend = KINDS[kind](texts, vocab_size, normalizers.Sequence([normalizers.NFC(), case_and_marks]))
+    size = backend.get_vocab_size()
     if size > vocab_size:
         raise UsageError(
-            f"--vocab-size {vocab_size} is too small: the characters of the corpus need {size}; choose a larger one"
+            f"--vocab-size {vocab_size} is too small: single characters and special tokens need {size}; "
+            "choose a larger one"
         )
     if size < vocab_size:
         raise UsageError(
             f"the corpus is too small for --vocab-size {vocab_size}: it gives {size} tokens; choose at most {size}"
         )
-    return BertTokenizer(tokenizer_object=Tokenizer.from_str(wordpiece.to_str()), do_lower_case=lowercase)
+    special_tokens = {role: token for role, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    # not a BertTokenizer: it would replace the normalizer by its own
+    names = BertTokenizer.model_input_names
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special_tokens)
 
 
-def most_frequent_characters(texts: list[str], lowercase: bool) -> list[str]:
+def train_wordpiece(texts: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
+    """The trainer alone does not always give the same vocabulary: it numbers single characters in the order of a
+    randomly seeded hash map, and resolves ties by number. So a first pass without merges collects the characters, and
+    the second pass gets them in order, as special tokens.
+    """
+    alphabet, special_tokens = most_frequent_characters(texts, normalizer), list(SPECIAL_TOKENS.values())
+
+    def of(vocabulary: dict[str, int] | None = None) -> Tokenizer:
+        model = models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=WORD_CHARACTERS)
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    def vocabulary(size: int, first: list[str]) -> dict[str, int]:
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            special_tokens=first,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=sys.stderr.isatty(),
+        )
+        tokenizer = of()
+        tokenizer.train_from_iterator(texts, trainer)
+        return tokenizer.get_vocab()
+
+    characters = sorted(vocabulary(1, special_tokens).keys() - set(special_tokens))
+    return of(vocabulary(vocab_size, [*special_tokens, *characters]))
+
+
+def most_frequent_characters(texts: list[str], normalizer: normalizers.Normalizer) -> list[str]:
     """The ``ALPHABET`` most frequent normalised characters, sorted; ties to the lower code point."""
-    normalizer = BertWordPieceTokenizer(lowercase=lowercase).normalizer
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
     kept = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET]
     return sorted(character for character in kept if not character.isspace())
+
+
+def train_bpe(texts: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
+    """Byte-level: all 256 bytes are tokens. A word is the same at the start of a text as after a space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[token for token in SPECIAL_TOKENS.values() if token != "[UNK]"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+KINDS = {"wordpiece": train_wordpiece, "bpe": train_bpe}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.flags import Parser, flag, positive
 from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.faults import Depth, Fault, faults, repair, rescored_faults
@@ -55,17 +56,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = console.Parser(prog="pipeline/verify.py", description=__doc__)
+    parser = Parser("pipeline/verify.py", __doc__)
     add = parser.add_argument
     add("directory", help="shard directory, a path or a URI")
     add("--deep", action="store_true", help="check every value, not only the files")
     add("--teacher", help="the masked LM that scored the shards, by path or Hub id: score some sequences again")
-    add("--sample", type=console.positive, help=f"how many sequences to score again (default: {SAMPLE})")
+    add("--sample", type=positive, help=f"how many sequences to score again (default: {SAMPLE})")
     add("--trust-remote-code", action="store_true", help="run model code that a checkpoint brings along")
     args = parser.parse_args(argv)
     for name in ("sample", "trust_remote_code"):
         if getattr(args, name) and not args.teacher:
-            raise UsageError(f"{console.flag(name)} needs --teacher; name the teacher that scored the shards")
+            raise UsageError(f"{flag(name)} needs --teacher; name the teacher that scored the shards")
     args.sample = args.sample or SAMPLE
     return args
 

@@ -28,8 +28,9 @@ from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, parquet, targets
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Record
+from pipeline.corpus.formats import FileRange
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
-from pipeline.corpus.readers import FileRange, Rejects, read_documents
+from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.job import Failure, Job
 from pipeline.masking import mask_shard
 from pipeline.teacher import Stopped, Teacher
@@ -140,7 +141,7 @@ class ShardScorer:
                 columns = manifest.vocab_size, manifest.top_k, manifest.temperatures
                 table = parquet.to_table(index, ids_NL, scores, *columns)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
-            fields = {
+            fields: dict[str, object] = {
                 **counts,
                 "fingerprint_hash": manifest.fingerprint_hash,
                 "attempt": attempt,
@@ -148,6 +149,7 @@ class ShardScorer:
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
                 "worker": f"{platform.node()}:{os.getpid()}",
                 "documents": rejects.documents,
+                "longest_document": rejects.longest,
                 "rejected": rejects.report(),
             }
             return commit.commit_shard(job.output, index, parquet.to_parquet(groups), fields, started)

@@ -50,7 +50,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"text": " ".join(rng.choice(words, rng.integers(5, 60)))} for _ in range(400)]
     (root / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = [sys.executable, str(ROOT / "pipeline" / "tokenizer.py"), "--corpus", str(root / "corpus.jsonl")]
-    subprocess.run([*command, "--vocab-size", "300", "--output", str(root / "tokenizer")], check=True)
+    subprocess.run([*command, "--lowercase", "--vocab-size", "300", "--output", str(root / "tokenizer")], check=True)
     save_bert(root / "teacher", AutoTokenizer.from_pretrained(root / "tokenizer"))
     return root
 

@@ -18,7 +18,7 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
 from train import guard, private, resume
-from train.options import Options
+from train.flags import Options
 
 MAX_FAILURES = 3  # of workers, in one call
 POLL_SECONDS = 0.5  # between two reads of the first worker's log
@@ -26,7 +26,7 @@ RAY = ".ray"  # Ray Train's own files, in the output directory
 TERMINATED = 143  # exit code
 
 
-def run(main: Callable[[list[str]], None], argv: list[str], options: Options, args: TrainingArguments) -> None:
+def run(main: Callable[[list[str]], None], options: Options, args: TrainingArguments) -> None:
     """Call ``main`` in ``--num-workers`` processes, on a running cluster or on one that is started here.
 
     Each worker gets a GPU if the cluster has any. If a worker dies, all start again from the last checkpoint. SIGTERM
@@ -37,8 +37,6 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
     """
     output = Path(str(args.output_dir))
     ray_cluster.check_kept("--output-dir", str(output))
-    import ray
-
     directory = output.absolute()
     _lock = resume.lock(directory, of_cluster=True)  # until this function returns
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,6 +47,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
+    import ray
 
     def ask_to_stop(*_: object) -> None:
         stop.touch()
@@ -57,7 +56,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
 
     previous = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        config = {"main": main, "argv": [*argv, *_for_workers(options, directory)], "log": log, "overwrite": overwrite}
+        config = {
+            "main": main,
+            "argv": [*options.argv, *_for_workers(options, directory)],
+            "log": log,
+            "overwrite": overwrite,
+        }
         code, message = _fit(config, options.num_workers, args.ddp_timeout)
     except KeyboardInterrupt:  # Ray raises it in place of Terminated
         if stop.exists():
@@ -70,6 +74,8 @@ def run(main: Callable[[list[str]], None], argv: list[str], options: Options, ar
         overwrite.unlink(missing_ok=True)
     if code == TERMINATED:
         raise Terminated
+    if (given := directory / resume.GIVEN).exists():  # the workers had other flags
+        given.write_text(options.as_yaml, encoding="utf-8")
     if code in (0, 2):
         shutil.rmtree(directory / RAY)
     if code:

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.manifests import read_table
 from entropy_masking.shards.read import Columns, read_block, to_tensors
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # random, for every regime, seed and mask ratio of a run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
+SAMPLED = 16  # shards whose first row group is counted
 
 
 def batches(manifest: Manifest, entries: list[ShardEntry], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
@@ -52,6 +54,22 @@ def outcomes(
     sequence_N = raw["sequence_id"].repeat_interleave(positions_BP.shape[1])
     columns = (sequence_N, positions_BP.flatten(), loss_N, logits_NV.argmax(1) == labels_N, entropy_N)
     return tuple(values_N[labels_N != IGNORED_LABEL].numpy() for values_N in columns)
+
+
+def token_counts(manifest: Manifest, entries: list[ShardEntry]) -> np.ndarray:
+    """How often each token occurs in a sample of the shards [V]; 0 for special tokens."""
+    count_V = np.zeros(manifest.vocab_size, np.int64)
+    for entry in entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]:
+        ids_N = read_table(manifest, entry, ["input_ids"], [0]).column("input_ids").combine_chunks().flatten()
+        count_V += np.bincount(ids_N.to_numpy(), minlength=len(count_V))[: len(count_V)]
+    count_V[list(manifest.special_token_ids)] = 0
+    return count_V
+
+
+def unigram_loss(training_V: np.ndarray, held_out_V: np.ndarray) -> float:
+    """The mean loss (nats) on held-out tokens of a model that knows only how often each token occurs, plus one."""
+    log_V = np.log((training_V + 1) / (training_V + 1).sum())
+    return float(-(held_out_V * log_V).sum() / max(1, held_out_V.sum()))
 
 
 def metrics(columns: Sequence[np.ndarray], scored: bool) -> dict[str, float]:

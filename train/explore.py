@@ -13,40 +13,30 @@ student, say, or by an early and a late student. See docs/explore.md.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
-from entropy_masking import storage
 from entropy_masking.commands import console
-from entropy_masking.commands.console import option
-from entropy_masking.commands.mask_flags import MaskOptions, OptionsParser, check_scored, mask_policy
+from train.explorer.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
+from entropy_masking import storage
+from entropy_masking.commands.mask_flags import check_scored, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Manifest
-from train.arguments import check_ranges
 from train.explorer import sample, statistics
 from train.explorer.sample import Source, View
 from train.explorer.summary import summarise
 
 
-@dataclass(kw_only=True)
-class Options(MaskOptions):
-    """The flags."""
-
-    output: str | None = option("HTML file to write (default: only print the summary)")
-    limit: int = option("maximum number of sequences for the statistics (default: 10000)", 10_000)
-    sequences: int = option("sequences to show as text on the page (default: 6)", 6)
-    entropy_source: Literal["parquet", "random"] = option("mask by the scores of the shards, or at random", "parquet")
-    seed: int = option("seed of the masks; the masks of the first epoch are shown", 42)
-
-
 def main(argv: list[str] | None = None) -> None:
-    options, directories = parse(argv)
+    options, directories = parse(argv, __doc__)
     mask = mask_policy(options, options.entropy_source, options.seed)
     manifests = open_directories(directories)
     for manifest in manifests:
@@ -73,21 +63,6 @@ def main(argv: list[str] | None = None) -> None:
         texts = sample.texts(sources, picks, options.sequences, view)
         storage.write_bytes(options.output, render(sources, mask, summary, texts).encode())
         print(f"written to {options.output}")
-
-
-def parse(argv: list[str] | None) -> tuple[Options, list[str]]:
-    parser = OptionsParser(Options, prog="train/explore.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("directory", metavar="DIR", help="shard directory with scores, a path or a URI")
-    parser.add_argument("other", metavar="DIR2", nargs="?", help="another directory: other scores of the same tokens")
-    flags = vars(parser.parse_args(argv))
-    directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
-    check_ranges(flags)
-    of_page = "{flag} only applies to the page; name its file with --output, or leave it out"
-    console.check_rules(flags, [(not flags["output"], {"sequences": Options.sequences}, of_page)])
-    (options,) = parser.parse_dict(flags)
-    if options.output and storage.exists(options.output) and storage.size(options.output) is None:
-        raise UsageError(f"--output {options.output} is a directory; name a file, such as {options.output}/page.html")
-    return options, directories
 
 
 def open_directories(uris: list[str]) -> list[Manifest]:

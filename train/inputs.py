@@ -22,7 +22,7 @@ from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from train import resume
 from train.data import split_shards
-from train.options import Options
+from train.flags import Options
 
 
 @dataclass(frozen=True)

@@ -1,95 +1,87 @@
-"""The flags of train/run.py, its own and those of Trainer, parsed and filled in."""
+"""Parses the flags of train/run.py, and refuses numbers out of range and flags that contradict others."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
-from typing import Literal
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-import torch
-from transformers import TrainingArguments
-
-from entropy_masking.commands.console import Rule, check_rules, option
-from entropy_masking.commands.mask_flags import OptionsParser, TrainingMaskOptions
+from entropy_masking.commands.flags import Parser, Rule, check_rules, flag
+from entropy_masking.commands.mask_flags import MAX_SEED
 from entropy_masking.errors import UsageError
-from entropy_masking.models.checkpoints import resolve_dtype
-from train.arguments import BY_METRIC, TrainerFlags, check_ranges, training_arguments
-from train.student import SIZES
+from train.flags import GROUPS, MUON, SIZES, Options, TrainerFlags
 
-# AdamW's learning rate, beside Muon and alone, by size of the preset; other models use that of base
-MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY = "muon", 0.02, 0.01
-LEARNING_RATES = {
-    MUON: {"tiny": 4e-3, "mini": 4e-3, "small": 2e-3, "medium": 2e-3, "base": 1e-3},
-    "adamw": {"tiny": 2e-3, "mini": 1e-3, "small": 5e-4, "medium": 4e-4, "base": 2e-4},
-}
 ADAMW = ("adamw_torch", "adamw_torch_fused", None)  # None is the default, one of them
 WITHOUT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")  # optimizers that do not read AdamW's flags
-BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
-EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
-SAVE_STEPS = 500
+# schedules that follow the metric of evaluations
+BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+# ranges of numbers; a number outside would fail late or, worse, not at all
+MAX_STEPS, MAX_BATCH = 10**12, 10**6  # above them numbers overflow
+ABOVE_0, BELOW_1, MAX = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
+RANGES: dict[str, tuple[float, float]] = {
+    name: (low, high)
+    for names, low, high in (
+        ("seed data_seed", 0, MAX_SEED),
+        ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MAX),
+        ("adam_beta1 adam_beta2 eval_fraction", 0, BELOW_1),
+        ("logging_steps save_steps eval_steps", ABOVE_0, MAX_STEPS),
+        ("warmup_steps save_total_limit eval_delay", 0, MAX_STEPS),
+        ("max_steps limit sequences", 1, MAX_STEPS),
+        ("per_device_train_batch_size per_device_eval_batch_size", 1, MAX_BATCH),
+        ("gradient_accumulation_steps num_workers", 1, MAX_BATCH),
+        ("num_train_epochs", ABOVE_0, 10**9),
+        ("ddp_timeout", 1, 10**9),
+        ("dataloader_num_workers", 0, 1024),
+        ("dataloader_prefetch_factor", 1, 1024),
+        ("distill_weight", 0, 1),
+        ("distill_positions", ABOVE_0, 1),
+        ("distill_temperature", ABOVE_0, MAX),
+    )
+    for name in names.split()
+}
 
 
-@dataclass(kw_only=True)
-class Options(TrainingMaskOptions):
-    """The flags of train/run.py besides TrainerFlags."""
-
-    shards: str = option("shard directory made by pipeline/score.py, a path or a URI", MISSING)
-    entropy_source: Literal["random", "parquet", "self"] = option(
-        "mask at random, by the scores of the shards (parquet), or by the student's own (self)", MISSING
-    )
-    model: str = option(
-        "tiny (default), mini, small, medium, base, bert-tiny … bert-base; a config.json; or a checkpoint",
-        "tiny",
-    )
-    targets: str | None = option("distil from this target directory, with its masks (default: from the shards)")
-    distill_weight: float = option("weight α in (1 - α)·CE + α·T²·KL(teacher ‖ student) (default: 0)", 0.0)
-    distill_temperature: float = option("T, one of the scores' --temperatures (default: 1)", 1.0)
-    distill_positions: float = option(
-        "distil at this share of the predicted tokens, those with the highest student entropy (default: 1)", 1.0
-    )
-    muon_learning_rate: float | None = option(
-        f"Muon's learning rate, for the hidden matrices (default: {MUON_LEARNING_RATE})"
-    )
-    muon_weight_decay: float | None = option(f"Muon's weight decay (default: {MUON_WEIGHT_DECAY})")
-    self_refresh: Literal["means", "step"] | None = option(
-        "scores for --entropy-source self. means (default): running means of the scores of masked tokens by type; "
-        "step (default of --recipe paper): scores of an extra forward on each batch"
-    )
-    eval_fraction: float | None = option("share of the shards to hold out (default: 0.01); 0 for no evaluation")
-    eval_shards: str | None = option("evaluate on this shard directory (default: on held-out shards)")
-    trust_remote_code: bool = option("run model code from the checkpoint", False)
-    num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
-    overwrite: bool = option("delete the run in the output directory, and start again", False)
-    muon: bool = field(default=False, init=False)  # --optim muon, which TrainingArguments does not know
-
-
-def parse(argv: list[str], description: str | None) -> tuple[Options, TrainingArguments]:
-    """Flags → options and training arguments. Raises UsageError for unknown or unsupported flags and wrong values."""
-    parser = OptionsParser(
-        [Options, TrainerFlags],
-        prog="train/run.py",
-        usage="%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …",
-        description=description,
-        allow_abbrev=False,
-    )
-    options, flags, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise UsageError(_unsupported(unknown[0]) or parser.unknown(unknown[0]))
+def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFlags]:
+    """The flags as they are given. Raises UsageError for unknown or unsupported flags and wrong values."""
+    parser = Parser("train/run.py", description, GROUPS)
+    parser.usage = "%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …"
+    parser.add_fields(Options)
+    parser.add_fields(TrainerFlags)
+    parser.unknown = lambda text: _unsupported(text) or Parser.unknown(parser, text)  # type: ignore[method-assign]
+    given = vars(parser.parse_args(argv))
+    options = Options(**{own.name: given.pop(own.name) for own in fields(Options) if own.init})
+    flags = TrainerFlags(**given)
+    options.argv, options.as_yaml = parser.argv, parser.to_yaml()
     check_ranges(vars(options) | vars(flags))
     if "://" in flags.output_dir:
         raise UsageError(f"--output-dir {flags.output_dir} is a URI; use a path: checkpoints need a file system")
-    options.muon = flags.optim == MUON or (flags.optim is None and _size(options) in SIZES)
+    options.muon = flags.optim == MUON or (flags.optim is None and options.model.removeprefix("bert-") in SIZES)
     check_rules(vars(options) | vars(flags), rules(options, flags))
-    fill_in(options, flags)
-    return options, training_arguments(flags)
+    return options, flags
 
 
 def _unsupported(text: str) -> str | None:
+    from transformers import TrainingArguments
+
     name = text.partition("=")[0]
     if name.lstrip("-").replace("-", "_").removeprefix("no_") not in TrainingArguments.__dataclass_fields__:
         return None
-    return f"{name} of transformers.TrainingArguments is not supported; --help lists the supported flags"
+    return f"{name} of transformers.TrainingArguments is not supported; --help-all lists the supported flags"
+
+
+def check_ranges(flags: Mapping[str, Any]) -> None:
+    """Refuse empty texts and numbers out of range. Raises UsageError."""
+    for name, value in flags.items():
+        if value == "":
+            raise UsageError(f"{flag(name)} is empty; give it a value, or leave it out")
+        low, high = RANGES.get(name, (0, 0))
+        if name in RANGES and value is not None and not low <= value <= high:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
+            most = {MAX: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:.10g}")
+            raise UsageError(f"{flag(name)} {shown} is out of range; use {least}{most}")
 
 
 def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
@@ -123,6 +115,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
         (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None, **not_best}, held_out),
+        (not evaluates, {"eval_only": False}, held_out),
         (not evaluates, _defaults("eval_delay", "per_device_eval_batch_size"), held_out),
         (flags.eval_strategy == "no", {"eval_steps": None, "eval_delay": 0, **not_best}, evaluations),
         (flags.save_strategy == "no", not_best | _defaults("save_steps", "save_total_limit"), checkpoints),
@@ -142,38 +135,3 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
 def _defaults(*names: str) -> dict[str, object]:
     """The values of Trainer's flags that are not given."""
     return {name: getattr(TrainerFlags, name) for name in names}
-
-
-def fill_in(options: Options, flags: TrainerFlags) -> None:
-    """Set the defaults that depend on the model, on other flags and on the machine."""
-    size = _size(options)
-    if options.muon:
-        flags.optim = TrainingArguments.optim  # for the other parameters
-        _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
-    _set_missing(flags, optim=TrainingArguments.optim)  # of configurations and checkpoints too
-    rates = LEARNING_RATES[MUON if options.muon else "adamw"]
-    _set_missing(flags, learning_rate=rates.get(size, rates["base"]))
-    _set_missing(flags, per_device_train_batch_size=BATCH_SIZES.get(size, BATCH_SIZES["base"]))
-    _set_missing(flags, bf16=not flags.fp16 and resolve_dtype("auto") == "bfloat16")
-    _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
-    _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
-    _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
-    if takes_best := flags.load_best_model_at_end:  # it compares checkpoints
-        _set_missing(flags, eval_steps=flags.save_steps)
-    if flags.eval_strategy is None and (options.eval_fraction or options.eval_shards):
-        # often enough to notice a collapse
-        _set_missing(flags, eval_strategy="steps", eval_steps=EVAL_STEPS, eval_on_start=True)
-    _set_missing(flags, eval_strategy="no", eval_on_start=False)
-    _set_missing(flags, save_steps=(flags.eval_steps or flags.logging_steps) if takes_best else SAVE_STEPS)
-    if options.entropy_source == "self":
-        _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # the paper has step
-
-
-def _size(options: Options) -> str:
-    return options.model.removeprefix("bert-")
-
-
-def _set_missing(flags: Options | TrainerFlags, **defaults: object) -> None:
-    for name, value in defaults.items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)

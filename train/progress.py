@@ -16,14 +16,16 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from entropy_masking.commands import console
-from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.policy import SCORES, MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
-from train.options import Options
+from train.flags import Options
 
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
 ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
+MAX_RATIO = 3  # to the concentration of the text, which is higher for a small vocabulary
+SCORE_MEANS = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # names in a log
 MIN_TOKENS = 100  # to estimate this probability
 
 
@@ -73,10 +75,15 @@ def type_concentration(count_V: Tensor) -> float:
 
 
 class CollapseWarnings(TrainerCallback):
-    """Warns if masking makes a run worse, once per sign. ``warnings`` holds the warnings so far."""
+    """Warns if masking may make a run worse, once per sign. ``warnings`` holds the warnings so far.
 
-    def __init__(self, policy: MaskPolicy, vocab_size: int, remedy: str) -> None:
-        self.policy, self.vocab_size, self.remedy = policy, vocab_size, remedy
+    Args:
+        remedy: how to use the scores less.
+        concentration: of the training text, see ``type_concentration``; masks concentrate if theirs is much higher.
+    """
+
+    def __init__(self, policy: MaskPolicy, vocab_size: int, remedy: str, concentration: float = 0.0) -> None:
+        self.policy, self.vocab_size, self.remedy, self.concentration = policy, vocab_size, remedy, concentration
         self.by_sign: dict[str, str] = {}
 
     @property
@@ -88,9 +95,12 @@ class CollapseWarnings(TrainerCallback):
         if not self.policy.uses_scores:
             return
         warmup = self.policy.warmup * state.max_steps
-        for sign, sentence in collapse_signs(state.log_history, warmup, self.vocab_size):
+        for sign, sentence in collapse_signs(state.log_history, warmup, self.vocab_size, self.concentration):
             if sign not in self.by_sign:
-                self.by_sign[sign] = f"{sentence}; {self.remedy}"
+                # a loss has other causes too
+                otherwise = "otherwise use a lower learning rate or less training"
+                unsure = f"if a run with --entropy-source random does better, {self.remedy}; {otherwise}"
+                self.by_sign[sign] = f"{sentence}; {self.remedy if sign == 'concentration' else unsure}"
                 if state.is_world_process_zero:
                     print(f"warning: {self.by_sign[sign]}", file=sys.stderr, flush=True)
 
@@ -106,11 +116,16 @@ def remedy(options: Options, policy: MaskPolicy) -> str:
     return "use a smaller --hard-share or a longer --mask-warmup"
 
 
-def collapse_signs(history: list[dict[str, float]], warmup: float, vocab_size: int) -> Iterator[tuple[str, str]]:
+def collapse_signs(
+    history: list[dict[str, float]], warmup: float, vocab_size: int, in_text: float = 0.0
+) -> Iterator[tuple[str, str]]:
     """Name and sentence of each sign of a collapse in Trainer's history after ``warmup`` steps, in the order of steps.
 
     The held-out loss stays above its lowest value, which the warm-up may have reached, for several evaluations; it is
-    worse than a uniform guess; or the masks concentrate on a few token types.
+    worse than a uniform guess; or the masks concentrate on a few token types, much more than the text does.
+
+    Args:
+        in_text: the concentration of the text.
     """
     lowest, above, guess, evaluated = math.inf, 0, math.log(vocab_size), -1.0
     for entry in history:
@@ -125,7 +140,7 @@ def collapse_signs(history: list[dict[str, float]], warmup: float, vocab_size: i
             if step and step >= warmup and loss > guess + ABOVE_GUESS:
                 loss_here = f"the held-out loss at step {step}, {loss:.2f} nats"
                 yield "guess", f"{loss_here}, is worse than a uniform guess, {guess:.2f}"
-        if concentration > MAX_CONCENTRATION and step >= warmup:
+        if concentration > max(MAX_CONCENTRATION, MAX_RATIO * in_text) and step >= warmup:
             pairs = f"two masked tokens had the same type with a probability of {concentration:.0%}"
             yield "concentration", f"at step {step} {pairs}, so the masks concentrate on a few types"
 
@@ -164,7 +179,10 @@ class ProgressReport(TrainerCallback):
             return
         logs, step = event["logs"], f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            self.progress.note(f"{step}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
+            means = ", ".join(f"{name.replace('_', ' ')} {logs[name]:.2f}" for name in logs if name in SCORE_MEANS)
+            self.progress.note(
+                f"{step}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}{means and f', {means}'}"
+            )
         elif "eval_loss" in logs:
             accuracy = f"accuracy {logs['eval_accuracy']:.1%}"
             self.progress.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")

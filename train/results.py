@@ -14,15 +14,28 @@ from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
-from train.arguments import BY_METRIC, deciding_arguments, global_batch
-from train.evaluation import DECILES
+from train.arguments import deciding_arguments, global_batch
+from train.evaluation import DECILES, token_counts, unigram_loss
+from train.flags import Options
 from train.inputs import Inputs
-from train.options import Options
+from train.options import BY_METRIC
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-FREE = ("overwrite", "trust_remote_code", "num_workers", "eval_shards", "recipe")  # they do not decide what is learned
+LEARNED = 0.3  # nats below the loss of the token frequencies, from which on a model has learned something
+# flags that do not decide what is learned
+FREE = [
+    "overwrite",
+    "dry_run",
+    "eval_only",
+    "argv",
+    "as_yaml",
+    "trust_remote_code",
+    "num_workers",
+    "eval_shards",
+    "recipe",
+]
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
@@ -67,7 +80,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
-    deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
+    guess = unigram_loss(token_counts(manifest, inputs.shards), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
         model=options.model,
@@ -79,7 +92,8 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         eval_loss=metrics.get("eval_loss"),
         eval_accuracy=metrics.get("eval_accuracy"),
         eval_positions=metrics.get("eval_positions"),
-        eval_loss_by_entropy_decile=deciles if any(deciles) else None,
+        eval_unigram_loss=guess if metrics else None,
+        eval_loss_by_entropy_decile=deciles_of(metrics),
         training_flops=flops,
         scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
         scoring_flops=sum(directory.totals["flops"] for directory in scored),
@@ -92,6 +106,12 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         flags=flags,
         versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
     )
+
+
+def deciles_of(metrics: dict[str, float]) -> list[float | None] | None:
+    """The held-out loss by decile of the entropy; None if the shards have no entropies."""
+    deciles = [metrics.get(f"eval_loss_decile_{decile}") for decile in range(1, DECILES + 1)]
+    return deciles if any(deciles) else None
 
 
 def costs(manifest: Manifest, **others: object) -> Directory:
@@ -119,11 +139,22 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return sorted(points, key=lambda point: point["step"])
 
 
-def print_summary(output: Path, summary: Summary) -> None:
+def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> None:
     print(f"{output}: {summary.regime}, {summary.steps} steps, {summary.tokens:,} tokens")
     print(f"  seconds     {summary.seconds:,.1f}")
     print(f"  tokens/s    {summary.tokens_per_second:,.0f}")
-    if summary.eval_loss is not None:
-        print(f"  eval loss   {summary.eval_loss:.4f} nats over {summary.eval_positions:,} masked tokens")
-    if deciles := summary.eval_loss_by_entropy_decile:
+    print_losses(metrics)
+    guess = summary.eval_unigram_loss
+    if guess is not None and metrics["eval_loss"] > guess - LEARNED:
+        print(
+            f"warning: the token frequencies alone give a loss of {guess:.2f} nats, so this model has learned little; "
+            "train it longer before it scores text"
+        )
+
+
+def print_losses(metrics: dict[str, float]) -> None:
+    """Print the result of an evaluation, if there was one."""
+    if metrics:
+        print(f"  eval loss   {metrics['eval_loss']:.4f} nats over {metrics['eval_positions']:,} masked tokens")
+    if deciles := deciles_of(metrics):
         print(f"  by decile   {' '.join(f'{loss:.2f}' for loss in deciles if loss is not None)} (easy → hard)")

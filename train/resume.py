@@ -21,6 +21,7 @@ from entropy_masking.shards.commit import differences
 from entropy_masking.shards.schema import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
+GIVEN = "flags.yaml"  # the flags that were given, for --config
 UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
 FILES = "files.json"  # the last file of a checkpoint: size and CRC-32 of each other file
 LOCK = ".lock"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a masked LM on a shard directory. Masks are chosen by the teacher's scores, the student's, or at random.
+r"""Train a masked LM on a shard directory. Masks are chosen by the teacher's scores, the student's, or at random.
 
 python train/run.py --shards runs/scored --entropy-source parquet --output-dir runs/student
 python train/run.py --shards runs/scored --entropy-source parquet --distill-weight 0.5 --output-dir runs/student-kd
@@ -22,20 +22,26 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
+from entropy_masking.commands import console
+from train.options import parse
+
+if __name__ == "__main__":
+    console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
+
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import logging
 
 from entropy_masking import storage
-from entropy_masking.commands import console
+from entropy_masking.cards import model_card
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from entropy_masking.summary import Summary
 from train import cluster, resume
-from train.arguments import global_batch, refused_by_transformers
+from train.arguments import global_batch, refused_by_transformers, training_arguments
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
-from train.options import parse
-from train.results import deciding_flags, flops_of, print_summary, summarise
+from train.outline import outline
+from train.results import deciding_flags, flops_of, print_losses, print_summary, summarise
 from train.student import build_student
 from train.trainer import MaskedLMTrainer
 
@@ -43,22 +49,29 @@ DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay sch
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    options, args = parse(argv, __doc__)
+    options, given = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    args = training_arguments(options, given)
     rank, output = args.process_index, Path(str(args.output_dir))
     logging.disable_progress_bar()  # of reading and writing weights
     with on_all_ranks(rank):
         inputs = open_inputs(options, args)
     if options.num_workers > 1:
-        return cluster.run(main, argv, options, args)
+        return cluster.run(main, options, args)
     with on_all_ranks(rank):
         set_steps(args, inputs)
         student = build_student(options.model, inputs.manifest, args.seed, options.trust_remote_code)
         flops = flops_of(student, options, args, inputs)
         flags = deciding_flags(options, args, inputs)
+    if rank == 0:
+        print("\n".join(outline(student, options, args, inputs)), file=sys.stderr, flush=True)
+    if options.dry_run:
+        return
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
         trainer.check_flags()
+    if options.eval_only:
+        metrics = trainer.evaluate()
+        return print_losses(metrics) if rank == 0 else None
     with on_all_ranks(rank):
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run
@@ -67,12 +80,14 @@ def main(argv: list[str] | None = None) -> None:
         if rank == 0:
             print(f"{output} is finished already; pass --overwrite to train again")
         return
+    if rank == 0:
+        storage.write_bytes(str(output / resume.GIVEN), options.as_yaml.encode())
     train(trainer)
     metrics = trainer.evaluate() if inputs.held_out else {}
     check_finite(student, trainer.state.global_step, output)
     if rank == 0:
         save(trainer, summary := summarise(trainer, flags, flops, metrics))
-        print_summary(output, summary)
+        print_summary(output, summary, metrics)
 
 
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
@@ -80,10 +95,10 @@ def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
     if args.max_steps <= 0:
         rows = sum(entry.rows for entry in inputs.shards)
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
+    given = args.lr_scheduler_kwargs or {}
+    if not isinstance(given, dict):
+        raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        given = args.lr_scheduler_kwargs or {}
-        if not isinstance(given, dict):
-            raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
         args.lr_scheduler_kwargs = {
             "num_decay_steps": round(DECAY_SHARE * args.max_steps),
             "decay_type": "linear",
@@ -120,6 +135,7 @@ def save(trainer: MaskedLMTrainer, summary: Summary) -> None:
     with writing(f"the model to {output}", output):
         trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
         copy_tokenizer(trainer.manifest.uri, output)
+        storage.write_bytes(str(output / "README.md"), model_card(summary).encode())
         storage.write_json(str(output / resume.SUMMARY), summary.model_dump(exclude_unset=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from entropy_masking.models.checkpoints import (
 from entropy_masking.models.masked_positions import MaskedPositions, with_masked_positions
 from entropy_masking.shards.manifests import special_ids, tokenizer_hash
 from entropy_masking.shards.schema import Manifest
+from train.flags import SIZES
 
-# layers and hidden size of Google's BERT miniatures (Turc et al. 2019, arXiv 1908.08962)
-SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512), "base": (12, 768)}
 PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT as Google's
 
 
@@ -45,11 +45,6 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
     if name in PRESETS:
         model = _from_config(name, _preset(name, manifest), manifest, seed)
     else:
-        if "/" not in name and not Path(name).exists():
-            raise UsageError(
-                f"--model {name} is neither a preset ({', '.join(PRESETS)}) nor a file or directory; "
-                "name a model of the Hub as OWNER/NAME"
-            )
         path = _source(name)
         if _is_configuration(name, path):
             model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
@@ -68,6 +63,21 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
     return model
 
 
+def nearest_size(name: str, trust_remote_code: bool) -> tuple[str, bool]:
+    """The size of the preset with the nearest number of weights, and whether the weights are pretrained.
+
+    Embeddings do not count. Raises UsageError for a model that cannot be loaded.
+    """
+    if name in PRESETS:
+        return name.removeprefix("bert-"), False
+    path = _source(name)
+    config = load_config(path, trust_remote_code)
+    layers, width = getattr(config, "num_hidden_layers", 12), getattr(config, "hidden_size", 768)
+    weights = max(1, layers * width**2)  # in proportion
+    distance = {size: abs(math.log(weights / (own[0] * own[1] ** 2))) for size, own in SIZES.items()}
+    return min(distance, key=lambda size: distance[size]), not _is_configuration(name, path)
+
+
 def model_identity(name: str) -> str:
     """The identity of the initial weights, without the seed: a preset's name, else a hash of the files."""
     if name in PRESETS:
@@ -79,7 +89,12 @@ def model_identity(name: str) -> str:
 
 
 def _source(name: str) -> Path:
-    """The file of a configuration, or the directory of a checkpoint."""
+    """The file of a configuration, or the directory of a checkpoint. Raises UsageError."""
+    if "/" not in name and not Path(name).exists():
+        raise UsageError(
+            f"--model {name} is neither a preset ({', '.join(PRESETS)}) nor a file or directory; "
+            "name a model of the Hub as OWNER/NAME"
+        )
     return Path(name) if Path(name).is_file() else local_checkpoint(name)
 
 

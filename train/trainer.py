@@ -29,10 +29,10 @@ from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, private, resume
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
+from train.flags import Options
 from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ranks, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
-from train.options import Options
 from train.progress import CollapseWarnings, ProgressReport, RunningMeans, remedy, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
@@ -55,7 +55,8 @@ class MaskedLMTrainer(Trainer):
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which reads its decisions
         self.report = ProgressReport(self.manifest.sequence_length)
-        self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, remedy(options, self.policy))
+        in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.shards)))
+        self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, remedy(options, self.policy), in_text)
         self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
             model=model,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import difflib
 import errno
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Self
 
 from tqdm import tqdm
 
@@ -23,11 +18,6 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
-
-Number = TypeVar("Number", int, float)
-
-# when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
-Rule = tuple[bool, Mapping[str, object], str]
 
 
 class Terminated(KeyboardInterrupt):
@@ -66,81 +56,17 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def check_flags(parse: Callable[[], object]) -> None:
+    """Answer --help and wrong flags before a script imports torch and transformers, which takes seconds."""
+    try:
+        parse()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def flag(name: str) -> str:
-    """``--mask-ratio`` of ``mask_ratio``."""
-    return f"--{name.replace('_', '-')}"
-
-
-def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Callable[[str], str] = flag) -> None:
-    """Refuse flags that contradict others or have no effect with them. A flag that was not given is None.
-
-    Raises:
-        UsageError: the sentence of the first rule that does not hold.
-    """
-    for holds, allowed, sentence in rules:
-        for name, value in allowed.items():
-            if holds and given.get(name) not in (None, value):
-                raise UsageError(sentence.format(flag=flag_of(name), given=given[name], value=value))
-
-
-def option(help: str, default: object = None, **settings: object) -> Any:
-    """A field of a dataclass of flags. It is None if the flag is not given and has no default."""
-    return field(default=default, metadata={"help": help, **settings})
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose description is shown as it is written, and whose errors are a UsageError."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        texts = sys.argv[1:] if args is None else list(args)
-        for before, text in zip(["", *texts], texts, strict=False):
-            if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
-                name = text[:-1] or (before if before[:2] == "--" else "an argument")
-                raise UsageError(f"{name} is empty; give it a value, or leave it out")
-        flags, unknown = self.parse_known_args(texts)
-        if unknown:
-            raise UsageError(self.unknown(unknown[0]))
-        return flags
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-    def unknown(self, text: str) -> str:
-        """A sentence about a flag that does not exist."""
-        name = text.partition("=")[0]
-        flags = [known for known in self._option_string_actions if "_" not in known]
-        near = difflib.get_close_matches(name, flags, 1)
-        hint = f"the nearest is {near[0]}, and --help lists all" if near else "--help lists its flags"
-        return f"{name} is not a flag of {self.prog}; {hint}"
-
-
-def positive(text: str) -> int:
-    """argparse type of a whole number above zero."""
-    return _number(int, text, lambda value: value > 0, "a whole number above 0")
-
-
-def not_negative(text: str) -> int:
-    """argparse type of a whole number, zero included."""
-    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    """argparse type of a finite number above zero."""
-    return _number(float, text, lambda value: 0 < value < math.inf, "a finite number above 0")
-
-
-def _number(kind: type[Number], text: str, allowed: Callable[[Number], bool], wanted: str) -> Number:
-    with contextlib.suppress(ValueError):
-        if allowed(value := kind(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
 
 
 class Progress:

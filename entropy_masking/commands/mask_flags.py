@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import HfArgumentParser
-
-from entropy_masking.commands.console import Parser, Rule, check_rules, flag, option
+from entropy_masking.commands.flags import Rule, check_rules, flag, option
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.schema import Manifest
@@ -68,10 +66,6 @@ class TrainingMaskOptions(MaskOptions):
     predict_by: Literal["random", "entropy", "surprisal", "excess"] | None = option(
         "how to choose the predicted tokens among the masked ones (default: random)"
     )
-
-
-class OptionsParser(Parser, HfArgumentParser):
-    """A parser of dataclasses of flags."""
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int, source_flag: str = "--entropy-source") -> MaskPolicy:

@@ -20,7 +20,7 @@ CONNECT_SECONDS = 10.0
 
 def check_kept(flag: str, output: str) -> None:
     """Raises UsageError if the output would be deleted with the working directory of a Ray job."""
-    kept = storage.is_remote(output) or Path(output.removeprefix("file://")).is_absolute()
+    kept = storage.is_remote(output) or Path(storage.local_path(output)).is_absolute()
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not kept:
         lost = "would be deleted with the working directory of the Ray job"
         raise UsageError(f"{flag} {output} {lost}; name an absolute path")
@@ -29,7 +29,8 @@ def check_kept(flag: str, output: str) -> None:
 def connect(*applications: str, cpus: int | None = None) -> None:
     """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
 
-    ``address="auto"`` would also join a cluster that another run has started for itself, and end with it.
+    Call it before ``import ray``, because Ray reads its environment when it is imported. ``address="auto"`` would also
+    join a cluster that another run has started for itself, and end with it.
 
     Args:
         applications: packages that workers import besides the library.
@@ -40,6 +41,8 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         RunError: Ray does not start here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if _has_token():  # then `ray start` asks for it, but Ray does not send it to an address that is given
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     # no public function finds a `ray start` here without also finding a cluster that another run started for itself
@@ -50,13 +53,21 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.WARNING)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
-        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if address.startswith("ray://"):
+            raise UsageError(f"RAY_ADDRESS {address} is that of a Ray client; use HOST:PORT, such as HEAD:6379")
+        host, _, port = address.rpartition(":")
         try:
             if port.isdigit():  # Ray itself would try for minutes
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-            start(address)
         except OSError:
-            raise UsageError(f"no Ray cluster answers at {address}; start it, or unset RAY_ADDRESS") from None
+            raise UsageError(f"nothing answers at {address}; start a Ray cluster there, or unset RAY_ADDRESS") from None
+        try:
+            start(address)
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            fix = "if it asks for a token, copy ~/.ray/auth_token from its head node"
+            raise UsageError(
+                f"the Ray cluster at {address} refuses the connection ({one_line(error)}); {fix}"
+            ) from None
     else:
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
         try:
@@ -65,3 +76,11 @@ def connect(*applications: str, cpus: int | None = None) -> None:
             reason = f"Ray did not start on this machine ({one_line(error)})"
             raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler
+
+
+def _has_token() -> bool:
+    """Whether this user has a token for Ray clusters."""
+    return (
+        bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys())
+        or (Path.home() / ".ray" / "auth_token").exists()
+    )

@@ -17,6 +17,7 @@ from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.noise import sequence_hash
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
+from entropy_masking.shards.manifests import vocabulary_size
 
 Row = Mapping[str, Sequence[float] | Tensor]  # a row of ``datasets``, in any of its formats
 
@@ -57,12 +58,13 @@ class EntropyMaskingCollator(TrainerCallback):
         if self.policy.warmup or self.policy.ramp:
             raise ValueError("a collator does not know the progress of the run; set the policy's warmup and ramp to 0")
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader workers may outlive an epoch
+        size = vocabulary_size(tokenizer)
         self.masker = Masker(
-            vocab_size=len(tokenizer),
+            vocab_size=size,
             special_token_ids=tokenizer.all_special_ids,
             mask_id=tokenizer.mask_token_id,
             pad_id=tokenizer.pad_token_id,
-            continues_V=continuing_tokens(tokenizer, len(tokenizer)) if self.policy.unit == "word" else None,
+            continues_V=continuing_tokens(tokenizer, size) if self.policy.unit == "word" else None,
         )
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor
+if TYPE_CHECKING:  # flags are checked before torch is imported, which takes seconds
+    from torch import Tensor
 
 SCORES = ("entropy", "surprisal", "excess")
 

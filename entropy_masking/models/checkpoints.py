@@ -36,8 +36,8 @@ def local_checkpoint(name: str) -> Path:
     Raises:
         UsageError: neither a local directory nor a Hub repository that can be reached.
     """
-    if Path(name).is_dir():
-        return Path(name).absolute()
+    if (directory := Path(storage.local_path(name))).is_dir():
+        return directory.absolute()
     if name.startswith(("/", ".", "~")):
         raise UsageError(f"there is no model directory {name}; name an existing one, or a model on the Hub")
     try:
@@ -79,7 +79,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         reason = one_line(error)
         if "trust_remote_code" in str(error):
             reason = "it brings its own code; pass --trust-remote-code if you trust it"
@@ -95,10 +95,10 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A fast tokenizer by local directory or Hub id.
+    """A fast tokenizer by local directory or Hub id. Its own code never runs.
 
     Raises:
-        UsageError: there is none, or only a slow one.
+        UsageError: there is none, or only a slow one or one with its own code.
     """
     directory = local_checkpoint(name)
     # without these files AutoTokenizer builds a tokenizer of special tokens from config.json alone
@@ -106,11 +106,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         names = ", ".join(TOKENIZER_FILES)
         raise UsageError(f"{name} holds no tokenizer ({names}); save the model's tokenizer there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        # None, the default, asks on standard input whether to run the code
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"cannot load the tokenizer in {name} ({one_line(error)}); save the model's tokenizer there"
-        ) from None
+        reason = "it brings its own code" if "trust_remote_code" in str(error) else one_line(error)
+        raise UsageError(f"cannot load the tokenizer in {name} ({reason}); save a fast tokenizer there") from None
     if not tokenizer.is_fast:
         raise UsageError(f"{name} has only a slow tokenizer; save a fast one (tokenizer.json) there")
     return tokenizer
@@ -128,7 +128,7 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> PreTrain
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UsageError(f"cannot load the weights in {directory}: {one_line(error)}") from None
     if missing := sorted(info["missing_keys"]):
         raise UsageError(

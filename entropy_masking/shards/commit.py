@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entropy_masking import storage
+from entropy_masking.cards import dataset_card
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import manifests
 from entropy_masking.shards.costs import totals
@@ -179,6 +180,7 @@ def unfinished_manifest(uri: str) -> Manifest:
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
     """Write ``manifest.json``, which marks the directory as finished. For the arguments see ``with_shards``."""
     manifest = with_shards(empty, records, failed)
+    storage.write_bytes(storage.join(empty.uri, "README.md"), dataset_card(manifest).encode())
     storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
     delete_leftovers(empty.uri)
     return manifest

@@ -43,6 +43,7 @@ def totals(records: list[Record]) -> dict[str, object]:
     names = ("tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "flops")
     return {name: sum(getattr(record, name) for record in records) for name in names} | {
         "sequences": sum(record.rows for record in records),
+        "longest_document": max((record.longest_document or 0 for record in records), default=0),
         "seconds": round(busy_seconds(records), 3),
         "worker_seconds": round(worker_seconds, 3),
         "forward_seconds": round(forward, 3),

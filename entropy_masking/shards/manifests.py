@@ -99,7 +99,7 @@ def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
 
     with tempfile.TemporaryDirectory() as temporary:
         copy_tokenizer(directory, Path(temporary))
-        return AutoTokenizer.from_pretrained(temporary)
+        return AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
 
 
 def copy_tokenizer(directory: str, destination: Path) -> None:
@@ -114,6 +114,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Ids of the tokenizer's special tokens by role (pad, cls, sep, mask, unk)."""
     ids = {role: getattr(tokenizer, f"{role}_token_id") for role in ("pad", "cls", "sep", "mask", "unk")}
     return {role: token for role, token in ids.items() if token is not None}
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The greatest id + 1. ``len(tokenizer)`` is less if ids have gaps, as after a line that vocab.txt has twice."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -160,7 +165,7 @@ def new_manifest(
 def from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The fields of a manifest that its tokenizer determines."""
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "special_ids": special_ids(tokenizer),
         "special_token_ids": sorted(set(tokenizer.all_special_ids)),
         "tokenizer_hash": tokenizer_hash(tokenizer),

@@ -114,6 +114,7 @@ class Record(ShardEntry, title="record of a shard"):
     device: str
     worker: str
     documents: int
+    longest_document: int | None = None  # its tokens; None without documents
     rejected: Rejected
     seconds: float  # from the first work on the shard until ``finished_at``
     finished_at: str

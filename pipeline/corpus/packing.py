@@ -43,6 +43,7 @@ def tokenize(documents: Iterable[Document], backend: Tokenizer, rejects: Rejects
             if encoding is not None and not encoding.ids:
                 rejects.add(document.file_range, document.line, "no tokens")
             elif encoding is not None:
+                rejects.longest = max(rejects.longest or 0, len(encoding.ids))
                 yield np.array(encoding.ids, np.uint32)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,21 @@ from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
 from entropy_masking.shards.schema import Manifest
 from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
-from pipeline.corpus.readers import COMPRESSIONS, FileRange, Rejects, csv_rows, json_keys, read_documents
+from pipeline.corpus.formats import (
+    COMPRESSIONS,
+    LONG_PARAGRAPH,
+    FileRange,
+    csv_rows,
+    has_blank_line,
+    is_array,
+    json_keys,
+)
+from pipeline.corpus.readers import Rejects, read_documents
 
+UNITS = ("line", "paragraph", "file")  # of a document in plain text
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
 SHARD_TOKENS = 1 << 18
-JSON_LINES = 100  # this many lines are read to detect a wrong key
+JSON_OBJECTS = 100  # this many objects are read to detect a wrong key
 
 
 @dataclass(frozen=True)
@@ -56,22 +67,24 @@ def plan_corpus(
     document: str | None = None,
     shard_tokens: int | None = None,
     limit_documents: int | None = None,
+    output: str | None = None,
 ) -> Corpus:
     """Plan the shards of a corpus.
 
     Args:
         spec: ``docstrings``; ``hf:NAME[:CONFIG[:SPLIT]]``; a shard directory; or files, directories and globs, several
             separated by commas, local or as URIs.
-        text_column: column or key of the text in Parquet, CSV and JSON lines (default: text).
-        document: the unit of a document in plain-text files: ``line`` (default) or ``file``.
+        text_column: column or key of the text in Parquet, CSV and JSON (default: text).
+        document: the unit of a document in plain-text files: ``paragraph`` (default), ``line`` or ``file``.
         shard_tokens: approximate tokens per shard (default: 262144).
         limit_documents: use only this many documents from the start, rejected ones included.
+        output: the directory to write, which must be outside of the corpus.
 
     Raises:
         UsageError: files are missing or unreadable, there is no such text column, a shard directory is unfinished, or
             an option does not apply to the corpus.
     """
-    if not all(part.strip() for part in spec.split(",")):
+    if not _is_path(spec) and not all(part.strip() for part in spec.split(",")):
         raise UsageError(f"--corpus {spec!r} has an empty part; remove the extra comma")
     if _is_shard_directory(spec):
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
@@ -86,13 +99,16 @@ def plan_corpus(
     elif spec.startswith("hf:"):
         files = [(str(_materialise_hub_dataset(spec)), spec)]
     else:
-        files = [file for part in spec.split(",") for file in find_files(part.strip())]
+        parts = [spec] if _is_path(spec) else spec.split(",")
+        found = [find_files(part.strip(), output) for part in parts]
+        files = [file for known, _ in found for file in known]
+        _print_unread([name for _, unknown in found for name in unknown])
     kinds = {file_kind(path) for path, _ in files}
     if document and "text" not in kinds:
         raise UsageError(f"{spec} holds no plain-text files; leave out --document")
     if text_column and kinds == {"text"}:
         raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
-    text_column, document, shard_tokens = text_column or "text", document or "line", shard_tokens or SHARD_TOKENS
+    text_column, shard_tokens = text_column or "text", shard_tokens or SHARD_TOKENS
     shard_bytes = shard_tokens * BYTES_PER_TOKEN
     ranges = [file_range for path, _ in files for file_range in _cut_file(path, text_column, document, shard_bytes)]
     if limit_documents:
@@ -104,25 +120,24 @@ def plan_corpus(
         # numbered, because their order matters and two may have the same name
         "files": {f"{number} {name}": content_identity(path) for number, (path, name) in enumerate(files, 1)},
         "text_column": text_column,
-        "document": document,
+        "document": document or ("paragraph" if "text" in kinds else "line"),
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
     }
     return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
-def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
+def _cut_file(path: str, text_column: str, document: str | None, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
     """(range, estimated bytes) of one file; a file that can be split has ranges of about ``shard_bytes``."""
     kind, suffix = file_kind(path), compression_suffix(path)
     if kind == "parquet":
         yield from _cut_parquet(path, text_column, shard_bytes)
         return
     size = storage.size(path) or 0
-    if kind == "text" and document == "file":
-        kind = "file"
     whole = FileRange(path, kind or "text", compression=COMPRESSIONS[suffix] if suffix else None)
+    whole = replace(whole, kind=_kind_of_range(whole, document))
     _check_text_column(whole, text_column)
-    if suffix or kind in ("csv", "tsv", "file"):
+    if suffix or whole.kind in ("json", "csv", "tsv", "file"):
         yield whole, size * (3 if suffix else 1)
         return
     cuts = max(1, round(size / shard_bytes))
@@ -132,6 +147,25 @@ def _cut_file(path: str, text_column: str, document: str, shard_bytes: int) -> I
             yield replace(whole, start=start, stop=stop), stop - start
 
 
+def _kind_of_range(file: FileRange, document: str | None) -> str:
+    """The kind of the ranges of a file: ``file.kind``, but the unit of a document in plain text.
+
+    Raises:
+        UsageError: it is a large text without blank lines, which would be one document, and no unit was chosen.
+    """
+    try:
+        if file.kind == "json":
+            return "json" if is_array(file) else "jsonl"
+        if file.kind == "text" and not document and not has_blank_line(file):
+            raise UsageError(
+                f"{file.path} has no blank line in its first {LONG_PARAGRAPH >> 10} KiB, so its paragraphs are no "
+                "documents; pass --document line if each line is one, or --document paragraph or file"
+            )
+    except (OSError, EOFError) as error:
+        raise UsageError(f"cannot read {file.path}: {one_line(error)}") from None
+    return document or "paragraph" if file.kind == "text" else file.kind
+
+
 def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
     filesystem, name = storage.resolve(path)
     try:
@@ -139,13 +173,10 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
             schema, metadata = file.schema_arrow, file.metadata
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
-    if text_column not in schema.names:
-        raise UsageError(f"{path} has no column {text_column!r}; name one of {schema.names} with --text-column")
-    if schema.names.count(text_column) > 1:
-        raise UsageError(f"{path} has several columns {text_column!r}; rename all but one, or name another")
+    _check_names(path, schema.names, text_column)
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
     leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -158,17 +189,23 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
 
 def _check_text_column(file_range: FileRange, text_column: str) -> None:
     """Detect a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
-    if file_range.kind not in ("csv", "tsv", "jsonl"):
+    if file_range.kind not in ("csv", "tsv", "json", "jsonl"):
         return
     try:
-        if file_range.kind == "jsonl":
-            names = json_keys(file_range, JSON_LINES) or [text_column]  # broken lines are rejected later
+        if file_range.kind in ("json", "jsonl"):
+            names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
         else:
             names = next(csv_rows(file_range), (1, [text_column]))[1] or []
     except (OSError, EOFError) as error:
         raise UsageError(f"cannot read {file_range.path}: {one_line(error)}") from None
+    _check_names(file_range.path, names, text_column)
+
+
+def _check_names(path: str, names: list[str], text_column: str) -> None:
     if text_column not in names:
-        raise UsageError(f"{file_range.path} has no column {text_column!r}; name one of {names} with --text-column")
+        raise UsageError(f"{path} has no column {text_column!r}; name one of {names} with --text-column")
+    if names.count(text_column) > 1:
+        raise UsageError(f"{path} has several columns {text_column!r}; rename all but one, or name another")
 
 
 def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tuple[FileRange, int]]:
@@ -207,10 +244,20 @@ def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[t
     return shards
 
 
+def _is_path(spec: str) -> bool:
+    """Whether the whole specification is an existing path, whatever characters it has."""
+    return bool(spec.strip()) and not storage.is_remote(spec) and storage.exists(spec)
+
+
+def _print_unread(names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        print(f"note: {', '.join(names[:5])}{more} not read: unknown endings", file=sys.stderr)
+
+
 def _is_shard_directory(spec: str) -> bool:
-    if "*" in spec or "," in spec or spec.startswith("hf:"):
-        return False
-    return storage.exists(manifest_uri(spec)) or storage.exists(run_uri(spec))
+    is_place = _is_path(spec) or (storage.is_remote(spec) and not any(character in spec for character in "*,"))
+    return is_place and (storage.exists(manifest_uri(spec)) or storage.exists(run_uri(spec)))
 
 
 def _plan_shard_directory(spec: str) -> Corpus:

@@ -31,6 +31,7 @@ import glue.run
 from entropy_masking.errors import RunError, UsageError
 from glue import blimp
 from glue.options import parse
+from glue.protocols import FORMS
 from glue.tasks import GLUE
 
 GLUE_RUN = [sys.executable, str(ROOT / "glue" / "run.py")]
@@ -122,7 +123,7 @@ def brute_force(model: Any, tokenizer: Any, text: str, form: str) -> float:
     return total
 
 
-@pytest.mark.parametrize("form", blimp.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
 def test_scores_are_those_of_brute_force(checkpoints: dict[str, Path], data: Path, name: str, form: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(checkpoints[name])
@@ -137,7 +138,7 @@ def test_scores_are_those_of_brute_force(checkpoints: dict[str, Path], data: Pat
         found = blimp.score(checkpoints[name], encoded, told.append, batch_tokens=batch_tokens)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
         assert sum(told) == len(expected)
-    other = next(each for each in blimp.FORMS if each != form)
+    other = next(each for each in FORMS if each != form)
     assert not np.allclose(blimp.score(checkpoints[name], blimp.encode(pairs, tokenizer, other)), expected, atol=0.1)
 
 
@@ -349,7 +350,7 @@ def test_what_cannot_be_scored_fails(
     sentences = blimp.encode(blimp.Pairs(short, None, ""), tokenizer, "original")
     model = AutoModelForMaskedLM.from_pretrained(checkpoints["bert"])
     handle = model.cls.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
-    monkeypatch.setattr(glue.blimp, "load_masked_lm", lambda directory: model)
+    monkeypatch.setattr(glue.blimp, "load_masked_lm", lambda directory, trust: model)
     found_2N, expected_U = blimp.score(checkpoints["bert"], sentences), np.zeros(len(sentences.tokens))
     for number, row in enumerate(sentences.inputs[0]):
         inputs, (position,), (target,) = blimp.masked_batch(sentences, np.array([number]))

@@ -61,7 +61,11 @@ def test_scores_and_paired_differences(results: Path, compared: Path) -> None:
 
 def test_tables_say_how_many_seeds_and_what_is_an_anecdote(compared: Path) -> None:
     text = (compared / "table.md").read_text()
-    assert text.startswith("### Scores\n\n| cramming | **local6** | cola |") and "qnli (train_subset)" in text
+    first, _, rest = text.partition("\n\n")
+    assert re.fullmatch(
+        r"On local6, .*; one pretraining seed is an anecdote: self [+-]\d.* points against random.", first
+    )
+    assert rest.startswith("### Scores\n\n| cramming | **local6** | cola |") and "qnli (train_subset)" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     by_name = {name: [row for row in rows if row[0] == name] for name in SEEDS}
     assert by_name["random"][0][-2:] == ["5", "10"]
@@ -73,6 +77,7 @@ def test_tables_say_how_many_seeds_and_what_is_an_anecdote(compared: Path) -> No
     assert cost[2:5] == ["3", "1,000", f"{TOKENS:,}"] and cost[-2] == "37.0 G"
     assert by_name["self"][0][-2:] == ["1 (anecdote)", "2"] and by_name["self"][1][-1] == "1 (anecdote)"
     assert "±" not in " ".join(by_name["self"][0]) and "[" not in " ".join(by_name["self"][1])
+    assert "Each value is a regime minus random in percentage points (eval loss: in nats), with" in text
     assert "Not computed: the average glue8 needs qqp, mnli" in text
     assert "Some evaluation rows are also training rows: stsb 6 of 24." in text
     assert ["parquet", "online teacher", "1.0", "1", "1.0", "1"] in rows

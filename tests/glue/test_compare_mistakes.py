@@ -27,7 +27,6 @@ COMPARE = [sys.executable, str(ROOT / "glue" / "compare.py")]
         {"seconds": float("inf")},
         {"train_rows": ...},
         {"training": ...},
-        {"training": {"seed": "one"}},
     ],
 )
 def test_an_incomplete_result(tmp_path: Path, change: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from entropy_masking.summary import Summary
 from glue import costs
 from glue.intervals import estimate, paired_difference, seed_means
 from glue.tables import amount
+from glue.verdict import verdict
 
 # --- statistics ------------------------------------------------------------------------------------------------------
 
@@ -202,3 +203,30 @@ def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page(
     assert one == two and "var(--c0)" in one and ": #" not in one
     one, two = (figures.png(figures.lines([Line(0, "a", [(1, 2), (3, 4)])], "x", "y")) for _ in range(2))
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence"),
+    [
+        ({}, ""),
+        ({"a": (1.24, 0.3, 2.1, 3)}, "On rte, a is 1.2 [0.3, 2.1] percentage points above random (n = 3)."),
+        ({"a": (-1.2, -2.1, -0.3, 4)}, "On rte, a is 1.2 [0.3, 2.1] percentage points below random (n = 4)."),
+        ({"a": (0.2, -0.3, 0.7, 3)}, "On rte, a is not told apart from random."),
+        ({"a": (0.2, -0.3, 0.7, 3), "b": (4.0, None, None, 2)}, "On rte, no regime is told apart from random."),
+        (
+            {"a": (1.0, 0.5, 1.5, 2), "b": (0.2, -0.3, 0.7, 2), "c": (0.2, -0.3, 0.7, 2)},
+            "On rte, a is 1.0 [0.5, 1.5] percentage points above random (n = 2); b and c are not told "
+            "apart from random.",
+        ),
+        (
+            {"a": (1.23, None, None, 1), "b": (-0.4, None, None, 1), "c": None},
+            "On rte, one pretraining seed is an anecdote: a +1.2 and b -0.4 percentage points against random; c is not "
+            "compared, without a pretraining seed of random.",
+        ),
+    ],
+)
+def test_the_verdict(differences: dict[str, tuple[float, ...] | None], sentence: str) -> None:
+    names = ("mean", "low", "high", "n")
+    row = {name: {"difference": d and dict(zip(names, d, strict=True))} for name, d in differences.items()}
+    tasks = {"rte": {"scores": row}}
+    assert verdict({"averages": {}, "tasks": tasks, "baseline": "random", "set_apart": differences}) == sentence

@@ -172,10 +172,10 @@ def test_a_trial_that_fails_is_named_and_tried_again(
 ) -> None:
     finetune = glue.trials.finetune
 
-    def fail(directory: Path, tokens: Any, settings: Any, seed: int, advance: Any) -> Any:
+    def fail(directory: Path, tokens: Any, settings: Any, seed: int, *others: Any) -> Any:
         if tokens.task.name == "cola" and seed == 2:
             raise torch.OutOfMemoryError("out of\nmemory")
-        return finetune(directory, tokens, settings, seed, advance)
+        return finetune(directory, tokens, settings, seed, *others)
 
     monkeypatch.setattr(glue.trials, "finetune", fail)
     flags = ["--model", work / "teacher", "--tasks", "cola,rte", "--data", data, "--seeds", "1,2", *QUICK]
@@ -243,6 +243,41 @@ def test_a_summary_of_another_program_is_ignored(
     assert "summary.json is not a summary of train/run.py; the results will not contain it" in capsys.readouterr().err
 
 
+def test_code_of_a_model_runs_only_with_the_flag(
+    work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no question is asked on standard input."""
+    own, ran = tmp_path / "own", tmp_path / "ran"
+    shutil.copytree(work / "teacher", own)
+    (own / "configuration_own.py").write_text(
+        f"open({str(ran)!r}, 'a').write('x')\nfrom transformers import BertConfig\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
+    )
+    (own / "modeling_own.py").write_text(
+        "from transformers import BertForMaskedLM, BertForSequenceClassification\n"
+        "from .configuration_own import OwnConfig\n"
+        "class OwnForMaskedLM(BertForMaskedLM):\n    config_class = OwnConfig\n"
+        "class OwnForSequenceClassification(BertForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForMaskedLM": "modeling_own.OwnForMaskedLM"}
+    names |= {"AutoModelForSequenceClassification": "modeling_own.OwnForSequenceClassification"}
+    config = json.loads((own / "config.json").read_text()) | {"model_type": "own", "auto_map": names}
+    (own / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda text: "y")
+    flags = ["--model", own, "--tasks", "rte", "--data", data, *QUICK]
+    with pytest.raises(UsageError, match="it brings its own code; pass --trust-remote-code if you trust it"):
+        glue_here(tmp_path / "out", *flags)
+    assert not ran.exists()
+    (result,) = glue_here(tmp_path / "out", *flags, "--trust-remote-code").values()
+    assert ran.exists() and result["train_rows"] == 64
+
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}}
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match=r"cannot load the tokenizer in .*own .it brings its own code.; save a fast"):
+        glue_here(tmp_path / "out", *flags, "--trust-remote-code")
+
+
 def test_models_share_tokens_only_if_their_tokenizers_are_equal(
     work: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,13 +315,14 @@ def test_an_output_that_would_be_lost_with_the_job(work: Path, data: Path, monke
     with pytest.raises(UsageError, match="would be deleted with the working directory of the Ray job"):
         glue_here(Path("relative"), "--model", work / "teacher", "--tasks", "rte", "--data", data)
     for output in ("/shared/glue/", "/shared/./glue", "file:///shared/glue", "s3://bucket/glue"):
-        assert parse(["--model=x", "--tasks=rte", f"--output={output}"], None).output == output
+        assert parse(["--model=x", "--tasks=rte", f"--output={output}"], None).output == output.removeprefix("file://")
 
 
 def test_two_workers_give_the_numbers_of_one_process(
     work: Path, other: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", work / "teacher", other, "--tasks", "mrpc,stsb", "--data", data, "--seeds", "1,2", *QUICK]
+    flags = ["--model", work / "teacher", other, "--tasks", "stsb", "--data", data, "--seeds", "1,2", *QUICK]
+    flags += ["--task-file", f"own={data / 'mrpc' / 'train.jsonl'},{data / 'mrpc' / 'dev.jsonl'},accuracy+f1"]
     one = glue_here(tmp_path / "one", *flags)
     done = "other/stsb-seed1.json"
     (tmp_path / "two" / "other").mkdir(parents=True)

@@ -325,7 +325,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
     for wrong, sentence in (
         ("--learning-rate=-1", "argument --learning-rate: '-1' is not a finite number above 0"),
         ("--gpus-per-worker=2", "argument --gpus-per-worker: 2 is out of range; use more than 0 and at most 1"),
-        ("--batchsize=8", "--batchsize is not a flag of glue/run.py; the nearest is --batch-size, and --help lists"),
+        ("--batchsize=8", "--batchsize is not a flag of glue/run.py; the nearest is --batch-size"),
     ):
         with pytest.raises(UsageError, match=sentence):
             parse(["--model=x", "--tasks=cola", "--output=x", wrong], "")

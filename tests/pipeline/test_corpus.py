@@ -21,9 +21,10 @@ from entropy_masking.commands import docstrings
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
 from pipeline.corpus import readers
+from pipeline.corpus.formats import FileRange
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.plan import Corpus, plan_corpus
-from pipeline.corpus.readers import FileRange, Rejects, read_documents
+from pipeline.corpus.readers import Rejects, read_documents
 
 TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
 
@@ -38,19 +39,28 @@ def jsonl(texts: list[str]) -> bytes:
 
 
 def write_forms(root: Path) -> dict[str, Path]:
-    """The same documents in every form."""
-    lines = "\n".join(TEXTS).encode()
-    forms = {name: root / name for name in ("a.txt", "a.md", "a.txt.gz", "a.jsonl", "a.jsonl.zst", "a.json")}
-    for name, data in {"a.txt": lines, "a.md": lines, "a.jsonl": jsonl(TEXTS), "a.json": jsonl(TEXTS)}.items():
-        forms[name].write_bytes(data)
+    """The same documents in every form: in plain text as paragraphs, some of several lines."""
+    lines = "\n \n\n".join(text.replace(" wörd", "\n   wörd") for text in TEXTS).encode()
+    bom, array = b"\xef\xbb\xbf", json.dumps([{"text": text} for text in TEXTS], indent=1).encode()
+    data = {"a.txt": lines, "a.md": bom + lines, "cr.txt": lines.replace(b"\n", b"\r"), "a.jsonl": bom + jsonl(TEXTS)}
+    data |= {"a.json": jsonl(TEXTS), "array.json": bom + array}
+    forms = {name: root / name for name in (*data, "a.txt.gz", "a.jsonl.zst")}
+    for name, content in data.items():
+        forms[name].write_bytes(content)
     forms["a.txt.gz"].write_bytes(gzip.compress(lines))
     forms["a.jsonl.zst"].write_bytes(pa.compress(jsonl(TEXTS), codec="zstd", asbytes=True))
     for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
         with open(root / name, "w", newline="") as file:
             csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *(["1", text] for text in TEXTS)])
         forms[name] = root / name
-    pq.write_table(pa.table({"text": TEXTS, "id": list(range(60))}), root / "a.parquet", row_group_size=7)
-    forms["a.parquet"] = root / "a.parquet"
+    texts = pa.array(TEXTS)
+    kinds = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.large_string())]
+    for kind in kinds:
+        forms[f"{kind}"] = root / f"{kind.id}.parquet"
+        table = pa.table({"text": texts.cast(kind), "id": list(range(60))})
+        pq.write_table(table, forms[f"{kind}"], row_group_size=7)
+    forms["a.parquet"] = (root / f"{kinds[0].id}.parquet").rename(root / "a.parquet")
+    del forms["string"]
     return forms
 
 
@@ -66,19 +76,21 @@ def test_every_form_gives_the_same_documents_however_it_is_cut(tmp_path: Path, s
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("last", ["", "\n", "\n\n"])
-def test_any_cut_of_a_text_file_loses_and_doubles_nothing(tmp_path: Path, ending: str, last: str) -> None:
-    lines = ["\ufefffirst", "é", "", "two words", "x" * 20, "語"]
-    data = (ending.join(lines) + last).encode()
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_any_cut_of_a_text_file_loses_and_doubles_nothing(tmp_path: Path, ending: str, last: str, unit: str) -> None:
+    lines = ["\ufefffirst", "é", "", "two words", "", " \t", "x" * 20, "\xff", "", "語"]
+    data = (ending.join(lines) + last).encode().replace("\xff".encode(), b"\xff")
     path = tmp_path / "a.txt"
     path.write_bytes(data)
-    expected = ["first", "é", "two words", "x" * 20, "語"]
+    expected = ["first", "é", "two words", "x" * 20, "語"] if unit == "line" else ["first é", "two words", "語"]
     for cut in range(1, len(data)):
         rejects = Rejects()
-        ranges = [FileRange(str(path), "text", 0, cut), FileRange(str(path), "text", cut, len(data))]
+        ranges = [FileRange(str(path), unit, 0, cut), FileRange(str(path), unit, cut, len(data))]
         found = [document.text for document in read_documents(ranges, "text", rejects)]
         assert found == expected, cut
-        blank = [3, 7] if last == "\n\n" else [3]
-        assert [(entry["line"], entry["reason"]) for entry in rejects.listed] == [(n, "empty text") for n in blank], cut
+        assert rejects.documents == len(expected) + 1, "blank lines are no documents"
+        bad = {"line": 8, "paragraph": 7}[unit]
+        assert rejects.listed == [{"file": str(path), "line": bad, "reason": "bad UTF-8"}], cut
 
 
 def test_rejects_are_listed_with_their_line_in_the_file(tmp_path: Path) -> None:
@@ -107,14 +119,14 @@ def test_rejects_are_listed_with_their_line_in_the_file(tmp_path: Path) -> None:
 def test_far_into_a_file_rejects_are_numbered_from_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To number a line those before it are counted: not all of a huge file for each of its thousands of shards."""
     path = tmp_path / "a.txt"
-    path.write_bytes(b"one\n\ntwo\nthree\n\nfour\n")
+    path.write_bytes(b"one\n\0\ntwo\nthree\n\0\nfour\n")
     monkeypatch.setattr(readers, "COUNTED_BYTES", 4)
     rejects = Rejects()
-    ranges = [FileRange(str(path), "text", 0, 5), FileRange(str(path), "text", 5)]
+    ranges = [FileRange(str(path), "line", 0, 5), FileRange(str(path), "line", 6)]
     assert len(list(read_documents(ranges, "text", rejects))) == 4
     near, far = rejects.listed
-    assert near == {"file": str(path), "line": 2, "reason": "empty text"}
-    assert far == {"file": str(path), "from_byte": 5, "line": 3, "reason": "empty text"}
+    assert near == {"file": str(path), "line": 2, "reason": "NUL characters (UTF-16?)"}
+    assert far == {"file": str(path), "from_byte": 6, "line": 3, "reason": "NUL characters (UTF-16?)"}
 
 
 def test_rejects_in_csv_and_parquet(tmp_path: Path) -> None:
@@ -164,15 +176,53 @@ def test_names_of_parquet_columns(tmp_path: Path) -> None:
     assert found == ["dotted"]
     twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(UsageError, match="several columns 'text'"):
-        plan_corpus(str(tmp_path / "twice.parquet"))
+    (tmp_path / "twice.csv").write_text("text,text\nx,y\n")
+    for name in ("twice.parquet", "twice.csv"):
+        with pytest.raises(UsageError, match="several columns 'text'"):
+            plan_corpus(str(tmp_path / name))
 
 
 def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("one\ntwo\n".encode("utf-16"))
     rejects = Rejects()
-    assert texts_of(plan_corpus(str(tmp_path / "a.txt")), rejects) == []
+    assert texts_of(plan_corpus(str(tmp_path / "a.txt"), document="line"), rejects) == []
     assert rejects.report()["reasons"] == {"bad UTF-8": 1, "NUL characters (UTF-16?)": 2}
+
+
+def test_a_document_in_each_line(tmp_path: Path) -> None:
+    """Lines without blank lines would be one huge paragraph: this is refused until the user has chosen."""
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n")
+    assert texts_of(plan_corpus(str(path))) == ["one two"]
+    assert texts_of(plan_corpus(str(path), document="line")) == ["one", "two"]
+    path.write_text("a line\n" * 10_000)
+    with pytest.raises(UsageError, match="pass --document line"):
+        plan_corpus(str(path))
+    assert len(texts_of(plan_corpus(str(path), document="line"))) == 10_000
+    assert len(texts_of(plan_corpus(str(path), document="paragraph", shard_tokens=100))) == 1
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('[{"text": "x"},\n{"text": ]', "broken JSON from line 2 on"),
+        ('[{"text": "x"}', "broken JSON from line 1 on"),
+        ('[{"text": "x"}]\n[]', "more after its JSON array, from line 1"),
+        ('[{"body": "x"}]', "no column 'text'"),
+    ],
+)
+def test_arrays_that_cannot_be_read(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UsageError, match=sentence):
+        plan_corpus(str(tmp_path / "a.json"))
+
+
+def test_rejects_of_an_array_have_their_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('\n[\n{"text": "one"},\n\n7, {"text": "two",\n"x": 1},\n{"text": null}\n]\n')
+    rejects = Rejects()
+    assert texts_of(plan_corpus(str(tmp_path / "a.json")), rejects) == ["one", "two"]
+    found = [(entry["line"], entry["reason"]) for entry in rejects.listed]
+    assert found == [(5, "not a JSON object"), (7, "null text")]
 
 
 def test_directories_globs_and_lists(tmp_path: Path) -> None:
@@ -189,6 +239,48 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert texts_of(plan_corpus(f"{tmp_path}/*/*.txt")) == ["one", "two"]
     assert texts_of(plan_corpus(f"{tmp_path}/**/*.txt")) == ["one", "two", "three"]
     assert texts_of(plan_corpus(f"{tmp_path}/c.txt,{tmp_path}/a")) == ["three", "one"]
+
+
+def test_links_names_and_wildcards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A link is followed, but not for ever. An existing path is not a pattern. Unknown files are named."""
+    for name in ("a[1]*", "a1x", "b,c"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "x.txt").write_text(name)
+        (tmp_path / name / "sub" / "up").symlink_to("..")
+        (tmp_path / name / "other").symlink_to(tmp_path / name / "sub")
+        (tmp_path / name / "notes.pdf").write_text("?")
+    for spec, expected in {
+        "a[1]*": ["a[1]*"] * 2,
+        "a[1]*/**/*.txt": ["a[1]*"] * 2,
+        "a[1]*/*/x.txt": ["a[1]*"] * 2,
+        "a[1]?/*/x.txt": ["a1x"] * 2,
+        "b,c": ["b,c"] * 2,
+    }.items():
+        assert texts_of(plan_corpus(f"{tmp_path}/{spec}")) == expected, spec
+    assert "note: notes.pdf not read: unknown endings" in capsys.readouterr().err
+    (tmp_path / "a1x" / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=r"cannot read .*gone"):
+        plan_corpus(f"{tmp_path}/a1x")
+    (tmp_path / "b,c" / "\udcff.txt").write_text("x")
+    with pytest.raises(UsageError, match="is not UTF-8; rename it"):
+        plan_corpus(f"{tmp_path}/b,c")
+
+
+@pytest.mark.parametrize("spec", ["{}", "{}/*/*", "{}/**/*.parquet", "{}/a.txt,{}/../texts"])
+def test_an_output_within_its_corpus_is_refused(tmp_path: Path, spec: str) -> None:
+    (tmp_path / "texts" / "sub").mkdir(parents=True)
+    for name in ("a.txt", "sub/b.txt", "sub/c.parquet"):
+        (tmp_path / "texts" / name).write_text("one")
+    spec = spec.format(*[tmp_path / "texts"] * 2)
+    with pytest.raises(UsageError, match="is within the corpus"):
+        plan_corpus(spec, output=f"{tmp_path}/texts/scored")
+    plan_corpus(f"{tmp_path}/texts/*.txt", output=f"{tmp_path}/texts/scored")
+    plan_corpus(f"{tmp_path}/texts/sub/b.txt", output=f"{tmp_path}/text")
+
+
+def test_a_shard_directory_of_any_name(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens,*[1]").symlink_to(tokens)
+    assert plan_corpus(f"{tmp_path}/tokens,*[1]").from_shards
 
 
 def test_one_document_a_file(tmp_path: Path) -> None:
@@ -253,7 +345,7 @@ def test_a_gzip_that_ends_early_is_an_error_not_a_shorter_corpus(tmp_path: Path)
     noise = "\n".join(rng.bytes(60).hex() for _ in range(20_000))
     path.write_bytes(gzip.compress(noise.encode())[:-100_000])
     with pytest.raises(UsageError, match="to its end"):
-        texts_of(plan_corpus(str(path)))
+        texts_of(plan_corpus(str(path), document="line"))
 
 
 def test_identity_is_the_content_not_the_place(tmp_path: Path) -> None:
@@ -320,7 +412,7 @@ def test_packing(length: int) -> None:
 
 def test_special_tokens_written_out_in_a_text_are_text(work: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    (tmp_path / "a.txt").write_text("abcde [MASK] fghab [SEP]\nabcde\n")
+    (tmp_path / "a.txt").write_text("abcde [MASK] fghab [SEP]\n\nabcde\n")
     rejects = Rejects()
     documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], "text", rejects)
     backend = text_tokenizer(tokenizer)

@@ -212,7 +212,7 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
 
 def test_a_cluster_that_is_not_there(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    assert "no Ray cluster answers at 127.0.0.1:9" in refused(*command(work, tmp_path / "out"))
+    assert "nothing answers at 127.0.0.1:9" in refused(*command(work, tmp_path / "out"))
 
 
 def swap_two_words(source: Path, target: Path) -> None:

@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, SCORE, refused, run
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
+import train.options
 from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
+from entropy_masking.masking.collator import EntropyMaskingCollator
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_tokenizer
-from pipeline.tokenizer import main, parse
+from entropy_masking.shards import manifests
+from pipeline import tokenizer as command
+from pipeline.tokenizer import KINDS, main, parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
 
 
 def test_it_loads_and_is_reproducible(work: Path, tmp_path: Path) -> None:
-    flags = ["--corpus", work / "corpus.jsonl", "--vocab-size", 250]
+    flags = ["--corpus", work / "corpus.jsonl", "--lowercase", "--vocab-size", 250]
     assert "250 tokens from 400 documents" in run(*COMMAND, *flags, "--output", tmp_path / "one")
     run(*COMMAND, *flags, "--output", tmp_path / "two")
     assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
@@ -60,12 +66,73 @@ def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:
     run(*COMMAND, *flags, most)
 
 
-def test_case_may_be_kept(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("Some Words in Any Case\n" * 20)
-    flags = ["--corpus", tmp_path / "a.txt", "--vocab-size", 40, "--no-lowercase"]
-    run(*COMMAND, *flags, "--output", tmp_path / "cased")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "cased")
-    assert tokenizer.decode(tokenizer("Some Case", add_special_tokens=False).input_ids) == "Some Case"
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_lost_without_a_word(kind: str) -> None:
+    """Case, accents and vowel signs stay unless a flag asks to remove them; a decomposed character is composed."""
+    texts = ["Some Café cafe\u0301 हिन्दी में किताब ที่นี่มีข้าว 語"] * 20
+    text = "Cafe\u0301 CAFÉ हिन्दी มีข้าว"
+    for flags, expected in {
+        (): "Café CAFÉ हिन्दी มีข้าว",
+        (True,): "café café हिन्दी มีข้าว",
+        (True, True): "cafe cafe हिनदी มขาว",
+    }.items():
+        tokenizer = command.train(texts, most(texts, kind, *flags), kind, *flags)
+        assert tokenizer.backend_tokenizer.normalizer.normalize_str(text) == expected
+        if kind == "bpe":
+            assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids).strip() == expected
+
+
+def most(texts: list[str], kind: str, *names: bool) -> int:
+    """The largest vocabulary that texts give."""
+    with pytest.raises(UsageError) as refusal:
+        command.train(texts, 10_000, kind, *names)
+    return int(str(refusal.value).rpartition("choose at most ")[2])
+
+
+def test_a_bpe_tokenizer_has_no_unknown_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rare = "".join(chr(0x4E00 + number) for number in range(1500))
+    (tmp_path / "a.txt").write_text(f"some words in any case, {rare}\n\n" * 3)
+    flags = ["--corpus", str(tmp_path / "a.txt"), "--vocab-size"]
+    main([*flags, "1015", "--output", str(tmp_path / "wordpiece")])
+    printed = capsys.readouterr()
+    assert "tokens per word" in printed.out and "use --kind bpe" in printed.err
+    for name in ("bpe", "again"):
+        main([*flags, "300", "--kind", "bpe", "--output", str(tmp_path / name)])
+    printed = capsys.readouterr()
+    assert "0.00% of the tokens are [UNK]" in printed.out and "warning" not in printed.err
+    assert (tmp_path / "bpe/tokenizer.json").read_bytes() == (tmp_path / "again/tokenizer.json").read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bpe")
+    ids = tokenizer("words in", "any case").input_ids
+    assert tokenizer.decode(ids) == "[CLS] words in[SEP] any case[SEP]" and sorted(tokenizer.all_special_ids) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    heads = [tokenizer.decode([token]) for token in ids if not continuing_tokens(tokenizer, 300)[token]]
+    assert len(heads) == 7, "four words and three special tokens"
+
+
+def test_home_and_file_uris_are_understood_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = parse(["--corpus", "~/a,file:///b%20c,d~", "--output=~/out"])
+    assert flags.corpus == f"{tmp_path}/a,/b c,d~" and flags.output == tmp_path / "out"
+    run_flags = ["--shards=file:///tokens", "--entropy-source", "random", "--output-dir", "~/run"]
+    options, training = train.options.parse(run_flags, None)
+    assert options.shards == "/tokens" and training.output_dir == f"{tmp_path}/run"
+    with pytest.raises(UsageError, match="names the host elsewhere"):
+        parse(["--corpus", "file://elsewhere/a", "--output", "x"])
+
+
+def test_ids_with_a_gap(work: Path, tmp_path: Path) -> None:
+    """A token that vocab.txt has twice has the second number, so the greatest number is the number of tokens."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "twice", "twice", "last"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens))
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 7 and manifests.from_tokenizer(tokenizer)["vocab_size"] == 8
+    assert len(continuing_tokens(tokenizer, manifests.vocabulary_size(tokenizer))) == 8
+    row = {"input_ids": [2, 7, 6, 7, 3], "entropy": [0.0, 1.0, 1.0, 1.0, 0.0], "sequence_id": 0}
+    assert EntropyMaskingCollator(tokenizer, MaskPolicy(ratio=0.5))([row])["input_ids"].shape == (1, 5)
 
 
 def test_what_is_no_tokenizer(work: Path, tmp_path: Path) -> None:

@@ -288,6 +288,7 @@ def test_targets_that_do_not_fit_are_refused(
         assert "\n" not in str(caught.value)
     same = ["--mask-temperature", 1, "--mask-ratio", 0.3, *AT_ONCE, "--corruption", "bert"]
     monkeypatch.setattr("train.progress.MAX_CONCENTRATION", -1.0)  # every mask is suspicious
+    monkeypatch.setattr("train.progress.MAX_RATIO", -100)
     summary = train_here(sharp, tmp_path / "out", *PARQUET, *DISTIL, *targets, *same, "--max-steps", 1)
     assert all(warning.endswith("; make targets with a smaller --hard-share") for warning in summary["warnings"])
     assert summary["warnings"] and summary["flags"]["mask_temperature"] == 1

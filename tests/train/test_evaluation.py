@@ -17,6 +17,7 @@ from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from train.arguments import training_arguments
 from train.data import split_shards
 from train.evaluation import EVALUATION
 from train.options import parse
@@ -99,5 +100,5 @@ def test_evaluations_by_default_and_as_asked() -> None:
         (["--eval-strategy", "no"], ("no", None, False)),
         (["--eval-strategy", "steps", "--eval-steps", "7"], ("steps", 7, False)),
     ):
-        _, args = parse([*needed, *more], None)
+        args = training_arguments(*parse([*needed, *more], None))
         assert (args.eval_strategy, args.eval_steps, args.eval_on_start) == expected, more

@@ -206,7 +206,10 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
         warnings, printed = said(policy, losses, concentration, capsys)
         assert len(warnings) == len(signs)
         assert all(sign in warning for sign, warning in zip(signs, warnings, strict=True))
-        assert all(warning.endswith("; use less") for warning in warnings)
+        assert all(warning.endswith("; use less") == ("two masked" in warning) for warning in warnings)
+        assert all(
+            "random does better, use less; otherwise" in warning or "two masked" in warning for warning in warnings
+        )
         # by the run, and again by the one that goes on
         assert sorted(printed.splitlines()) == sorted(2 * [f"warning: {warning}" for warning in warnings])
 
@@ -223,8 +226,14 @@ def test_a_warning_advises_what_this_run_may_change(
     scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], remedy: str
 ) -> None:
     monkeypatch.setattr("train.progress.MAX_CONCENTRATION", -1.0)  # every mask is suspicious
+    monkeypatch.setattr("train.progress.MAX_RATIO", -100)
     warnings = train_here(scored, tmp_path / "out", "--entropy-source", *flags, "--max-steps", 1)["warnings"]
     assert warnings and all(warning.endswith(f"; {remedy}") for warning in warnings)
+
+
+def test_masks_of_a_small_vocabulary_are_as_concentrated_as_its_text() -> None:
+    history = [{"step": 10, "mask_concentration": 0.25}, {"step": 20, "mask_concentration": 0.8}]
+    assert [sentence[:10] for _, sentence in collapse_signs(history, 0, 4, 0.25)] == ["at step 20"]
 
 
 def test_hard_masks_from_random_weights_collapse_and_the_defaults_do_not(

@@ -10,12 +10,14 @@ import pytest
 import torch
 from harness import TRAIN, refused
 from in_process import RANDOM, SELF, train_here, weights
-from transformers import BertConfig, FunnelConfig, FunnelForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, FunnelConfig, FunnelForMaskedLM
 
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import read_manifest
+from train.arguments import LEARNING_RATES, PRETRAINED_RATE, training_arguments
+from train.flags import MUON
 from train.optimizer import hidden_matrices
-from train.options import LEARNING_RATES, MUON, parse
+from train.options import parse
 
 
 def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:
@@ -46,18 +48,24 @@ def test_a_configuration_that_makes_no_model_is_refused(scored: Path, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
-def test_presets_have_defaults_and_the_last_model_counts() -> None:
+def test_learning_rate_and_batch_follow_the_size_of_the_model(tmp_path: Path) -> None:
+    """The last --model counts. A checkpoint has a lower learning rate than random weights."""
+    shape = BertConfig(vocab_size=10, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, intermediate_size=8)
+    shape.save_pretrained(tmp_path / "shape")
+    BertForMaskedLM(shape).save_pretrained(tmp_path / "checkpoint")
     needed = ["--shards", "S", *RANDOM, "--output-dir", "O"]
     adamw = LEARNING_RATES["adamw"]
     for more, rate, batch, muon in (
         (["--model", "tiny", "--model=base"], LEARNING_RATES[MUON]["base"], 256, 0.02),
         (["--model=base", "--model", "bert-tiny"], LEARNING_RATES[MUON]["tiny"], 32, 0.02),
-        (["--model", "some/checkpoint"], adamw["base"], 256, None),
-        (["--model", "some/checkpoint", "--optim", "muon"], LEARNING_RATES[MUON]["base"], 256, 0.02),
+        (["--model", f"{tmp_path}/shape"], adamw["mini"], 64, None),
+        (["--model", f"{tmp_path}/checkpoint"], PRETRAINED_RATE, 64, None),
+        (["--model", f"{tmp_path}/checkpoint", "--optim", "muon"], LEARNING_RATES[MUON]["mini"], 64, 0.02),
         (["--model", "mini", "--learning-rate", "0.5", "--muon-learning-rate", "0.1"], 0.5, 64, 0.1),
         (["--model", "mini", "--optim", "adamw_torch"], adamw["mini"], 64, None),
     ):
-        options, args = parse([*needed, *more], None)
+        options, given = parse([*needed, *more], None)
+        args = training_arguments(options, given)
         assert (args.learning_rate, args.per_device_train_batch_size) == (rate, batch)
         assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
 

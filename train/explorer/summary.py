@@ -7,6 +7,7 @@ from collections.abc import Callable
 import polars as pl
 
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.spread import spread_words
 from train.explorer import statistics
 from train.explorer.sample import Source
 
@@ -37,8 +38,9 @@ def of_source(source: Source, mask: MaskPolicy, label: Label) -> dict[str, str]:
     for measure in statistics.MEASURES:
         if numbers := statistics.spread(frame, measure):
             lines[measure] = (
-                f"mean {numbers['mean']:.2f} nats, median {numbers['median']:.2f}, 80 % between {numbers['low']:.2f} "
-                f"and {numbers['high']:.2f}   0 {sparkline(statistics.histogram(frame, measure, 0.5, 20))} 10"
+                f"mean {numbers['mean']:.2f} nats, median {numbers['median']:.2f}, "
+                f"{spread_words(numbers['low'], numbers['high'], measure)}"
+                f"   0 {sparkline(statistics.histogram(frame, measure, 0.5, 20))} 10"
             )
     by_token = statistics.by_token(frame, statistics.often_enough(frame))
     return lines | {

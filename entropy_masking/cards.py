@@ -1,0 +1,53 @@
+"""The README.md of a shard directory and of a student: metadata of the Hugging Face Hub, and a few facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from entropy_masking.shards.schema import Manifest
+from entropy_masking.summary import Summary
+
+TAGS = "tags:\n- masked-language-modeling\n"
+
+
+def dataset_card(manifest: Manifest) -> str:
+    """The card with which ``datasets.load_dataset(DIRECTORY)`` finds the shards among the other files."""
+    totals = manifest.totals
+    facts: dict[str, object] = {
+        "sequences": f"{totals['sequences']:,} of {manifest.sequence_length} tokens",
+        "teacher": manifest.teacher,
+    }
+    if manifest.kind == "sequences":
+        facts |= {"tokens": f"{totals['tokens']:,}", "context": manifest.context, "passes": manifest.passes}
+    if manifest.masks:
+        facts |= {name: manifest.masks[name] for name in ("source", "variants", "policy")}
+    title = "Masked tokens with a teacher's predictions" if manifest.masks else "Tokens with predictive entropies"
+    head = (
+        "---\nconfigs:\n- config_name: default\n  data_files: part-*.parquet\ntags:\n- masked-language-modeling\n---\n"
+    )
+    return f"{head}\n# {title if manifest.teacher else 'Tokens'}\n\n{_lines(facts)}"
+
+
+def model_card(summary: Summary) -> str:
+    """The card of a student: its data, masks, teacher, costs and losses."""
+    shards, flags = summary.shards, summary.flags or {}
+    names = ("entropy_source", "mask_ratio", "hard_share", "mask_temperature", "mask_warmup", "mask_ramp", "mask_by")
+    facts = {
+        "regime": summary.regime,
+        "model": summary.model,
+        "training": f"{summary.steps:,} steps, {summary.tokens:,} tokens, seed {summary.seed}",
+        "shards": shards and shards.uri,
+        "teacher": shards and shards.scores_read and shards.teacher,
+        "masks": ", ".join(f"{name.replace('_', ' ')} {flags[name]}" for name in names if name in flags),
+        "FLOPs of training": f"{summary.training_flops:.3g}",
+        "FLOPs of scoring": f"{summary.scoring_flops:.3g}",
+        "held-out loss": summary.eval_loss and f"{summary.eval_loss:.4f} nats, accuracy {summary.eval_accuracy:.1%}",
+        "warnings": "; ".join(summary.warnings or []),
+    }
+    head = f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n{TAGS}---\n"
+    limits = "The held-out loss is measured under random masks. Nothing else is known of the quality of this model.\n"
+    return f"{head}\n# A masked language model\n\n{_lines(facts)}\n{limits}"
+
+
+def _lines(facts: Mapping[str, object]) -> str:
+    return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value)

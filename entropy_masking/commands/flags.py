@@ -1,0 +1,236 @@
+"""The flags of the command lines: declared, parsed, read from a YAML file, and shown in groups by --help."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+from entropy_masking import storage
+from entropy_masking.errors import UsageError, one_line
+
+Number = TypeVar("Number", int, float)
+
+# when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
+Rule = tuple[bool, Mapping[str, object], str]
+Argv = list[str]
+PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")  # a path with ~ or a file URI, within an argument
+
+
+def flag(name: str) -> str:
+    """``--mask-ratio`` of ``mask_ratio``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Callable[[str], str] = flag) -> None:
+    """Refuse flags that contradict others or have no effect with them. A flag that was not given is None.
+
+    Raises:
+        UsageError: the sentence of the first rule that does not hold.
+    """
+    for holds, allowed, sentence in rules:
+        for name, value in allowed.items():
+            if holds and given.get(name) not in (None, value):
+                raise UsageError(sentence.format(flag=flag_of(name), given=given[name], value=value))
+
+
+def option(help: str, default: object = None) -> Any:
+    """A field of a dataclass of flags. It is None if the flag is not given and has no default."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are a UsageError, with --help, which shows the description as it is, and --config.
+
+    Args:
+        groups: titles and the names of their flags, which --help shows in this order; --help-all shows the others too.
+            Without groups, --help shows all flags.
+    """
+
+    def __init__(self, prog: str, description: str | None, groups: Mapping[str, str] | None = None) -> None:
+        super().__init__(prog, description=description, add_help=False, allow_abbrev=False, formatter_class=_Help)
+        self.groups = {title: names.split() for title, names in (groups or {}).items()}
+        self.argv: Argv = []  # of the last ``parse_args``, with the flags of --config
+        self.add_argument("--help", action=_ShowHelp, help="show this help")
+        if groups:
+            self.add_argument("--help-all", action=_ShowHelp, help="show all flags")
+        self.add_argument("--config", metavar="FILE", help="YAML file of flags; those of the command line win")
+
+    def add_fields(self, options: type) -> None:
+        """Add the flags that a dataclass declares with ``option``."""
+        kinds = get_type_hints(options)
+        for field in dataclasses.fields(options):
+            if field.init:
+                required = field.default is dataclasses.MISSING
+                settings = {"required": True} if required else {"default": field.default}
+                settings |= {"help": field.metadata["help"]} | _by_type(field.name, kinds[field.name])
+                self.add_argument(flag(field.name), **settings)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse flags with dashes or underscores, after those of --config. Raises UsageError."""
+        texts = [self._with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
+        # file URIs and ~ become plain paths, also in --flag=~/a, name=~/a and b,~/a
+        texts = [PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in texts]
+        self.argv = [*self.configured(texts), *texts]
+        for before, text in zip(["", *self.argv], self.argv, strict=False):
+            if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
+                name = text[:-1] or (before if before[:2] == "--" else "an argument")
+                raise UsageError(f"{name} is empty; give it a value, or leave it out")
+        flags, unknown = self.parse_known_args(self.argv)
+        if unknown:
+            raise UsageError(self.unknown(unknown[0]))
+        del flags.config
+        return flags
+
+    def configured(self, texts: Argv) -> Argv:
+        """The flags of the file that --config names, and removes --config from ``texts``. Raises UsageError."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        finder.error = self.error  # type: ignore[method-assign]
+        given, texts[:] = finder.parse_known_args(texts)
+        if given.config is None:
+            return []
+        import yaml
+
+        try:
+            with open(given.config, encoding="utf-8") as file:
+                values = yaml.safe_load(file) or {}
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            raise UsageError(f"--config {given.config} cannot be read: {one_line(error)}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"--config {given.config} is not a mapping of flags to values, such as top-k: 16")
+        return [text for name, value in values.items() for text in self._texts(given.config, str(name), value)]
+
+    def _with_dashes(self, text: str) -> str:
+        name, equals, value = text.partition("=")
+        dashed = name.replace("_", "-")
+        return dashed + equals + value if dashed in self._option_string_actions else text
+
+    def _texts(self, file: str, name: str, value: object) -> Argv:
+        """An entry of a YAML file as on a command line."""
+        if name == "config":
+            raise UsageError(f"--config {file}: config is not a flag of a file; leave it out")
+        own = {action.dest: action for action in self._actions}.get(name.replace("-", "_"))
+        if own is None:
+            raise UsageError(f"--config {file}: {self.unknown(flag(name))}")
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, dict) or any(isinstance(one, dict | list) for one in values):
+            raise UsageError(f"--config {file}: {name} is not a value or a list of values")
+        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+        if own.nargs == 0:  # a switch
+            texts, value = [], value or None
+        if isinstance(own, argparse._AppendAction):  # one value each time
+            return [text for one in texts for text in (own.option_strings[0], one)]
+        return [] if value is None else [*own.option_strings[:1], *texts]
+
+    def to_yaml(self) -> str:
+        """The flags of the last ``parse_args`` as a file for --config. Positional arguments are not supported."""
+        import yaml
+
+        given: dict[str, list[str]] = {}
+        for text in self.argv:
+            name, equals, value = text.partition("=")
+            if own := self._option_string_actions.get(name):
+                adds = isinstance(own, argparse._AppendAction | argparse._ExtendAction)
+                values = given[name[2:]] = given.get(name[2:], []) if adds else []
+            if own is None or equals:
+                values.append(value if own else text)
+        entries: dict[str, object] = {}
+        for name, values in given.items():
+            numbers = [int(text) if text.isdecimal() and str(int(text)) == text else text for text in values]
+            entries[name] = numbers[0] if len(numbers) == 1 else numbers or True
+        return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def unknown(self, text: str) -> str:
+        """A sentence about a flag that does not exist."""
+        name = text.partition("=")[0]
+        known = [text for action in self._actions for text in action.option_strings]
+        near = difflib.get_close_matches(name, known, 1)
+        all_flags = "--help-all" if self.groups else "--help"
+        hint = f"the nearest is {near[0]}, and {all_flags} lists all" if near else f"{all_flags} lists its flags"
+        return f"{name} is not a flag of {self.prog}; {hint}"
+
+    def help_text(self, everything: bool) -> str:
+        """The help; without groups it always shows everything."""
+        actions = {action.dest: action for action in self._actions}
+        groups = {title: [actions.pop(name) for name in names] for title, names in self.groups.items()}
+        if everything or not groups:
+            groups["other flags" if groups else "flags"] = list(actions.values())
+        else:
+            groups["help"] = [actions[name] for name in ("config", "help", "help_all")]
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions if not self.groups else [], [])
+        formatter.add_text(self.description)
+        for title, own in groups.items():
+            formatter.start_section(title)
+            formatter.add_arguments(own)
+            formatter.end_section()
+        return formatter.format_help()
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        columns = os.get_terminal_size().columns if sys.stdout.isatty() else 120
+        super().__init__(prog, max_help_position=36, width=min(columns, 120) - 2)
+
+
+class _ShowHelp(argparse.Action):
+    """Prints the help, and ends the program."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        assert isinstance(parser, Parser)
+        print(parser.help_text(everything=self.dest == "help_all"), end="")
+        parser.exit()
+
+
+def _by_type(name: str, kind: Any) -> dict[str, Any]:
+    """The settings of argparse for a field of a type, which may be ``| None``."""
+    kinds = [one for one in get_args(kind) if one is not NoneType] if NoneType in get_args(kind) else [kind]
+    if get_origin(kinds[0]) is Literal:
+        return {"choices": get_args(kinds[0])}
+    if kinds[0] is bool:
+        return {"nargs": "?", "const": True, "type": boolean, "metavar": "true|false"}
+    return {"type": kinds[0], "metavar": {int: "N", float: "X"}.get(kinds[0], name.split("_")[-1].upper())}
+
+
+def boolean(text: str) -> bool:
+    """argparse type of true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def positive(text: str) -> int:
+    """argparse type of a whole number above zero."""
+    return _number(int, text, lambda value: value > 0, "a whole number above 0")
+
+
+def not_negative(text: str) -> int:
+    """argparse type of a whole number, zero included."""
+    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type of a finite number above zero."""
+    return _number(float, text, lambda value: 0 < value < math.inf, "a finite number above 0")
+
+
+def _number(kind: type[Number], text: str, allowed: Callable[[Number], bool], wanted: str) -> Number:
+    with contextlib.suppress(ValueError):
+        if allowed(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")

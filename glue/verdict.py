@@ -1,0 +1,51 @@
+"""What a comparison shows, in one sentence, from the intervals of its main score. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Comparison = dict[str, Any]  # what table.json holds; see glue.compare.compare
+Estimates = dict[str, dict[str, Any]]  # of one score, average or loss, by regime; see glue.compare.estimates
+
+
+def primary(table: Comparison) -> tuple[str, Estimates]:
+    """The main score: the first average (a requested one comes first), or else the first task."""
+    rows = table["averages"] or {task: row["scores"] for task, row in table["tasks"].items()}
+    return next(iter(rows.items()))
+
+
+def verdict(table: Comparison) -> str:
+    """Which regimes are told apart from the baseline, and by how much; empty for one regime."""
+    (label, row), baseline = primary(table), table["baseline"]
+    apart, alike, alone, lacking = [], [], [], []
+    for name in table["set_apart"]:  # all but the baseline
+        estimate = row[name]["difference"]
+        if estimate is None:
+            lacking.append(name)
+        elif estimate["n"] == 1:
+            alone.append(f"{name} {estimate['mean']:+z.1f}")
+        elif (estimate["low"] or 0) <= 0 <= (estimate["high"] or 0):  # equal pairs have no interval
+            alike.append(name)
+        else:
+            side = "above" if estimate["mean"] > 0 else "below"
+            near, far = sorted((abs(estimate["low"]), abs(estimate["high"])))
+            size = f"{abs(estimate['mean']):.1f} [{near:.1f}, {far:.1f}] percentage points"
+            apart.append(f"{name} is {size} {side} {baseline} (n = {estimate['n']})")
+    parts = apart
+    if alike:
+        none = len(alike) == len(table["set_apart"]) > 1
+        parts.append(f"{'no regime is' if none else f'{_and(alike)} {_is(alike)} not'} told apart from {baseline}")
+    if alone:
+        parts.append(f"one pretraining seed is an anecdote: {_and(alone)} percentage points against {baseline}")
+    if lacking:
+        parts.append(f"{_and(lacking)} {_is(lacking)} not compared, without a pretraining seed of {baseline}")
+    return f"On {label}, {'; '.join(parts)}." if parts else ""
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"

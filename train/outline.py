@@ -1,0 +1,72 @@
+"""What a run will do, in a few lines that are printed before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.models.masked_positions import MaskedPositions
+from entropy_masking.shards.spread import entropy_spread, spread_words
+from train import resume
+from train.arguments import global_batch
+from train.flags import Options
+from train.inputs import Inputs
+
+FEW_STEPS, FEW_WARMUP_STEPS = 100, 5
+
+
+def outline(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> list[str]:
+    """Data, model, length, masks and output of a run, and warnings about its length."""
+    manifest, batch = inputs.manifest, global_batch(args)
+    tokens, held_out = (sum(entry.tokens for entry in shards) for shards in (inputs.shards, inputs.held_out))
+    sequences = sum(entry.rows for entry in inputs.shards)
+    evaluated = f", and {held_out:,} of {inputs.evaluated.uri} to evaluate on" if held_out else ""
+    weights = sum(parameter.numel() for parameter in student.parameters())
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    rate = f"learning rate {args.learning_rate:g}"
+    if options.muon:
+        rate = f"learning rates {options.muon_learning_rate:g} (Muon) and {args.learning_rate:g} (AdamW)"
+    warmup = args.get_warmup_steps(args.max_steps)
+    checkpoint = resume.last_checkpoint(Path(str(args.output_dir)))
+    start = f"resumes from {checkpoint.name}" if checkpoint and not options.overwrite else "starts anew"
+    lines = [
+        f"data    {tokens:,} tokens of {manifest.uri} to train on{evaluated}",
+        f"model   {options.model}, {weights:,} weights, on {args.device.type} in {dtype}",
+        f"steps   {args.max_steps:,} of {batch} sequences ({batch * manifest.sequence_length:,} tokens), "
+        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}, warm-up of {warmup} steps",
+        f"masks   {masks(inputs.policy, options)}",
+        *scores(inputs, options),
+        f"output  {args.output_dir}, {start}",
+    ]
+    if args.max_steps < FEW_STEPS:
+        fix = "use more text, more epochs or a smaller --per-device-train-batch-size"
+        lines.append(f"warning: {args.max_steps} steps are few for a masked LM; {fix}")
+    elif warmup < FEW_WARMUP_STEPS and args.lr_scheduler_type != "constant":
+        lines.append(f"warning: the learning rate rises within {FEW_WARMUP_STEPS} steps; use a larger --warmup-steps")
+    return lines
+
+
+def scores(inputs: Inputs, options: Options) -> list[str]:
+    """The spread of the teacher's entropies, if they choose the masks."""
+    if options.entropy_source != "parquet" or not inputs.policy.uses_scores:
+        return []
+    spread = entropy_spread(inputs.manifest)
+    return [f"scores  entropies of {inputs.manifest.teacher}, {spread_words(*spread)}"] if spread else []
+
+
+def masks(policy: MaskPolicy, options: Options) -> str:
+    """The recipe of a run in words."""
+    source = {"parquet": "the teacher's", "self": "the student's own"}.get(options.entropy_source)
+    how = "at random"
+    if not policy.uniform:
+        choice = "the highest" if policy.temperature == 0 else f"sampled with τ = {policy.temperature:g}"
+        how = f"{policy.hard_share:.0%} of them by {source} {policy.by} ({choice}), the others at random"
+        if policy.warmup or policy.ramp:
+            how += f"; all at random for {policy.warmup:.0%} of the steps, then a ramp over {policy.ramp:.0%}"
+    predicted = (
+        "" if policy.predicts_all else f"; {policy.predict_ratio:g} of the tokens predicted, by {policy.predict_by}"
+    )
+    teacher = f"distils with weight {options.distill_weight:g}" if options.distill_weight else "no distillation"
+    return f"{policy.ratio:.0%} of the tokens, {how}{predicted}; {teacher}"
