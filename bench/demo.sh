@@ -1,50 +1,55 @@
 #!/usr/bin/env bash
-# The whole story in one run, small: `make demo`. A corpus that is on every machine → a reference model → its entropies
-# → four students → what they learned. Finished steps are skipped, so the same command goes on after a break.
+# The whole story in one run, small: `make demo`. A corpus that is on every machine → a reference → its entropies → five
+# students → what they learned. Finished steps are skipped, so the same command goes on after a break.
 # Sizes by environment: DOCUMENTS=20000 STEPS=2000 SEEDS=1,2,3 OUT=runs/larger make demo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/demo}
-documents=${DOCUMENTS:-1500} steps=${STEPS:-100} seeds=${SEEDS:-1,2} rows=${ROWS:-800}
+documents=${DOCUMENTS:-2500} steps=${STEPS:-300} seeds=${SEEDS:-1,2} rows=${ROWS:-800}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # otherwise glibc hands large buffers back to the kernel at each step; to keep them doubles the speed of the MLM head
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 step() { printf '\n=== %s (%d s so far)\n' "$*" "$SECONDS"; }
 
 corpus=(--corpus docstrings --limit-documents "$documents")
-train=(--model tiny --eval-fraction 0.05 --max-steps "$steps" --seed 1)
+train() { python train/run.py --model tiny --eval-fraction 0.05 --seed 1 "$@"; }
 
 step "1/6 a WordPiece tokenizer, trained on the docstrings of the installed packages"
-python pipeline/tokenizer.py "${corpus[@]}" --lowercase --strip-accents --vocab-size 8192 --output "$out/tokenizer"
+python pipeline/tokenizer.py "${corpus[@]}" --vocab-size 4096 --lowercase --output "$out/tokenizer"
 
 step "2/6 the corpus as token shards"
 python pipeline/score.py "${corpus[@]}" --teacher none --tokenizer "$out/tokenizer" --shard-tokens 32768 \
     --backend local --output "$out/tokens"
 
 step "3/6 a reference model, trained with random masking"
-python train/run.py --shards "$out/tokens" --entropy-source random --output-dir "$out/reference" "${train[@]}"
+train --shards "$out/tokens" --entropy-source random --output-dir "$out/reference" --max-steps $((steps * 3 / 2))
 
-step "4/6 Ray scores the corpus with it: predictive entropies and top-k log-probabilities"
-python pipeline/score.py --corpus "$out/tokens" --teacher "$out/reference" --output "$out/scored"
+step "4/6 the reference scores the corpus: predictive entropies and top-k log-probabilities"
+python pipeline/score.py --corpus "$out/tokens" --teacher "$out/reference" --output "$out/scored" \
+    --backend local --cpus-per-worker 1
+python train/explore.py "$out/scored" --output "$out/entropy.html"
 
-step "5/6 students at equal steps: random, parquet, parquet + distillation, self"
-student() { python train/run.py --shards "$out/scored" --output-dir "$out/$1" "${train[@]}" "${@:2}"; }
+step "5/6 students: untrained, random masks, by the reference, the same distilled, by the student itself"
+student() { train --shards "$out/scored" --output-dir "$out/$1" --max-steps "$steps" "${@:2}"; }
+train --shards "$out/scored" --output-dir "$out/untrained" --entropy-source random --max-steps 1 --learning-rate 0 \
+    --muon-learning-rate 0
 student random --entropy-source random
 student parquet --entropy-source parquet
 student parquet-kd --entropy-source parquet --distill-weight 0.5
 student self --entropy-source self
 
 step "6/6 fine-tuning on two probe tasks made from held-out docstrings"
-python glue/run.py --model "$out"/{random,parquet,parquet-kd,self} --tasks probes --seeds "$seeds" --epochs 3 \
+python glue/run.py --model "$out"/{untrained,random,parquet,parquet-kd,self} --tasks probes --seeds "$seeds" --epochs 3 \
     --learning-rate 1e-3 --batch-size 32 --limit-train "$rows" --max-length 64 --output "$out/probes"
 step "the comparison"
-python glue/compare.py "random=$out/probes/random" "parquet=$out/probes/parquet" \
-    "parquet+kd=$out/probes/parquet-kd" "self=$out/probes/self" --output "$out/comparison"
+python glue/compare.py random="$out/probes/random" untrained="$out/probes/untrained" parquet="$out/probes/parquet" \
+    parquet+kd="$out/probes/parquet-kd" self="$out/probes/self" --output "$out/comparison"
 
 cat <<EOF
 
 Done in $SECONDS s. What was produced, under $out/:
   scored/                 shards of tokens, entropies and top-k log-probabilities (try polars.read_parquet)
+  entropy.html            text coloured by entropy, with the masks: open it in a browser
   random/ parquet/ …      the students; each loads with AutoModelForMaskedLM and has a summary.json
   comparison/             page.html, table.md, table.json, table.csv and chart.png: the students side by side
 A run this small shows the machinery. It proves nothing about quality.

@@ -37,7 +37,8 @@ def model_card(summary: Summary) -> str:
         "model": summary.model,
         "training": f"{summary.steps:,} steps, {summary.tokens:,} tokens, seed {summary.seed}",
         "shards": shards and shards.uri,
-        "teacher": shards and shards.scores_read and shards.teacher,
+        "teacher": shards and (shards.scores_read or summary.targets) and shards.teacher,
+        "distillation weight": flags.get("distill_weight"),
         "masks": ", ".join(f"{name.replace('_', ' ')} {flags[name]}" for name in names if name in flags),
         "FLOPs of training": f"{summary.training_flops:.3g}",
         "FLOPs of scoring": f"{summary.scoring_flops:.3g}",
@@ -45,7 +46,7 @@ def model_card(summary: Summary) -> str:
         "warnings": "; ".join(summary.warnings or []),
     }
     head = f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n{TAGS}---\n"
-    limits = "The held-out loss is measured under random masks. Nothing else is known of the quality of this model.\n"
+    limits = "The held-out loss is measured under random masks. The model was not tested otherwise.\n"
     return f"{head}\n# A masked language model\n\n{_lines(facts)}\n{limits}"
 
 

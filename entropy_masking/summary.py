@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 T = TypeVar("T")
-LARGEST = 1e30  # whole numbers beyond are no measurements, and overflow later
+LARGEST = 1e30  # larger numbers cannot be measurements, and would overflow later
 
 
 def _none_if_wrong(value: object, validate: Callable[[object], object]) -> object:

@@ -106,7 +106,7 @@ def load(data: str | None, limit: int | None) -> Pairs:
         raise UsageError(f"{path} has values of a wrong type: {one_line(error)}") from None
     for name in TEXTS:
         if (blank := frame[name].str.strip_chars() == "").any():
-            raise UsageError(f"{path} has an empty {name} in row {blank.arg_max()}; fix or drop the row")
+            raise UsageError(f"{path} has an empty {name} in row {1 + (blank.arg_max() or 0)}; fix or drop the row")
     # some files of BLiMP write the field syntax_semantics with a slash
     frame = frame.with_columns(pl.col("field").str.replace_all("/", "_")).sort("UID", "pairID", *TEXTS)
     kept = frame if limit is None else frame.group_by("UID", maintain_order=True).head(limit)

@@ -52,7 +52,7 @@ def check_table(frame: pl.DataFrame, columns: Sequence[str], where: object) -> N
     for name in columns:
         gaps = frame[name].is_null() | (frame[name].is_nan() if frame[name].dtype.is_float() else False)
         if gaps.any():
-            raise UsageError(f"{where} has no {name} in row {gaps.arg_max()}; fill in or drop the row")
+            raise UsageError(f"{where} has no {name} in row {1 + (gaps.arg_max() or 0)}; fill in or drop the row")
 
 
 def _rows(path: Path) -> Iterator[list[str]]:

@@ -32,6 +32,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
     parser = Parser("glue/run.py", description, GROUPS_OF_FLAGS)
+    parser.usage = "%(prog)s --model MODEL … --tasks TASKS --data DATA --output DIR …"
     add = parser.add_argument
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
@@ -71,7 +72,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     args.seeds = parse_seeds(args.seeds)
     args.limit_train = parse_limits(args.limit_train, args.tasks)
     if args.data and all(task.name in PROBES or task.files for task in args.tasks):
-        raise UsageError(f"{', '.join(task.name for task in args.tasks)}: these do not read --data; leave out --data")
+        raise UsageError("no task of this run reads --data; leave it out")
     tuned = [task.name for task in args.tasks if task.name not in ZERO_SHOT]
     of_blimp = "{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out"
     of_tuning = "{flag} has no effect on blimp, which is scored without fine-tuning; leave it out"
@@ -88,7 +89,8 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
 
 def share(text: str) -> float:
-    if not 0 < (value := float(text)) <= 1:
+    value = positive_float(text)
+    if value > 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range; use more than 0 and at most 1: a trial uses one GPU")
     return value
 
@@ -111,8 +113,7 @@ def own_tasks(texts: list[str]) -> list[Task]:
             raise UsageError(
                 f"--task-file {text}: {named[0]} is no metric; use {kinds[0]} for classes, or {kinds[1]} for numbers"
             )
-        files = Path(train).expanduser(), Path(dev).expanduser()
-        tasks[name] = Task(name, (), (), scores, files=files)
+        tasks[name] = Task(name, (), (), scores, files=(Path(train), Path(dev)))
     return list(tasks.values())
 
 

@@ -212,9 +212,8 @@ def _names(column: pl.Series, where: str) -> pl.Series:
 def _labels(task: Task, column: pl.Series, where: str) -> pl.Series:
     names = _names(column, where)
     if not task.files and (unlabelled := names == "-1").any():
-        raise UsageError(
-            f"{where} has the label -1 in row {unlabelled.arg_max()}: labels of a test split are not public; use dev"
-        )
+        row = 1 + (unlabelled.arg_max() or 0)
+        raise UsageError(f"{where} has the label -1 in row {row}: labels of a test split are not public; use dev")
     if task.labels:
         known = ", ".join(task.labels)
         ids = {} if task.files else {str(number): number for number in range(len(task.labels))}
@@ -227,6 +226,6 @@ def _labels(task: Task, column: pl.Series, where: str) -> pl.Series:
         labels = labels.set(~fits, None)
     if (unknown := labels.is_null()).any():
         row = unknown.arg_max() or 0
-        source = f"{task.files[0]} has" if task.files and task.labels else "known are"
-        raise UsageError(f"{where} has the label {column[row]!r} in row {row}; {source} {known}")
+        source = f"{task.files[0]} has" if task.files and task.labels else "the labels are"
+        raise UsageError(f"{where} has the label {column[row]!r} in row {row + 1}; {source} {known}")
     return labels

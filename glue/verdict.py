@@ -25,7 +25,9 @@ def verdict(table: Comparison) -> str:
             lacking.append(name)
         elif estimate["n"] == 1:
             alone.append(f"{name} {estimate['mean']:+z.1f}")
-        elif (estimate["low"] or 0) <= 0 <= (estimate["high"] or 0):  # equal pairs have no interval
+        elif estimate["low"] is None and estimate["mean"]:
+            apart.append(f"{name} differs from {baseline} by {estimate['mean']:+.1f} percentage points in every seed")
+        elif (estimate["low"] or 0) <= 0 <= (estimate["high"] or 0):
             alike.append(name)
         else:
             side = "above" if estimate["mean"] > 0 else "below"
@@ -37,9 +39,9 @@ def verdict(table: Comparison) -> str:
         none = len(alike) == len(table["set_apart"]) > 1
         parts.append(f"{'no regime is' if none else f'{_and(alike)} {_is(alike)} not'} told apart from {baseline}")
     if alone:
-        parts.append(f"one pretraining seed is an anecdote: {_and(alone)} percentage points against {baseline}")
+        parts.append(f"with one pretraining seed, an anecdote, against {baseline}: {_and(alone)} percentage points")
     if lacking:
-        parts.append(f"{_and(lacking)} {_is(lacking)} not compared, without a pretraining seed of {baseline}")
+        parts.append(f"{_and(lacking)} {_is(lacking)} not compared: no pretraining seed in common with {baseline}")
     return f"On {label}, {'; '.join(parts)}." if parts else ""
 
 

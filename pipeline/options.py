@@ -49,6 +49,7 @@ class TargetOptions(MaskOptions):
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
     """Flags → settings; ``policy`` (the masks to score) replaces the mask flags. Raises UsageError."""
     parser = Parser("pipeline/score.py", description, GROUPS)
+    parser.usage = "%(prog)s --corpus TEXT --teacher MODEL --output DIR …"
     add_flags(parser)
     parser.add_fields(TargetOptions)
     args = parser.parse_args(argv)

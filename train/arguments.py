@@ -38,7 +38,7 @@ FREE = (
 
 
 def training_arguments(options: Options, flags: TrainerFlags) -> TrainingArguments:
-    """Trainer's arguments, with the defaults that depend on the model and the machine, which ``options`` get too.
+    """Trainer's arguments. Fills in the defaults that depend on the model and the machine, also in ``options``.
 
     Raises UsageError if transformers refuses the flags, or the device cannot compute masks.
     """

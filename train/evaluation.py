@@ -16,14 +16,13 @@ from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import read_table
+from entropy_masking.shards.manifests import read_table, sampled
 from entropy_masking.shards.read import Columns, read_block, to_tensors
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # random, for every regime, seed and mask ratio of a run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
-SAMPLED = 16  # shards whose first row group is counted
 
 
 def batches(manifest: Manifest, entries: list[ShardEntry], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
@@ -59,7 +58,7 @@ def outcomes(
 def token_counts(manifest: Manifest, entries: list[ShardEntry]) -> np.ndarray:
     """How often each token occurs in a sample of the shards [V]; 0 for special tokens."""
     count_V = np.zeros(manifest.vocab_size, np.int64)
-    for entry in entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]:
+    for entry in sampled(entries):
         ids_N = read_table(manifest, entry, ["input_ids"], [0]).column("input_ids").combine_chunks().flatten()
         count_V += np.bincount(ids_N.to_numpy(), minlength=len(count_V))[: len(count_V)]
     count_V[list(manifest.special_token_ids)] = 0

@@ -72,10 +72,8 @@ def _unsupported(text: str) -> str | None:
 
 
 def check_ranges(flags: Mapping[str, Any]) -> None:
-    """Refuse empty texts and numbers out of range. Raises UsageError."""
+    """Refuse numbers out of range. Raises UsageError."""
     for name, value in flags.items():
-        if value == "":
-            raise UsageError(f"{flag(name)} is empty; give it a value, or leave it out")
         low, high = RANGES.get(name, (0, 0))
         if name in RANGES and value is not None and not low <= value <= high:
             shown = f"{value:g}" if isinstance(value, float) else value
@@ -91,7 +89,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
     of_muon = "{flag} only applies to --optim muon; leave it out"
     of_adam = f"{{flag}} has no effect with --optim {flags.optim}; leave it out"
-    no_arguments = "{flag} has no effect with Muon and AdamW; leave it out, or use another --optim"
+    no_arguments = "{flag} has no effect with Muon or AdamW; leave it out, or use another --optim"
     two_places = "{flag} and --eval-shards both choose the shards to evaluate on; use one"
     held_out = "{flag} needs held-out shards; set --eval-fraction above 0, or --eval-shards"
     evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
@@ -119,6 +117,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (not evaluates, _defaults("eval_delay", "per_device_eval_batch_size"), held_out),
         (flags.eval_strategy == "no", {"eval_steps": None, "eval_delay": 0, **not_best}, evaluations),
         (flags.save_strategy == "no", not_best | _defaults("save_steps", "save_total_limit"), checkpoints),
+        (options.dry_run, {"num_workers": 1}, "{flag} has no effect with --dry-run; leave one out"),
         (silent, {"logging_first_step": False}, unlogged),
         (silent and flags.eval_strategy != "steps", _defaults("logging_steps"), unlogged),  # --eval-steps reads it too
         (flags.report_to == "none", {"run_name": None}, unreported),

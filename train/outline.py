@@ -13,12 +13,13 @@ from train import resume
 from train.arguments import global_batch
 from train.flags import Options
 from train.inputs import Inputs
+from train.options import BY_METRIC
 
 FEW_STEPS, FEW_WARMUP_STEPS = 100, 5
 
 
 def outline(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> list[str]:
-    """Data, model, length, masks and output of a run, and warnings about its length."""
+    """What a run does, and warnings about its length; of an evaluation only the data and the model."""
     manifest, batch = inputs.manifest, global_batch(args)
     tokens, held_out = (sum(entry.tokens for entry in shards) for shards in (inputs.shards, inputs.held_out))
     sequences = sum(entry.rows for entry in inputs.shards)
@@ -29,28 +30,40 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     if options.muon:
         rate = f"learning rates {options.muon_learning_rate:g} (Muon) and {args.learning_rate:g} (AdamW)"
     warmup = args.get_warmup_steps(args.max_steps)
-    checkpoint = resume.last_checkpoint(Path(str(args.output_dir)))
-    start = f"resumes from {checkpoint.name}" if checkpoint and not options.overwrite else "starts anew"
+    warms_up = args.lr_scheduler_type not in (*BY_METRIC, "constant")
     lines = [
         f"data    {tokens:,} tokens of {manifest.uri} to train on{evaluated}",
         f"model   {options.model}, {weights:,} weights, on {args.device.type} in {dtype}",
         f"steps   {args.max_steps:,} of {batch} sequences ({batch * manifest.sequence_length:,} tokens), "
-        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}, warm-up of {warmup} steps",
+        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}" + f", warm-up of {warmup} steps" * warms_up,
         f"masks   {masks(inputs.policy, options)}",
         *scores(inputs, options),
-        f"output  {args.output_dir}, {start}",
+        f"output  {args.output_dir}{'' if options.overwrite else progress(Path(str(args.output_dir)))}",
     ]
+    if options.eval_only:
+        return lines[:2]
     if args.max_steps < FEW_STEPS:
         fix = "use more text, more epochs or a smaller --per-device-train-batch-size"
         lines.append(f"warning: {args.max_steps} steps are few for a masked LM; {fix}")
-    elif warmup < FEW_WARMUP_STEPS and args.lr_scheduler_type != "constant":
+    elif warms_up and warmup < FEW_WARMUP_STEPS:
         lines.append(f"warning: the learning rate rises within {FEW_WARMUP_STEPS} steps; use a larger --warmup-steps")
     return lines
 
 
+def progress(output: Path) -> str:
+    """How far the run in a directory is."""
+    if (output / resume.SUMMARY).exists():
+        return ", which holds a finished run"
+    checkpoint = resume.last_checkpoint(output)
+    return f", resumes from {checkpoint.name}" if checkpoint else ""
+
+
 def scores(inputs: Inputs, options: Options) -> list[str]:
-    """The spread of the teacher's entropies, if they choose the masks."""
-    if options.entropy_source != "parquet" or not inputs.policy.uses_scores:
+    """The spread of the teacher's entropies, if they choose masked or predicted tokens."""
+    policy = inputs.policy
+    masks_by_entropy = not policy.uniform and policy.by == "entropy"
+    predicts_by_entropy = not policy.predicts_all and policy.predict_by == "entropy"
+    if options.entropy_source != "parquet" or not (masks_by_entropy or predicts_by_entropy):
         return []
     spread = entropy_spread(inputs.manifest)
     return [f"scores  entropies of {inputs.manifest.teacher}, {spread_words(*spread)}"] if spread else []
@@ -65,8 +78,7 @@ def masks(policy: MaskPolicy, options: Options) -> str:
         how = f"{policy.hard_share:.0%} of them by {source} {policy.by} ({choice}), the others at random"
         if policy.warmup or policy.ramp:
             how += f"; all at random for {policy.warmup:.0%} of the steps, then a ramp over {policy.ramp:.0%}"
-    predicted = (
-        "" if policy.predicts_all else f"; {policy.predict_ratio:g} of the tokens predicted, by {policy.predict_by}"
-    )
+    if not policy.predicts_all:
+        how += f"; {policy.predict_ratio:.0%} predicted, chosen by {policy.predict_by}"
     teacher = f"distils with weight {options.distill_weight:g}" if options.distill_weight else "no distillation"
-    return f"{policy.ratio:.0%} of the tokens, {how}{predicted}; {teacher}"
+    return f"{policy.ratio:.0%} of the tokens, {how}; {teacher}"

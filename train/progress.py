@@ -26,7 +26,7 @@ ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MAX_RATIO = 3  # to the concentration of the text, which is higher for a small vocabulary
 SCORE_MEANS = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # names in a log
-MIN_TOKENS = 100  # to estimate this probability
+MIN_TOKENS = 100  # fewer tokens do not give the concentration
 
 
 class RunningMeans:

@@ -23,19 +23,9 @@ from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-LEARNED = 0.3  # nats below the loss of the token frequencies, from which on a model has learned something
+LEARNED = 0.3  # a model has learned something if its loss is this many nats below that of the token frequencies
 # flags that do not decide what is learned
-FREE = [
-    "overwrite",
-    "dry_run",
-    "eval_only",
-    "argv",
-    "as_yaml",
-    "trust_remote_code",
-    "num_workers",
-    "eval_shards",
-    "recipe",
-]
+FREE = "overwrite dry_run eval_only argv as_yaml trust_remote_code num_workers eval_shards recipe".split()  # noqa: SIM905
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:

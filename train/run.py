@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> None:
         flags = deciding_flags(options, args, inputs)
     if rank == 0:
         print("\n".join(outline(student, options, args, inputs)), file=sys.stderr, flush=True)
-    if options.dry_run:
-        return
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
         trainer.check_flags()
+    if options.dry_run:
+        return
     if options.eval_only:
         metrics = trainer.evaluate()
         return print_losses(metrics) if rank == 0 else None

@@ -55,7 +55,9 @@ class MaskedLMTrainer(Trainer):
         self.output = Path(str(args.output_dir))
         self.guard = Guard(self.output)  # before the report, which reads its decisions
         self.report = ProgressReport(self.manifest.sequence_length)
-        in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.shards)))
+        in_text = 0.0
+        if self.policy.uses_scores:
+            in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.shards)))
         self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, remedy(options, self.policy), in_text)
         self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(

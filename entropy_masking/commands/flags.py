@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,10 +20,11 @@ from entropy_masking.errors import UsageError, one_line
 
 Number = TypeVar("Number", int, float)
 
-# when it holds; by name of a flag the only value that may be given, None for no value; the sentence for other values
+# (condition, allowed, sentence): if the condition is true, each flag in ``allowed`` may only have the value given there
+# (None: it may not be given); otherwise ``sentence`` is the error
 Rule = tuple[bool, Mapping[str, object], str]
-Argv = list[str]
-PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")  # a path with ~ or a file URI, within an argument
+# ~/… or file://… at the start of an argument, or after = or a comma
+PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")
 
 
 def flag(name: str) -> str:
@@ -34,7 +36,7 @@ def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Cal
     """Refuse flags that contradict others or have no effect with them. A flag that was not given is None.
 
     Raises:
-        UsageError: the sentence of the first rule that does not hold.
+        UsageError: the sentence of the first rule that the flags break.
     """
     for holds, allowed, sentence in rules:
         for name, value in allowed.items():
@@ -48,7 +50,7 @@ def option(help: str, default: object = None) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are a UsageError, with --help, which shows the description as it is, and --config.
+    """A parser with --help and --config. Errors raise UsageError. --help keeps the line breaks of the description.
 
     Args:
         groups: titles and the names of their flags, which --help shows in this order; --help-all shows the others too.
@@ -58,7 +60,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None, groups: Mapping[str, str] | None = None) -> None:
         super().__init__(prog, description=description, add_help=False, allow_abbrev=False, formatter_class=_Help)
         self.groups = {title: names.split() for title, names in (groups or {}).items()}
-        self.argv: Argv = []  # of the last ``parse_args``, with the flags of --config
+        self.argv: list[str] = []  # of the last ``parse_args``, with the flags of --config
         self.add_argument("--help", action=_ShowHelp, help="show this help")
         if groups:
             self.add_argument("--help-all", action=_ShowHelp, help="show all flags")
@@ -78,9 +80,10 @@ class Parser(argparse.ArgumentParser):
         """Parse flags with dashes or underscores, after those of --config. Raises UsageError."""
         texts = [self._with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
         # file URIs and ~ become plain paths, also in --flag=~/a, name=~/a and b,~/a
-        texts = [PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in texts]
-        self.argv = [*self.configured(texts), *texts]
-        for before, text in zip(["", *self.argv], self.argv, strict=False):
+        self.argv = [
+            PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in [*self.configured(texts), *texts]
+        ]
+        for before, text in pairwise(["", *self.argv]):
             if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
                 name = text[:-1] or (before if before[:2] == "--" else "an argument")
                 raise UsageError(f"{name} is empty; give it a value, or leave it out")
@@ -90,8 +93,8 @@ class Parser(argparse.ArgumentParser):
         del flags.config
         return flags
 
-    def configured(self, texts: Argv) -> Argv:
-        """The flags of the file that --config names, and removes --config from ``texts``. Raises UsageError."""
+    def configured(self, texts: list[str]) -> list[str]:
+        """Remove --config from ``texts``, and return the flags of its file. Raises UsageError."""
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
         finder.error = self.error  # type: ignore[method-assign]
@@ -101,8 +104,8 @@ class Parser(argparse.ArgumentParser):
         import yaml
 
         try:
-            with open(given.config, encoding="utf-8") as file:
-                values = yaml.safe_load(file) or {}
+            with open(storage.local_path(given.config), encoding="utf-8") as file:
+                values = yaml.load(file, yaml.BaseLoader) or {}  # all values are text, also no and 1e-3
         except (OSError, UnicodeError, yaml.YAMLError) as error:
             raise UsageError(f"--config {given.config} cannot be read: {one_line(error)}") from None
         if not isinstance(values, dict):
@@ -114,7 +117,7 @@ class Parser(argparse.ArgumentParser):
         dashed = name.replace("_", "-")
         return dashed + equals + value if dashed in self._option_string_actions else text
 
-    def _texts(self, file: str, name: str, value: object) -> Argv:
+    def _texts(self, file: str, name: str, value: object) -> list[str]:
         """An entry of a YAML file as on a command line."""
         if name == "config":
             raise UsageError(f"--config {file}: config is not a flag of a file; leave it out")
@@ -122,31 +125,33 @@ class Parser(argparse.ArgumentParser):
         if own is None:
             raise UsageError(f"--config {file}: {self.unknown(flag(name))}")
         values = value if isinstance(value, list) else [value]
-        if isinstance(value, dict) or any(isinstance(one, dict | list) for one in values):
-            raise UsageError(f"--config {file}: {name} is not a value or a list of values")
-        texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+        texts = [text for text in values if isinstance(text, str)]
+        repeats = isinstance(own, argparse._AppendAction)
+        if len(texts) < len(values) or (len(texts) != 1 and not (repeats or own.nargs)):
+            kind = "a list of values" if repeats or own.nargs else "a value"
+            raise UsageError(f"--config {file}: {name} is not {kind}")
         if own.nargs == 0:  # a switch
-            texts, value = [], value or None
-        if isinstance(own, argparse._AppendAction):  # one value each time
+            return [*own.option_strings[:1]] if boolean(texts[0]) else []
+        if repeats:  # one value each time
             return [text for one in texts for text in (own.option_strings[0], one)]
-        return [] if value is None else [*own.option_strings[:1], *texts]
+        return [*own.option_strings[:1], *texts]
 
     def to_yaml(self) -> str:
-        """The flags of the last ``parse_args`` as a file for --config. Positional arguments are not supported."""
+        """The flags of the last ``parse_args`` as a file for --config, if each has at most one value.
+
+        Without --overwrite, so that the file repeats or resumes the run.
+        """
         import yaml
 
-        given: dict[str, list[str]] = {}
-        for text in self.argv:
-            name, equals, value = text.partition("=")
-            if own := self._option_string_actions.get(name):
-                adds = isinstance(own, argparse._AppendAction | argparse._ExtendAction)
-                values = given[name[2:]] = given.get(name[2:], []) if adds else []
-            if own is None or equals:
-                values.append(value if own else text)
         entries: dict[str, object] = {}
-        for name, values in given.items():
-            numbers = [int(text) if text.isdecimal() and str(int(text)) == text else text for text in values]
-            entries[name] = numbers[0] if len(numbers) == 1 else numbers or True
+        for text in self.argv:
+            first, equals, value = text.partition("=")
+            if first in self._option_string_actions:
+                name = first[2:]
+                entries[name] = value if equals else True
+            else:
+                entries[name] = text
+        entries.pop("overwrite", None)
         return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
     def error(self, message: str) -> NoReturn:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MADE_BY = {"sequences": "pipeline/score.py", "targets": "pipeline/score.py --mask-source"}
 AnyFile = TypeVar("AnyFile", bound=JsonFile)
 
+SAMPLED = 16
+
 
 def manifest_uri(directory: str) -> str:
     return storage.join(directory, "manifest.json")
@@ -91,6 +93,11 @@ def read_table(
             row_groups = list(range(file.num_row_groups))
         # one thread: loader workers call this, which run in parallel already and may be forks
         return file.read_row_groups(row_groups, columns=columns, use_threads=False)
+
+
+def sampled(entries: list[ShardEntry]) -> list[ShardEntry]:
+    """At most ``SAMPLED`` shards, evenly spread; the first row group of each is enough for statistics."""
+    return entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]
 
 
 def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:

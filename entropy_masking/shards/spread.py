@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from entropy_masking.shards.manifests import read_table
+from entropy_masking.shards.manifests import read_table, sampled
 from entropy_masking.shards.parquet import column_2d
 from entropy_masking.shards.schema import Manifest
 
-SAMPLED = 8  # shards of which the first row group is read
 NARROW = 1.0  # nats between the quantiles; a teacher that has learned its language has 5 or more
 
 
 def entropy_spread(manifest: Manifest) -> tuple[float, float] | None:
     """The 10 % and the 90 % quantile of a sample of the entropies, in nats; None if there are none."""
-    entries = [entry for entry in manifest.shards if entry.scored_tokens]
     entropies = [np.empty(0, np.float32)]
-    for entry in entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]:
+    for entry in sampled([entry for entry in manifest.shards if entry.scored_tokens]):
         table = read_table(manifest, entry, ["entropy"], [0])
         entropies.append(column_2d(table, "entropy", manifest.sequence_length).astype(np.float32).ravel())
     known = np.concatenate(entropies)
@@ -29,4 +27,4 @@ def spread_words(low: float, high: float, measure: str = "entropy") -> str:
     words = f"80 % between {low:.2f} and {high:.2f} nats"
     if high - low >= NARROW or measure != "entropy":
         return words
-    return f"{words}: this teacher does not tell tokens apart; train it longer, or use another"
+    return f"{words}: they hardly differ, so they rank tokens poorly; check the teacher, and --context"

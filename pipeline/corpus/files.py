@@ -53,7 +53,8 @@ def find_files(part: str, output: str | None = None) -> tuple[list[tuple[str, st
     known = [name for name in names if file_kind(name)]
     if not known:
         raise UsageError(f"{part} holds no text files; the known endings are {_endings()}")
-    return [(prefix + os.path.join(root, name), name) for name in known], [name for name in names if name not in known]
+    unknown = [name for name in names if not file_kind(name)]
+    return [(prefix + os.path.join(root, name), name) for name in known], unknown
 
 
 def _split_pattern(filesystem: fs.FileSystem, path: str) -> tuple[str, str]:

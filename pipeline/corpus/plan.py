@@ -196,6 +196,8 @@ def _check_text_column(file_range: FileRange, text_column: str) -> None:
             names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
         else:
             names = next(csv_rows(file_range), (1, [text_column]))[1] or []
+            if not names:
+                raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
     except (OSError, EOFError) as error:
         raise UsageError(f"cannot read {file_range.path}: {one_line(error)}") from None
     _check_names(file_range.path, names, text_column)

@@ -69,11 +69,11 @@ def test_wrong_flags(flags: list[str], sentence: str) -> None:
 
 def test_a_file_of_flags_and_the_command_line_which_wins(tmp_path: Path) -> None:
     file = tmp_path / "flags.yaml"
-    file.write_text("steps: 7\nrate: 1e-3\nbf16: false\ndry-run: true\nmodels: [x, y]\ntask: [a b, c]\nworkers: null\n")
+    file.write_text("steps: 7\nrate: 1e-3\nbf16: false\ndry-run: true\nmodels: [x, y]\ntask: [a b, c]\nkind: b\n")
     given = parsed("--config", str(file), "--steps", "9", "--models", "z")
     assert given["steps"] == 9 and given["rate"] == 1e-3 and given["bf16"] is False and given["dry_run"] is True
     assert given["models"] == ["x", "y", "z"] and given["task"] == ["a b", "c"]
-    assert given["workers"] is None and "config" not in given
+    assert given["kind"] == "b" and "config" not in given
     file.write_text("dry_run: false\n")
     assert parsed(f"--config={file}")["dry_run"] is False
 
@@ -83,7 +83,9 @@ def test_a_file_of_flags_and_the_command_line_which_wins(tmp_path: Path) -> None
     [
         ("stepps: 1", "--stepps is not a flag of some/command.py; the nearest is --steps"),
         ("- steps", "is not a mapping of flags to values"),
-        ("steps: {a: 1}", "steps is not a value or a list of values"),
+        ("steps: {a: 1}", "steps is not a value"),
+        ("steps: [1, 2]", "steps is not a value"),
+        ("models: [[a]]", "models is not a list of values"),
         ("steps: [", "cannot be read: "),
         ("steps: ''", "--steps is empty"),
         ("config: other.yaml", "config is not a flag of a file"),
@@ -98,19 +100,7 @@ def test_wrong_files_of_flags(tmp_path: Path, text: str, sentence: str) -> None:
 
 
 def test_the_flags_of_a_run_as_a_file_that_repeats_it(tmp_path: Path) -> None:
-    texts = [
-        "--steps",
-        "3",
-        "--rate=0.25",
-        "--bf16",
-        "--dry-run",
-        "--models",
-        "x",
-        "--models",
-        "0.10",
-        "y z",
-        "--steps=4",
-    ]
+    texts = ["--steps", "3", "--rate=0.25", "--bf16", "--dry-run", "--output=~/x", "--kind", "a", "--steps=4"]
     parser = new_parser()
     first = parser.parse_args(texts)
     file = tmp_path / "flags.yaml"

@@ -177,7 +177,7 @@ def test_a_likeness_out_of_range(words: list[str], tmp_path: Path, label: float)
     rows = make_rows(GLUE["stsb"], words, 4, 1)
     for split in ("train", "dev"):
         write_rows(rows.with_columns(label=pl.lit(label)), tmp_path / "stsb" / f"{split}.parquet")
-    with pytest.raises(UsageError, match=rf"has the label {label} in row 0; known are numbers from 0 to 5"):
+    with pytest.raises(UsageError, match=rf"has the label {label} in row 1; the labels are numbers from 0 to 5"):
         glue.tasks.load(GLUE["stsb"], str(tmp_path))
 
 
@@ -261,7 +261,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, "--tasks", "cola"], "needs --data"),
         ([*model, "--tasks", "cola", "--data", tmp_path / "nothing"], "there is no directory"),
         ([*model, "--tasks", "sst3", "--data", data], "there is no task 'sst3'"),
-        ([*model, "--tasks", "probes", "--data", data], "leave out --data"),
+        ([*model, "--tasks", "probes", "--data", data], "no task of this run reads --data"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds", "one"], "not a list of whole numbers"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=-1"], "--seeds -1 is not between 0 and"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=1,5000000000"], "--seeds 5000000000 is not between 0"),
@@ -272,9 +272,9 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ),
         ([*model, "--tasks", "cola", "--data", data, "--max-length=7"], "--max-length 7 is out of range; use 8 to 64"),
         ([*model, *table("column", good.rename({"sentence": "text"}))], "has no column 'sentence'"),
-        ([*model, *table("hidden", good.with_columns(label=pl.Series([-1, -1])))], "label -1 in row 0"),
-        ([*model, *table("label", good.with_columns(label=pl.Series([0, 2])))], "has the label 2 in row 1"),
-        ([*model, *table("null", good.with_columns(sentence=pl.Series(["a", None])))], "no sentence in row 1"),
+        ([*model, *table("hidden", good.with_columns(label=pl.Series([-1, -1])))], "label -1 in row 1"),
+        ([*model, *table("label", good.with_columns(label=pl.Series([0, 2])))], "has the label 2 in row 2"),
+        ([*model, *table("null", good.with_columns(sentence=pl.Series(["a", None])))], "no sentence in row 2"),
         (
             [*model, *table("list", good.with_columns(sentence=pl.Series([["a"], ["b"]])))],
             r"the column sentence of .* is List.*, not text; convert it to text",

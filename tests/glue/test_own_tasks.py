@@ -122,14 +122,14 @@ def test_labels(tmp_path: Path, labels: list[object], metric: str, classes: tupl
 @pytest.mark.parametrize(
     ("train", "dev", "metric", "sentence"),
     [
-        (["a", "b"], ["a", "c"], "", r"dev.jsonl has the label 'c' in row 1; .*train.jsonl has a, b$"),
-        ([1, 2], [0, 1], "", r"has the label 0 in row 0; .*train.jsonl has 1, 2$"),
+        (["a", "b"], ["a", "c"], "", r"dev.jsonl has the label 'c' in row 2; .*train.jsonl has a, b$"),
+        ([1, 2], [0, 1], "", r"has the label 0 in row 1; .*train.jsonl has 1, 2$"),
         (["a", "a"], ["a"], "", r"all rows of .*train.jsonl have the label 'a'; training needs several labels"),
         (["a", "b", "c"], ["a"], ",f1", r"has 3 labels, but f1 needs two; name another metric, such as accuracy"),
-        (["a", "b"], ["a"], ",pearson", r"train.jsonl has the label 'a' in row 0; known are numbers"),
-        ([0.5, 1.5], [float("nan")], "", r"dev.jsonl has no label in row 0; fill in or drop the row"),
-        (["a", "b", None], ["a"], "", r"train.jsonl has no label in row 2"),
-        (["a", "b", ""], ["a"], "", r"train.jsonl has the label '' in row 2"),
+        (["a", "b"], ["a"], ",pearson", r"train.jsonl has the label 'a' in row 1; the labels are numbers"),
+        ([0.5, 1.5], [float("nan")], "", r"dev.jsonl has no label in row 1; fill in or drop the row"),
+        (["a", "b", None], ["a"], "", r"train.jsonl has no label in row 3"),
+        (["a", "b", ""], ["a"], "", r"train.jsonl has the label '' in row 3"),
         ([[1], [2]], [[1]], "", r"the column label of .*train.jsonl is List.*; use text or numbers"),
     ],
 )

@@ -98,8 +98,8 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--optim-args", "momentum=1"], "--optim-args has no effect with Muon and AdamW; leave it out"),
-        (["--model", "x/y", "--optim-args", "momentum=1"], "--optim-args has no effect with Muon and AdamW"),
+        (["--optim-args", "momentum=1"], "--optim-args has no effect with Muon or AdamW; leave it out"),
+        (["--model", "x/y", "--optim-args", "momentum=1"], "--optim-args has no effect with Muon or AdamW"),
         (["--entropy-source", "self", "--hard-share", 0, "--self-refresh", "step"], "no effect with --hard-share 0"),
         (["--eval-steps", 5, "--eval-fraction", 0], "--eval-steps needs held-out shards; set --eval-fraction"),
         (["--eval-steps", 5, "--eval-strategy", "no"], "leave out --eval-strategy no"),
