@@ -81,13 +81,12 @@ def test_on_your_own_text(home: Path) -> None:
     assert table["training"]["parquet"]["steps"] == 2
 
 
-def test_the_demo_compares_five_students(demo: Path) -> None:
+def test_the_demo_compares_four_students(demo: Path) -> None:
     table = json.loads((demo / "comparison" / "table.json").read_text())
-    assert table["regimes"] == ["random", "untrained", "parquet", "parquet+kd", "self"]
+    assert table["regimes"] == ["random", "parquet", "parquet+kd", "self"]
     assert set(table["tasks"]) == {"package", "adjacent"} and set(table["averages"]) == {"probes"}
-    trained = {name: row for name, row in table["training"].items() if name != "untrained"}
-    assert all(row["regime"] == name for name, row in trained.items())
-    assert len({(row["steps"], row["tokens"]) for row in trained.values()}) == 1
+    assert all(row["regime"] == name for name, row in table["training"].items())
+    assert len({(row["steps"], row["tokens"]) for row in table["training"].values()}) == 1
     assert "scored" in (demo / "entropy.html").read_text()
     assert (demo / "comparison" / "chart.png").stat().st_size > 10_000
 
