@@ -104,7 +104,7 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     _set_missing(flags, eval_strategy="no", eval_on_start=False)
     _set_missing(flags, save_steps=(flags.eval_steps or flags.logging_steps) if takes_best else SAVE_STEPS)
     if options.entropy_source == "self":
-        _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # the paper has step
+        _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # our reading of the paper
 
 
 def _set_missing(flags: Options | TrainerFlags, **defaults: object) -> None:

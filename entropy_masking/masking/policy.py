@@ -76,7 +76,7 @@ class MaskPolicy:
 
     @classmethod
     def paper(cls, **fields: object) -> Self:
-        """The 15 % with the highest scores, as in arXiv 2605.28526. ``fields`` override this."""
+        """The 15 % with the highest scores, our reading of arXiv 2605.28526. ``fields`` override this."""
         return cls.from_json({"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0} | fields)
 
     def to_json(self) -> dict[str, object]:
