@@ -39,7 +39,7 @@ def verdict(table: Comparison) -> str:
         none = len(alike) == len(table["set_apart"]) > 1
         parts.append(f"{'no regime is' if none else f'{_and(alike)} {_is(alike)} not'} told apart from {baseline}")
     if alone:
-        parts.append(f"with one pretraining seed, an anecdote, against {baseline}: {_and(alone)} percentage points")
+        parts.append(f"{_and(alone)} percentage points against {baseline}, with one pretraining seed (an anecdote)")
     if lacking:
         parts.append(f"{_and(lacking)} {_is(lacking)} not compared: no pretraining seed in common with {baseline}")
     return f"On {label}, {'; '.join(parts)}." if parts else ""

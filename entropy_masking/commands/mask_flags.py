@@ -28,7 +28,7 @@ class MaskOptions:
     """Which tokens to mask. A field is None if its flag was not given."""
 
     recipe: Literal["default", "paper"] | None = option(
-        "default, or paper: mask the 15 %% with the highest entropies from the first step, our reading of arXiv 2605.28526"
+        "default, or paper: mask the 15 %% with the highest entropies from the start, our reading of arXiv 2605.28526"
     )
     mask_ratio: float | None = option(f"share of the tokens to mask (default: {MaskPolicy.ratio})")
     hard_share: float | None = option(

@@ -63,7 +63,7 @@ def test_tables_say_how_many_seeds_and_what_is_an_anecdote(compared: Path) -> No
     text = (compared / "table.md").read_text()
     first, _, rest = text.partition("\n\n")
     assert re.fullmatch(
-        r"On local6, .*; with one pretraining seed, an anecdote, against random: self [+-]\d.* points.", first
+        r"On local6, .*; self [+-]\d.* points against random, with one pretraining seed \(an anecdote\).", first
     )
     assert rest.startswith("### Scores\n\n| cramming | **local6** | cola |") and "qnli (train_subset)" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]

@@ -151,7 +151,9 @@ def test_the_page_in_a_browser(browser: Browser, compared: Path, width: int, dar
     difference = table["averages"]["local6"]["parquet"]["difference"]
     shown = f"{difference['mean']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}], n = 3"
     assert shown in text.replace("−", "-"), "the difference, with its interval and its n"
-    assert re.search(r"one pretraining seed is an anecdote: self [+-][\d.]+ percentage points against random\.", text)
+    assert re.search(
+        r"self [+-][\d.]+ percentage points against random, with one pretraining seed \(an anecdote\)\.", text
+    )
     sizes = browser.js("[...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().toJSON())")
     assert len(sizes) >= 5
     assert all(size["width"] > 250 and size["height"] > 80 and size["right"] <= width for size in sizes)

@@ -212,7 +212,8 @@ def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page(
         ({"a": (1.24, 0.3, 2.1, 3)}, "On rte, a is 1.2 [0.3, 2.1] percentage points above random (n = 3)."),
         ({"a": (-1.2, -2.1, -0.3, 4)}, "On rte, a is 1.2 [0.3, 2.1] percentage points below random (n = 4)."),
         ({"a": (0.2, -0.3, 0.7, 3)}, "On rte, a is not told apart from random."),
-        ({"a": (0.2, -0.3, 0.7, 3), "b": (4.0, None, None, 2)}, "On rte, no regime is told apart from random."),
+        ({"a": (0.2, -0.3, 0.7, 3), "b": (0.0, None, None, 2)}, "On rte, no regime is told apart from random."),
+        ({"a": (4.0, None, None, 2)}, "On rte, a differs from random by +4.0 percentage points in every seed."),
         (
             {"a": (1.0, 0.5, 1.5, 2), "b": (0.2, -0.3, 0.7, 2), "c": (0.2, -0.3, 0.7, 2)},
             "On rte, a is 1.0 [0.5, 1.5] percentage points above random (n = 2); b and c are not told "
@@ -220,8 +221,8 @@ def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page(
         ),
         (
             {"a": (1.23, None, None, 1), "b": (-0.4, None, None, 1), "c": None},
-            "On rte, one pretraining seed is an anecdote: a +1.2 and b -0.4 percentage points against random; c is not "
-            "compared, without a pretraining seed of random.",
+            "On rte, a +1.2 and b -0.4 percentage points against random, with one pretraining seed (an anecdote); c "
+            "is not compared: no pretraining seed in common with random.",
         ),
     ],
 )
