@@ -17,6 +17,8 @@ import torch
 from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
 from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
+import pipeline.score
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests, parquet
 
 
@@ -174,7 +176,11 @@ def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> 
     local = ["--backend", "local", "--sequence-length", LENGTH]
 
     def score(corpus: object, teacher: object, *more: object) -> str:
-        return refused(*SCORE, "--corpus", corpus, "--teacher", teacher, "--output", tmp_path / "out", *local, *more)
+        flags = ["--corpus", corpus, "--teacher", teacher, "--output", tmp_path / "out", *local, *more]
+        with pytest.raises(UsageError) as caught:
+            pipeline.score.main([str(flag) for flag in flags])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
     corpus, teacher = work / "corpus.jsonl", work / "teacher"
     assert "missing.jsonl" in score(tmp_path / "missing.jsonl", teacher)
