@@ -31,14 +31,6 @@ from made_glue import write_glue
 from made_results import names_of, write_regimes
 from transformers import AutoTokenizer, BertForMaskedLM
 
-SLOWEST = ("test_faults.py", "test_readme.py", "test_bench.py", "test_score.py", "test_ray_training.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest files first, so that no process is left with one of them at the end."""
-    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """One thread, set before any fixture runs: another number of threads rounds sums differently.
