@@ -31,6 +31,7 @@ from made_glue import write_glue
 from made_results import names_of, write_regimes
 from transformers import AutoTokenizer, BertForMaskedLM
 
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """One thread, set before any fixture runs: another number of threads rounds sums differently.
