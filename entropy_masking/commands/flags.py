@@ -131,7 +131,9 @@ class Parser(argparse.ArgumentParser):
             kind = "a list of values" if repeats or own.nargs else "a value"
             raise UsageError(f"--config {file}: {name} is not {kind}")
         if own.nargs == 0:  # a switch
-            return [*own.option_strings[:1]] if boolean(texts[0]) else []
+            if texts[0].lower() not in ("true", "false"):
+                raise UsageError(f"--config {file}: {name} is {texts[0]!r}; use true or false")
+            return [*own.option_strings[:1]] * (texts[0].lower() == "true")
         if repeats:  # one value each time
             return [text for one in texts for text in (own.option_strings[0], one)]
         return [*own.option_strings[:1], *texts]
