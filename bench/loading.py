@@ -41,7 +41,8 @@ from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, masker_of
-from train.data import WINDOW, TrainingSequences, split_shards, whole_batch
+from train.data import WINDOW, TrainingSequences, whole_batch
+from train.split import whole
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
@@ -111,9 +112,9 @@ def measure(args: argparse.Namespace) -> float | list[float]:
 def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int) -> int:
     """Read a batch every ``step`` sequences of the shards, repeated to fill ``--windows``; returns all their tokens."""
     groups = sum(entry.row_groups for entry in manifest.shards)
-    entries = manifest.shards * math.ceil(args.windows * WINDOW / groups)
-    size = sum(entry.rows for entry in entries)
-    sequences = TrainingSequences(manifest, entries, columns, size=size, seed=0, prepare=prepare)
+    parts = whole(manifest) * math.ceil(args.windows * WINDOW / groups)
+    size = sum(part.rows for part in parts)
+    sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=prepare)
     for start in range(0, size, step):
         sequences.__getitems__(list(range(start, min(start + args.batch, size))))
     return size * manifest.sequence_length
@@ -124,10 +125,9 @@ def first_batch(args: argparse.Namespace) -> float:
     started = time.perf_counter()
     manifest = read_manifest(args.shards)
     check_shards(manifest, contents=False)
-    entries, _ = split_shards(manifest, 0.01)
-    columns = all_columns(manifest)
-    size = sum(entry.rows for entry in entries)
-    sequences = TrainingSequences(manifest, entries, columns, size=size, seed=0, prepare=masking(manifest, columns))
+    parts, columns = whole(manifest), all_columns(manifest)
+    size = sum(part.rows for part in parts)
+    sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=masking(manifest, columns))
     loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=whole_batch)
     next(iter(skip_first_batches(loader, int(RESUMED_AT * size / args.batch))))
     return time.perf_counter() - started

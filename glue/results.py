@@ -192,7 +192,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     separate = ("shards", "targets", "training_flops")
     differing = [name for name in new if new[name] != old.get(name) and name not in separate]
     # entries of a summary's flags that are no flags of train/run.py
-    words = {"steps": "steps", "global_batch": "global batch", "muon": "Muon"}
+    words = {"steps": "steps", "global_batch": "global batch", "muon": "Muon", "held_out_by": "held out by"}
     apart = [f"{words.get(name, '--' + name.replace('_', '-'))} {new[name]}" for name in differing]
     if targets := own.targets:
         apart.append(f"targets of {targets.variants} variants of {targets.source} masks")
@@ -208,8 +208,9 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
 
 
 def evaluated_on(training: Summary) -> tuple[str | None, object]:
-    """The text of a run's held-out loss, and its share of the shards."""
+    """The text of a run's held-out loss, and its share of the shards and how it was chosen."""
     if training.eval_shards:
         return training.eval_shards.sequences_hash, None
-    fraction = (training.flags or {}).get("eval_fraction")
-    return (training.shards or Directory()).sequences_hash, str(fraction)  # a summary of others may have a list there
+    flags = training.flags or {}
+    share = str((flags.get("eval_fraction"), flags.get("held_out_by")))  # a summary of others may have a list there
+    return (training.shards or Directory()).sequences_hash, share

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -23,8 +24,11 @@ from made_results import summary, write_results
 
 import glue.compare
 from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.noise import hashes
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.manifests import read_manifest
+from entropy_masking.shards.schema import Manifest
+from train.split import Split, whole
 
 FILE = Path(__file__).with_name("golden.json")
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -69,6 +73,14 @@ def same(name: str, found: Any) -> None:
         assert found == GOLDEN[name], f"{name} changed"
 
 
+def hold_out_whole_shards(manifest: Manifest, fraction: float) -> Split:
+    """The split of the time when golden.json was written."""
+    parts, first = whole(manifest), hashes(0, of_N=torch.arange(len(manifest.shards))).argsort(stable=True)
+    held_out = set(first[: math.ceil(fraction * len(parts))].tolist())
+    sides = [[part for part in parts if (part.entry.index in held_out) is side] for side in (False, True)]
+    return Split(*sides)
+
+
 def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -105,7 +117,10 @@ def test_masks(name: str) -> None:
 
 @pytest.mark.parametrize("distilled", [False, True], ids=["", "kd"])
 @pytest.mark.parametrize("source", SOURCES)
-def test_losses_and_gradient_norms(source: str, distilled: bool, scored: Path, tmp_path: Path) -> None:
+def test_losses_and_gradient_norms(
+    source: str, distilled: bool, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.inputs.split", hold_out_whole_shards)
     kd = ["--distill-weight", 0.5] if distilled else []
     steps = ["--max-steps", STEPS, "--logging-steps", 1, "--save-steps", STEPS, "--eval-strategy", "no"]
     train_here(scored, tmp_path, *SOURCES[source], *kd, *steps)

@@ -5,7 +5,6 @@ Shapes: B rows of a batch, L tokens, P predicted positions, N shards.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,41 +17,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from entropy_masking import storage
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
-from entropy_masking.masking.noise import hash_order, hashes
+from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
-from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.schema import Manifest
 from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
+from train.split import Part
 
 WINDOW = 16  # row groups that are shuffled together; a loader keeps only these decoded
 REMOTE_READS = 8  # row groups that are read at once from an object store: eight answers take as long as one
-SPLIT_SEED = 0  # the split does not depend on --seed: it is the same for every run on the same shards
 ORDER_STREAM = 1
-
-
-def split_shards(manifest: Manifest, eval_fraction: float) -> tuple[list[ShardEntry], list[ShardEntry]]:
-    """(train, evaluation) shards: ⌈fraction · n⌉ are held out, at least one is on each side.
-
-    Shards are ranked by a hash of their index. So a reference trained on tokens and students trained on the same shards
-    with scores hold out the same documents, even if a scoring run ended without some shards. Raises UsageError if there
-    are fewer than two shards.
-    """
-    entries = [entry for entry in manifest.shards if entry.rows]
-    if not eval_fraction:
-        return entries, []
-    if len(entries) < 2:
-        raise UsageError(
-            f"{manifest.uri} has only one shard, so none can be held out; make more with a smaller --shard-tokens, "
-            "or train without evaluation (--eval-fraction 0)"
-        )
-    ranks = hashes(SPLIT_SEED, of_N=torch.tensor([entry.index for entry in entries]))
-    number = min(len(entries) - 1, math.ceil(eval_fraction * len(entries)))
-    held_out = {entries[place].index for place in ranks.argsort(stable=True)[:number].tolist()}
-    return [e for e in entries if e.index not in held_out], [e for e in entries if e.index in held_out]
 
 
 class TrainingSequences(Dataset[dict[str, Tensor]]):
@@ -63,7 +41,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     corpus. Each loader worker decodes all windows; workers share only the masking.
 
     Args:
-        entries: the shards to train on.
+        parts: the rows to train on.
         columns: the columns to read.
         size: sequences of the whole run.
         seed: of the order.
@@ -77,7 +55,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         manifest: Manifest,
-        entries: list[ShardEntry],
+        parts: list[Part],
         columns: Columns,
         *,
         size: int,
@@ -88,12 +66,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self.manifest, self.columns, self.targets = manifest, columns, targets
         self.size, self.seed, self.prepare = size, seed, prepare
         self.target_shards = {entry.index: entry for entry in targets.shards} if targets else {}
-        self.groups = [
-            (entry, group, min(ROW_GROUP, entry.rows - group * ROW_GROUP))
-            for entry in entries
-            for group in range(entry.row_groups)
-        ]
-        self.rows = sum(rows for _, _, rows in self.groups)
+        self.groups = [(part.entry, group, rows) for part in parts for group, rows in part.groups()]
+        self.sizes = [rows.stop - rows.start for *_, rows in self.groups]
+        self.rows = sum(self.sizes)
         self._order_of: tuple[int, list[int], list[int]] | None = None  # of the epoch used last
         self._decoded: tuple[int, int] | None = None  # (epoch, window) of the rows below
         self._rows: Rows = {}
@@ -131,7 +106,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         """(order of the row groups, first position of each window) of an epoch."""
         if not self._order_of or self._order_of[0] != epoch:
             order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
-            sizes = [self.groups[group][2] for group in order]
+            sizes = [self.sizes[group] for group in order]
             starts = np.cumsum([0, *(sum(sizes[i : i + WINDOW]) for i in range(0, len(sizes), WINDOW))])
             self._order_of = epoch, order, starts[:-1].tolist()
         return self._order_of[1:]
@@ -142,7 +117,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             return
         self._decoded = None  # until all rows are read
         groups = self._epoch(epoch)[0][window * WINDOW : (window + 1) * WINDOW]
-        starts = np.cumsum([0, *(self.groups[group][2] for group in groups)]).tolist()
+        starts = np.cumsum([0, *(self.sizes[group] for group in groups)]).tolist()
 
         def place(start: int, group: int) -> None:
             for name, array in self._read(epoch, group).items():
@@ -159,13 +134,13 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self._decoded = epoch, window
 
     def _read(self, epoch: int, group: int) -> Rows:
-        """A row group, joined with its targets. Raises RunError like ``read_block``."""
-        entry, block, _ = self.groups[group]
+        """The rows of a row group, joined with their targets. Raises RunError like ``read_block``."""
+        entry, block, own = self.groups[group]
         rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
             variant, T = self._mask_epoch(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
-        return rows
+        return {name: array[own] for name, array in rows.items()}
 
 
 class PrepareBatch:

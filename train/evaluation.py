@@ -16,20 +16,22 @@ from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
-from entropy_masking.shards.manifests import read_table, sampled
-from entropy_masking.shards.read import Columns, read_block, to_tensors
-from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.manifests import sampled
+from entropy_masking.shards.read import Columns, read_block, read_rows, to_tensors
+from entropy_masking.shards.schema import Manifest
+from train.split import Part
 
 # random, for every regime, seed and mask ratio of a run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
 
 
-def batches(manifest: Manifest, entries: list[ShardEntry], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
-    """The sequences of the held-out shards in order, as raw batches."""
-    for entry in entries:
-        for group in range(entry.row_groups):
-            tensors = to_tensors(read_block(manifest, entry, columns, group))
+def batches(manifest: Manifest, parts: list[Part], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
+    """The held-out sequences in order, as raw batches."""
+    for part in parts:
+        for group, own in part.groups():
+            rows = read_block(manifest, part.entry, columns, group)
+            tensors = to_tensors({name: array[own] for name, array in rows.items()})
             for start in range(0, len(tensors["sequence_id"]), size):
                 yield {name: tensor[start : start + size] for name, tensor in tensors.items()}
 
@@ -55,12 +57,13 @@ def outcomes(
     return tuple(values_N[labels_N != IGNORED_LABEL].numpy() for values_N in columns)
 
 
-def token_counts(manifest: Manifest, entries: list[ShardEntry]) -> np.ndarray:
-    """How often each token occurs in a sample of the shards [V]; 0 for special tokens."""
+def token_counts(manifest: Manifest, parts: list[Part]) -> np.ndarray:
+    """How often each token occurs in a sample of the parts [V]; 0 for special tokens."""
     count_V = np.zeros(manifest.vocab_size, np.int64)
-    for entry in sampled(entries):
-        ids_N = read_table(manifest, entry, ["input_ids"], [0]).column("input_ids").combine_chunks().flatten()
-        count_V += np.bincount(ids_N.to_numpy(), minlength=len(count_V))[: len(count_V)]
+    for part in sampled(parts):
+        group, own = next(part.groups())
+        ids_NL = read_rows(manifest, part.entry, Columns(), [group])["input_ids"][own]
+        count_V += np.bincount(ids_NL.flatten(), minlength=len(count_V))[: len(count_V)]
     count_V[list(manifest.special_token_ids)] = 0
     return count_V
 

@@ -40,8 +40,8 @@ class Options(TrainingMaskOptions):
         "scores for --entropy-source self. means (default): running means of the scores of masked tokens by type; "
         "step (default of --recipe paper): scores of an extra forward on each batch"
     )
-    eval_fraction: float | None = option("share of the shards to hold out (default: 0.01); 0 for no evaluation")
-    eval_shards: str | None = option("evaluate on this shard directory (default: on held-out shards)")
+    eval_fraction: float | None = option("share of the documents to hold out (default: 0.01); 0 for no evaluation")
+    eval_shards: str | None = option("evaluate on this shard directory (default: on held-out documents)")
     trust_remote_code: bool = option("run model code from the checkpoint", False)
     num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
     dry_run: bool = option("print what the run would do, and stop", False)

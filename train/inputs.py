@@ -19,10 +19,10 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.schema import Manifest, ShardEntry
+from entropy_masking.shards.schema import Manifest
 from train import resume
-from train.data import split_shards
 from train.flags import Options
+from train.split import Part, split, whole
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Inputs:
     targets: Manifest | None  # of --targets
     eval_shards: Manifest | None  # of --eval-shards
     policy: MaskPolicy  # which positions to mask and to predict
-    shards: list[ShardEntry]  # the shards to train on
-    held_out: list[ShardEntry]  # the shards to evaluate on
+    training: list[Part]  # the rows to train on
+    held_out: list[Part]  # the rows to evaluate on
+    cut: int  # held-out parts that are a passage of a longer document
 
     @property
     def evaluated(self) -> Manifest:
@@ -54,10 +55,9 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     policy = policy_of(options, targets) if targets else mask_policy(options, source, args.seed)
     check_scored(policy, source, manifest)
     check_machine_and_scores(options, args, targets or manifest)
-    shards, held_out = split_shards(manifest, options.eval_fraction or 0.0)
-    if eval_shards:
-        held_out = [entry for entry in eval_shards.shards if entry.rows]
-    return Inputs(manifest, targets, eval_shards, policy, shards, held_out)
+    rows = split(manifest, options.eval_fraction or 0.0)
+    held_out = whole(eval_shards) if eval_shards else rows.held_out
+    return Inputs(manifest, targets, eval_shards, policy, rows.training, held_out, rows.cut)
 
 
 def check_machine_and_scores(options: Options, args: TrainingArguments, teacher: Manifest) -> None:

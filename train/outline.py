@@ -21,9 +21,10 @@ FEW_STEPS, FEW_WARMUP_STEPS = 100, 5
 def outline(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> list[str]:
     """What a run does, and warnings about its length; of an evaluation only the data and the model."""
     manifest, batch = inputs.manifest, global_batch(args)
-    tokens, held_out = (sum(entry.tokens for entry in shards) for shards in (inputs.shards, inputs.held_out))
-    sequences = sum(entry.rows for entry in inputs.shards)
+    tokens, held_out = (sum(part.tokens for part in parts) for parts in (inputs.training, inputs.held_out))
+    sequences = sum(part.rows for part in inputs.training)
     evaluated = f", and {held_out:,} of {inputs.evaluated.uri} to evaluate on" if held_out else ""
+    evaluated += f" ({inputs.cut} passages of longer documents, which also train)" if inputs.cut else ""
     weights = sum(parameter.numel() for parameter in student.parameters())
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     rate = f"learning rate {args.learning_rate:g}"

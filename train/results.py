@@ -14,6 +14,7 @@ from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
+from train import resume
 from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES, token_counts, unigram_loss
 from train.flags import Options
@@ -39,6 +40,8 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
         "steps": args.max_steps,
         "global_batch": global_batch(args),
     }
+    if options.eval_fraction:
+        run["held_out_by"] = resume.DOCUMENTS
     if args.load_best_model_at_end or args.lr_scheduler_type in BY_METRIC:
         run["eval_shards"] = inputs.eval_shards and inputs.eval_shards.fingerprint_hash
     return own | masks | run | deciding_arguments(args)
@@ -70,7 +73,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
-    guess = unigram_loss(token_counts(manifest, inputs.shards), token_counts(inputs.evaluated, inputs.held_out))
+    guess = unigram_loss(token_counts(manifest, inputs.training), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
         model=options.model,

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
     """Set the number of steps from the epochs if it is not given, and the decay of warmup_stable_decay."""
     if args.max_steps <= 0:
-        rows = sum(entry.rows for entry in inputs.shards)
+        rows = sum(part.rows for part in inputs.training)
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
     given = args.lr_scheduler_kwargs or {}
     if not isinstance(given, dict):
@@ -103,6 +103,12 @@ def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
             "num_decay_steps": round(DECAY_SHARE * args.max_steps),
             "decay_type": "linear",
         } | given
+        decay, warmup = args.lr_scheduler_kwargs["num_decay_steps"], args.get_warmup_steps(args.max_steps)
+        if not isinstance(decay, int) or not 0 <= decay <= args.max_steps - warmup:
+            raise UsageError(
+                f"num_decay_steps {decay} in --lr-scheduler-kwargs does not fit into {args.max_steps} steps with a "
+                f"warm-up of {warmup}; use a whole number of at most {args.max_steps - warmup}"
+            )
 
 
 def train(trainer: MaskedLMTrainer) -> None:

@@ -57,7 +57,7 @@ class MaskedLMTrainer(Trainer):
         self.report = ProgressReport(self.manifest.sequence_length)
         in_text = 0.0
         if self.policy.uses_scores:
-            in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.shards)))
+            in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.training)))
         self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, remedy(options, self.policy), in_text)
         self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
@@ -220,11 +220,11 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
     """The dataset of a whole run."""
     manifest, policy, source = inputs.manifest, inputs.policy, options.entropy_source
     # a compiled model should get one shape: always or never an attention mask
-    padded = any(entry.tokens < entry.rows * manifest.sequence_length for entry in inputs.shards)
+    padded = any(part.tokens < part.rows * manifest.sequence_length for part in inputs.training)
     top_k = options.distill_weight > 0 and inputs.targets is None
     return TrainingSequences(
         manifest,
-        inputs.shards,
+        inputs.training,
         columns_of(policy, source, top_k=top_k, temperature=options.distill_temperature),
         size=args.max_steps * global_batch(args),
         seed=args.seed if args.data_seed is None else args.data_seed,

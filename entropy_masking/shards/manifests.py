@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MADE_BY = {"sequences": "pipeline/score.py", "targets": "pipeline/score.py --mask-source"}
 AnyFile = TypeVar("AnyFile", bound=JsonFile)
+T = TypeVar("T")
 
 SAMPLED = 16
 
@@ -95,9 +96,9 @@ def read_table(
         return file.read_row_groups(row_groups, columns=columns, use_threads=False)
 
 
-def sampled(entries: list[ShardEntry]) -> list[ShardEntry]:
+def sampled(shards: list[T]) -> list[T]:
     """At most ``SAMPLED`` shards, evenly spread; the first row group of each is enough for statistics."""
-    return entries[:: max(1, len(entries) // SAMPLED)][:SAMPLED]
+    return shards[:: max(1, len(shards) // SAMPLED)][:SAMPLED]
 
 
 def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:

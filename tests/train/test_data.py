@@ -13,13 +13,13 @@ from harness import LENGTH
 from torch.utils.data import DataLoader
 
 import train.data
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards import manifests, read
 from entropy_masking.shards.read import Columns, masker_of, read_rows
-from train.data import TrainingSequences, split_shards
-from train.evaluation import batches
+from train.data import TrainingSequences
+from train.split import whole
 
 POLICY = MaskPolicy.paper(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)
 
@@ -40,7 +40,7 @@ def as_it_is(batch: Any) -> Any:
 
 def sequences(manifest: manifests.Manifest, size: int, seed: int = 0, prepare: Any = as_it_is) -> TrainingSequences:
     columns = Columns(entropy=True, top_k=True)
-    return TrainingSequences(manifest, manifest.shards, columns, size=size, seed=seed, prepare=prepare)
+    return TrainingSequences(manifest, whole(manifest), columns, size=size, seed=seed, prepare=prepare)
 
 
 @pytest.fixture(scope="module")
@@ -125,32 +125,6 @@ def test_rows_are_those_of_the_file(manifest: manifests.Manifest) -> None:
             np.testing.assert_array_equal(
                 batch[name][number].numpy(), rows[name][row].astype(batch[name].numpy().dtype)
             )
-
-
-def test_held_out_shards_are_whole_the_same_for_all_and_never_trained_on(manifest: manifests.Manifest) -> None:
-    for fraction in (0.01, 0.3, 0.99):
-        kept, held_out = split_shards(manifest, fraction)
-        assert {e.index for e in kept} | {e.index for e in held_out} == {e.index for e in manifest.shards}
-        assert not {e.index for e in kept} & {e.index for e in held_out}
-        assert kept and held_out
-    assert split_shards(manifest, 0) == (manifest.shards, [])
-    rows = sum(len(b["sequence_id"]) for b in batches(manifest, held_out, Columns(), 7))
-    assert rows == sum(entry.rows for entry in held_out)
-    manifest = manifests.Manifest(**(vars(manifest) | {"shards": manifest.shards[:1]}))
-    with pytest.raises(UsageError, match="only one shard"):
-        split_shards(manifest, 0.1)
-
-
-def test_the_split_survives_shards_that_were_given_up(manifest: manifests.Manifest) -> None:
-    kept, held_out = split_shards(manifest, 0.3)
-    for lost in manifest.shards:
-        left = [entry for entry in manifest.shards if entry is not lost]
-        fewer = manifests.Manifest(**(vars(manifest) | {"shards": left}))
-        # what is held out stays held out, up to the one that may take the place of another
-        now_kept, now_held_out = split_shards(fewer, 0.3)
-        assert len({e.index for e in held_out} - {e.index for e in now_held_out} - {lost.index}) <= 1
-        assert len({e.index for e in now_held_out} - {e.index for e in held_out}) <= 1
-        assert len(now_kept) + len(now_held_out) == len(left) == len(kept) + len(held_out) - 1
 
 
 def test_a_shard_that_cannot_be_read_is_named(scored: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
 from train.arguments import training_arguments
-from train.data import split_shards
 from train.evaluation import EVALUATION
 from train.options import parse
+from train.split import split
 
 
 def test_evaluation_on_shards_of_other_text(work: Path, scored: Path, tokens: Path, tmp_path: Path) -> None:
@@ -66,9 +66,10 @@ def test_the_loss_by_decile_is_computed_by_the_shards_entropy(scored: Path, tmp_
     manifest = read_manifest(str(scored))
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
     losses = []
-    for entry in split_shards(manifest, 0.2)[1]:
-        rows = read_rows(manifest, entry, Columns(entropy=True))
-        batch = masker_of(manifest)(to_tensors(rows) | {"epoch": torch.zeros(entry.rows, dtype=torch.long)}, EVALUATION)
+    for part in split(manifest, 0.2).held_out:
+        shard = read_rows(manifest, part.entry, Columns(entropy=True))
+        rows = {name: array[part.start : part.stop] for name, array in shard.items()}
+        batch = masker_of(manifest)(to_tensors(rows) | {"epoch": torch.zeros(part.rows, dtype=torch.long)}, EVALUATION)
         for row, sequence in enumerate(rows["sequence_id"].tolist()):
             attended = torch.from_numpy(rows["input_ids"][row].astype("int64"))[None] != manifest.special_ids["pad"]
             with torch.no_grad():

@@ -56,12 +56,12 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),
         (["--logging-strategy", "epoch"], "--logging-strategy: invalid choice: 'epoch'"),
         ([*BEST, "--save-steps", 7], "needs a checkpoint at each evaluation; set --save-steps to 5, or leave it out"),
-        (["--load-best-model-at-end", "--eval-fraction", 0], "--load-best-model-at-end needs held-out shards"),
+        (["--load-best-model-at-end", "--eval-fraction", 0], "--load-best-model-at-end needs held-out text"),
         (["--load-best-model-at-end", "--eval-strategy", "no"], "leave out --eval-strategy no"),
         (["--load-best-model-at-end", "--save-strategy", "no"], "leave out --save-strategy no"),
         ([*BEST, "--save-total-limit", 1], "--save-total-limit 1 keeps only"),
         ([*BEST, "--metric-for-best-model", "foo"], "--metric-for-best-model: invalid choice: 'foo'"),
-        (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
+        (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out text"),
         (["--dataloader-prefetch-factor", 0], "--dataloader-prefetch-factor 0 is out of range"),
         (["--torch-compile-mode", "foo"], "--torch-compile-mode: invalid choice: 'foo' (choose from 'default'"),
         (["--debug", "underflow_overflow"], f"--debug {UNSUPPORTED}"),
@@ -101,7 +101,7 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
         (["--optim-args", "momentum=1"], "--optim-args has no effect with Muon or AdamW; leave it out"),
         (["--model", "x/y", "--optim-args", "momentum=1"], "--optim-args has no effect with Muon or AdamW"),
         (["--entropy-source", "self", "--hard-share", 0, "--self-refresh", "step"], "no effect with --hard-share 0"),
-        (["--eval-steps", 5, "--eval-fraction", 0], "--eval-steps needs held-out shards; set --eval-fraction"),
+        (["--eval-steps", 5, "--eval-fraction", 0], "--eval-steps needs held-out text; set --eval-fraction"),
         (["--eval-steps", 5, "--eval-strategy", "no"], "leave out --eval-strategy no"),
         (["--metric-for-best-model", "accuracy"], "--metric-for-best-model only applies to --load-best-model-at-end"),
         (["--save-strategy", "no", "--save-steps", 5], "--save-steps needs checkpoints; leave out --save-strategy no"),
@@ -111,15 +111,27 @@ def test_flags_that_no_trainer_can_be_made_of(scored: Path, tmp_path: Path, flag
         (["--run-name", "x"], "--run-name names a run for --report-to"),
         (["--num-train-epochs", 3], "--num-train-epochs has no effect with --max-steps; leave one out"),
         (["--eval-strategy", "no", "--eval-delay", 3], "--eval-delay needs evaluations during the run"),
-        (["--eval-fraction", 0, "--eval-delay", 2], "--eval-delay needs held-out shards"),
+        (["--eval-fraction", 0, "--eval-delay", 2], "--eval-delay needs held-out text"),
         (["--eval-fraction", 0, "--per-device-eval-batch-size", 2], "--per-device-eval-batch-size needs held-out"),
         (["--optim", "sgd", "--adam-beta1", 0.5], "--adam-beta1 has no effect with --optim sgd; leave it out"),
         (["--lr-scheduler-type", "constant", "--warmup-steps", 5], "no effect with --lr-scheduler-type constant"),
-        (["--eval-on-start", "--eval-fraction", 0], "--eval-on-start needs held-out shards"),
+        (["--eval-on-start", "--eval-fraction", 0], "--eval-on-start needs held-out text"),
     ],
 )
 def test_flags_without_effect_are_refused_before_shards_are_read(flags: list[object], sentence: str) -> None:
     assert sentence in refusal(Path("nowhere"), "out", *RANDOM, *flags)
+
+
+@pytest.mark.parametrize("decay", [98, -1, '"many"'])
+def test_a_decay_that_does_not_fit_into_the_steps(scored: Path, tmp_path: Path, decay: object) -> None:
+    schedule = [
+        "--lr-scheduler-type",
+        "warmup_stable_decay",
+        "--lr-scheduler-kwargs",
+        f'{{"num_decay_steps": {decay}}}',
+    ]
+    sentence = "does not fit into 100 steps with a warm-up of 3; use a whole number of at most 97"
+    assert sentence in refusal(scored, tmp_path / "out", *RANDOM, *schedule, "--max-steps", 100, "--warmup-steps", 3)
 
 
 @pytest.mark.parametrize(

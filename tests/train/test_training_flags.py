@@ -102,7 +102,7 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
         ([*SELF, "--max-steps", 0], "--max-steps 0 is out of range; use at least 1"),
         ([*SELF, "--do-eval"], "--do-eval of transformers.TrainingArguments is not supported"),
         ([*SELF, "--eval-fraction", 1], "--eval-fraction"),
-        ([*SELF, "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out shards"),
+        ([*SELF, "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out text"),
         ([*SELF, "--model", "huge"], "neither a preset"),
         ([*SELF, "--model", "./nowhere"], "nowhere"),
         ([*SELF, "--output-dir", ""], "--output-dir is empty; give it a value"),
