@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -49,8 +48,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = np.array(["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(300)])
     lines = [{"text": " ".join(rng.choice(words, rng.integers(5, 60)))} for _ in range(400)]
     (root / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = [sys.executable, str(ROOT / "pipeline" / "tokenizer.py"), "--corpus", str(root / "corpus.jsonl")]
-    subprocess.run([*command, "--lowercase", "--vocab-size", "300", "--output", str(root / "tokenizer")], check=True)
+    tokenizer = ["--corpus", root / "corpus.jsonl", "--vocab-size", 300, "--output", root / "tokenizer"]
+    run(sys.executable, ROOT / "pipeline" / "tokenizer.py", *tokenizer, "--lowercase")
     save_bert(root / "teacher", AutoTokenizer.from_pretrained(root / "tokenizer"))
     return root
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
@@ -17,9 +18,15 @@ LENGTH, TOP_K = 32, 4
 
 
 def run(*args: object, code: int = 0) -> str:
-    result = subprocess.run([str(arg) for arg in args], capture_output=True, text=True, timeout=240)
-    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result.stdout + result.stderr
+    """The output of a command, which must end with this exit code. A script of Python skips its imports."""
+    command = [str(arg) for arg in args]
+    if command[0] == sys.executable and command[1].endswith(".py") and processes.has_same_environment():
+        returned, printed = processes.run_script(command[1:], timeout=240)
+    else:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        returned, printed = result.returncode, result.stdout + result.stderr
+    assert returned == code, f"exit code {returned}\n{printed}"
+    return printed
 
 
 def shell(command: str, directory: Path, code: int = 0, **environment: str) -> str:

@@ -27,6 +27,7 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.read import Columns, read_rows
 from train.evaluation import EVALUATION
+from train.split import split
 
 REGIMES = {
     "random": ["--entropy-source", "random"],
@@ -110,9 +111,10 @@ def test_which_sequences_and_positions_a_run_masks(
     held_out = [sequence for sequence, *_ in seen.pop(EVALUATION)]
     ((policy, trained),) = seen.items()
     assert policy == MaskPolicy.paper(seed=3)
-    everything = {(entry.index << 32) + row for entry in manifest.shards for row in range(entry.rows)}
-    assert set(held_out) == everything - {sequence for sequence, *_ in trained}
-    assert len({sequence >> 32 for sequence in held_out}) == math.ceil(0.2 * len(manifest.shards))
+    made = split(manifest, 0.2)
+    for sequences, parts in ((held_out, made.held_out), ([sequence for sequence, *_ in trained], made.training)):
+        rows = {(part.entry.index << 32) + row for part in parts for row in range(part.start, part.stop)}
+        assert set(sequences) == rows
     entropy_of = {}
     for entry in manifest.shards:
         rows = read_rows(manifest, entry, Columns(entropy=True))
