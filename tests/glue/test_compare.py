@@ -153,7 +153,7 @@ def test_a_checkpoint_of_others_is_compared_with_every_seed(tmp_path: Path) -> N
         scores = {"rte": {1: 0.5 + gain, 2: 0.6 + gain}}
         names.append(f"adapted={write_results(tmp_path / str(seed), scores, summary('parquet', seed))}")
     for baseline, mean in (("base", 15), ("adapted", -15)):
-        table = compare_here(tmp_path / baseline, *names, "--baseline", baseline)
+        table = compare_here(tmp_path / "out" / baseline, *names, "--baseline", baseline)
         (other,) = {"base", "adapted"} - {baseline}
         difference = table["tasks"]["rte"]["scores"][other]["difference"]
         assert difference["mean"] == pytest.approx(mean) and difference["n"] == 2
