@@ -182,9 +182,15 @@ def estimates(
         tasks: the tasks of the score; collapsed fine-tunings of these tasks are counted.
     """
     by_regime = {name: {run.seed: value(run) for run in runs} for name, runs in regimes.items()}
+
+    def beside(name: str, other: str) -> Scores:
+        """The scores of a regime at the seeds of another one. A model without a summary has no seed: it fits all."""
+        own = by_regime[name]
+        return own if regimes[name][0].training else dict.fromkeys(by_regime[other], *own.values())
+
     row: Estimates = {}
     for name, values in by_regime.items():
-        difference = None if name == baseline else paired_difference(values, by_regime[baseline])
+        difference = None if name == baseline else paired_difference(beside(name, baseline), beside(baseline, name))
         row[name] = estimate_of(values) | {"difference": difference and asdict(difference)}
         if tasks:
             row[name]["collapsed"] = sum(own.collapsed for run in regimes[name] for own in run if own.task in tasks)

@@ -66,12 +66,18 @@ def main(argv: list[str] | None = None) -> None:
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
         outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(outcomes, records, shards, corpus.shard_tokens, args.max_failed_shards)
+        work = "scoring" if job.manifest.teacher else "tokenizing"
+        failed = collect(work, outcomes, records, shards, corpus.shard_tokens, args.max_failed_shards)
     finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 
 def collect(
-    outcomes: Iterator[Record | Failure], records: dict[int, Record], shards: int, shard_tokens: int, max_failed: int
+    work: str,
+    outcomes: Iterator[Record | Failure],
+    records: dict[int, Record],
+    shards: int,
+    shard_tokens: int,
+    max_failed: int,
 ) -> dict[int, str]:
     """Add the records that a backend yields to ``records``, and show progress in tokens.
 
@@ -84,7 +90,7 @@ def collect(
     """
     tokens = sum(record.tokens_or_positions for record in records.values())
     failures: list[Failure] = []
-    with console.Progress(shard_tokens * shards, "tok", "scoring", done=tokens) as progress:
+    with console.Progress(shard_tokens * shards, "tok", work, done=tokens) as progress:
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
         try:
@@ -127,7 +133,8 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
         raise UsageError("no token of the corpus was scored: all are special tokens; use the teacher's own tokenizer")
     manifest = commit.write_manifest(job.manifest, records, failed)
     totals = manifest.totals
-    print(f"{job.output}: {len(records)} shards ({scored_now} scored now)")
+    made = "scored" if job.manifest.teacher else "written"
+    print(f"{job.output}: {len(records)} shard{'s' * (len(records) != 1)} ({scored_now} {made} now)")
     if failed:
         print(line("given up", f"{len(failed)} shards ({named})"))
     if job.manifest.teacher and (bare := [shard_file(i) for i, record in records.items() if not record.scored_tokens]):

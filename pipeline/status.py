@@ -125,7 +125,7 @@ def totals_lines(totals: dict[str, Any]) -> list[str]:
     lines = [line(unit, f"{tokens:,}")]
     if totals["entropy_sum"]:
         lines.append(line("mean entropy", f"{totals['entropy_sum'] / totals['scored_tokens']:.3f} nats"))
-    workers = f"{totals['worker_seconds']:,.1f} of {totals['workers']} workers"
+    workers = f"{totals['workers']} worker{'s' * (totals['workers'] != 1)}: {totals['worker_seconds']:,.1f} in all"
     lines.append(line("seconds", f"{totals['seconds']:,.1f} ({workers})"))
     lines.append(line(f"{unit}/s in all", f"{tokens / max(totals['seconds'], 1e-3):,.0f}"))
     if totals["flops"]:
@@ -135,7 +135,7 @@ def totals_lines(totals: dict[str, Any]) -> list[str]:
         lines.append(line("smaller batches", f"{totals['rescued_shards']} shards, for lack of memory"))
     lines.append(line("bytes", f"{totals['bytes']:,} ({totals['bytes'] / max(tokens, 1):.2f} a {unit[:-1]})"))
     if read := totals["documents"] - totals["rejected"]:
-        mean = f"{max(1, round((tokens - 2 * totals['sequences']) / read) - 1):,} tokens in the mean"
+        mean = f"{max(1, round((tokens - 2 * totals['sequences']) / read) - 1):,} tokens on average"
         most = f", {longest:,} at most" if (longest := totals.get("longest_document")) else ""
         lines.append(line("documents", f"{read:,}, {mean}{most}"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in totals["rejected_reasons"].items())

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
@@ -35,6 +36,7 @@ SPECIAL_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk"
 ALPHABET = 1000  # characters of a WordPiece vocabulary; rarer ones become [UNK]
 WORD_CHARACTERS = 100  # a longer word becomes [UNK]
 MUCH_UNKNOWN = 0.001  # share of [UNK] tokens that is worth a warning
+MUCH_OF_ONE = 0.15  # share of the most frequent token that is worth a warning; in prose it has about 0.05
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,10 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer.save_pretrained(args.output)
     storage.write_json(str(origin), made_from)  # it marks the tokenizer as complete
     started.unlink()
-    print(
-        f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents"
-        f" ({rejects.reasons.total():,} rejected)"
-    )
+    rejected = f"{rejects.reasons.total():,} rejected"
+    for first in rejects.listed[:1]:
+        after = f" after byte {first['from_byte']:,}" if "from_byte" in first else ""
+        rejected += f", the first in {first['file']}, line {first['line']}{after}: {first['reason']}"
+    print(f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents ({rejected})")
     print_coverage(tokenizer, documents)
 
 
@@ -103,10 +106,10 @@ def read_corpus(corpus: Corpus, rejects: Rejects) -> Iterator[Document]:
 
 def print_coverage(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None:
     """Print how well the tokenizer fits its corpus: tokens per word (between spaces), and the share of [UNK]."""
-    tokens = unknown = 0
+    count_V = np.zeros(len(tokenizer), np.int64)
     for ids in tokenize(documents, text_tokenizer(tokenizer), Rejects()):
-        tokens += len(ids)
-        unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token else 0
+        np.add.at(count_V, ids, 1)
+    tokens, unknown = int(count_V.sum()), int(count_V[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
     words, share = sum(len(document.text.split()) for document in documents), unknown / max(tokens, 1)
     print(f"  {tokens / words:.2f} tokens per word, {share:.2%} of the tokens are [UNK]")
     if share > MUCH_UNKNOWN:
@@ -114,6 +117,13 @@ def print_coverage(tokenizer: PreTrainedTokenizerFast, documents: list[Document]
             f"warning: {share:.1%} of the tokens are [UNK], so their text is lost: it has characters beyond the "
             f"{ALPHABET:,} most frequent, or words of more than {WORD_CHARACTERS} characters; use --kind bpe, which "
             "has no [UNK]",
+            file=sys.stderr,
+        )
+    elif (most := count_V.max() / max(tokens, 1)) > MUCH_OF_ONE:
+        print(
+            f"warning: {most:.0%} of the tokens are {tokenizer.convert_ids_to_tokens(int(count_V.argmax()))!r}, much "
+            "more than any token of ordinary text; if the text has tables or drawn lines, remove them, or use "
+            "--kind bpe, which joins repeated characters",
             file=sys.stderr,
         )
 

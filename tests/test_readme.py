@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,10 +16,22 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from harness import ROOT, shell
+from in_process import weights
+from made_glue import make_rows, write_rows
+from small_models import save_roberta
+
+import pipeline.score
+import train.run
+from entropy_masking.models.checkpoints import load_tokenizer
+from entropy_masking.shards.manifests import read_manifest, tokenization_hash
+from glue.tasks import GLUE
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+BLOCKS, IN_ADAPTATION = (
+    re.findall(r"```sh\n(.*?)```", text, re.S) for text in (README, (ROOT / "docs" / "adaptation.md").read_text())
+)
 # appended to a command to make it small
 SMALLER = {
     "pipeline/score.py": "--sequence-length 32 --shard-tokens 4000 --passes 2",
@@ -33,8 +46,8 @@ PACKAGES = ("entropy_masking", "pipeline", "train", "glue")
 
 
 @pytest.fixture(scope="module")
-def home(work: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's reader has: the project, texts, a teacher, GLUE."""
+def home(work: Path, data: Path, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's reader has: the project, texts, a teacher, GLUE, a checkpoint and a task."""
     root = tmp_path_factory.mktemp("home")
     for name in PACKAGES:
         (root / name).symlink_to(ROOT / name)
@@ -42,6 +55,10 @@ def home(work: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copy(work / "corpus.jsonl", root / "texts" / "a.jsonl")
     shutil.copytree(work / "teacher", root / "TEACHER")
     (root / "GLUE").symlink_to(data)
+    save_roberta(root / "CHECKPOINT", (root / "texts" / "a.jsonl").read_text().splitlines())
+    for split, count in (("train", 64), ("dev", 24)):
+        rows = make_rows(GLUE["sst2"], words, count, count).rename({"sentence": "text"})
+        write_rows(rows, root / "mood" / f"{split}.tsv")
     return root
 
 
@@ -79,6 +96,34 @@ def test_on_your_own_text(home: Path) -> None:
     table = json.loads((home / "runs" / "comparison" / "table.json").read_text())
     assert table["regimes"] == ["random", "parquet"] and len(table["tasks"]) == 9
     assert table["training"]["parquet"]["steps"] == 2
+
+
+def test_domain_adaptation_and_a_task_of_ones_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 512 tokens. The task fine-tunes the adapted model and the checkpoint, and the two are compared."""
+    blocks = [block for block in BLOCKS if "CHECKPOINT" in block]
+    small = SMALLER | {"pipeline/score.py": "--shard-tokens 4000 --passes 2"}
+    printed = {line: shell(f"{line} {small[line.split()[1]]}", home) for block in blocks for line in block.splitlines()}
+    (training,) = (text for line, text in printed.items() if "train/run.py" in line)
+    assert "step 0/2: held-out loss" in training and "learning rate 5e-05, warm-up" in training
+    table = json.loads((home / "runs" / "mood" / "comparison" / "table.json").read_text())
+    assert table["tasks"]["mood"]["scores"]["adapted"]["difference"]["n"] == 1
+
+    monkeypatch.chdir(home)
+    mains = {"pipeline/score.py": pipeline.score.main, "train/run.py": train.run.main}
+    small |= {"pipeline/score.py": "--shard-tokens 4000 --backend local"}
+    for line in (line for block in IN_ADAPTATION for line in block.splitlines()):
+        _, script, *flags = shlex.split(line)
+        mains[script]([*flags, *shlex.split(small[script])])
+    for shards, adapted in (("domain", "adapted"), ("tokens", "adapted-random")):
+        manifest, output = read_manifest(f"runs/{shards}"), home / "runs" / adapted
+        summary = json.loads((output / "summary.json").read_text())
+        assert manifest.sequence_length == 512 and summary["flags"]["learning_rate"] == 5e-5
+        assert [entry["step"] for entry in summary["history"] if "eval_loss" in entry] == [0, 1, 2]
+        before, after = weights(home / "CHECKPOINT"), weights(output)
+        assert all(torch.allclose(after[name], before[name], atol=2e-4) for name in before)  # two steps at 5e-5
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+        same = {tokenization_hash(load_tokenizer(str(place))) for place in (home / "CHECKPOINT", output)}
+        assert len(same) == 1
 
 
 def test_the_demo_compares_four_students(demo: Path) -> None:

@@ -131,7 +131,8 @@ def _paragraphs(file_range: FileRange) -> Iterator[tuple[int, bytes]]:
 
 
 def is_blank(line: bytes) -> bool:
-    return not line.removeprefix(codecs.BOM_UTF8).strip()
+    """Whether a line is empty or has only white space, such as no-break spaces."""
+    return not line.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
 
 
 def _on_one_line(text: str | Broken) -> str | Broken:

@@ -146,6 +146,19 @@ def test_models_without_a_training_run_of_this_project(tmp_path: Path) -> None:
     assert one["regimes"] == ["a"] and "Difference" not in (tmp_path / "one" / "table.md").read_text()
 
 
+def test_a_checkpoint_of_others_is_compared_with_every_seed(tmp_path: Path) -> None:
+    """It has no pretraining seed. So domain adaptation is compared with its start, whatever its seeds are."""
+    names = [f"base={write_results(tmp_path / 'base', {'rte': {1: 0.5, 2: 0.6}}, None)}"]
+    for seed, gain in ((42, 0.1), (43, 0.2)):
+        scores = {"rte": {1: 0.5 + gain, 2: 0.6 + gain}}
+        names.append(f"adapted={write_results(tmp_path / str(seed), scores, summary('parquet', seed))}")
+    for baseline, mean in (("base", 15), ("adapted", -15)):
+        table = compare_here(tmp_path / "out" / baseline, *names, "--baseline", baseline)
+        (other,) = {"base", "adapted"} - {baseline}
+        difference = table["tasks"]["rte"]["scores"][other]["difference"]
+        assert difference["mean"] == pytest.approx(mean) and difference["n"] == 2
+
+
 def test_summaries_of_older_programs(tmp_path: Path) -> None:
     """Without FLOPs, without curves and without the costs of the shards: the rest is shown."""
     kept = ("regime", "steps", "tokens", "seconds", "tokens_per_second", "eval_loss", "scoring_seconds", "seed")

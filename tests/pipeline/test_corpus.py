@@ -30,7 +30,7 @@ def test_every_form_gives_the_same_documents_however_it_is_cut(tmp_path: Path, s
 @pytest.mark.parametrize("last", ["", "\n", "\n\n"])
 @pytest.mark.parametrize("unit", ["line", "paragraph"])
 def test_any_cut_of_a_text_file_loses_and_doubles_nothing(tmp_path: Path, ending: str, last: str, unit: str) -> None:
-    lines = ["\ufefffirst", "é", "", "two words", "", " \t", "x" * 20, "\xff", "", "語"]
+    lines = ["\ufefffirst", "é", "", "two words", "", " \t\xa0", "x" * 20, "\xff", "", "語"]
     data = (ending.join(lines) + last).encode().replace("\xff".encode(), b"\xff")
     path = tmp_path / "a.txt"
     path.write_bytes(data)
