@@ -16,6 +16,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
+TOKEN_FIX = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
 
 
 def check_kept(flag: str, output: str) -> None:
@@ -37,7 +38,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         cpus: a new cluster has at least this many.
 
     Raises:
-        UsageError: the cluster does not answer.
+        UsageError: the cluster cannot be joined.
         RunError: Ray does not start here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -53,21 +54,11 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.WARNING)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
-        if address.startswith("ray://"):
-            raise UsageError(f"RAY_ADDRESS {address} is that of a Ray client; use HOST:PORT, such as HEAD:6379")
-        host, _, port = address.rpartition(":")
-        try:
-            if port.isdigit():  # Ray itself would try for minutes
-                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-        except OSError:
-            raise UsageError(f"nothing answers at {address}; start a Ray cluster there, or unset RAY_ADDRESS") from None
+        _check(address)
         try:
             start(address)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            fix = "if it asks for a token, copy ~/.ray/auth_token from its head node"
-            raise UsageError(
-                f"the Ray cluster at {address} refuses the connection ({one_line(error)}); {fix}"
-            ) from None
+            raise UsageError(f"the Ray cluster at {address} {_refusal(error)}") from None
     else:
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
         try:
@@ -76,6 +67,51 @@ def connect(*applications: str, cpus: int | None = None) -> None:
             reason = f"Ray did not start on this machine ({one_line(error)})"
             raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler
+
+
+def _check(address: str) -> None:
+    """Raises UsageError if no Ray cluster answers at this address, or if it does not accept this user's token.
+
+    Ray itself would try for minutes, and would not name the cause.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        raise UsageError(f"RAY_ADDRESS {address} is not HOST:PORT; name the head node, such as HEAD:6379, or unset it")
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode == "token" and not _has_token():
+        raise UsageError(f"RAY_AUTH_MODE is token, but this user has no token; {TOKEN_FIX}")
+    fix = "unset RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "forget the last one with `ray stop`"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except OSError:
+        raise UsageError(f"nothing answers at {address}; start a Ray cluster there, or {fix}") from None
+    try:
+        GcsClient(address=address)
+    except ray.exceptions.AuthenticationError:
+        if not _has_token():
+            refusal = f"asks for a token, but this user has none; {TOKEN_FIX}"
+        elif mode == "token":
+            refusal = f"does not accept this user's token; {TOKEN_FIX}"
+        else:
+            refusal = f"asks for a token, but RAY_AUTH_MODE is {mode}; unset it"
+        raise UsageError(f"the Ray cluster at {address} {refusal}") from None
+    except ray.exceptions.RayError:
+        reason = f"the service at {address} does not answer as the head of a Ray cluster"
+        raise UsageError(f"{reason}; name the port of `ray start`, by default 6379") from None
+
+
+def _refusal(error: Exception) -> str:
+    """Why a cluster that answers and accepts the token cannot be joined, and how to fix it."""
+    from ray._private.services import find_node_ids
+
+    if "Version mismatch" in str(error):
+        return f"has another version of Ray or Python ({one_line(error)}); install the same versions on both sides"
+    if not find_node_ids():
+        return "has no node on this machine; run the command on one of its nodes, or submit it with `ray job submit`"
+    return f"refuses the connection ({one_line(error)})"
 
 
 def _has_token() -> bool:

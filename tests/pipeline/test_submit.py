@@ -1,10 +1,12 @@
-"""The ways to hand a scoring job to a Ray cluster, on a head node started as its operators start one."""
+"""The ways to hand a scoring job to a Ray cluster that asks for a token, and the mistakes in joining it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -24,10 +26,15 @@ README = (ROOT / "README.md").read_text()
 
 
 class Head(NamedTuple):
-    """A one-node cluster on loopback: where jobs are submitted, and where drivers connect."""
+    """A one-node cluster on loopback: where jobs are submitted, where drivers connect, and the home of a token."""
 
     dashboard: str
     address: str
+    home: Path
+
+    def shell(self, line: str, directory: Path, code: int = 0, **environment: str) -> str:
+        """Run a line as the owner of the token, after `export RAY_AUTH_MODE=token`."""
+        return shell(line, directory, code, **{"HOME": str(self.home), "RAY_AUTH_MODE": "token"} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +45,15 @@ def head() -> Iterator[Head]:
         port, dashboard = one.getsockname()[1], two.getsockname()[1]
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets lie below it
     ray = str(Path(sys.executable).parent / "ray")
+    token = secrets.token_hex(32)
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(token)
     flags = f"--head --block --port {port} --node-ip-address 127.0.0.1 --dashboard-host 127.0.0.1 --num-cpus 2"
     # the agent's own port would be that of the agent of any other cluster here, and without it a node runs no jobs
     flags += f" --dashboard-port {dashboard} --dashboard-agent-listen-port 0 --object-store-memory 100000000"
     # as after `source .venv/bin/activate`
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_TMPDIR": str(home)}
+    environment |= {"HOME": str(home), "RAY_AUTH_MODE": "token"}
     with open(home / "output", "w") as output:
         process = subprocess.Popen([ray, "start", *flags.split()], stdout=output, stderr=output, env=environment)
     try:
@@ -51,12 +62,13 @@ def head() -> Iterator[Head]:
             # no dashboard yet, then nothing to run jobs
             with contextlib.suppress(requests.RequestException):
                 job = {"entrypoint": "true"}
-                if requests.post(f"http://127.0.0.1:{dashboard}/api/jobs/", json=job, timeout=15).ok:
+                headers = {"Authorization": f"Bearer {token}"}
+                if requests.post(f"http://127.0.0.1:{dashboard}/api/jobs/", json=job, headers=headers, timeout=15).ok:
                     break
             time.sleep(2)
         else:
             pytest.fail(f"the head node takes no jobs\n{(home / 'output').read_text()}")
-        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}")
+        yield Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", home)
     finally:
         nodes = [process, *psutil.Process(process.pid).children(recursive=True)]
         for each in nodes:  # at once: a terminated node waits for its idle workers
@@ -86,26 +98,68 @@ def hashes(directory: Path) -> list[str]:
 
 
 def test_submitting_a_checkout(head: Head, shared: Path) -> None:
-    """The command of the README."""
+    """The command of the README; `ray job submit` would take the job's flags for its own without the `--`."""
     line = next(line for line in README.splitlines() if line.startswith("ray job submit"))
-    shell(f"{line.replace('/shared', str(shared))} {SIZES}", ROOT, RAY_ADDRESS=head.dashboard)
+    head.shell(f"{line.replace('/shared', str(shared))} {SIZES}", ROOT, RAY_ADDRESS=head.dashboard)
     assert hashes(shared / "scored") == hashes(shared / "local") and len(hashes(shared / "local")) > 1
 
 
 def test_submitting_the_script_that_the_cluster_has(head: Head, shared: Path, tmp_path: Path) -> None:
     flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output {shared}/bare {SIZES}"
-    shell(f"ray job submit -- {ROOT}/pipeline/score.py {flags}", tmp_path, RAY_ADDRESS=head.dashboard)
+    head.shell(f"ray job submit -- {ROOT}/pipeline/score.py {flags}", tmp_path, RAY_ADDRESS=head.dashboard)
     assert hashes(shared / "bare") == hashes(shared / "local")
 
 
 def test_a_driver_beside_the_cluster(head: Head, shared: Path, tmp_path: Path) -> None:
     flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output {shared}/driver {SIZES}"
-    shell(f"python {ROOT}/pipeline/score.py {flags}", tmp_path, RAY_ADDRESS=head.address)
+    line = f"env --unset=RAY_AUTH_MODE python {ROOT}/pipeline/score.py {flags}"  # score.py sends the token by itself
+    head.shell(line, tmp_path, RAY_ADDRESS=head.address)
     assert hashes(shared / "driver") == hashes(shared / "local")
 
 
 def test_an_output_that_would_be_lost_with_the_job(head: Head, shared: Path, tmp_path: Path) -> None:
     flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output relative {SIZES}"
     line = f"ray job submit --working-dir {ROOT} -- python pipeline/score.py {flags}"
-    output = shell(line, tmp_path, code=1, RAY_ADDRESS=head.dashboard)
+    output = head.shell(line, tmp_path, code=1, RAY_ADDRESS=head.dashboard)
     assert "would be deleted with the working directory of the Ray job" in output and "Traceback" not in output
+
+
+def refusal(head: Head, home: Path, before: str = "", **environment: str) -> str:
+    """The one sentence in which a command refuses to join the cluster; ``before`` is Python code that runs first."""
+    code = f"{before}\nfrom entropy_masking.commands import console, ray_cluster\nconsole.run(ray_cluster.connect)"
+    environment = {"HOME": str(home), "RAY_ADDRESS": head.address, "PYTHONPATH": str(ROOT)} | environment
+    unset = "" if "RAY_AUTH_MODE" in environment else "--unset=RAY_AUTH_MODE"
+    output = shell(f"env {unset} python -c {shlex.quote(code)}", home, code=2, **environment)
+    assert "Traceback" not in output
+    (sentence,) = (line for line in output.splitlines() if line.startswith("error: "))
+    return sentence
+
+
+def test_why_a_cluster_cannot_be_joined(head: Head, tmp_path: Path) -> None:
+    refused = f"the Ray cluster at {head.address}"
+    assert f"{refused} asks for a token, but this user has none; set RAY_AUTH_TOKEN" in refusal(head, tmp_path)
+    assert "RAY_AUTH_MODE is token, but this user has no token" in refusal(head, tmp_path, RAY_AUTH_MODE="token")
+    assert f"{refused} does not accept this user's token" in refusal(head, tmp_path, RAY_AUTH_TOKEN="7" * 64)
+    message = refusal(head, head.home, RAY_AUTH_MODE="disabled")
+    assert f"{refused} asks for a token, but RAY_AUTH_MODE is disabled; unset it" in message
+    message = refusal(head, head.home, "import ray\nray.__version__ = '2.59.0'", RAY_AUTH_MODE="token")
+    assert f"{refused} has another version of Ray or Python" in message and "install the same versions" in message
+    # as on a machine that runs no node
+    elsewhere = "from ray._private import services\nservices.find_node_ids = lambda: set()"
+    message = refusal(head, head.home, elsewhere, RAY_AUTH_MODE="token", RAY_gcs_server_request_timeout_seconds="1")
+    assert f"{refused} has no node on this machine" in message
+    for address in "ray://127.0.0.1:10001", head.dashboard, "127.0.0.1":
+        assert f"RAY_ADDRESS {address} is not HOST:PORT" in refusal(head, head.home, RAY_ADDRESS=address)
+
+
+def test_a_last_cluster_that_has_died(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    message = refusal(head, tmp_path, RAY_ADDRESS="", RAY_TMPDIR=str(tmp_path))
+    assert "nothing answers at 127.0.0.1:9" in message and "`ray stop`" in message
+
+
+@pytest.mark.exhaustive
+def test_a_service_that_is_no_head(head: Head) -> None:
+    message = refusal(head, head.home, RAY_ADDRESS=head.dashboard.removeprefix("http://"))
+    assert "does not answer as the head of a Ray cluster" in message
