@@ -31,7 +31,7 @@ from glue.batches import Tokens
 from glue.files import check_table, find_file, read_file
 
 PROTOCOL = "zero-shot"  # instead of a fine-tuning protocol
-SEED = 0  # instead of a seed: BLiMP does not depend on one
+SEED = 0  # instead of a seed: the score does not depend on one
 TEXTS = ["sentence_good", "sentence_bad"]
 COLUMNS = ["UID", "field", "pairID", *TEXTS]
 BATCH_TOKENS = 2048
@@ -109,6 +109,11 @@ def load(data: str | None, limit: int | None) -> Pairs:
             raise UsageError(f"{path} has an empty {name} in row {1 + (blank.arg_max() or 0)}; fix or drop the row")
     # some files of BLiMP write the field syntax_semantics with a slash
     frame = frame.with_columns(pl.col("field").str.replace_all("/", "_")).sort("UID", "pairID", *TEXTS)
+    return limited(frame, limit)
+
+
+def limited(frame: pl.DataFrame, limit: int | None) -> Pairs:
+    """The first ``limit`` pairs of each phenomenon, of a frame with the columns ``COLUMNS``."""
     kept = frame if limit is None else frame.group_by("UID", maintain_order=True).head(limit)
     return Pairs(kept, limit if len(kept) < len(frame) else None, storage.sha256_json(frame.rows()))
 
@@ -116,7 +121,7 @@ def load(data: str | None, limit: int | None) -> Pairs:
 def check_model(directory: Path, tokenizer: PreTrainedTokenizerBase, pll: str, trust_remote_code: bool) -> None:
     """Raises UsageError if a model cannot score sentences in this form."""
     if tokenizer.mask_token_id is None:
-        raise UsageError(f"the tokenizer in {directory} has no mask token; BLiMP needs a masked LM")
+        raise UsageError(f"the tokenizer in {directory} has no mask token; minimal pairs need a masked LM")
     if pll == "within-word":
         try:
             continuing_tokens(tokenizer, vocabulary_size(tokenizer))
@@ -178,7 +183,7 @@ def score(
         loaded = load_masked_lm(directory, trust_remote_code).eval()
         model = MaskedLM(loaded, int(tokens.lengths.max()), str(directory))
     except UsageError as error:
-        raise RunError(f"the longest sentence of BLiMP cannot be scored: {error}") from None
+        raise RunError(f"the longest sentence of the pairs cannot be scored: {error}") from None
     model.model.to(device)
     scores_I = np.empty(len(places_I), np.float64)
     done = 0

@@ -25,7 +25,6 @@ AVERAGES = {
     "local6": ("cola", "sst2", "mrpc", "rte", "stsb", "qnli"),
     # the tasks with many training rows, which separate small models
     "large4": ("sst2", "qqp", "mnli_matched", "qnli"),
-    "probes": ("package", "adjacent"),
 }
 
 

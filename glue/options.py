@@ -12,13 +12,13 @@ from entropy_masking.errors import UsageError
 from glue import metrics
 from glue.files import formats
 from glue.protocols import FORMS, PROTOCOLS
-from glue.tasks import GROUPS, PROBES, TASKS, ZERO_SHOT, Task, choose
+from glue.tasks import GROUPS, TASKS, ZERO_SHOT, Task, choose
 
 # what --help shows; --help-all shows the other flags too
 GROUPS_OF_FLAGS = {
     "models and tasks": "model tasks task_file data seeds output overwrite",
     "fine-tuning": "protocol learning_rate epochs batch_size max_length limit_train drop_overlap dtype",
-    "blimp": "pll limit_pairs",
+    "blimp and pairs": "pll limit_pairs",
     "workers": "num_workers gpus_per_worker",
 }
 # flags that only change fine-tuning, each with its value if it is not given
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add = parser.add_argument
     models = "pretrained masked LM with its tokenizer, by path or Hub id, with an optional name"
     add("--model", required=True, nargs="+", action="extend", metavar="[NAME=]MODEL", help=models)
-    add("--tasks", help="comma-separated names, glue (all nine), probes (both) or blimp")
+    add("--tasks", help="comma-separated names, glue (all nine), blimp, or pairs (made from docstrings)")
     own = "a task of your own: two files with the columns text, or text_a and text_b, and label; see docs/glue.md"
     add("--task-file", action="append", default=[], metavar="NAME=TRAIN,DEV[,METRIC]", help=own)
     add("--data", help=f"hub, or a directory with TASK/train and TASK/dev as {formats()}")
@@ -56,9 +56,9 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add(
         "--pll",
         choices=FORMS,
-        help="blimp: mask only the scored token (original), or also the rest of its word (within-word, default)",
+        help="mask only the scored token (original), or also the rest of its word (within-word, default)",
     )
-    add("--limit-pairs", type=positive, help="blimp: the first N pairs of each phenomenon (default: all)")
+    add("--limit-pairs", type=positive, help="the first N pairs of each phenomenon (default: all)")
     add("--drop-overlap", action="store_true", help="do not train on rows that are also evaluation rows")
     dtypes = ["auto", "bfloat16", "float32"]
     add("--dtype", choices=dtypes, default="auto", help="auto (default): bfloat16 if the hardware has it")
@@ -71,14 +71,14 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     args.models = named_models(args.model)
     args.seeds = parse_seeds(args.seeds)
     args.limit_train = parse_limits(args.limit_train, args.tasks)
-    if args.data and all(task.name in PROBES or task.files for task in args.tasks):
+    if args.data and all(task.name == "pairs" or task.files for task in args.tasks):
         raise UsageError("no task of this run reads --data; leave it out")
     tuned = [task.name for task in args.tasks if task.name not in ZERO_SHOT]
-    of_blimp = "{flag} only applies to the task blimp; add blimp to --tasks, or leave the flag out"
-    of_tuning = "{flag} has no effect on blimp, which is scored without fine-tuning; leave it out"
+    of_pairs = "{flag} only applies to the tasks blimp and pairs; add one to --tasks, or leave the flag out"
+    of_tuning = "{flag} has no effect on blimp and pairs, which are scored without fine-tuning; leave it out"
     of_workers = "{flag} needs several workers; set --num-workers above 1, or leave it out"
     rules: list[Rule] = [
-        (len(tuned) == len(args.tasks), {"pll": None, "limit_pairs": None}, of_blimp),
+        (len(tuned) == len(args.tasks), {"pll": None, "limit_pairs": None}, of_pairs),
         (not tuned, TUNING, of_tuning),
         (args.num_workers == 1, {"gpus_per_worker": None}, of_workers),
     ]

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Fine-tune models on GLUE, on tasks of your own, or on two probes that need no data.
+"""Fine-tune models on GLUE or on tasks of your own, or score minimal pairs without fine-tuning.
 
-There is one result file per task, seed and model. BLiMP is scored without fine-tuning: one result file per model, for
-any seeds.
+There is one result file per task, seed and model. Minimal pairs (BLiMP, or pairs made from docstrings, which need no
+data) have one result file per model, for any seeds.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
 python glue/run.py --model runs/student --tasks blimp --data GLUE --output runs/glue/student
-python glue/run.py --model a=runs/random b=runs/parquet --tasks probes --num-workers 4 --output runs/probes
+python glue/run.py --model a=runs/random b=runs/parquet --tasks pairs --output runs/pairs
 python glue/run.py --model runs/student --task-file mood=train.tsv,dev.tsv --seeds 1,2,3 --output runs/mood
 
 Existing results are skipped, so the same command continues an interrupted run, and repeats failed trials.
@@ -41,7 +41,7 @@ from entropy_masking.models import checkpoints
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.manifests import tokenization_hash, vocabulary_size
 from entropy_masking.summary import Summary
-from glue import blimp, finetune, metrics
+from glue import blimp, finetune, metrics, pairs
 from glue.batches import encode_task
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import Result, read_result
@@ -145,13 +145,14 @@ def read_summary(directory: Path) -> object:
 
 def load_data(args: argparse.Namespace, task: Task) -> TaskData | blimp.Pairs:
     if task.name in ZERO_SHOT:
-        return blimp.load(args.data, args.limit_pairs)
+        own = task.name == "pairs"
+        return blimp.limited(pairs.make(), args.limit_pairs) if own else blimp.load(args.data, args.limit_pairs)
     data = load(task, args.data)
     return data.without_overlap() if args.drop_overlap else data
 
 
 def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pairs, task: Task, seed: int) -> Trial:
-    """A trial under the protocol and the flags that override it; BLiMP has one trial per model."""
+    """A trial under the protocol and the flags that override it; minimal pairs have one trial per model."""
     key: dict[str, object] = {"task": task.name, "seed": seed, "protocol": args.protocol}
     grid: tuple[Settings, ...] = ()
     if isinstance(data, blimp.Pairs):

@@ -1,4 +1,4 @@
-"""The tasks as data, and how their rows are read: GLUE's nine, two probes, BLiMP, and tasks of one's own."""
+"""The tasks as data, and how their rows are read: GLUE's nine, minimal pairs, and tasks of one's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import polars as pl
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from glue import metrics, probes
+from glue import metrics
 from glue.files import check_table, find_file, formats, read_file
 
 HUB_NAME = "nyu-mll/glue"
@@ -66,16 +66,12 @@ GLUE = {
         Task("wnli", PAIR, ("not_entailment", "entailment")),
     )
 }
-PROBES = {
-    "package": Task("package", ("text",), probes.PACKAGES),
-    "adjacent": Task("adjacent", PAIR, ("apart", "adjacent")),
-}
 # scored without fine-tuning (glue.blimp): no labels, no seeds
-ZERO_SHOT = {"blimp": Task("blimp", ("sentence_good", "sentence_bad"), ())}
+ZERO_SHOT = {name: Task(name, ("sentence_good", "sentence_bad"), ()) for name in ("blimp", "pairs")}
 # MNLI without its mismatched evaluation
 MATCHED = {"mnli_matched": replace(GLUE["mnli"], name="mnli_matched", evaluations=("_matched",))}
-TASKS = GLUE | MATCHED | PROBES | ZERO_SHOT
-GROUPS = {"glue": tuple(GLUE), "probes": tuple(PROBES)}
+TASKS = GLUE | MATCHED | ZERO_SHOT
+GROUPS = {"glue": tuple(GLUE)}
 # the text columns of a task of one's own
 TEXTS = (("text",), ("sentence",), ("text_a", "text_b"), PAIR)
 
@@ -132,9 +128,6 @@ def load(task: Task, data: str | None) -> TaskData:
     if task.files:
         tables = [(read_file(path), str(path)) for path in task.files]
         task = _completed(task, *tables[0])
-    elif task.name in PROBES:
-        frames = probes.make(task.name)
-        tables = [(frames[part], task.name) for part in ("train", "dev")]
     elif data is None:
         raise UsageError(
             f"the task {task.name} needs --data: hub, or a directory with {task.directory}/train.* and "

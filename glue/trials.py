@@ -25,12 +25,12 @@ TrialTokens = TaskTokens | blimp.Sentences
 
 @dataclass(frozen=True)
 class Trial:
-    """A model, a task and a seed, tried with each setting of a grid. A trial of BLiMP has no grid.
+    """A model, a task and a seed, tried with each setting of a grid. A trial of minimal pairs has no grid.
 
     Attributes:
         key: everything that decides the result.
         file: the result file.
-        rows: training rows over the whole grid; sentences for BLiMP.
+        rows: training rows over the whole grid; sentences of minimal pairs.
         trust_remote_code: whether code of the checkpoint may run.
     """
 

@@ -65,7 +65,7 @@ def home(work: Path, data: Path, words: list[str], tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def demo(home: Path) -> Path:
     """`make demo`, small; the environment that runs the tests takes the place of .venv."""
-    sizes = {"OUT": str(home / "runs" / "demo"), "DOCUMENTS": "1200", "STEPS": "4", "SEEDS": "1", "ROWS": "64"}
+    sizes = {"OUT": str(home / "runs" / "demo"), "DOCUMENTS": "1200", "STEPS": "4"}
     output = shell("make -o .venv/installed demo", ROOT, **sizes)
     assert "A run this small shows the machinery. It proves nothing about quality." in output
     return home / "runs" / "demo"
@@ -126,12 +126,14 @@ def test_domain_adaptation_and_a_task_of_ones_own(home: Path, monkeypatch: pytes
         assert len(same) == 1
 
 
-def test_the_demo_compares_four_students(demo: Path) -> None:
+def test_the_demo_compares_four_students_with_an_untrained_one(demo: Path) -> None:
     table = json.loads((demo / "comparison" / "table.json").read_text())
-    assert table["regimes"] == ["random", "parquet", "parquet+kd", "self"]
-    assert set(table["tasks"]) == {"package", "adjacent"} and set(table["averages"]) == {"probes"}
-    assert all(row["regime"] == name for name, row in table["training"].items())
-    assert len({(row["steps"], row["tokens"]) for row in table["training"].values()}) == 1
+    assert table["regimes"] == ["untrained", "random", "parquet", "parquet+kd", "self"]
+    assert list(table["tasks"]) == ["pairs"] and table["baseline"] == "random"
+    untrained, *students = table["training"].items()
+    assert untrained[1]["eval_loss"] == pytest.approx(math.log(4096), abs=0.2)
+    assert all(row["regime"] == name for name, row in students)
+    assert len({(row["steps"], row["tokens"]) for _, row in students}) == 1
     assert "scored" in (demo / "entropy.html").read_text()
     assert (demo / "comparison" / "chart.png").stat().st_size > 10_000
 

@@ -325,10 +325,10 @@ def test_mistakes(checkpoints: dict[str, Path], words: list[str], data: Path, tm
     for wrong in ("--limit-pairs=-1", "--pll=other"):
         with pytest.raises(UsageError, match=f"argument {wrong.partition('=')[0]}: "):
             parse([*flags, "--tasks=blimp", wrong], "")
-    with pytest.raises(UsageError, match="--limit-pairs only applies to the task blimp"):
+    with pytest.raises(UsageError, match="--limit-pairs only applies to the tasks blimp and pairs"):
         parse([*flags, "--tasks=cola", "--limit-pairs=1"], "")
     for wrong in ("--epochs=3", "--limit-train=100", "--drop-overlap", "--protocol=bert-grid", "--dtype=float32"):
-        with pytest.raises(UsageError, match="has no effect on blimp, which is scored without"):
+        with pytest.raises(UsageError, match="has no effect on blimp and pairs, which are scored without"):
             parse([*flags, "--tasks=blimp", wrong], "")
     with pytest.raises(UsageError, match="--gpus-per-worker needs several workers; set --num-workers above 1"):
         parse([*flags, "--tasks=blimp", "--gpus-per-worker=0.5"], "")
@@ -344,7 +344,7 @@ def test_what_cannot_be_scored_fails(
     """A sentence without positions, and a model that has diverged; a head that mixes positions runs at all of them."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
     long = pl.DataFrame({"sentence_good": [" ".join(words)], "sentence_bad": [words[0]]})
-    with pytest.raises(RunError, match=r"the longest sentence of BLiMP cannot be scored: .*bert cannot be run on"):
+    with pytest.raises(RunError, match=r"the longest sentence of the pairs cannot be scored: .*bert cannot be run on"):
         blimp.score(checkpoints["bert"], blimp.encode(blimp.Pairs(long, None, ""), tokenizer, "original"))
     short = long.with_columns(sentence_good=pl.lit(" ".join(words[:5])))
     sentences = blimp.encode(blimp.Pairs(short, None, ""), tokenizer, "original")

@@ -261,7 +261,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         ([*model, "--tasks", "cola"], "needs --data"),
         ([*model, "--tasks", "cola", "--data", tmp_path / "nothing"], "there is no directory"),
         ([*model, "--tasks", "sst3", "--data", data], "there is no task 'sst3'"),
-        ([*model, "--tasks", "probes", "--data", data], "no task of this run reads --data"),
+        ([*model, "--tasks", "pairs", "--data", data], "no task of this run reads --data"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds", "one"], "not a list of whole numbers"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=-1"], "--seeds -1 is not between 0 and"),
         ([*model, "--tasks", "cola", "--data", data, "--seeds=1,5000000000"], "--seeds 5000000000 is not between 0"),

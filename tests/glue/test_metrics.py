@@ -163,7 +163,7 @@ def test_averages_are_over_the_seeds_that_all_tasks_have() -> None:
     assert averages_by_seed("glue8", by_seed) == {} and len(averages_by_seed("local6", by_seed)) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in AVERAGES if name != "probes"])
+@pytest.mark.parametrize("name", AVERAGES)
 def test_an_average_lacks_no_task(name: str) -> None:
     tasks = {part.partition(":")[0] for part in AVERAGES[name]}
     whole = {task: dict.fromkeys(metric_names(task), 0.5) for task in tasks}

@@ -10,7 +10,7 @@ import numpy as np
 
 import glue.compare
 from glue.metrics import score
-from glue.tasks import GLUE, PROBES
+from glue.tasks import GLUE
 
 LOCAL = ("cola", "sst2", "mrpc", "rte", "stsb", "qnli")
 SEEDS = {"random": (1, 2, 3, 4, 5), "parquet": (2, 3, 5), "parquet+kd": (1, 2, 3), "self": (4,)}
@@ -21,7 +21,7 @@ TRAINING = {"random": 3e10, "parquet": 3e10, "parquet+kd": 3e10, "self": 4e10}
 
 
 def metrics_of(task: str, value: float) -> dict[str, float]:
-    kind = (GLUE | PROBES)[task]
+    kind = GLUE[task]
     return {metric + suffix: value for metric in kind.metrics for suffix in kind.evaluations}
 
 
