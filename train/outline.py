@@ -23,8 +23,13 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     manifest, batch = inputs.manifest, global_batch(args)
     tokens, held_out = (sum(part.tokens for part in parts) for parts in (inputs.training, inputs.held_out))
     sequences = sum(part.rows for part in inputs.training)
-    evaluated = f", and {held_out:,} of {inputs.evaluated.uri} to evaluate on" if held_out else ""
-    evaluated += f" ({inputs.cut} passages of longer documents, which also train)" if inputs.cut else ""
+    evaluated = ""
+    if inputs.eval_shards:
+        evaluated = f", {held_out:,} of {inputs.eval_shards.uri} to evaluate on"
+    elif held_out:
+        evaluated = f", {held_out:,} ({held_out / (tokens + held_out):.1%}) held out to evaluate on"
+    if inputs.cut:
+        evaluated += f"; {inputs.cut} held-out passages are parts of longer documents, which also train"
     weights = sum(parameter.numel() for parameter in student.parameters())
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     rate = f"learning rate {args.learning_rate:g}"
