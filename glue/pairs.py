@@ -1,7 +1,7 @@
 """Minimal pairs for machines without data: a sentence of a held-out docstring, and the same with a mistake.
 
-Counting words does not find the mistake: either both sentences have the same words, or one word is exchanged for
-another as often as the other way round. Hashes decide everything, so the same package versions give the same pairs.
+Both sentences have the same words and signs in another order, so their frequencies do not tell which one is correct.
+Hashes decide everything, so the same package versions give the same pairs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from itertools import chain, pairwise
 
 import polars as pl
 
@@ -23,11 +22,6 @@ PROSE = re.compile(r"[A-Z](?:[\w,;'()/]|[ -](?=[\w(]))+\.")  # a sentence withou
 ARTICLES = {"a", "an", "the"}
 PREPOSITIONS = {"of", "to", "in", "for", "with", "by", "from", "on", "as", "at", "into"}
 SWAPPED_BRACKETS = str.maketrans("()", ")(")
-# a kind of mistake, and the words that are exchanged for each other
-EXCHANGES = {
-    "a/an": [("a", "an")],
-    "agreement": [("is", "are"), ("was", "were"), ("has", "have"), ("this", "these")],
-}
 
 
 def make() -> pl.DataFrame:
@@ -41,23 +35,13 @@ def make() -> pl.DataFrame:
 
 
 def pairs_of(texts: Iterable[str]) -> pl.DataFrame:
-    """At most ``PAIRS`` pairs of each kind, of these sentences."""
+    """At most ``PAIRS`` pairs for each kind of mistake, of these sentences."""
     texts = sorted(texts, key=_hash)
-    kinds = {
-        name: [(text, bad) for text in texts if (bad := mistake(text)) != text][:PAIRS]
-        for name, mistake in (
-            ("order", swap_neighbours),
-            ("function words", swap_function_words),
-            ("brackets", swap_brackets),
-        )
-    }
-    for name, exchanges in EXCHANGES.items():
-        kinds[name] = []
-        for one, other in exchanges:
-            there, back = (exchanged(texts, old, new) for old, new in ((one, other), (other, one)))
-            balanced = list(zip(there, back, strict=False))[: PAIRS // (2 * len(exchanges))]
-            kinds[name] += chain.from_iterable(balanced)
-    rows = [(name, name, number, good, bad) for name, own in kinds.items() for number, (good, bad) in enumerate(own, 1)]
+    mistakes = {"brackets": swap_brackets, "function words": swap_function_words, "order": swap_neighbours}
+    rows = []
+    for kind, mistake in mistakes.items():
+        pairs = [(text, bad) for text in texts if (bad := mistake(text)) != text][:PAIRS]
+        rows += [(kind, kind, number, *pair) for number, pair in enumerate(pairs, 1)]
     return pl.DataFrame(rows, COLUMNS, orient="row")
 
 
@@ -74,31 +58,21 @@ def sentences(text: str) -> list[str]:
 def swap_neighbours(text: str) -> str:
     """Two neighbouring lower-case words change places."""
     words = text.split(" ")
-    places = [
-        n for n, pair in enumerate(pairwise(words)) if _is_plain(pair[0]) and _is_plain(pair[1]) and len({*pair}) > 1
-    ]
+    plain = [word.isalpha() and word.islower() for word in words]
+    places = [n for n in range(len(words) - 1) if plain[n] and plain[n + 1] and words[n] != words[n + 1]]
     return _swapped(words, place := places[_hash(text) % len(places)], place + 1) if places else text
 
 
 def swap_function_words(text: str) -> str:
     """The first preposition and the first article change places."""
     words = text.split(" ")
-    places = [next((n for n, word in enumerate(words) if word in own), None) for own in (PREPOSITIONS, ARTICLES)]
-    return text if None in places else _swapped(words, *places)
+    first = [next((n for n, word in enumerate(words) if word in own), 0) for own in (PREPOSITIONS, ARTICLES)]
+    return _swapped(words, *first) if all(first) else text
 
 
 def swap_brackets(text: str) -> str:
     """Round brackets around words turn around."""
     return text.translate(SWAPPED_BRACKETS) if re.search(r" \(\w[^()]*\w\)", text) else text
-
-
-def exchanged(texts: list[str], old: str, new: str) -> list[tuple[str, str]]:
-    """The texts that have a word, each with the text in which another word takes its first place."""
-    return [(text, bad) for text in texts if (bad := text.replace(f" {old} ", f" {new} ", 1)) != text]
-
-
-def _is_plain(word: str) -> bool:
-    return word.isalpha() and word.islower()
 
 
 def _swapped(words: list[str], one: int, other: int) -> str:

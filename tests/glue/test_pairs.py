@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,36 +25,21 @@ MADE = [
 ]
 
 
-def test_both_sentences_of_a_pair_have_the_same_words_or_one_exchange() -> None:
-    """And each exchange happens as often as the other way round, so the commoner word is as often wrong as right."""
+def test_both_sentences_of_a_pair_have_the_same_words() -> None:
     frame = pairs.pairs_of(MADE)
-    counts = Counter(frame["UID"])
-    assert set(counts) == {"order", "function words", "brackets", "a/an", "agreement"}
-    exchanges: Counter[tuple[str, str]] = Counter()
+    assert set(frame["UID"]) == {"order", "function words", "brackets"}
     for kind, good, bad in frame.select("UID", "sentence_good", "sentence_bad").rows():
-        assert good in MADE and good != bad
-        if kind == "brackets":
-            assert sorted(good) == sorted(bad)
-        elif kind in pairs.EXCHANGES:
-            ((old, new),) = [pair for pair in zip(good.split(), bad.split(), strict=True) if len({*pair}) > 1]
-            exchanges[old, new] += 1
-            assert (old, new) in pairs.EXCHANGES[kind] or (new, old) in pairs.EXCHANGES[kind]
-        else:
-            assert Counter(good.split()) == Counter(bad.split())
-            assert sum(old != new for old, new in zip(good.split(), bad.split(), strict=True)) == 2
-    assert len(exchanges) == 2 * sum(map(len, pairs.EXCHANGES.values()))
-    assert all(count == exchanges[new, old] for (old, new), count in exchanges.items())
+        assert good in MADE and good != bad and sorted(good) == sorted(bad)
+        moved = sum(old != new for old, new in zip(good.split(), bad.split(), strict=True))
+        assert kind == "brackets" or (moved == 2 and sorted(good.split()) == sorted(bad.split()))
     assert pairs.pairs_of(reversed(MADE)).equals(frame)
 
 
 @pytest.mark.parametrize(
     ("mistake", "text", "expected"),
     [
-        (pairs.swap_neighbours, "Return The Name Of it now.", "Return The Name Of it now."),
         (pairs.swap_neighbours, "Return values (all of) them.", "Return values (all of) them."),
         (pairs.swap_neighbours, "The old files.", "The old files."),
-        (pairs.swap_neighbours, "The old table, of Files.", "The old table, of Files."),
-        (pairs.swap_neighbours, "The old names, of Files by name.", "The old names, of Files by name."),
         (pairs.swap_neighbours, "The old new Files.", "The new old Files."),
         (pairs.swap_function_words, "Return a copy of the array.", "Return of copy a the array."),
         (pairs.swap_function_words, "Return all values.", "Return all values."),
@@ -81,4 +65,5 @@ def test_sentences_are_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             tmp_path / f"{part}.parquet"
         )
     monkeypatch.setattr(docstrings, "materialise", lambda: {part: tmp_path / f"{part}.parquet" for part in parts})
-    assert set(pairs.make()["sentence_good"]) <= set(MADE[1::2])
+    used = set(pairs.make()["sentence_good"])
+    assert used and used <= set(MADE[1::2])
