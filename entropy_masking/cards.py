@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Summary
 
-TAGS = "tags:\n- masked-language-modeling\n"
-
 
 def dataset_card(manifest: Manifest) -> str:
     """The card with which ``datasets.load_dataset(DIRECTORY)`` finds the shards among the other files."""
@@ -22,10 +20,8 @@ def dataset_card(manifest: Manifest) -> str:
     if manifest.masks:
         facts |= {name: manifest.masks[name] for name in ("source", "variants", "policy")}
     title = "Masked tokens with a teacher's predictions" if manifest.masks else "Tokens with predictive entropies"
-    head = (
-        "---\nconfigs:\n- config_name: default\n  data_files: part-*.parquet\ntags:\n- masked-language-modeling\n---\n"
-    )
-    return f"{head}\n# {title if manifest.teacher else 'Tokens'}\n\n{_lines(facts)}"
+    files = "configs:\n- config_name: default\n  data_files: part-*.parquet\n"
+    return _card(files, title if manifest.teacher else "Tokens", facts)
 
 
 def model_card(summary: Summary) -> str:
@@ -45,10 +41,10 @@ def model_card(summary: Summary) -> str:
         "held-out loss": summary.eval_loss and f"{summary.eval_loss:.4f} nats, accuracy {summary.eval_accuracy:.1%}",
         "warnings": "; ".join(summary.warnings or []),
     }
-    head = f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n{TAGS}---\n"
-    limits = "The held-out loss is measured under random masks. The model was not tested otherwise.\n"
-    return f"{head}\n# A masked language model\n\n{_lines(facts)}\n{limits}"
+    limits = "\nThe held-out loss is measured under random masks. The model was not tested otherwise.\n"
+    return _card("library_name: transformers\npipeline_tag: fill-mask\n", "A masked language model", facts) + limits
 
 
-def _lines(facts: Mapping[str, object]) -> str:
-    return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value)
+def _card(metadata: str, title: str, facts: Mapping[str, object]) -> str:
+    lines = "".join(f"- {name}: {value}\n" for name, value in facts.items() if value)
+    return f"---\n{metadata}tags:\n- masked-language-modeling\n---\n\n# {title}\n\n{lines}"

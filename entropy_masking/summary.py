@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 T = TypeVar("T")
+LEARNED = 0.3  # a model has learned something if its loss is this many nats below that of the token frequencies
 LARGEST = 1e30  # larger numbers cannot be measurements, and would overflow later
 
 
@@ -44,9 +45,11 @@ class Directory(Tolerant):
     bytes: Number = None
     flops: Number = None
     worker_seconds: Number = None
-    context: object = None  # of shards, like the next two fields
+    context: object = None  # of shards, like the next four fields
     teacher: Known[str] = None
     scores_read: Known[bool] = None
+    entropy_p10: Number = None  # quantiles of the entropies, if the run reads them
+    entropy_p90: Number = None
     source: Known[str] = None  # of targets, like the next three fields
     policy: Known[dict[str, object]] = None
     variants: Known[int] = None
@@ -79,3 +82,9 @@ class Summary(Tolerant):
     history: Known[Sequence[Mapping[str, Number]]] = None  # the losses as a curve
     flags: Known[dict[str, object]] = None
     versions: Known[dict[str, str]] = None
+
+    @property
+    def learned_little(self) -> bool:
+        """Whether the held-out loss is not much lower than that of the token frequencies alone."""
+        loss, guess = self.eval_loss, self.eval_unigram_loss
+        return loss is not None and guess is not None and loss > guess - LEARNED

@@ -33,7 +33,7 @@ from glue.intervals import Scores, estimate, paired_difference, seed_means
 from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tasks import TASKS, ZERO_SHOT
-from glue.verdict import Comparison, Estimates
+from glue.verdict import Comparison, Estimates, weak_teachers
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from glue import report  # after --help: matplotlib is slow to import
 
     regimes = read_regimes(args.regimes)
-    table = compare(regimes, args.baseline, args.average, teacher_flops(args.teacher))
+    table = compare(regimes, args.baseline, args.average, teacher_summary(args.teacher))
     markdown = tables.to_markdown(table)
     files = {
         "table.md": markdown.encode(),
@@ -79,8 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def teacher_flops(directory: str | None) -> float | None:
-    """FLOPs of the teacher's training and of the scores that it read. Raises UsageError if they are unknown."""
+def teacher_summary(directory: str | None) -> Summary | None:
+    """The summary of the teacher's training. Raises UsageError if it lacks the costs."""
     if directory is None:
         return None
     try:
@@ -92,15 +92,15 @@ def teacher_flops(directory: str | None) -> float | None:
             f"--teacher {directory} has no summary.json with the costs of its training; name a directory made by "
             "train/run.py, or leave it out"
         )
-    return summary.training_flops + summary.scoring_flops
+    return summary
 
 
-def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float | None = None) -> Comparison:
+def compare(regimes: Regimes, baseline: str, required: list[str], teacher: Summary | None = None) -> Comparison:
     """Compute all numbers of the comparison, the content of table.json.
 
     Args:
         required: averages that must be computed.
-        teacher: FLOPs of the teacher's training.
+        teacher: the summary of the teacher's training.
 
     Raises:
         UsageError: a required average lacks tasks.
@@ -138,10 +138,12 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: float
     table["training"] = {name: cost(own) for name, own in summaries.items()}
     for name, row in table["training"].items():
         if row:
-            if teacher is not None and row["total_flops"] is not None:
-                row["with_teacher_flops"] = row["total_flops"] + (teacher if row["scoring_flops"] else 0)
+            if teacher and row["total_flops"] is not None:
+                flops = (teacher.training_flops or 0) + (teacher.scoring_flops or 0) if row["scoring_flops"] else 0
+                row["with_teacher_flops"] = row["total_flops"] + flops
             row["eval_loss"] = (table["eval_loss"] or {}).get(name, {}).get("mean")
     table["break_even"] = break_evens(table["training"])
+    table["weak_teachers"] = weak_teachers(summaries, teacher)
     return table
 
 

@@ -47,7 +47,7 @@ def all_tables(table: Comparison) -> dict[str, Table]:
 
 
 def to_markdown(table: Comparison) -> str:
-    parts = [sentence] if (sentence := verdict(table)) else []
+    parts = [*filter(None, [verdict(table)]), *table["weak_teachers"]]
     for own in all_tables(table).values():
         parts += [f"### {own.title}", markdown(own.columns, own.rows, own.words), *own.notes]
     return "\n\n".join(parts) + "\n"

@@ -1,9 +1,12 @@
-"""What a comparison shows, in one sentence, from the intervals of its main score. Pure."""
+"""What a comparison shows, in one sentence, from the intervals of its main score; what its teachers lack. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from entropy_masking.shards.spread import hardly_differ
+from entropy_masking.summary import Summary
 
 Comparison = dict[str, Any]  # what table.json holds; see glue.compare.compare
 Estimates = dict[str, dict[str, Any]]  # of one score, average or loss, by regime; see glue.compare.estimates
@@ -43,6 +46,29 @@ def verdict(table: Comparison) -> str:
     if lacking:
         parts.append(f"{_and(lacking)} {_is(lacking)} not compared: no pretraining seed in common with {baseline}")
     return f"On {label}, {'; '.join(parts)}." if parts else ""
+
+
+def weak_teachers(summaries: Mapping[str, Sequence[Summary]], teacher: Summary | None = None) -> list[str]:
+    """A sentence for each flat map of entropies that regimes mask by, and for a teacher that has learned little.
+
+    Args:
+        summaries: of the models by regime.
+        teacher: the summary of the teacher's own training, if it is known.
+    """
+    flat: dict[tuple[float, float], list[str]] = {}
+    for name, own in summaries.items():
+        for low, high in {(shards.entropy_p10, shards.entropy_p90) for run in own if (shards := run.shards)}:
+            if low is not None and high is not None and hardly_differ(low, high):
+                flat.setdefault((low, high), []).append(name)
+    sentences = [
+        f"The teacher of {_and(names)} does not tell tokens apart: 80 % of its entropies lie within "
+        f"{high - low:.2f} nats ({low:.2f} to {high:.2f})."
+        for (low, high), names in flat.items()
+    ]
+    if teacher and teacher.learned_little:
+        losses = f"a held-out loss of {teacher.eval_loss:.2f} nats, and token frequencies alone one of"
+        sentences.append(f"The teacher has learned little: it has {losses} {teacher.eval_unigram_loss:.2f}.")
+    return sentences
 
 
 def _and(names: Sequence[str]) -> str:

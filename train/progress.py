@@ -25,7 +25,8 @@ RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_R
 ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MAX_RATIO = 3  # to the concentration of the text, which is higher for a small vocabulary
-SCORE_MEANS = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # names in a log
+# names in a log that the console shows too
+SHOWN = [*(prefix + name for name in SCORES for prefix in ("", "masked_")), "teacher_correlation"]
 MIN_TOKENS = 100  # fewer tokens do not give the concentration
 
 
@@ -179,10 +180,9 @@ class ProgressReport(TrainerCallback):
             return
         logs, step = event["logs"], f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            means = ", ".join(f"{name.replace('_', ' ')} {logs[name]:.2f}" for name in logs if name in SCORE_MEANS)
-            self.progress.note(
-                f"{step}: loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}{means and f', {means}'}"
-            )
+            shown = [f"{name.replace('_', ' ')} {logs[name]:.2f}" for name in logs if name in SHOWN]
+            losses = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}"
+            self.progress.note(f"{step}: {', '.join([losses, *shown])}")
         elif "eval_loss" in logs:
             accuracy = f"accuracy {logs['eval_accuracy']:.1%}"
             self.progress.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")

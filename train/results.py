@@ -13,6 +13,7 @@ from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
+from entropy_masking.shards.spread import entropy_spread
 from entropy_masking.summary import Directory, Summary
 from train import resume
 from train.arguments import deciding_arguments, global_batch
@@ -24,9 +25,9 @@ from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-LEARNED = 0.3  # a model has learned something if its loss is this many nats below that of the token frequencies
 # flags that do not decide what is learned
 FREE = "overwrite dry_run eval_only argv as_yaml trust_remote_code num_workers eval_shards recipe".split()  # noqa: SIM905
+FREE += ["push_to_hub", "hub_model_id", "hub_private_repo"]
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
@@ -73,6 +74,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
+    p10, p90 = (read.entropy and entropy_spread(manifest)) or (None, None)
     guess = unigram_loss(token_counts(manifest, inputs.training), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
@@ -90,7 +92,14 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         training_flops=flops,
         scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
         scoring_flops=sum(directory.totals["flops"] for directory in scored),
-        shards=costs(manifest, context=manifest.context, teacher=manifest.teacher, scores_read=reads_scores),
+        shards=costs(
+            manifest,
+            context=manifest.context,
+            teacher=manifest.teacher,
+            scores_read=reads_scores,
+            entropy_p10=p10,
+            entropy_p90=p90,
+        ),
         targets=costs(targets, **targets.masks or {}) if targets else None,
         eval_shards=costs(inputs.eval_shards) if inputs.eval_shards else None,
         seed=args.seed,
@@ -137,11 +146,10 @@ def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> 
     print(f"  seconds     {summary.seconds:,.1f}")
     print(f"  tokens/s    {summary.tokens_per_second:,.0f}")
     print_losses(metrics)
-    guess = summary.eval_unigram_loss
-    if guess is not None and metrics["eval_loss"] > guess - LEARNED:
+    if summary.learned_little:
         print(
-            f"warning: the token frequencies alone give a loss of {guess:.2f} nats, so this model has learned little; "
-            "train it longer before it scores text"
+            f"warning: the token frequencies alone give a loss of {summary.eval_unigram_loss:.2f} nats, so this model "
+            "has learned little; train it longer before it scores text"
         )
 
 

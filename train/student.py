@@ -26,6 +26,7 @@ from entropy_masking.shards.manifests import special_ids, tokenizer_hash
 from entropy_masking.shards.schema import Manifest
 from train.flags import SIZES
 
+UNUSABLE = (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, KeyError)  # of a configuration
 PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT as Google's
 
 
@@ -43,11 +44,11 @@ def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: b
         UsageError: the checkpoint does not fit the shards, or cannot be loaded.
     """
     if name in PRESETS:
-        model = _from_config(name, _preset(name, manifest), manifest, seed)
+        model = _from_config(name, _preset(name, manifest), manifest, seed, trust_remote_code=False)
     else:
         path = _source(name)
         if _is_configuration(name, path):
-            model = _from_config(name, load_config(path, trust_remote_code), manifest, seed)
+            model = _from_config(name, load_config(path, trust_remote_code), manifest, seed, trust_remote_code)
         else:
             _check_tokenizer(name, path, manifest)
             model = load_masked_lm(path, trust_remote_code)
@@ -126,13 +127,16 @@ def _preset(name: str, manifest: Manifest) -> PretrainedConfig:
     return ModernBertConfig(**size, classifier_pooling="mean")
 
 
-def _from_config(name: str, config: PretrainedConfig, manifest: Manifest, seed: int) -> PreTrainedModel:
+def _from_config(
+    name: str, config: PretrainedConfig, manifest: Manifest, seed: int, trust_remote_code: bool
+) -> PreTrainedModel:
     # the embedding of the padding token is not trained, and RoBERTa's position ids skip this token
     config.pad_token_id = manifest.special_ids["pad"]
     torch.manual_seed(seed)
     try:
-        return AutoModelForMaskedLM.from_config(config)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, KeyError) as error:
+        # None, the default, asks on standard input whether to run the code
+        return AutoModelForMaskedLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (*UNUSABLE, OSError, ImportError, AttributeError) as error:  # the last ones of its own code
         raise UsageError(f"--model {name} is not a usable configuration: {one_line(error)}") from None
 
 

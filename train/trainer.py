@@ -27,6 +27,7 @@ from entropy_masking.masking.type_means import TypeMeans
 from entropy_masking.models.masked_positions import MaskedPositions, student_scores
 from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, private, resume
+from train.agreement import TeacherSample, teacher_sample
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.flags import Options
@@ -77,6 +78,9 @@ class MaskedLMTrainer(Trainer):
         self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
             self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
+        self.teacher: TeacherSample | None = None
+        if options.entropy_source == "self" and self.policy.uses_scores:
+            self.teacher = teacher_sample(self.manifest, inputs.training, self.score_name, args.device)
 
     def check_flags(self) -> None:
         """Build the loader, the optimizer and the schedule once, so that they refuse wrong flags early."""
@@ -128,11 +132,8 @@ class MaskedLMTrainer(Trainer):
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
         if self.type_means:
             self.type_means.update(before=self.state.global_step)
-            student_BL = self.type_means.scores_of(ids_BL)
-        elif not all_random:
-            student = self.accelerator.unwrap_model(self.model)
-            scores = student_scores(student, ids_BL, self.device_masker.attention_mask(batch))
-            student_BL = scores[self.score_name].double()
+        if self.type_means or not all_random:
+            student_BL = self.scores_by_student(batch)
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
         # during the warm-up the sums are 0 but present, so that all ranks reduce the same names
@@ -140,17 +141,27 @@ class MaskedLMTrainer(Trainer):
         masked["score_sums"] = score_sums(self.score_name, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
+    def scores_by_student(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, L] float64: the running means, or the scores of an extra forward."""
+        if self.type_means:
+            return self.type_means.scores_of(batch["input_ids"])
+        student, attention_BL = self.accelerator.unwrap_model(self.model), self.device_masker.attention_mask(batch)
+        return student_scores(student, batch["input_ids"], attention_BL)[self.score_name].double()
+
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a loss with the seconds so far, and with the means of the scores since the last log."""
+        """Log a loss with the seconds so far, with means of the scores since the last log, and how masks develop."""
         if "loss" in logs:
             self.log_seconds()
             logs |= self.logged_means.take(self.sum_over_ranks)
             if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
             self.predicted_V.zero_()
+            if self.teacher:
+                with self.compute_loss_context_manager():
+                    logs |= self.teacher.correlation(self.scores_by_student({"input_ids": self.teacher.ids_NL}))
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:

@@ -102,12 +102,15 @@ def sampled(shards: list[T]) -> list[T]:
 
 
 def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the shards in ``directory``."""
+    """The tokenizer that made the shards in ``directory``. Its own code never runs."""
     from transformers import AutoTokenizer  # takes seconds, and most readers of shards need none
 
     with tempfile.TemporaryDirectory() as temporary:
         copy_tokenizer(directory, Path(temporary))
-        return AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
+        except ValueError as error:
+            raise ValueError("it brings its own code") if "trust_remote_code" in str(error) else error from None
 
 
 def copy_tokenizer(directory: str, destination: Path) -> None:

@@ -49,7 +49,7 @@ class Corpus:
         identity: of the corpus, for the fingerprint: names and content hashes (remote: etags) of its files in order,
             and reading options.
         text_column: column or key of the text.
-        shard_tokens: approximate tokens per shard.
+        shard_tokens: approximate tokens per shard of text.
         from_shards: the manifest if the corpus is a shard directory; its tokens, ids and shards are kept.
     """
 
@@ -135,8 +135,11 @@ def _cut_file(path: str, text_column: str, document: str | None, shard_bytes: in
         return
     size = storage.size(path) or 0
     whole = FileRange(path, kind or "text", compression=COMPRESSIONS[suffix] if suffix else None)
-    whole = replace(whole, kind=_kind_of_range(whole, document))
-    _check_text_column(whole, text_column)
+    try:
+        whole = replace(whole, kind=_kind_of_range(whole, document))
+        _check_text_column(whole, text_column)
+    except (OSError, EOFError) as error:
+        raise UsageError(f"cannot read {path}: {one_line(error)}") from None
     if suffix or whole.kind in ("json", "csv", "tsv", "file"):
         yield whole, size * (3 if suffix else 1)
         return
@@ -153,16 +156,13 @@ def _kind_of_range(file: FileRange, document: str | None) -> str:
     Raises:
         UsageError: it is a large text without blank lines, which would be one document, and no unit was chosen.
     """
-    try:
-        if file.kind == "json":
-            return "json" if is_array(file) else "jsonl"
-        if file.kind == "text" and not document and not has_blank_line(file):
-            raise UsageError(
-                f"{file.path} has no blank line in its first {LONG_PARAGRAPH >> 10} KiB, so its paragraphs are no "
-                "documents; pass --document line if each line is one, or --document paragraph or file"
-            )
-    except (OSError, EOFError) as error:
-        raise UsageError(f"cannot read {file.path}: {one_line(error)}") from None
+    if file.kind == "json":
+        return "json" if is_array(file) else "jsonl"
+    if file.kind == "text" and not document and not has_blank_line(file):
+        raise UsageError(
+            f"{file.path} has no blank line in its first {LONG_PARAGRAPH >> 10} KiB, so its paragraphs are no "
+            "documents; pass --document line if each line is one, or --document paragraph or file"
+        )
     return document or "paragraph" if file.kind == "text" else file.kind
 
 
@@ -189,17 +189,14 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tupl
 
 def _check_text_column(file_range: FileRange, text_column: str) -> None:
     """Detect a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
-    if file_range.kind not in ("csv", "tsv", "json", "jsonl"):
+    if file_range.kind in ("json", "jsonl"):
+        names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
+    elif file_range.kind in ("csv", "tsv"):
+        names = next(csv_rows(file_range), (1, [text_column]))[1] or []
+        if not names:
+            raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
+    else:
         return
-    try:
-        if file_range.kind in ("json", "jsonl"):
-            names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
-        else:
-            names = next(csv_rows(file_range), (1, [text_column]))[1] or []
-            if not names:
-                raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
-    except (OSError, EOFError) as error:
-        raise UsageError(f"cannot read {file_range.path}: {one_line(error)}") from None
     _check_names(file_range.path, names, text_column)
 
 
@@ -271,8 +268,7 @@ def _plan_shard_directory(spec: str) -> Corpus:
     # only the tokens matter: scoring a scored directory again means scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
-    tokens = sum(entry.tokens for entry in manifest.shards)
-    return Corpus(ranges, identity, "", tokens // max(1, len(ranges)), manifest)
+    return Corpus(ranges, identity, "", 0, manifest)
 
 
 def _materialise_hub_dataset(spec: str) -> Path:

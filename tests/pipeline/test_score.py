@@ -243,15 +243,6 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     message = refused(*SCORE, *flags, "--teacher", pickled)
     assert "pickle" in message and "save_pretrained" in message
 
-    remote = tmp_path / "remote"
-    save_bert(remote, AutoTokenizer.from_pretrained(work / "tokenizer"))
-    config = json.loads((remote / "config.json").read_text())
-    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForMaskedLM": "evil.Model"}}
-    (remote / "config.json").write_text(json.dumps(config))
-    (remote / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    assert "--trust-remote-code" in refused(*SCORE, *flags, "--teacher", remote)
-    assert not (tmp_path / "ran").exists()
-
     manifest = json.loads((scored / "manifest.json").read_text())
     manifest["shards"][0]["file"] = "../../etc/part-00000.parquet"
     (tmp_path / "forged").mkdir()

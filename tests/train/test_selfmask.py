@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from harness import LENGTH
-from in_process import SELF, train_here
+from in_process import SELF, score_here, train_here
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import BertConfig, ModernBertForMaskedLM
 
@@ -22,6 +23,7 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.type_means import MAX_COUNT, TypeMeans
 from entropy_masking.models.masked_positions import MEASURED_EVERY
 from entropy_masking.shards.manifests import read_manifest
+from train.agreement import TeacherSample
 from train.progress import MIN_RISE, CollapseWarnings, collapse_signs, type_concentration
 from train.trainer import MaskedLMTrainer
 
@@ -158,6 +160,36 @@ def test_a_run_masks_the_tokens_that_the_student_is_least_sure_of(
             ranked = entropy_BL[row].masked_fill(~candidates_BL[row], -1).argsort(descending=True)
             agreement.append(chosen == set(ranked[: len(chosen)].tolist()))
         assert all(agreement) if step >= 3 else not any(agreement)
+
+
+def test_the_log_has_the_rank_correlation_with_the_teacher(
+    work: Path, sharp_teacher: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A student that stays the teacher has its scores. Without a teacher there is no correlation."""
+    sizes = ["--limit-documents", 40, "--shard-tokens", 800, "--sequence-length", LENGTH, "--context", "full"]
+    shards = score_here(work / "corpus.jsonl", sharp_teacher, tmp_path / "shards", *sizes)
+    flags = ["--model", sharp_teacher, "--learning-rate", 0, "--max-steps", 8, "--logging-steps", 4]
+    logged = {}
+    for refresh in ("means", "step"):
+        train_here(shards, tmp_path / refresh, *SELF, *flags, "--self-refresh", refresh)
+        state = json.loads((tmp_path / refresh / "checkpoint-8" / "trainer_state.json").read_text())
+        logged[refresh] = [entry["teacher_correlation"] for entry in state["log_history"] if "loss" in entry]
+        printed = [line for line in capsys.readouterr().err.splitlines() if ": loss" in line]
+        assert len(logged[refresh]) == len(printed) == 2
+        for rho, line in zip(logged[refresh], printed, strict=True):
+            assert line.endswith(f", teacher correlation {rho:.2f}")
+    assert -0.99 < logged["means"][1] < 0.99 < logged["step"][0] == logged["step"][1]
+    train_here(tokens, tmp_path / "bare", *SELF, *flags)
+    assert "teacher correlation" not in capsys.readouterr().err
+
+
+def test_a_rank_correlation_counts_scored_tokens_only() -> None:
+    teacher_NL = np.array([[np.nan, 1, 2, 2], [4, np.nan, 3, 5]], np.float32)
+    student_NL = torch.tensor([[9.0, 0.2, 0.1, 0.3], [0.5, -9.0, 0.5, 0.6]], dtype=torch.float64)
+    rho = spearmanr([1, 2, 2, 4, 3, 5], [0.2, 0.1, 0.3, 0.5, 0.5, 0.6]).statistic
+    sample = TeacherSample(torch.zeros(2, 4, dtype=torch.int64), teacher_NL)
+    assert sample.correlation(student_NL) == {"teacher_correlation": pytest.approx(rho)}
+    assert sample.correlation(torch.zeros(2, 4)) == {}, "as before the first means"
 
 
 # --- masks that collapse ---------------------------------------------------------------------------------------------
