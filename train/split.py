@@ -18,7 +18,7 @@ from entropy_masking.shards.schema import Manifest, ShardEntry
 SEED = 0  # the split does not depend on --seed
 SHARD, PLACE = range(2)  # the two uses of hashes
 BLOCKS = 16  # a corpus that would hold out fewer shards holds out blocks of rows in up to this many shards
-MIN_BLOCK = 32  # rows of a block; a border costs a row, so small blocks would waste text
+MIN_BLOCK = 8  # rows of a block; a border costs a row, so small blocks would waste text
 
 
 @dataclass(frozen=True)
@@ -106,22 +106,20 @@ def split(manifest: Manifest, fraction: float) -> Split:
 def held_out_block(manifest: Manifest, entry: ShardEntry, share: float) -> tuple[Part, bool]:
     """The rows of a shard that are held out, and whether they are a passage of a longer document.
 
-    They are a passage if no document begins in the planned block, or none ends soon after it.
+    They are such a passage if no document begins in the planned block, or none ends in it or soon after it.
     """
     length = min(entry.rows, max(1, round(share * entry.rows)))
     start = int(hashes(SEED, PLACE, of_N=torch.tensor([entry.index]))) % (entry.rows - length + 1)
     stop, end = start + length, min(entry.rows, start + 2 * length)
     borders = [] if length == entry.rows else rows_with_borders(manifest, entry, max(0, start - 1), end)
-    first: int | None = -1  # the row before the block
-    if start:
-        first = next((row for row in borders if start - 1 <= row < stop), None)
-    last: int | None = entry.rows  # the row after the block
-    if first is not None and stop < entry.rows:
-        until = entry.rows if end == entry.rows else None
-        last = next((row for row in borders if row >= max(stop, first + 2)), until)
-    if first is None or last is None:
+    first = next((row for row in borders if start - 1 <= row < stop), None) if start else -1
+    if first is None:
         return Part(entry, start, stop), True
-    return Part(entry, first + 1, last), False
+    # the block ends with the document that brings it nearest to its length
+    ends = [row for row in borders if row > first + 1] + [entry.rows] * (end == entry.rows)
+    if not ends:
+        return Part(entry, start, stop), True
+    return Part(entry, first + 1, min(ends, key=lambda row: abs(row - first - 1 - length))), False
 
 
 def rows_with_borders(manifest: Manifest, entry: ShardEntry, start: int, stop: int) -> list[int]:
