@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/demo}
-documents=${DOCUMENTS:-2500} steps=${STEPS:-200}
+documents=${DOCUMENTS:-2500} steps=${STEPS:-200} pairs=${PAIRS:-200}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # otherwise glibc hands large buffers back to the kernel at each step; to keep them doubles the speed of the MLM head
 export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
@@ -39,7 +39,8 @@ student parquet-kd --entropy-source parquet --distill-weight 0.5
 student self --entropy-source self
 
 step "6/6 which sentence of a pair is correct? Pairs are made from held-out docstrings; nothing is fine-tuned"
-python glue/run.py --model "$out"/{untrained,random,parquet,parquet-kd,self} --tasks pairs --output "$out/pairs"
+python glue/run.py --model "$out"/{untrained,random,parquet,parquet-kd,self} --tasks pairs \
+    --limit-pairs "$pairs" --output "$out/pairs"
 step "the comparison"
 python glue/compare.py "untrained=$out/pairs/untrained" "random=$out/pairs/random" "parquet=$out/pairs/parquet" \
     "parquet+kd=$out/pairs/parquet-kd" "self=$out/pairs/self" --baseline random --output "$out/comparison"

@@ -65,7 +65,7 @@ def home(work: Path, data: Path, words: list[str], tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def demo(home: Path) -> Path:
     """`make demo`, small; the environment that runs the tests takes the place of .venv."""
-    sizes = {"OUT": str(home / "runs" / "demo"), "DOCUMENTS": "1200", "STEPS": "4"}
+    sizes = {"OUT": str(home / "runs" / "demo"), "DOCUMENTS": "1200", "STEPS": "4", "PAIRS": "10"}
     output = shell("make -o .venv/installed demo", ROOT, **sizes)
     assert "A run this small shows the machinery. It proves nothing about quality." in output
     return home / "runs" / "demo"
