@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from entropy_masking import storage
+from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
@@ -61,6 +62,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         except OSError:
             raise UsageError(f"nothing answers at {address}; start a Ray cluster there, or unset RAY_ADDRESS") from None
+        console.note(f"joining the Ray cluster at {address} …")
         try:
             start(address)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
@@ -69,6 +71,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
                 f"the Ray cluster at {address} refuses the connection ({one_line(error)}); {fix}"
             ) from None
     else:
+        console.note("starting Ray on this machine …")
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
         try:
             start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
