@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from entropy_masking import storage
-from entropy_masking.commands import ray_cluster
+from entropy_masking.commands import console, ray_cluster
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.schema import Record
@@ -28,7 +28,7 @@ VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[FileRange]]
 
 
-def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | Failure]:
+def local_records(job: Job, todo: list[Shard]) -> Generator[Record | Failure, None, None]:
     """Score shards in this process; yields their records or failures in order."""
     from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
@@ -43,7 +43,7 @@ def local_records(job: Job, todo: list[Shard]) -> Iterator[Record | Failure]:
 
 def ray_records(
     job: Job, todo: list[Shard], workers: int | None = None, gpus_per_worker: float | None = None
-) -> Iterator[Record | Failure]:
+) -> Generator[Record | Failure, None, None]:
     """Score shards with an actor pool of Ray Data, on the cluster that ``ray_cluster.connect`` joins or starts.
 
     The items of the dataset are shard descriptors. An actor commits its own file and returns only the record, so a
@@ -88,6 +88,7 @@ def ray_records(
             **resources,
         )
         records.set_name(f"score {job.output.rstrip('/').rpartition('/')[2]}")
+        console.note("waiting for workers to load the teacher …" if job.manifest.teacher else "waiting for workers …")
         for row in records.iter_rows():
             fields = json.loads(row["outcome"])
             if "error" in fields:

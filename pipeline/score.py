@@ -13,7 +13,7 @@ The same command finishes a killed run: it does not score finished shards again.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
@@ -29,10 +29,10 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.parquet import shard_file
-from entropy_masking.shards.schema import Record, Run
+from entropy_masking.shards.schema import Masks, Record, Run
 from entropy_masking.shards.spread import entropy_spread, spread_words
 from pipeline.backends import local_records, ray_records
-from pipeline.corpus.plan import plan_corpus
+from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.job import Failure, Job, check_teacher_runs, choose_tokenizer, new_job
 from pipeline.status import line, totals_lines
 
@@ -66,20 +66,18 @@ def main(argv: list[str] | None = None) -> None:
         commit.save_tokenizer(tokenizer, job.output)
         on_ray = args.backend == "ray"
         outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        work = "scoring" if job.manifest.teacher else "tokenizing"
-        failed = collect(work, outcomes, records, shards, corpus.shard_tokens, args.max_failed_shards)
+        failed = collect(job, corpus, outcomes, records, args.max_failed_shards)
     finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
 
 
 def collect(
-    work: str,
-    outcomes: Iterator[Record | Failure],
+    job: Job,
+    corpus: Corpus,
+    outcomes: Generator[Record | Failure, None, None],
     records: dict[int, Record],
-    shards: int,
-    shard_tokens: int,
     max_failed: int,
 ) -> dict[int, str]:
-    """Add the records that a backend yields to ``records``, and show progress in tokens.
+    """Add the records that a backend yields to ``records``, and show progress in tokens or positions.
 
     Raises:
         UsageError: more than ``max_failed`` shards failed, one of them by a mistake of the user. The others are done.
@@ -88,9 +86,12 @@ def collect(
     Returns:
         Why shards failed, by index.
     """
+    shards, work = len(corpus.shards), work_of(corpus, job.manifest.masks)
     tokens = sum(record.tokens_or_positions for record in records.values())
+    total = tokens + sum(own for index, own in enumerate(work) if index not in records)
     failures: list[Failure] = []
-    with console.Progress(shard_tokens * shards, "tok", work, done=tokens) as progress:
+    label = "scoring" if job.manifest.teacher else "tokenizing"
+    with console.Progress(total, "tok", label, done=tokens) as progress:
         if records:
             progress.note(f"{len(records)} of {shards} shards are done already")
         try:
@@ -103,14 +104,29 @@ def collect(
                     continue
                 records[outcome.index] = outcome
                 tokens += outcome.tokens_or_positions
-                progress.total = round(tokens / len(records) * shards)  # better known with every shard
+                if corpus.from_shards:
+                    progress.total += outcome.tokens_or_positions - work[outcome.index]
+                else:
+                    progress.total = round(tokens / len(records) * shards)  # better known with every shard
                 progress.advance(outcome.tokens_or_positions)
         except KeyboardInterrupt:
-            progress.note(f"stopped: {len(records)} of {shards} shards are done; the same command resumes")
+            outcomes.close()  # when all workers have ended, no other shard can follow
+            done = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
+            progress.note(f"stopped: {len(done)} of {shards} shards are done; the same command resumes")
             raise
     if len(failures) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
         raise UsageError(f"{len(failures)} of {shards} shards failed; the first error: {usage[0]}")
     return {failure.index: failure.error for failure in failures}
+
+
+def work_of(corpus: Corpus, masks: Masks | None) -> list[int]:
+    """Tokens to score of each shard: estimated for text, else known; of targets, the most masked positions."""
+    if not corpus.from_shards:
+        return [corpus.shard_tokens] * len(corpus.shards)
+    work = [0] * len(corpus.shards)  # a shard that was given up has none
+    for entry in corpus.from_shards.shards:
+        work[entry.index] = entry.rows * masks["variants"] * masks["positions"] if masks else entry.tokens
+    return work
 
 
 def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_failed: int, scored_now: int) -> None:

@@ -101,6 +101,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     unreported = "{flag} names a run for --report-to; set it too, or leave {flag} out"
     two_lengths = "{flag} has no effect with --max-steps; leave one out"
     no_warmup = f"{{flag}} has no effect with --lr-scheduler-type {flags.lr_scheduler_type}; leave it out"
+    unpushed = "{flag} names what --push-to-hub makes; set it too, or leave {flag} out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
     takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC
@@ -127,6 +128,8 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
         (takes_best and flags.eval_steps is not None, {"save_steps": flags.eval_steps}, steps),
         (takes_best and flags.save_total_limit == 1, {"save_total_limit": None}, limit),
         (not (takes_best or by_metric), {"metric_for_best_model": None}, best),
+        (not options.push_to_hub, {"hub_model_id": None, "hub_private_repo": False}, unpushed),
+        (options.eval_only, {"push_to_hub": False}, "{flag} has no effect with --eval-only; leave one out"),
         (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
     ]
 

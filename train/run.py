@@ -36,7 +36,7 @@ from entropy_masking.cards import model_card
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from entropy_masking.summary import Summary
-from train import cluster, resume
+from train import cluster, hub, resume
 from train.arguments import global_batch, refused_by_transformers, training_arguments
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
@@ -76,18 +76,21 @@ def main(argv: list[str] | None = None) -> None:
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if not on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
+    with on_all_ranks(rank):
+        repository = hub.create_repository(options, output) if options.push_to_hub and rank == 0 else ""
+    if on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
-            print(f"{output} is finished already; pass --overwrite to train again")
-        return
-    if rank == 0:
-        storage.write_bytes(str(output / resume.GIVEN), options.as_yaml.encode())
-    train(trainer)
-    metrics = trainer.evaluate() if inputs.held_out else {}
-    check_finite(student, trainer.state.global_step, output)
-    if rank == 0:
-        save(trainer, summary := summarise(trainer, flags, flops, metrics))
-        print_summary(output, summary, metrics)
+            storage.write_bytes(str(output / resume.GIVEN), options.as_yaml.encode())
+        train(trainer)
+        metrics = trainer.evaluate() if inputs.held_out else {}
+        check_finite(student, trainer.state.global_step, output)
+        if rank == 0:
+            save(trainer, summary := summarise(trainer, flags, flops, metrics))
+            print_summary(output, summary, metrics)
+    elif rank == 0:
+        print(f"{output} is finished already; pass --overwrite to train again")
+    if repository:
+        hub.push(output, repository)
 
 
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:

@@ -69,6 +69,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
+def note(text: str) -> None:
+    """Print a line without breaking a bar."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
 class Progress:
     """A tqdm bar on a terminal; elsewhere a line every ``LOG_SECONDS`` and one at the end, with rate and ETA.
 
@@ -108,8 +114,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        note(text)
 
     def _print_line(self) -> None:
         self.last_line = time.monotonic()

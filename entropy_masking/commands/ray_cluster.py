@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from entropy_masking import storage
+from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
@@ -55,11 +56,13 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
         _check(address)
+        console.note(f"joining the Ray cluster at {address} …")
         try:
             start(address)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
             raise UsageError(f"the Ray cluster at {address} {_refusal(error)}") from None
     else:
+        console.note("starting Ray on this machine …")
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
         try:
             start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)

@@ -15,16 +15,31 @@ from harness import LENGTH, SCORE, refused
 from in_process import MASKS, SEED, TOP_8, score_here
 
 import pipeline.score
+from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
 from entropy_masking.shards.targets import input_crc32, rows_of, targets_schema
+from pipeline.status import status, to_text
 
 
 def small_targets(sequences: Path, teacher: Path, output: Path, *flags: object) -> manifests.Manifest:
     """The manifest of targets with one token at a position."""
     return manifests.read_manifest(str(score_here(sequences, teacher, output, "--top-k", 1, *flags)), kind="targets")
+
+
+def progress(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The total and the count after each shard of the runs that follow."""
+    shown = []
+
+    class Noted(console.Progress):
+        def advance(self, amount: int) -> None:
+            super().advance(amount)
+            shown.append((self.total, self.count))
+
+    monkeypatch.setattr(console, "Progress", Noted)
+    return shown
 
 
 def test_targets_are_for_the_masks_of_a_run(sharp: Path, sharp_targets: Path) -> None:
@@ -76,27 +91,49 @@ def test_there_are_as_many_variants_as_differ(sharp: Path, sharp_teacher: Path, 
 
 
 def test_an_interrupted_run_resumes(
-    sharp: Path, sharp_teacher: Path, sharp_targets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sharp: Path,
+    sharp_targets: Path,
+    sharp_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     argv = (sharp, sharp_teacher, tmp_path / "targets", *MASKS, *TOP_8)
     original = pipeline.score.local_records
 
     def cut_short(job: Any, todo: list[Any]) -> Iterator[Any]:
-        yield from original(job, todo[:2])
+        first, _ = original(job, todo[:2])  # a worker has committed the other one meanwhile
+        yield first
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline.score, "local_records", cut_short)
         score_here(*argv)
+    shards = len(manifests.read_manifest(str(sharp)).shards)
+    stopped, status_line = capsys.readouterr().err, to_text(status(str(tmp_path / "targets"), 0.0))
+    assert f"stopped: 2 of {shards} shards are done" in stopped and f"unfinished, 2 of {shards} shards" in status_line
     with pytest.raises(UsageError, match=r"unfinished \(2 of \d+ shards\); run the same .*--mask-source"):
         manifests.read_manifest(str(tmp_path / "targets"), kind="targets")
     records = {path: path.read_text() for path in (tmp_path / "targets" / "_records").glob("part-*.json")}
+    shown = progress(monkeypatch)
     resumed = manifests.read_manifest(str(score_here(*argv)), kind="targets")
     whole = manifests.read_manifest(str(sharp_targets), kind="targets")
     assert [entry.sha256 for entry in resumed.shards] == [entry.sha256 for entry in whole.shards]
     assert len(records) == 2 and all(path.read_text() == text for path, text in records.items())
+    totals = [total for total, _ in shown]
+    assert totals == sorted(totals, reverse=True) and shown[-1][0] == shown[-1][1], "it only falls, to what is done"
     with pytest.raises(UsageError, match=r"policy\.temperature: 1.0 → 2.0"):
         score_here(*argv, "--mask-temperature", 2)
+
+
+def test_the_total_of_a_corpus_of_shards_is_known_from_the_start(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = progress(monkeypatch)
+    again = ["--corpus", tokens, "--teacher", "none", "--output", tmp_path / "again", "--backend", "local"]
+    pipeline.score.main([str(flag) for flag in again])
+    manifest = manifests.read_manifest(str(tokens))
+    assert [total for total, _ in shown] == [manifest.totals["tokens"]] * len(manifest.shards)
 
 
 def test_a_shard_without_text_has_no_targets(work: Path, sharp_teacher: Path, tmp_path: Path) -> None:

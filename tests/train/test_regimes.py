@@ -136,6 +136,34 @@ def test_shards_without_scores_train_a_reference_and_self_masking(tokens: Path, 
     assert train_here(tokens, tmp_path / "self", *REGIMES["self"], "--max-steps", 2)["regime"] == "self"
 
 
+def test_shards_where_nothing_is_scored_are_counted_and_trained_past(
+    work: Path, sharp_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of foreign letters, which are all [UNK], beside two files of text."""
+    lines = (work / "corpus.jsonl").read_text().splitlines()
+    for name, text in (("a", lines[:20]), ("b", ['{"text": "é è ê é è ê é è ê é"}'] * 60), ("c", lines[20:40])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(text))
+    corpus = ",".join(f"{tmp_path}/{name}.jsonl" for name in "abc")
+    flags = ["--sequence-length", LENGTH, "--shard-tokens", 500, "--passes", 2, "--top-k", 4]
+    directory = score_here(corpus, sharp_teacher, tmp_path / "shards", *flags)
+    entries = read_manifest(str(directory)).shards
+    bare = [entry.file for entry in entries if not entry.scored_tokens]
+    assert 1 <= len(bare) < len(entries) and all(entry.rows for entry in entries)
+    assert f"without scores      {len(bare)} shards ({bare[0]}" in capsys.readouterr().out
+    masks = ["--mask-source", "parquet", "--top-k", 4]
+    targets = score_here(directory, sharp_teacher, tmp_path / "targets", *masks)
+    one_epoch = ["--num-train-epochs", 1, "--eval-fraction", 0.4, "--eval-strategy", "no"]
+    regimes = {
+        **{name: REGIMES[name] for name in ("parquet+kd", "self")},
+        "step": [*REGIMES["self"], "--self-refresh", "step"],
+        "predicted": [*REGIMES["parquet"], "--predict-ratio", 0.1, "--predict-by", "entropy"],
+        "targets": ["--entropy-source", "parquet", "--targets", targets, "--distill-weight", 0.5],
+    }
+    for name, regime in regimes.items():
+        summary = train_here(directory, tmp_path / name, *regime, *one_epoch)
+        assert math.isfinite(summary["train_loss"]) and math.isfinite(summary["eval_loss"]), name
+
+
 def test_the_result_is_a_plain_masked_lm(students: dict[str, Path], scored: Path) -> None:
     directory = students["parquet+kd"]
     model, loading = AutoModelForMaskedLM.from_pretrained(directory, output_loading_info=True)
