@@ -49,7 +49,7 @@ def verdict(table: Comparison) -> str:
 
 
 def weak_teachers(summaries: Mapping[str, Sequence[Summary]], teacher: Summary | None = None) -> list[str]:
-    """A sentence for each flat map of entropies that regimes mask by, and for a teacher that has learned little.
+    """A sentence for each teacher of these regimes whose entropies hardly differ, and for one that has learned little.
 
     Args:
         summaries: of the models by regime.

@@ -22,7 +22,7 @@ LEARNING_RATES = {
 }
 PRETRAINED_RATE = 5e-5  # AdamW's, to train a checkpoint further
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
-EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # shares of the shards, and of the steps between evaluations
+EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # the share of the documents to hold out, and of the steps between evaluations
 SAVE_STEPS = 500
 # settings of transformers that a run cannot vary
 FIXED = {

@@ -101,7 +101,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     unreported = "{flag} names a run for --report-to; set it too, or leave {flag} out"
     two_lengths = "{flag} has no effect with --max-steps; leave one out"
     no_warmup = f"{{flag}} has no effect with --lr-scheduler-type {flags.lr_scheduler_type}; leave it out"
-    unpushed = "{flag} names what --push-to-hub makes; set it too, or leave {flag} out"
+    unpushed = "{flag} needs --push-to-hub; set it too, or leave {flag} out"
     distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
     takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC

@@ -29,7 +29,7 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     elif held_out:
         evaluated = f", {held_out:,} ({held_out / (tokens + held_out):.1%}) held out to evaluate on"
     if inputs.cut:
-        evaluated += f"; {inputs.cut} held-out passages are parts of longer documents, which also train"
+        evaluated += f"; {inputs.cut} of {len(inputs.held_out)} blocks cut from longer documents, whose rest trains"
     weights = sum(parameter.numel() for parameter in student.parameters())
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     rate = f"learning rate {args.learning_rate:g}"

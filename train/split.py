@@ -65,9 +65,9 @@ def split(manifest: Manifest, fraction: float) -> Split:
     A block begins and ends with a document. The two rows at its borders hold tokens of both sides, so they are left
     out. A large corpus gives up whole shards.
 
-    The block of a shard depends on the shard's index, its rows and the planned number of shards. So a teacher that was
-    trained on tokens and students that are trained on the same tokens with scores hold out the same documents, even if
-    some shards could not be scored.
+    The block of a shard depends on the fraction, the index and rows of the shard, the planned number of shards and the
+    rows of the longest shard. So a teacher that was trained on tokens and students that are trained on the same tokens
+    with scores hold out the same documents, even if other shards could not be scored.
 
     Raises:
         UsageError: there is too little text.
@@ -97,8 +97,8 @@ def split(manifest: Manifest, fraction: float) -> Split:
         cut += is_cut
     if not training or not held_out:
         raise UsageError(
-            f"{manifest.uri} has too little text to hold out {fraction:.0%} of it; use more text, or train without "
-            "evaluation (--eval-fraction 0)"
+            f"{manifest.uri} has too little text to hold out {fraction:g} of it; use more text, or another "
+            "--eval-fraction (0 for no evaluation)"
         )
     return Split(training, held_out, cut)
 

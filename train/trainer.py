@@ -78,9 +78,9 @@ class MaskedLMTrainer(Trainer):
         self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
             self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
-        self.teacher: TeacherSample | None = None
+        self.teacher_sample: TeacherSample | None = None
         if options.entropy_source == "self" and self.policy.uses_scores:
-            self.teacher = teacher_sample(self.manifest, inputs.training, self.score_name, args.device)
+            self.teacher_sample = teacher_sample(self.manifest, inputs.training, self.score_name, args.device)
 
     def check_flags(self) -> None:
         """Build the loader, the optimizer and the schedule once, so that they refuse wrong flags early."""
@@ -152,16 +152,18 @@ class MaskedLMTrainer(Trainer):
         return self.accelerator.reduce(tensor, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a loss with the seconds so far, with means of the scores since the last log, and how masks develop."""
+        """Log a loss with the seconds so far, the means of scores since then and the correlation with the teacher."""
         if "loss" in logs:
             self.log_seconds()
             logs |= self.logged_means.take(self.sum_over_ranks)
             if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
             self.predicted_V.zero_()
-            if self.teacher:
+            if self.teacher_sample:
                 with self.compute_loss_context_manager():
-                    logs |= self.teacher.correlation(self.scores_by_student({"input_ids": self.teacher.ids_NL}))
+                    logs |= self.teacher_sample.correlation(
+                        self.scores_by_student({"input_ids": self.teacher_sample.ids_NL})
+                    )
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:

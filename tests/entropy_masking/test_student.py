@@ -304,7 +304,7 @@ def test_a_head_that_needs_whole_sequences_is_told(
     config.save_pretrained(tmp_path)
     build_student(str(tmp_path / "config.json"), manifest, 0)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(AutoModelForMaskedLM, "from_config", Mixing)
+    monkeypatch.setattr(AutoModelForMaskedLM, "from_config", lambda config, trust_remote_code: Mixing(config))
     build_student(str(tmp_path / "config.json"), manifest, 0)
     message = capsys.readouterr().err
     assert message == "the head of Mixing needs whole sequences, so it runs at every position: training is slower\n"

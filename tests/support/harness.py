@@ -18,7 +18,7 @@ LENGTH, TOP_K = 32, 4
 
 
 def run(*args: object, code: int = 0) -> str:
-    """The output of a command, which must end with this exit code. A script of Python skips its imports."""
+    """The output of a command, which must end with this exit code. A script runs in a fork without imports."""
     command = [str(arg) for arg in args]
     if command[0] == sys.executable and command[1].endswith(".py") and processes.has_same_environment():
         returned, printed = processes.run_script(command[1:], timeout=240)

@@ -1,4 +1,4 @@
-"""Processes that need no imports, because a server forks them after its own. Each saves about five seconds of CPU time.
+"""Processes that a server forks after it has imported everything. Each saves about five seconds of CPU time.
 
 ``run_script`` runs any script to its end; ``Run`` is train/run.py on several ranks, and can be killed at a chosen step.
 """

@@ -130,13 +130,13 @@ def test_long_documents_are_kept_whole_or_cut(work: Path, tmp_path: Path, capsys
             check(manifest, made)
     train_here(shards, tmp_path / "out", *RANDOM, "--eval-fraction", 0.1, "--max-steps", 1)
     printed = capsys.readouterr().err
-    assert "held out to evaluate on; 1 held-out passages are parts of longer documents, which also train" in printed
+    assert "held out to evaluate on; 1 of 1 blocks cut from longer documents, whose rest trains" in printed
 
 
 def test_too_little_text_is_refused(work: Path, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "one sentence"}\n')
     shards = tokenize_here(tmp_path / "text.jsonl", work / "tokenizer", tmp_path / "shards")
-    with pytest.raises(UsageError, match="too little text to hold out 1% of it; use more text"):
+    with pytest.raises(UsageError, match=r"too little text to hold out 0\.01 of it; use more text"):
         split(read_manifest(str(shards)), 0.01)
 
 
