@@ -330,7 +330,8 @@ def test_two_workers_give_the_numbers_of_one_process(
     capfd.readouterr()
     two = glue_here(tmp_path / "two", *flags, "--num-workers", 2)
     output = "".join(capfd.readouterr())
-    assert "1 of 8 results exist already" in output and "ray" not in output.lower(), output
+    assert "1 of 8 results exist already" in output
+    assert "ray" not in output.replace("starting Ray on this machine", "").lower(), output
     assert two == one
     with pytest.raises(UsageError, match="--gpus-per-worker needs a cluster with GPUs; leave it out"):
         glue_here(tmp_path / "three", *flags, "--num-workers", 2, "--gpus-per-worker", 0.5)
