@@ -84,6 +84,7 @@ def test_ray_writes_the_same_bytes(work: Path, scored: Path) -> None:
     output = run(*command(work, work / "ray", "--workers", "2"))
     assert hashes(work / "ray") == hashes(scored)
     assert "tokens/s" in output and "mean entropy" in output
+    assert "starting Ray on this machine" in output and "waiting for workers to load the teacher" in output
 
 
 def test_killed_run_resumes_to_the_same_bytes(work: Path, scored: Path) -> None:
