@@ -145,8 +145,9 @@ def read_summary(directory: Path) -> object:
 
 def load_data(args: argparse.Namespace, task: Task) -> TaskData | blimp.Pairs:
     if task.name in ZERO_SHOT:
-        own = task.name == "pairs"
-        return blimp.limited(pairs.make(), args.limit_pairs) if own else blimp.load(args.data, args.limit_pairs)
+        if task.name == "pairs":
+            return blimp.limited(pairs.make(), args.limit_pairs)
+        return blimp.load(args.data, args.limit_pairs)
     data = load(task, args.data)
     return data.without_overlap() if args.drop_overlap else data
 

@@ -26,8 +26,10 @@ from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
 # flags that do not decide what is learned
-FREE = "overwrite dry_run eval_only argv as_yaml trust_remote_code num_workers eval_shards recipe".split()  # noqa: SIM905
-FREE += ["push_to_hub", "hub_model_id", "hub_private_repo"]
+FREE = [
+    *("overwrite", "dry_run", "eval_only", "argv", "as_yaml", "trust_remote_code", "num_workers", "eval_shards"),
+    *("recipe", "push_to_hub", "hub_model_id", "hub_private_repo"),
+]
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
@@ -74,7 +76,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
-    p10, p90 = (read.entropy and entropy_spread(manifest)) or (None, None)
+    p10, p90 = (entropy_spread(manifest) if read.entropy else None) or (None, None)
     guess = unigram_loss(token_counts(manifest, inputs.training), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),

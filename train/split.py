@@ -38,6 +38,10 @@ class Part:
         """Tokens without padding, as a share of the shard's."""
         return round(self.entry.tokens * self.rows / self.entry.rows)
 
+    def has_padding(self, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens is padded. Only the last one of a shard can be."""
+        return self.stop == self.entry.rows and self.entry.tokens < self.entry.rows * length
+
     def groups(self) -> Iterator[tuple[int, slice]]:
         """The row groups that hold the part, and which of their rows belong to it."""
         for group in range(self.start // ROW_GROUP, -(-self.stop // ROW_GROUP)):

@@ -233,7 +233,7 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
     """The dataset of a whole run."""
     manifest, policy, source = inputs.manifest, inputs.policy, options.entropy_source
     # a compiled model should get one shape: always or never an attention mask
-    padded = any(part.tokens < part.rows * manifest.sequence_length for part in inputs.training)
+    padded = any(part.has_padding(manifest.sequence_length) for part in inputs.training)
     top_k = options.distill_weight > 0 and inputs.targets is None
     return TrainingSequences(
         manifest,

@@ -55,7 +55,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.WARNING)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
-        _check(address)
+        _check_address(address)
         console.note(f"joining the Ray cluster at {address} …")
         try:
             start(address)
@@ -72,7 +72,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler
 
 
-def _check(address: str) -> None:
+def _check_address(address: str) -> None:
     """Raises UsageError if no Ray cluster answers at this address, or if it does not accept this user's token.
 
     Ray itself would try for minutes, and would not name the cause.

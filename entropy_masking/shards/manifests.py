@@ -102,7 +102,7 @@ def sampled(shards: list[T]) -> list[T]:
 
 
 def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that made the shards in ``directory``. Its own code never runs."""
+    """The tokenizer that made the shards in ``directory``. Raises ValueError if it needs code of its own."""
     from transformers import AutoTokenizer  # takes seconds, and most readers of shards need none
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -110,7 +110,9 @@ def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(temporary, trust_remote_code=False)
         except ValueError as error:
-            raise ValueError("it brings its own code") if "trust_remote_code" in str(error) else error from None
+            if "trust_remote_code" in str(error):
+                raise ValueError("it brings its own code") from None
+            raise
 
 
 def copy_tokenizer(directory: str, destination: Path) -> None:

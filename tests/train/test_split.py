@@ -114,6 +114,25 @@ def test_a_run_trains_on_every_row_but_the_held_out_ones(directories: dict[int, 
     assert [(number >> 32, number & 0xFFFFFFFF) for number in evaluated.tolist()] == sorted(rows_of(made.held_out))
 
 
+def test_padding_is_found_in_the_part_that_has_it(directories: dict[int, Path]) -> None:
+    manifest = read_manifest(str(directories[10_000]))
+    pad, found = manifest.special_ids["pad"], set()
+    for entry in manifest.shards:
+        ids_NL = read_rows(manifest, entry, Columns())["input_ids"]
+        for start, stop in ((0, entry.rows), (0, entry.rows - 1), (entry.rows - 1, entry.rows)):
+            padded = bool((ids_NL[start:stop] == pad).any())
+            assert Part(entry, start, stop).has_padding(LENGTH) == padded
+            found.add(padded)
+    assert found == {True, False}
+
+
+def test_held_out_text_without_a_token_to_predict(directories: dict[int, Path], work: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "語 学 校"}\n' * 50)
+    other = tokenize_here(tmp_path / "text.jsonl", work / "tokenizer", tmp_path / "other", "--sequence-length", LENGTH)
+    with pytest.raises(UsageError, match=r"the held-out text of .*other has only special tokens, such as \[UNK\]"):
+        train_here(directories[10_000], tmp_path / "out", *RANDOM, "--eval-fraction", 0, "--eval-shards", other)
+
+
 def test_long_documents_are_kept_whole_or_cut(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nine short documents and a long one, or a single one."""
     lines = [json.loads(line)["text"] for line in (work / "corpus.jsonl").read_text().splitlines()]
