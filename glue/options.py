@@ -65,6 +65,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--trust-remote-code", action="store_true", help="run model code from the checkpoints")
     add("--overwrite", action="store_true", help="replace existing results")
     args = parser.parse_args(argv)
+    args.as_yaml = parser.to_yaml()
     if not (args.tasks or args.task_file):
         raise UsageError("there is nothing to do; name tasks with --tasks, or a task of your own with --task-file")
     args.tasks = (choose(args.tasks) if args.tasks else []) + own_tasks(args.task_file)

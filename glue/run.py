@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         for model in models.values()
     ]
     todo = [trial for trial in trials if args.overwrite or not is_done(trial)]
+    storage.write_bytes(storage.join(args.output, "flags.yaml"), args.as_yaml.encode())
     tokens_of = shared_tokens(models, data, args.pll)
     failures: dict[str, str] = {}
     tunes = set(data) - set(ZERO_SHOT)

@@ -150,6 +150,9 @@ def test_the_demos_shards_are_what_the_documents_say(demo: Path) -> None:
         **{"sequence_id": pl.UInt64, "input_ids": ids, "entropy": half, "surprisal": half},
         **{"topk_ids": ids, "topk_logprobs": half},
     }
+    mean = frame.select(pl.col("entropy").explode().drop_nans().mean()).item()
+    assert mean == pytest.approx(manifest["totals"]["entropy_sum"] / manifest["totals"]["scored_tokens"], abs=0.01)
+    assert frame.select(pl.col("entropy").cast(pl.List(pl.Float32)).list.mean())["entropy"].is_nan().all()
     schema = pq.read_schema(next((demo / "scored").glob("part-*.parquet")))
     assert not any(field.nullable for field in schema)
     assert not any(field.type.value_field.nullable for field in schema if pa.types.is_list(field.type))

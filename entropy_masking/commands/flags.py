@@ -139,22 +139,25 @@ class Parser(argparse.ArgumentParser):
         return [*own.option_strings[:1], *texts]
 
     def to_yaml(self) -> str:
-        """The flags of the last ``parse_args`` as a file for --config, if each has at most one value.
+        """The flags of the last ``parse_args`` as a file for --config.
 
         Without --overwrite, so that the file repeats or resumes the run.
         """
         import yaml
 
-        entries: dict[str, object] = {}
+        entries: dict[str, list[str]] = {}
         for text in self.argv:
             first, equals, value = text.partition("=")
-            if first in self._option_string_actions:
-                name = first[2:]
-                entries[name] = value if equals else True
+            if action := self._option_string_actions.get(first):
+                values = entries.setdefault(first[2:], [])
+                if not isinstance(action, argparse._AppendAction):
+                    values.clear()  # the last one wins
+                values += [value] if equals else []
             else:
-                entries[name] = text
+                values.append(text)
         entries.pop("overwrite", None)
-        return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+        single = {name: values[0] if len(values) == 1 else values or True for name, values in entries.items()}
+        return yaml.safe_dump(single, sort_keys=False, allow_unicode=True)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

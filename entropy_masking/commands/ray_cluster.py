@@ -52,7 +52,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
 
     root = Path(__file__).resolve().parents[2]
     modules = [str(root / package) for package in ("entropy_masking", *applications)]
-    start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.WARNING)
+    start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
         _check_address(address)

@@ -102,6 +102,7 @@ def test_wrong_files_of_flags(tmp_path: Path, text: str, sentence: str) -> None:
 
 def test_the_flags_of_a_run_as_a_file_that_repeats_it(tmp_path: Path) -> None:
     texts = ["--steps", "3", "--rate=0.25", "--bf16", "--dry-run", "--output=~/x", "--kind", "a", "--steps=4"]
+    texts += ["--models", "x", "y", "--models=z", "--task", "a b", "--task=c"]
     parser = new_parser()
     first = parser.parse_args(texts)
     file = tmp_path / "flags.yaml"

@@ -75,6 +75,8 @@ def test_an_own_task_is_run_and_compared_as_those_of_glue(
     flags += ["--tasks", "rte", "--data", data, "--task-file", f"Ähnlich={files}", "--limit-train", "rte=32,Ähnlich=32"]
     found = glue_here(tmp_path / "out", *flags)
     assert "Ähnlich: 2 classes (0, 1), by accuracy" in capfd.readouterr().err
+    glue.run.main(["--config", str(tmp_path / "out" / "flags.yaml")])
+    assert "8 of 8 results exist already" in capfd.readouterr().err
     for seed in (1, 2):
         own, rte = found[f"Ähnlich-seed{seed}"], found[f"rte-seed{seed}"]
         for name in ("metrics", "score", "constant_score", "train_rows", "eval_rows", "train_split", "collapsed"):
