@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole story in one run, small: `make demo`. A corpus that is on every machine → a reference → its entropies → four
-# students → how much more they know than an untrained model. Finished steps are skipped, so the same command goes on
-# after a break.
-# Sizes by environment: DOCUMENTS=20000 STEPS=2000 OUT=runs/larger make demo
+# students → how much more they know than an untrained model. Finished steps are skipped, so the same command
+# continues an interrupted run.
+# Sizes by environment: DOCUMENTS=20000 STEPS=2000 PAIRS=200 OUT=runs/larger make demo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-runs/demo}

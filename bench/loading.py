@@ -42,7 +42,7 @@ from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manife
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, masker_of
 from train.data import WINDOW, TrainingSequences, whole_batch
-from train.split import whole
+from train.split import all_rows
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace) -> float | list[float]:
 def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int) -> int:
     """Read a batch every ``step`` sequences of the shards, repeated to fill ``--windows``; returns all their tokens."""
     groups = sum(entry.row_groups for entry in manifest.shards)
-    parts = whole(manifest) * math.ceil(args.windows * WINDOW / groups)
+    parts = all_rows(manifest) * math.ceil(args.windows * WINDOW / groups)
     size = sum(part.rows for part in parts)
     sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=prepare)
     for start in range(0, size, step):
@@ -125,7 +125,7 @@ def first_batch(args: argparse.Namespace) -> float:
     started = time.perf_counter()
     manifest = read_manifest(args.shards)
     check_shards(manifest, contents=False)
-    parts, columns = whole(manifest), all_columns(manifest)
+    parts, columns = all_rows(manifest), all_columns(manifest)
     size = sum(part.rows for part in parts)
     sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=masking(manifest, columns))
     loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=whole_batch)

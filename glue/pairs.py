@@ -29,7 +29,7 @@ def make() -> pl.DataFrame:
     paths = docstrings.materialise()
     known, held_out = (
         {sentence for text in pl.read_parquet(paths[part], glob=False)["text"] for sentence in sentences(text)}
-        for part in ("pretrain", "probes")
+        for part in ("pretrain", "pairs")
     )
     return pairs_of(held_out - known)
 

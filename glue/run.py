@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     tunes = set(data) - set(ZERO_SHOT)
     with console.Progress(sum(trial.rows for trial in todo), "rows", "fine-tuning" if tunes else "scoring") as progress:
         for line in notes(args, data, trials, len(trials) - len(todo)):
-            progress.note(line)
+            console.note(line)
         if args.num_workers > 1 and todo:
             outcomes = run_on_ray(todo, tokens_of, progress.advance, args.num_workers, args.gpus_per_worker)
         else:
@@ -94,10 +94,10 @@ def main(argv: list[str] | None = None) -> None:
         for trial, outcome in outcomes:
             if outcome.failure:
                 failures[str(trial)] = outcome.failure
-                progress.note(f"{trial} failed: {outcome.failure}")
+                console.note(f"{trial} failed: {outcome.failure}")
             else:
                 storage.write_json(trial.file, result := result_fields(trial, outcome, models[trial.model]))
-                progress.note(f"{trial}: {summary_line(result)}")
+                console.note(f"{trial}: {summary_line(result)}")
     for model in models.values():
         done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failures]
         print_results(model.output, [read_result(file) for file in done])

@@ -93,12 +93,12 @@ def collect(
     label = "scoring" if job.manifest.teacher else "tokenizing"
     with console.Progress(total, "tok", label, done=tokens) as progress:
         if records:
-            progress.note(f"{len(records)} of {shards} shards are done already")
+            console.note(f"{len(records)} of {shards} shards are done already")
         try:
             for outcome in outcomes:
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
-                    progress.note(outcome.traceback or f"shard {outcome.index} failed: {outcome.error}")
+                    console.note(outcome.traceback or f"shard {outcome.index} failed: {outcome.error}")
                     if outcome.fatal:
                         raise RunError(f"{outcome.error}; make room, then run the command again")
                     continue
@@ -112,7 +112,7 @@ def collect(
         except KeyboardInterrupt:
             outcomes.close()  # when all workers have ended, no other shard can follow
             done = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
-            progress.note(f"stopped: {len(done)} of {shards} shards are done; the same command resumes")
+            console.note(f"stopped: {len(done)} of {shards} shards are done; the same command resumes")
             raise
     if len(failures) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
         raise UsageError(f"{len(failures)} of {shards} shards failed; the first error: {usage[0]}")

@@ -28,7 +28,7 @@ from entropy_masking.masking.noise import hashes
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.schema import Manifest
-from train.split import Split, whole
+from train.split import Split, all_rows
 
 FILE = Path(__file__).with_name("golden.json")
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -75,7 +75,7 @@ def same(name: str, found: Any) -> None:
 
 def hold_out_whole_shards(manifest: Manifest, fraction: float) -> Split:
     """The split of the time when golden.json was written."""
-    parts, first = whole(manifest), hashes(0, of_N=torch.arange(len(manifest.shards))).argsort(stable=True)
+    parts, first = all_rows(manifest), hashes(0, of_N=torch.arange(len(manifest.shards))).argsort(stable=True)
     held_out = set(first[: math.ceil(fraction * len(parts))].tolist())
     sides = [[part for part in parts if (part.entry.index in held_out) is side] for side in (False, True)]
     return Split(*sides)

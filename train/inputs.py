@@ -23,7 +23,7 @@ from entropy_masking.shards.schema import Manifest
 from train import resume
 from train.evaluation import token_counts
 from train.flags import Options
-from train.split import Part, split, whole
+from train.split import Part, all_rows, split
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     check_scored(policy, source, manifest)
     check_machine_and_scores(options, args, targets or manifest)
     rows = split(manifest, options.eval_fraction or 0.0)
-    held_out, evaluated = (whole(eval_shards), eval_shards) if eval_shards else (rows.held_out, manifest)
+    held_out, evaluated = (all_rows(eval_shards), eval_shards) if eval_shards else (rows.held_out, manifest)
     if held_out and not token_counts(evaluated, held_out).any():
         fix = "evaluate on other text with --eval-shards, or not at all with --eval-fraction 0"
         raise UsageError(f"the held-out text of {evaluated.uri} has only special tokens, such as [UNK]; {fix}")

@@ -182,10 +182,10 @@ class ProgressReport(TrainerCallback):
         if "loss" in logs:
             shown = [f"{name.replace('_', ' ')} {logs[name]:.2f}" for name in logs if name in SHOWN]
             losses = f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}"
-            self.progress.note(f"{step}: {', '.join([losses, *shown])}")
+            console.note(f"{step}: {', '.join([losses, *shown])}")
         elif "eval_loss" in logs:
             accuracy = f"accuracy {logs['eval_accuracy']:.1%}"
-            self.progress.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")
+            console.note(f"{step}: held-out loss {logs['eval_loss']:.4f} nats, {accuracy}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.progress:

@@ -58,7 +58,7 @@ class Split:
     cut: int = 0  # held-out parts that are a passage of a longer document, which also trains
 
 
-def whole(manifest: Manifest) -> list[Part]:
+def all_rows(manifest: Manifest) -> list[Part]:
     """All rows of a directory."""
     return [Part(entry, 0, entry.rows) for entry in manifest.shards if entry.rows]
 
@@ -77,7 +77,7 @@ def split(manifest: Manifest, fraction: float) -> Split:
         UsageError: there is too little text.
         RunError: a shard cannot be read.
     """
-    parts = whole(manifest)
+    parts = all_rows(manifest)
     if not fraction or not parts:
         return Split(parts, [])
     planned, wanted = manifest.planned_shards, fraction * manifest.planned_shards

@@ -112,10 +112,6 @@ class Progress:
         elif time.monotonic() - self.last_line >= LOG_SECONDS:
             self._print_line()
 
-    def note(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        note(text)
-
     def _print_line(self) -> None:
         self.last_line = time.monotonic()
         seconds = max(self.last_line - self.started, 1e-9)

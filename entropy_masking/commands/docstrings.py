@@ -27,10 +27,10 @@ PACKAGES = (
     *("torch", "transformers", "ray", "datasets", "pyarrow", "polars", "numpy", "scipy", "sklearn", "pandas"),
     *("matplotlib", "sympy", "networkx", "accelerate", "huggingface_hub", "fsspec", "aiohttp"),
 )
-FORMAT = 1  # increase it when the extraction changes
+FORMAT = 2  # increase it when the extraction changes
 BYTES_PER_PACKAGE = 3_000_000  # so that no package dominates the corpus
 SHORTEST = 120  # characters; shorter docstrings are left out
-PROBE_SHARE = 10  # one source file in ten is kept for the minimal pairs
+PAIRS_SHARE = 10  # one source file in ten is kept for the minimal pairs
 ROW_GROUP = 512
 SURROGATE = re.compile("[\ud800-\udfff]")  # has no UTF-8
 SKIPPED = re.compile(r"(^|/)(tests?|testing|_?vendor(ed)?|third_?party(_files)?|extern(al|s)?|_private|generated)/")
@@ -42,7 +42,7 @@ def cache_directory() -> Path:
 
 
 def materialise() -> dict[str, Path]:
-    """Paths of the ``pretrain`` and ``probes`` part: Parquet with the columns ``text`` and ``package``.
+    """Paths of the parts ``pretrain`` and ``pairs``: Parquet with the column ``text``.
 
     All docstrings of a source file are in the same part. Of texts with the same beginning only the first is kept, so
     the parts share no text. Rows are sorted by a hash, which mixes the packages.
@@ -54,24 +54,24 @@ def materialise() -> dict[str, Path]:
     versions = {name: version(packages_distributions()[name][0]) for name in installed}
     key = storage.sha256_json([FORMAT, versions, BYTES_PER_PACKAGE, SHORTEST])[:16]
     directory = cache_directory() / f"docstrings-{key}"
-    paths = {part: directory / f"{part}.parquet" for part in ("pretrain", "probes")}
+    paths = {part: directory / f"{part}.parquet" for part in ("pretrain", "pairs")}
     if not all(path.exists() for path in paths.values()):
         try:
             directory.mkdir(parents=True, exist_ok=True)  # an error here comes before the work, not after it
         except OSError as error:
             raise UsageError(f"{one_line(error)}; set ENTROPY_MASKING_CACHE to a writable directory") from None
-        rows = _collect(installed)
+        texts = _collect(installed)
         for part, path in paths.items():
-            table = pa.table({name: [row[name] for row in rows if row["part"] == part] for name in ("text", "package")})
             sink = pa.BufferOutputStream()
-            pq.write_table(table, sink, row_group_size=ROW_GROUP, compression="zstd")
+            pq.write_table(pa.table({"text": texts[part]}), sink, row_group_size=ROW_GROUP, compression="zstd")
             storage.write_bytes(str(path), sink.getvalue().to_pybytes())
     return paths
 
 
-def _collect(packages: list[str]) -> list[dict[str, str]]:
+def _collect(packages: list[str]) -> dict[str, list[str]]:
+    """The texts of each part."""
     seen: set[str] = set()
-    rows = []
+    texts: dict[str, list[str]] = {"pretrain": [], "pairs": []}
     with console.Progress(len(packages), "packages", "collecting docstrings") as progress:
         for package in packages:
             size = 0
@@ -79,13 +79,12 @@ def _collect(packages: list[str]) -> list[dict[str, str]]:
                 beginning = re.sub(r"\W+", " ", text.lower())[:SHORTEST]
                 if beginning not in seen:
                     seen.add(beginning)
-                    probe = _hash(f"{package}/{file}") % PROBE_SHARE == 0
-                    rows.append({"text": text, "package": package, "part": "probes" if probe else "pretrain"})
+                    texts["pretrain" if _hash(f"{package}/{file}") % PAIRS_SHARE else "pairs"].append(text)
                     size += len(text.encode())
                 if size > BYTES_PER_PACKAGE:
                     break
             progress.advance(1)
-    return sorted(rows, key=lambda row: _hash(row["text"]))
+    return {part: sorted(own, key=_hash) for part, own in texts.items()}
 
 
 def _docstrings(package: str) -> Iterator[tuple[str, str]]:

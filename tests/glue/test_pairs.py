@@ -59,7 +59,7 @@ def test_sentences_are_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "x = [1, 2, 3] + [4, 5, 6] + y[0] of a.",
         "Word " * 30 + ".",
     ]
-    parts = {"pretrain": MADE[::2], "probes": [*MADE, *odd]}
+    parts = {"pretrain": MADE[::2], "pairs": [*MADE, *odd]}
     for part, texts in parts.items():
         pl.DataFrame({"text": [f"{one}\n\n{two}" for one, two in pairwise(texts)]}).write_parquet(
             tmp_path / f"{part}.parquet"

@@ -71,13 +71,12 @@ def test_docstrings_are_parsed_not_imported(tmp_path: Path, monkeypatch: pytest.
     assert results[0] == results[1]
     parts = {part: pq.read_table(path).to_pylist() for part, path in docstrings.materialise().items()}
     texts = {part: {row["text"] for row in rows} for part, rows in parts.items()}
-    assert len(texts["pretrain"] | texts["probes"]) == len(parts["pretrain"]) + len(parts["probes"]) == 81
-    assert parts["probes"] and not texts["pretrain"] & texts["probes"]
-    assert not [text for text in texts["pretrain"] | texts["probes"] if "Tests are left" in text or "Short" in text]
+    assert len(texts["pretrain"] | texts["pairs"]) == len(parts["pretrain"]) + len(parts["pairs"]) == 81
+    assert parts["pairs"] and not texts["pretrain"] & texts["pairs"]
+    assert not [text for text in texts["pretrain"] | texts["pairs"] if "Tests are left" in text or "Short" in text]
     for number in range(40):
         homes = {part for part in texts for text in texts[part] if text.split(".")[0].endswith(f" {number}")}
         assert len(homes) == 1, "a file's docstrings are in one part"
-    assert {row["package"] for row in parts["pretrain"]} == {"demo_package"}
     assert len(texts_of(plan_corpus("docstrings"))) == len(parts["pretrain"])
 
 

@@ -19,7 +19,7 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards import manifests, read
 from entropy_masking.shards.read import Columns, masker_of, read_rows
 from train.data import TrainingSequences
-from train.split import whole
+from train.split import all_rows
 
 POLICY = MaskPolicy.paper(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)
 
@@ -40,7 +40,7 @@ def as_it_is(batch: Any) -> Any:
 
 def sequences(manifest: manifests.Manifest, size: int, seed: int = 0, prepare: Any = as_it_is) -> TrainingSequences:
     columns = Columns(entropy=True, top_k=True)
-    return TrainingSequences(manifest, whole(manifest), columns, size=size, seed=seed, prepare=prepare)
+    return TrainingSequences(manifest, all_rows(manifest), columns, size=size, seed=seed, prepare=prepare)
 
 
 @pytest.fixture(scope="module")
