@@ -18,6 +18,8 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
+ENDINGS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}  # exit code and message
+AGAIN_SECONDS = 1.0  # until a signal that a library has swallowed is raised again
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,7 +31,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     0, 1 (failure), 2 (wrong use, which includes an unusable file or directory), 130 (Ctrl-C), 143 (SIGTERM).
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    handle_signals(_Interruption())
     message = None
     try:
         code = main() or 0
@@ -46,10 +48,9 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         failure = error.errno in FAILURES or isinstance(error, ConnectionError | TimeoutError)
         code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}")
-    except Terminated:
-        code, message = 143, "terminated"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
+    except KeyboardInterrupt as error:
+        code, message = ENDINGS[signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT]
+    handle_signals(_end_now)
     sys.stdout.flush()
     if message:
         print(message, file=sys.stderr, flush=True)
@@ -57,7 +58,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def check_flags(parse: Callable[[], object]) -> None:
-    """Answer --help and wrong flags before a script imports torch and transformers, which takes seconds."""
+    """Answer --help, wrong flags and signals before a script imports torch and transformers, which takes seconds."""
+    handle_signals(_end_now)
     try:
         parse()
     except UsageError as error:
@@ -65,8 +67,41 @@ def check_flags(parse: Callable[[], object]) -> None:
         sys.exit(2)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Set the handler of Ctrl-C, unless this process ignores it as a job in the background does, and of SIGTERM."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (*ENDINGS, signal.SIGALRM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    """End this process, which has nothing to clean up: an exception could get lost in an import or at the exit."""
+    code, message = ENDINGS[signal.Signals(number)]
+    os.write(2, f"{message}\n".encode())
+    os._exit(code)
+
+
+class _Interruption:
+    """Raises KeyboardInterrupt or Terminated in the main thread, again and again until it unwinds.
+
+    One exception is not enough, because libraries swallow it in their lazy imports and in destructors.
+    """
+
+    def __init__(self) -> None:
+        self.kind: type[KeyboardInterrupt] = KeyboardInterrupt
+        self.process = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            self.kind = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if os.getpid() == self.process:  # a fork has no timer
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        handled = sys.exception()
+        while handled and not isinstance(handled, KeyboardInterrupt):
+            handled = handled.__context__
+        if not handled or number == signal.SIGINT:  # a second Ctrl-C also ends what cleans up
+            raise self.kind
 
 
 def note(text: str) -> None:

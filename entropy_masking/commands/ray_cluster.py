@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 from functools import partial
 from pathlib import Path
@@ -47,13 +46,14 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
+    # Ray's own handler of SIGTERM would end this process with another exit code and without cleaning up
+    ray._private.utils.set_sigterm_handler = lambda _handler: None
     # no public function finds a `ray start` here without also finding a cluster that another run started for itself
     from ray._private.services import find_bootstrap_address
 
     root = Path(__file__).resolve().parents[2]
     modules = [str(root / package) for package in ("entropy_masking", *applications)]
     start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.ERROR)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
         _check_address(address)
         console.note(f"joining the Ray cluster at {address} …")
@@ -69,7 +69,6 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         except Exception as error:  # of no class of its own, as where a busy machine lets it time out
             reason = f"Ray did not start on this machine ({one_line(error)})"
             raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler
 
 
 def _check_address(address: str) -> None:
