@@ -25,6 +25,8 @@ Number = TypeVar("Number", int, float)
 Rule = tuple[bool, Mapping[str, object], str]
 # ~/… or file://… at the start of an argument, or after = or a comma
 PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")
+# a URI with user:password@, or with a key or a signature in its query
+SECRET = re.compile(r"://([^/?#@]*:[^/?#]*@|[^ ]*[?&][^=&]*(key|secret|token|sig|password)[^=&]*=)", re.IGNORECASE)
 
 
 def flag(name: str) -> str:
@@ -84,9 +86,13 @@ class Parser(argparse.ArgumentParser):
             PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in [*self.configured(texts), *texts]
         ]
         for before, text in pairwise(["", *self.argv]):
+            named = text if text[:2] == "--" else before
+            name = named.partition("=")[0] if named[:2] == "--" else "an argument"
             if not text or (text[:2] == "--" and text.find("=") == len(text) - 1):
-                name = text[:-1] or (before if before[:2] == "--" else "an argument")
                 raise UsageError(f"{name} is empty; give it a value, or leave it out")
+            if SECRET.search(text):  # outputs would repeat it
+                fix = "give credentials in environment variables, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                raise UsageError(f"{name} is a URI with a password, a key or a signature; {fix}")
         flags, unknown = self.parse_known_args(self.argv)
         if unknown:
             raise UsageError(self.unknown(unknown[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from functools import partial
 from pathlib import Path
@@ -46,8 +47,9 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    # Ray's own handler of SIGTERM would end this process with another exit code and without cleaning up
+    # Ray's own handlers of SIGTERM would end this process with another exit code and without cleaning up
     ray._private.utils.set_sigterm_handler = lambda _handler: None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     # no public function finds a `ray start` here without also finding a cluster that another run started for itself
     from ray._private.services import find_bootstrap_address
 
@@ -63,12 +65,16 @@ def connect(*applications: str, cpus: int | None = None) -> None:
             raise UsageError(f"the Ray cluster at {address} {_refusal(error)}") from None
     else:
         console.note("starting Ray on this machine …")
+        # listen on the loopback address only, as Ray does by default where it has no clusters of several machines
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
         try:
             start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
         except Exception as error:  # of no class of its own, as where a busy machine lets it time out
             reason = f"Ray did not start on this machine ({one_line(error)})"
             raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None
+    signal.signal(signal.SIGTERM, on_sigterm)  # the core of Ray has replaced it
 
 
 def _check_address(address: str) -> None:
