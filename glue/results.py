@@ -120,7 +120,7 @@ def read_run(name: str, directory: str) -> Run:
                 f"{file} is not a result of this glue/run.py ({error}); delete it, and make it again"
             ) from None
         results.setdefault(result.task, {})[result.seed] = result
-        models.add(result.key.get("model_hash"))
+        models.add(str(result.key.get("model_hash")))
         training = result.training
     if not results:
         raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")

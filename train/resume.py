@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.fields import Count, first_fault
+from entropy_masking.shards.fields import Count, Seconds, first_fault
 from entropy_masking.shards.schema import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
@@ -202,9 +202,9 @@ class _Logged(BaseModel):
 
     model_config = ConfigDict(strict=True)
     step: Count
-    loss: float | None = None
-    eval_loss: float | None = None
-    train_seconds: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    loss: float = 0
+    eval_loss: float = 0
+    train_seconds: Seconds = 0
 
 
 class _State(BaseModel):

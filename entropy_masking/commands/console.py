@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
-from entropy_masking.text import printable
+from entropy_masking.text import printable, single_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
@@ -55,7 +55,7 @@ def run(main: Callable[[], int | None]) -> None:
         code, message = 130, "interrupted"
     sys.stdout.flush()
     if message:
-        print(printable(message), file=sys.stderr, flush=True)
+        print(single_line(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -77,7 +77,7 @@ def check_flags(parse: Callable[[], object]) -> None:
     try:
         parse()
     except UsageError as error:
-        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
+        print(single_line(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(2)
 
 

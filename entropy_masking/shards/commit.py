@@ -22,6 +22,7 @@ from entropy_masking.shards.fields import Fingerprint
 from entropy_masking.shards.manifests import AnyFile, manifest_uri, record_file, run_uri
 from entropy_masking.shards.parquet import footer_rows, shard_file
 from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
+from entropy_masking.text import single_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +123,7 @@ def differences(old: dict[str, object], new: dict[str, object], prefix: str = ""
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = single_line(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from entropy_masking import storage
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.text import single_line
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ CheckedPolicy: Any = checked_dataclass(MaskPolicy, frozen=True, config={**STRICT
 def first_fault(error: ValidationError) -> str:
     """The first fault of a JSON file in words: where it is, and what is wrong."""
     fault = error.errors()[0]
-    return " ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
+    return single_line(" ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")]))[:300]
 
 
 def _checked_by(model: type[BaseModel]) -> AfterValidator:
