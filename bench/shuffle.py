@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 
+from entropy_masking import storage
 from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from entropy_masking.shards.read import Columns, read_rows
@@ -22,7 +23,7 @@ def shuffle_scores(source: str, target: str) -> None:
     fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash, **without_top_k}
     run = Run(fingerprint=fingerprint, shards=manifest.planned_shards)
     commit.begin_run(target, run)
-    commit.save_tokenizer(shard_tokenizer(source), target)
+    commit.save_tokenizer(shard_tokenizer(source), storage.join(target, "tokenizer"))
     originals = commit.read_records(source)
     records = commit.done_records(target, run)
     for entry in [entry for entry in manifest.shards if entry.index not in records]:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.fields import Count, Seconds, first_fault
+from entropy_masking.shards.fields import Count, Seconds, first_fault, valid
 from entropy_masking.summary import Directory, Seed, Summary, Tolerant
 from glue.tasks import TASKS, ZERO_SHOT
 
@@ -47,7 +47,7 @@ class Result(Tolerant):
         if not (wanted and isinstance(wanted, set | list) and all(name in self.metrics for name in map(str, wanted))):
             raise ValueError(f"{self.task} is not a task, or lacks metrics")
         if self.task in ZERO_SHOT:
-            PairSettings.model_validate(self.settings)
+            valid(PairSettings, self.settings)
         return self
 
 

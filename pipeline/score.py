@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
     failed: dict[int, str] = {}
     if todo:
-        commit.save_tokenizer(tokenizer, job.output)
+        commit.save_tokenizer(tokenizer, storage.join(job.output, "tokenizer"))
         on_ray = args.backend == "ray"
         outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
         failed = collect(job, corpus, outcomes, records, args.max_failed_shards)

@@ -86,6 +86,7 @@ MANIFESTS: dict[str, Edit] = {
     "rows by the billion": lambda m: m["shards"][0].update(rows=10**15),
     "more tokens than rows": lambda m: m["shards"][0].update(tokens=ROWS * LENGTH + 1),
     "infinite entropies": lambda m: m["shards"][0].update(entropy_sum=1e999),
+    "no rows": lambda m: [entry.update(rows=0, tokens=0, scored_tokens=0, entropy_sum=0.0) for entry in m["shards"]],
     "no totals": lambda m: m.update(totals={}),
     "other totals": lambda m: m["totals"].update(tokens=1),
     "negative seconds": lambda m: m["totals"].update(worker_seconds=-1.0),

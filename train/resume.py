@@ -71,7 +71,7 @@ def _read_flags(directory: Path) -> dict[str, object] | None:
         flags = storage.read_json(str(directory / FLAGS))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError):
+    except ValueError:
         return None
     return flags if isinstance(flags, dict) else None
 
@@ -222,7 +222,7 @@ class _State(BaseModel):
     best_metric: float | None = None
     best_global_step: Count | None = None
     best_model_checkpoint: str | None = None
-    stateful_callbacks: dict[str, dict[str, object]]
+    stateful_callbacks: dict[str, dict[str, object] | list[object]]
 
 
 def check_state(checkpoint: Path | None) -> None:

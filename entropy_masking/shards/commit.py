@@ -78,11 +78,11 @@ def read_if_valid(kind: type[AnyFile], uri: str) -> AnyFile | None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
-    """Write the tokenizer's files to ``directory/tokenizer``, each atomically."""
+    """Write the tokenizer's files to a directory, each atomically."""
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir()):
-            storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
+            storage.write_bytes(storage.join(directory, file.name), file.read_bytes())
 
 
 def check_directory(directory: str, fingerprint: Fingerprint) -> None:

@@ -41,13 +41,13 @@ def _checked_by(model: type[BaseModel]) -> AfterValidator:
     """Refuses a dictionary that ``model`` refuses, and changes nothing in it, for the sake of its hash."""
 
     def check(values: dict[str, Any]) -> dict[str, Any]:
-        _construct(model, values)
+        valid(model, values)
         return values
 
     return AfterValidator(check)
 
 
-def _construct(kind: Callable[..., T], values: dict[str, Any]) -> T:
+def valid(kind: Callable[..., T], values: dict[str, Any]) -> T:
     """``kind(**values)``. Raises ValueError with one fault, for the validator of a larger model."""
     try:
         return kind(**values)
@@ -93,7 +93,7 @@ class _Fingerprint(_Part):
         if self.teacher is not None and None in (self.dtype, self.batch_tokens):
             raise ValueError("it has a teacher, but no dtype or no batch_tokens")
         if self.masks:
-            positions = _construct(CheckedPolicy, self.masks.policy).max_masked(self.sequence_length)
+            positions = valid(CheckedPolicy, self.masks.policy).max_masked(self.sequence_length)
             if self.masks.positions != positions:
                 raise ValueError(f"its masks have {self.masks.positions} positions, but their policy {positions}")
         return self

@@ -203,6 +203,8 @@ class Manifest(JsonFile, title="shard manifest"):
             yield f"it does not match its fingerprint in {', '.join(differing)}"
 
     def _shard_faults(self) -> Iterator[str]:
+        if not any(entry.rows for entry in self.shards):
+            yield "its shards have no rows"
         if any(one.index >= other.index for one, other in pairwise(self.shards)):
             yield "it does not list each shard once and in order"
         if wrong := [entry.file for entry in self.shards if not entry.fits_length(self.sequence_length)]:

@@ -49,7 +49,7 @@ def write_shards(directory: Path, **changes: np.ndarray) -> Path:
     }
     run = Run(fingerprint=fingerprint, shards=SHARDS)
     commit.begin_run(str(directory), run)
-    commit.save_tokenizer(own, str(directory))
+    commit.save_tokenizer(own, str(directory / "tokenizer"))
     records = {}
     for index in range(SHARDS):
         data, counts = shard(index, **changes if index else {})

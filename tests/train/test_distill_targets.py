@@ -261,8 +261,11 @@ def test_targets_that_do_not_fit_are_refused(
 ) -> None:
     lacking, vague = (Path(shutil.copytree(sharp_targets, tmp_path / name)) for name in ("lacking", "vague"))
     manifest = json.loads((lacking / "manifest.json").read_text())
+    first, *rest = manifest["shards"]
+    totals = manifest["totals"] | {"sequences": manifest["totals"]["sequences"] - first["rows"]}
+    totals |= {name: manifest["totals"][name] - first[name] for name in ("tokens", "scored_tokens", "bytes")}
     (lacking / "manifest.json").write_text(
-        json.dumps(manifest | {"shards": manifest["shards"][1:], "failed": {"part-00000.parquet": "it hung"}})
+        json.dumps(manifest | {"shards": rest, "failed": {"part-00000.parquet": "it hung"}, "totals": totals})
     )
     (vague / "manifest.json").write_text(json.dumps(manifest | {"masks": manifest["masks"] | {"positions": 1}}))
     targets = ["--targets", sharp_targets]
@@ -281,7 +284,7 @@ def test_targets_that_do_not_fit_are_refused(
         (scored, [*PARQUET, *DISTIL, *targets], "made for other sequences"),
         (sharp, [*PARQUET, *DISTIL, "--targets", sharp], "holds sequences, not targets"),
         (sharp, [*PARQUET, *DISTIL, "--targets", lacking], "lacks rows for part-00000.parquet"),
-        (sharp, [*PARQUET, *DISTIL, "--targets", vague], "does not name the masks"),
+        (sharp, [*PARQUET, *DISTIL, "--targets", vague], "does not match its fingerprint in masks"),
         (sharp_targets, PARQUET, "holds targets, not sequences"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:
