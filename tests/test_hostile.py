@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from in_process import PARQUET
+from in_process import PARQUET, RANDOM, train_here
 from made_results import compare_here, summary, write_results
 from made_shards import LENGTH, ROWS, VOCAB, write_shards
 
@@ -306,6 +307,36 @@ def test_the_state_of_a_checkpoint_is_checked(tmp_path: Path, change: dict[str, 
     assert str(file) in sentence(lambda: resume.check_state(tmp_path))
     file.write_text("[" * 100_000)
     assert str(file) in sentence(lambda: resume.check_state(tmp_path))
+
+
+def test_a_checkpoint_that_cannot_be_loaded_ends_the_run_with_a_sentence(made: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    (tmp_path / "model.json").write_text(json.dumps({"model_type": "bert", "vocab_size": VOCAB, **sizes}))
+    flags = ["--model", tmp_path / "model.json", *RANDOM, "--max-steps", 2, "--save-steps", 1, "--eval-fraction", 0]
+    output = tmp_path / "out"
+    train_here(made, output, *flags)
+    (output / "summary.json").unlink()
+    shutil.rmtree(output / "checkpoint-2")
+    checkpoint = output / "checkpoint-1"
+    marks = json.loads((checkpoint / resume.FILES).read_text())
+    for name, data in (
+        ("optimizer.pt", b"PK junk"),
+        ("model.safetensors", b"\xff" * 99),
+        ("rng_state.pth", b"\x80\x04junk"),
+        ("trainer_state.json", b"{}"),
+    ):
+        sound = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(data)
+        (checkpoint / resume.FILES).write_text(json.dumps(marks | {name: [len(data), zlib.crc32(data)]}))
+        assert "checkpoint-1" in sentence(lambda: train_here(made, output, *flags)), name
+        (checkpoint / name).write_bytes(sound)
+    (checkpoint / resume.FILES).write_text(json.dumps(marks))
+    # a link that stands where the model goes changes nothing elsewhere
+    (tmp_path / "precious").write_text("precious")
+    (output / "model.safetensors").unlink()
+    (output / "model.safetensors").symlink_to(tmp_path / "precious")
+    train_here(made, output, *flags)
+    assert (tmp_path / "precious").read_text() == "precious" and not (output / "model.safetensors").is_symlink()
 
 
 # --- tables and the terminal -----------------------------------------------------------------------------------------
