@@ -241,6 +241,14 @@ def test_links_within_a_cache_of_the_hub_and_to_whole_directories_are_followed(m
     check_shards(manifests.read_manifest(str(tmp_path / "link")))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_a_model_with_a_fifo_or_a_device_is_refused(tmp_path: Path, secret: Path, name: str, kind: str) -> None:
+    (tmp_path / "model").mkdir()
+    plant(tmp_path / "model" / name, kind, secret)
+    assert f"{name} is neither a file" in sentence(lambda: local_checkpoint(str(tmp_path / "model")))
+
+
 @pytest.mark.parametrize("name", ["_records", "_attempts", "tokenizer"])
 def test_scoring_writes_into_no_linked_folder(copy: Path, name: str) -> None:
     run = manifests.read_json_file(commit.Run, manifests.run_uri(str(copy)))
