@@ -250,5 +250,3 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     (tmp_path / "forged" / "manifest.json").write_text(json.dumps(manifest))
     message = refused(*TRAIN, *trainer_flags(tmp_path / "forged", tmp_path / "student"))
     assert "the file of shard 0 is part-00000.parquet, not '../../etc" in message
-        *TRAIN, *trainer_flags(tmp_path / "forged", tmp_path / "student")
-    )
