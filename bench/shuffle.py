@@ -19,12 +19,13 @@ from entropy_masking.shards.schema import Run
 def shuffle_scores(source: str, target: str) -> None:
     """A shard directory with the tokens of another and its scores shuffled within each row: a control."""
     manifest = read_manifest(source)
-    fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash}
-    changes = {"fingerprint": fingerprint, "fingerprint_hash": storage.sha256_json(fingerprint)}
-    commit.begin_run(target, Run(fingerprint=fingerprint, shards=manifest.planned_shards))
-    commit.save_tokenizer(shard_tokenizer(source), target)
+    without_top_k = {"top_k": 0, "temperatures": []}
+    fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash, **without_top_k}
+    run = Run(fingerprint=fingerprint, shards=manifest.planned_shards)
+    commit.begin_run(target, run)
+    commit.save_tokenizer(shard_tokenizer(source), storage.join(target, "tokenizer"))
     originals = commit.read_records(source)
-    records = commit.done_records(target, manifest.planned_shards, changes["fingerprint_hash"])
+    records = commit.done_records(target, run)
     for entry in [entry for entry in manifest.shards if entry.index not in records]:
         started, rng = time.monotonic(), np.random.default_rng(entry.index)
         rows = read_rows(manifest, entry, Columns(entropy=True, surprisal=True))
@@ -35,8 +36,8 @@ def shuffle_scores(source: str, target: str) -> None:
             rows[name][scored_NL] = rows[name][scored_NL][order]
         scores = {name: rows[name] for name in parquet.SCORE_COLUMNS}
         shard = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
-        fields = originals[entry.index].model_dump() | {"fingerprint_hash": changes["fingerprint_hash"]}
+        fields = originals[entry.index].model_dump() | {"fingerprint_hash": run.fingerprint_hash}
         data = parquet.to_parquet(parquet.row_groups(shard))
         records[entry.index] = commit.commit_shard(target, entry.index, data, fields, started)
-    changes |= {"uri": target, "top_k": 0, "temperatures": []}
+    changes = {"uri": target, "fingerprint": fingerprint, "fingerprint_hash": run.fingerprint_hash, **without_top_k}
     commit.write_manifest(manifest.model_copy(update=changes), records, {})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Summary
+from entropy_masking.text import inline
 
 
 def dataset_card(manifest: Manifest) -> str:
@@ -46,5 +47,5 @@ def model_card(summary: Summary) -> str:
 
 
 def _card(metadata: str, title: str, facts: Mapping[str, object]) -> str:
-    lines = "".join(f"- {name}: {value}\n" for name, value in facts.items() if value)
+    lines = "".join(f"- {name}: {inline(value)}\n" for name, value in facts.items() if value)
     return f"---\n{metadata}tags:\n- masked-language-modeling\n---\n\n# {title}\n\n{lines}"

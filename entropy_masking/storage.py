@@ -11,13 +11,15 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from pyarrow import ArrowInvalid, fs
+from pydantic_core import from_json
 
 from entropy_masking.errors import UsageError, one_line
 
@@ -100,11 +102,55 @@ def list_files(uri: str) -> list[fs.FileInfo]:
     return sorted((info for info in infos if info.type == fs.FileType.File), key=lambda info: info.base_name)
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole content of a file. Raises FileNotFoundError."""
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Open a regular file. Raises OSError for anything else: a FIFO would block, and a device might never end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "r+b")
+
+
+def _open(uri: str) -> Any:  # Arrow is typed in part
     filesystem, path = resolve(uri)
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    return filesystem.open_input_stream(path, compression=None) if is_remote(uri) else open_regular(path)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of a file. Raises FileNotFoundError, or another OSError if it is not a regular file."""
+    with _open(uri) as stream:
         return stream.read()
+
+
+def check_links(directory: Path, within: Path) -> None:
+    """Check that no file directly in a directory is a link out of ``within``, and that none is a FIFO or a device.
+
+    A snapshot in the cache of the Hub consists of links to files of the same repository, which are allowed.
+
+    Raises:
+        UsageError: names the first such file.
+    """
+    root = within.resolve()
+    if snapshots := next((parent for parent in root.parents if parent.name == "snapshots"), None):
+        root = snapshots.parent if (snapshots.parent / "blobs").is_dir() else root
+    check_plain(directory)
+    for path in [directory, *sorted(directory.iterdir())] if directory.is_dir() else []:
+        if not path.resolve().is_relative_to(root):
+            raise UsageError(f"{path} is a link to a file elsewhere; replace it by the file")
+
+
+def check_plain(directory: Path) -> None:
+    """Raises UsageError for a FIFO or a device directly in a directory: a library that opens it might wait for ever."""
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path} is neither a file nor a directory; delete it")
+
+
+def check_folders(directory: str, *names: str) -> None:
+    """Raises UsageError if a folder that a command writes to is a link: others must not choose what it overwrites."""
+    for path in (Path(absolute(directory)) / name for name in names if not is_remote(directory)):
+        if path.is_symlink():
+            raise UsageError(f"{path} is a link; replace it by a directory of its own")
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -119,7 +165,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -145,8 +191,8 @@ def sync_directory(path: Path) -> None:
 
 
 def read_json(uri: str) -> Any:
-    """Parse a JSON file. Raises FileNotFoundError, or ValueError for broken JSON."""
-    return json.loads(read_bytes(uri))
+    """Parse a JSON file. Raises OSError, or ValueError for broken JSON, such as one that is nested 200 deep."""
+    return from_json(read_bytes(uri))
 
 
 def write_json(uri: str, value: object) -> None:
@@ -173,8 +219,7 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256(uri: str) -> str:
     """Hex SHA-256 of a file's content, read as a stream."""
-    filesystem, path = resolve(uri)
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    with _open(uri) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 T = TypeVar("T")
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]
 LEARNED = 0.3  # a model has learned something if its loss is this many nats below that of the token frequencies
 LARGEST = 1e30  # larger numbers cannot be measurements, and would overflow later
 
@@ -77,7 +78,7 @@ class Summary(Tolerant):
     shards: Known[Directory] = None
     targets: Known[Directory] = None
     eval_shards: Known[Directory] = None
-    seed: Known[int] = None
+    seed: Known[Seed] = None
     warnings: Known[Sequence[str]] = None
     history: Known[Sequence[Mapping[str, Number]]] = None  # the losses as a curve
     flags: Known[dict[str, object]] = None

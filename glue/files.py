@@ -95,7 +95,7 @@ def _objects(path: Path) -> Iterator[dict[str, object]]:
             try:
                 pairs = json.loads(line, object_pairs_hook=list)
                 row = dict(pairs)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 raise UsageError(f"{path} has no JSON object in line {number}; mend or remove the line") from None
             if len(row) < len(pairs):
                 raise UsageError(f"{path} names a column twice in line {number}; rename or remove one")

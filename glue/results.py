@@ -4,35 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
-from entropy_masking.shards.schema import first_fault
-from entropy_masking.summary import Directory, Summary, Tolerant
+from entropy_masking.shards.fields import Count, Seconds, first_fault, valid
+from entropy_masking.summary import Directory, Seed, Summary, Tolerant
 from glue.tasks import TASKS, ZERO_SHOT
+
+# with room for rounding
+Metric = Annotated[float, Field(ge=-1.001, le=1.001)]
+Percent = Annotated[float, Field(ge=-100.1, le=100.1)]
 
 
 class Result(Tolerant):
     """The fields of a result file that a comparison needs."""
 
     task: str
-    seed: int
+    seed: Seed
     protocol: str
     settings: dict[str, object] = Field({})
-    metrics: dict[str, float]
-    score: float
-    fields: dict[str, float] = Field({})
+    metrics: Annotated[dict[str, Metric], Field(min_length=1)]
+    score: Percent
+    fields: dict[str, Metric] = Field({})
     collapsed: bool
-    constant_score: float
+    constant_score: Percent
     train_split: str
-    train_rows: int
-    eval_rows: int
-    overlap: int
-    seconds: float
+    train_rows: Count
+    eval_rows: Count
+    overlap: Count
+    seconds: Seconds
     training: Summary | None
     key: dict[str, object]
 
@@ -40,9 +44,18 @@ class Result(Tolerant):
     def has_the_metrics_of_its_task(self) -> Self:
         # the key of a task of one's own names its metrics
         wanted = TASKS[self.task].metric_names if self.task in TASKS else self.key.get("metrics")
-        if not (wanted and isinstance(wanted, set | list) and {*wanted} <= self.metrics.keys()):
+        if not (wanted and isinstance(wanted, set | list) and all(name in self.metrics for name in map(str, wanted))):
             raise ValueError(f"{self.task} is not a task, or lacks metrics")
+        if self.task in ZERO_SHOT:
+            valid(PairSettings, self.settings)
         return self
+
+
+class PairSettings(Tolerant):
+    """How minimal pairs were scored."""
+
+    pll: str
+    limit_pairs: Count | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def read_run(name: str, directory: str) -> Run:
                 f"{file} is not a result of this glue/run.py ({error}); delete it, and make it again"
             ) from None
         results.setdefault(result.task, {})[result.seed] = result
-        models.add(result.key.get("model_hash"))
+        models.add(str(result.key.get("model_hash")))
         training = result.training
     if not results:
         raise UsageError(f"{directory} ({name}) holds no results; make them with glue/run.py --output {directory}")

@@ -139,7 +139,7 @@ def read_summary(directory: Path) -> object:
     except ValueError:
         is_ours = False
     if not is_ours:
-        print(f"{file} is not a summary of train/run.py; the results will not contain it", file=sys.stderr)
+        console.note(f"{file} is not a summary of train/run.py; the results will not contain it")
         return None
     return summary
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_masking.text import inline, single_line
 from glue.costs import ONLINE
 from glue.metrics import AVERAGES
 from glue.verdict import Comparison, Estimates, verdict
@@ -47,16 +48,16 @@ def all_tables(table: Comparison) -> dict[str, Table]:
 
 
 def to_markdown(table: Comparison) -> str:
-    parts = [*filter(None, [verdict(table)]), *table["weak_teachers"]]
+    parts = [inline(text) for text in (verdict(table), *table["weak_teachers"]) if text]
     for own in all_tables(table).values():
-        parts += [f"### {own.title}", markdown(own.columns, own.rows, own.words), *own.notes]
+        parts += [f"### {inline(own.title)}", markdown(own.columns, own.rows, own.words), *map(inline, own.notes)]
     return "\n\n".join(parts) + "\n"
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
     """The lines of a table, whose first ``words`` columns are aligned to the left, and the others to the right."""
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * words}{'---:|' * (len(columns) - words)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in rows)])
+    heading, *lines = [f"| {' | '.join(inline(text).replace('|', '/') for text in row)} |" for row in (columns, *rows)]
+    return "\n".join([heading, f"|{'---|' * words}{'---:|' * (len(columns) - words)}", *lines])
 
 
 def to_csv(table: Comparison) -> str:
@@ -68,7 +69,9 @@ def to_csv(table: Comparison) -> str:
     for label, row in compared(table).items():
         for name, values in row.items():
             difference = values["difference"] or {}
-            writer.writerow([label, name, *map(values.get, own), *map(difference.get, ESTIMATE)])
+            writer.writerow(
+                [single_line(label), single_line(name), *map(values.get, own), *map(difference.get, ESTIMATE)]
+            )
     return buffer.getvalue()
 
 

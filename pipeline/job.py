@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import uuid
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from entropy_masking.models.checkpoints import (
 )
 from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
+from entropy_masking.shards.fields import Fingerprint, Masks
 from entropy_masking.shards.read import masker_of
-from entropy_masking.shards.schema import Fingerprint, Manifest, Masks, Run
+from entropy_masking.shards.schema import Manifest, Run
 from pipeline.corpus.plan import Corpus
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "ray")  # whose versions the manifest names
@@ -57,6 +59,11 @@ class Job:
     def output(self) -> str:
         """The shard directory to write, an absolute path or a URI."""
         return self.manifest.uri
+
+    @cached_property
+    def run(self) -> Run:
+        """What the directory says about this run."""
+        return Run(fingerprint=self.manifest.fingerprint, shards=self.manifest.planned_shards)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import torch
 
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.fields import Masks
 from entropy_masking.shards.read import Rows, columns_of, read_block, to_tensors
-from entropy_masking.shards.schema import Manifest, Masks, ShardEntry
+from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, input_crc32
 
 

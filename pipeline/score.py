@@ -28,8 +28,9 @@ from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.faults import expected_schema
+from entropy_masking.shards.fields import Masks
 from entropy_masking.shards.parquet import shard_file
-from entropy_masking.shards.schema import Masks, Record, Run
+from entropy_masking.shards.schema import Record
 from entropy_masking.shards.spread import entropy_spread, spread_words
 from pipeline.backends import local_records, ray_records
 from pipeline.corpus.plan import Corpus, plan_corpus
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
-    shards, fingerprint = len(corpus.shards), job.manifest.fingerprint
-    commit.check_directory(job.output, fingerprint)
-    records = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
+    shards, run = len(corpus.shards), job.run
+    commit.check_directory(job.output, run.fingerprint)
+    records = commit.done_records(job.output, run)
     # a shard without ranges has no file: the corpus is a shard directory that lacks it
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
     if todo or args.dry_run:
@@ -59,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print_plan(job, shards, len(records))
         return
-    commit.begin_run(job.output, Run(fingerprint=fingerprint, shards=shards))
+    commit.begin_run(job.output, run)
     storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
     failed: dict[int, str] = {}
     if todo:
-        commit.save_tokenizer(tokenizer, job.output)
+        commit.save_tokenizer(tokenizer, storage.join(job.output, "tokenizer"))
         on_ray = args.backend == "ray"
         outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
         failed = collect(job, corpus, outcomes, records, args.max_failed_shards)
@@ -111,7 +112,7 @@ def collect(
                 progress.advance(outcome.tokens_or_positions)
         except KeyboardInterrupt:
             outcomes.close()  # when all workers have ended, no other shard can follow
-            done = commit.done_records(job.output, shards, job.manifest.fingerprint_hash)
+            done = commit.done_records(job.output, job.run)
             console.note(f"stopped: {len(done)} of {shards} shards are done; the same command resumes")
             raise
     if len(failures) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):

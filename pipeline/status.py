@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def status(directory: str, now: float) -> dict[str, object]:
     """The progress according to the records at ``now`` (seconds of the epoch). Raises UsageError without a run."""
     manifest, run = manifests.find_manifest(directory), manifests.read_json_file(Run, manifests.run_uri(directory))
-    done = commit.done_records(directory, run.shards, run.fingerprint_hash) if run else {}
+    done = commit.done_records(directory, run) if run else {}
     if manifest:
         planned, shards_done, totals = manifest.planned_shards, len(manifest.shards), manifest.totals
     elif run:

@@ -27,6 +27,7 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import Parser, positive
 from entropy_masking.errors import UsageError
+from entropy_masking.shards import commit
 from pipeline.corpus.packing import text_tokenizer, tokenize
 from pipeline.corpus.plan import UNITS, Corpus, plan_corpus
 from pipeline.corpus.readers import Document, Rejects, read_documents
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     documents = list(read_corpus(corpus, rejects))
     tokenizer = train([document.text for document in documents], **settings)
     storage.write_bytes(str(started), b"")
-    tokenizer.save_pretrained(args.output)
+    commit.save_tokenizer(tokenizer, str(args.output))
     storage.write_json(str(origin), made_from)  # it marks the tokenizer as complete
     started.unlink()
     rejected = f"{rejects.reasons.total():,} rejected"

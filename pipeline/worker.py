@@ -109,7 +109,7 @@ class ShardScorer:
         """
         for retry in range(self.job.max_attempts):
             try:
-                done = commit.done_record(self.job.output, index, self.job.manifest.fingerprint_hash)
+                done = commit.done_record(self.job.output, index, self.job.run)
                 return done, commit.failed_attempts(self.job.output, index, self.job.run_id)
             except OSError:
                 if retry + 1 == self.job.max_attempts:
@@ -160,7 +160,10 @@ class ShardScorer:
         if ranges[0].kind == "shard":
             filesystem, path = storage.resolve(ranges[0].path)
             table = pq.read_table(path, columns=["input_ids"], filesystem=filesystem)
-            return parquet.column_2d(table, "input_ids", manifest.sequence_length)
+            ids_NL = parquet.column_2d(table, "input_ids", manifest.sequence_length)
+            if ids_NL.max(initial=0) >= manifest.vocab_size:  # a GPU would fail for good
+                raise UsageError(f"{path} has token ids outside the vocabulary; make it again")
+            return ids_NL
         ids = manifest.special_ids
         token_lists = tokenize(read_documents(ranges, self.job.text_column, rejects), self.tokenizer, rejects)
         return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])

@@ -17,6 +17,7 @@ import pipeline.score
 import pipeline.verify
 import train.explore
 import train.run
+from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import weights_hash
 from entropy_masking.shards.manifests import read_manifest
@@ -59,6 +60,8 @@ def test_code_runs_only_if_it_is_trusted(
     for file in (by_teacher / "manifest.json", by_teacher / "_records" / "run.json"):
         content = json.loads(file.read_text())
         content["fingerprint"]["teacher"] = weights_hash(teacher)
+        if "fingerprint_hash" in content:
+            content["fingerprint_hash"] = storage.sha256_json(content["fingerprint"])
         file.write_text(json.dumps(content))
     save_student_config(tmp_path / "plain shape", read_manifest(str(scored)).vocab_size)
     shape = with_code(tmp_path / "plain shape", tmp_path / "shape", ran, "config.json", **OWN)

@@ -17,6 +17,7 @@ from entropy_masking import storage
 from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
+from entropy_masking.text import printable
 from train import guard, private, resume
 from train.flags import Options
 
@@ -75,7 +76,7 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
     if code == TERMINATED:
         raise Terminated
     if (given := directory / resume.GIVEN).exists():  # the workers had other flags
-        given.write_text(options.as_yaml, encoding="utf-8")
+        storage.write_bytes(str(given), options.as_yaml.encode())
     if code in (0, 2):
         shutil.rmtree(directory / RAY)
     if code:
@@ -126,7 +127,7 @@ def _show(log: Path, ended: threading.Event) -> None:
         if log.exists():  # the first worker creates it
             with open(log) as lines:
                 lines.seek(position)
-                sys.stderr.write(lines.read())
+                sys.stderr.write(printable(lines.read()))
                 position = lines.tell()
             sys.stderr.flush()
 

@@ -121,6 +121,20 @@ def writing(what: str, output: Path) -> Iterator[None]:
 
 
 @contextmanager
+def reading(output: Path) -> Iterator[None]:
+    """Turn any error of a checkpoint that is read into AllRanksFailed: all ranks read the same files."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:  # its files may hold anything
+        if is_of_device(error):
+            raise
+        fix = "delete it, and the same command continues from the one before"
+        raise AllRanksFailed(f"cannot load {resume.last_checkpoint(output)} ({one_line(error)}); {fix}") from None
+
+
+@contextmanager
 def on_all_ranks(rank: int) -> Iterator[None]:
     """Let all ranks fail if one fails, so that none waits for the others.
 

@@ -24,6 +24,20 @@ def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[N
     trainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]
 
 
+def load_within(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let a trainer load each part of a checkpoint within a context. There is no event for it."""
+    for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
+        setattr(trainer, name, _within(context, getattr(trainer, name)))
+
+
+def _within(context: Callable[[], AbstractContextManager[None]], load: Callable[..., None]) -> Callable[..., None]:
+    def load_part(*args: object, **others: object) -> None:
+        with context():
+            load(*args, **others)
+
+    return load_part
+
+
 def leave_ctrl_c_alone(trainer: Any) -> None:
     """Let Ctrl-C raise KeyboardInterrupt in ``trainer.fit()``. Ray's own handler ends the process with exit code 1."""
     trainer._register_sigint_handler = lambda _controller: None

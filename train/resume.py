@@ -11,13 +11,16 @@ import shutil
 import time
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards.commit import differences
+from entropy_masking.shards.fields import Count, Seconds, first_fault
 from entropy_masking.shards.schema import Manifest
 
 FLAGS, SUMMARY = "run.json", "summary.json"
@@ -50,7 +53,7 @@ def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     if differing and not overwrite and (finished or last_checkpoint(directory)):
         fix = "choose another --output-dir, or pass --overwrite to start again"
         raise UsageError(f"{directory} holds a run with other flags ({'; '.join(differing)}); {fix}")
-    shutil.rmtree(directory / UNFINISHED, ignore_errors=True)
+    _clear(directory / UNFINISHED)
     if overwrite and (directory / FLAGS).exists():
         (directory / SUMMARY).unlink(missing_ok=True)
         for checkpoint in checkpoints(directory):
@@ -88,8 +91,9 @@ def has_checkpoint(directory: Path, shards: Manifest, targets: Manifest | None) 
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or not."""
-    paths = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    """The checkpoints of a run, oldest first, whole or not. A link to a directory elsewhere is none."""
+    paths = [path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{1,15}", path.name)]
+    paths = [path for path in paths if not path.is_symlink()]
     return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -113,7 +117,12 @@ def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     if _is_foreign(directory):
         return None
     directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / LOCK, "wb")  # noqa: SIM115
+    try:
+        file = storage.open_regular(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EINVAL, errno.ENXIO):
+            raise
+        raise UsageError(f"{directory / LOCK} is a link, or not a regular file; delete it") from None
     try:
         # the lock belongs to the process, so no loader worker keeps it when the run is killed
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(of_cluster))  # a byte of its own
@@ -145,7 +154,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
     storage.write_json(str(written / FILES), marks)
     for folder in {file.parent for file in files} | {written}:
         storage.sync_directory(folder)
-    if checkpoint.exists():
+    if os.path.lexists(checkpoint):
         _delete(checkpoint)
     os.replace(written, checkpoint)
     storage.sync_directory(directory)
@@ -158,22 +167,75 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint after a rename, so that half a checkpoint never has the name of a whole one."""
     doomed = checkpoint.parent / UNFINISHED / f"{checkpoint.name}.old"
-    shutil.rmtree(doomed, ignore_errors=True)
+    _clear(doomed)
     doomed.parent.mkdir(exist_ok=True)
     os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    _clear(doomed)
+
+
+def _clear(path: Path) -> None:
+    """Delete a directory, or a link with its name but not what the link leads to."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_whole(checkpoint: Path, contents: bool = False) -> bool:
-    """Whether all files of a checkpoint have their size and, with ``contents``, their CRC-32 of ``files.json``."""
+    """Whether all files of a checkpoint have their size and, with ``contents``, their CRC-32 of ``files.json``.
+
+    Files outside the checkpoint and links are none of its files.
+    """
+    own = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_symlink()}
     try:
-        for name, (size, crc32) in json.loads((checkpoint / FILES).read_text()).items():
+        for name, (size, crc32) in storage.read_json(str(checkpoint / FILES)).items():
             file = checkpoint / name
-            if file.stat().st_size != size or (contents and _crc32(file) != crc32):
+            sound = name in own and file.is_file() and file.stat().st_size == size
+            if not sound or (contents and _crc32(file) != crc32):
                 return False
     except (OSError, ValueError, TypeError, AttributeError):
         return False
     return True
+
+
+class _Logged(BaseModel):
+    """An entry of a log; all losses and seconds that it has are numbers."""
+
+    model_config = ConfigDict(strict=True)
+    step: Count
+    loss: float = 0
+    eval_loss: float = 0
+    train_seconds: Seconds = 0
+
+
+class _State(BaseModel):
+    """What Trainer and ``train.results`` read of ``trainer_state.json``."""
+
+    model_config = ConfigDict(strict=True)
+    global_step: Count
+    max_steps: Count
+    epoch: float | None = None
+    num_train_epochs: float = 0
+    train_batch_size: Count | None = None
+    num_input_tokens_seen: Count = 0
+    total_flos: Annotated[float, Field(ge=0, le=1e36)] = 0
+    log_history: list[_Logged]
+    best_metric: float | None = None
+    best_global_step: Count | None = None
+    best_model_checkpoint: str | None = None
+    stateful_callbacks: dict[str, dict[str, object] | list[object]]
+
+
+def check_state(checkpoint: Path | None) -> None:
+    """Raises UsageError if the state in a checkpoint has other values than Trainer writes."""
+    if checkpoint is None:
+        return
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        _State.model_validate_json(storage.read_bytes(str(file)))
+        TrainerState.load_from_json(str(file))
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
+        raise UsageError(f"{file} is not the state of a training run ({reason}); delete {checkpoint}") from None
 
 
 def _crc32(file: Path) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         flops = flops_of(student, options, args, inputs)
         flags = deciding_flags(options, args, inputs)
     if rank == 0:
-        print("\n".join(outline(student, options, args, inputs)), file=sys.stderr, flush=True)
+        console.note("\n".join(outline(student, options, args, inputs)))
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
         trainer.check_flags()
@@ -124,10 +125,11 @@ def train(trainer: MaskedLMTrainer) -> None:
     checkpoint = on_first_rank(rank, lambda: resume.last_checkpoint(output, contents=True))
     with on_all_ranks(rank):
         resume.check_visible(output, checkpoint)
+        resume.check_state(checkpoint)
     if checkpoint:
         trainer.args.eval_on_start = False  # it was evaluated when the run began
         if rank == 0:
-            print(f"resuming from {checkpoint}", file=sys.stderr)
+            console.note(f"resuming from {checkpoint}")
     with clean_ending(trainer.guard):
         trainer.train_from(checkpoint)
     if trainer.guard.stopped:
@@ -142,8 +144,12 @@ def save(trainer: MaskedLMTrainer, summary: Summary) -> None:
     """Write the model with its tokenizer, and last the summary, which marks the run as finished. Raises RunError."""
     output = trainer.output
     with writing(f"the model to {output}", output):
-        trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(output)
-        copy_tokenizer(trainer.manifest.uri, output)
+        new = output / resume.UNFINISHED / "model"  # a file there is no link to a file elsewhere
+        trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).save_pretrained(new)
+        copy_tokenizer(trainer.manifest.uri, new)
+        for file in new.iterdir():
+            os.replace(file, output / file.name)
+        shutil.rmtree(new.parent)
         storage.write_bytes(str(output / "README.md"), model_card(summary).encode())
         storage.write_json(str(output / resume.SUMMARY), summary.model_dump(exclude_unset=True))
 

@@ -31,7 +31,7 @@ from train.agreement import TeacherSample, teacher_sample
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.flags import Options
-from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ranks, writing
+from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ranks, reading, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
 from train.progress import CollapseWarnings, ProgressReport, RunningMeans, remedy, score_sums, type_concentration
@@ -71,6 +71,7 @@ class MaskedLMTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         private.save_within(self, self.saving)
+        private.load_within(self, lambda: reading(self.output))
         model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
         self.logged_means = RunningMeans()
@@ -104,7 +105,8 @@ class MaskedLMTrainer(Trainer):
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end of the run, from a checkpoint if there is one."""
         if self.type_means and checkpoint:
-            self.type_means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
+            with reading(self.output):
+                self.type_means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
         self.train(str(checkpoint) if checkpoint else None)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -9,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import IO, Any, Self, cast
 
 from tqdm import tqdm
 
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError, one_line
+from entropy_masking.text import printable, single_line
 
 LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
@@ -34,7 +36,8 @@ def run(main: Callable[[], int | None]) -> None:
     handle_signals(_Interruption())
     message = None
     try:
-        code = main() or 0
+        with contextlib.redirect_stdout(cast(IO[str], _Printable(sys.stdout))):
+            code = main() or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,8 +56,21 @@ def run(main: Callable[[], int | None]) -> None:
     handle_signals(_end_now)
     sys.stdout.flush()
     if message:
-        print(message, file=sys.stderr, flush=True)
+        print(single_line(message), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+class _Printable:
+    """A stream that escapes what names and texts of others could do to a terminal."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def check_flags(parse: Callable[[], object]) -> None:
@@ -63,7 +79,7 @@ def check_flags(parse: Callable[[], object]) -> None:
     try:
         parse()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(single_line(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -106,7 +122,7 @@ class _Interruption:
 
 def note(text: str) -> None:
     """Print a line without breaking a bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(printable(text), file=sys.stderr)
     sys.stderr.flush()
 
 

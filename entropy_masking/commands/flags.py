@@ -112,7 +112,7 @@ class Parser(argparse.ArgumentParser):
         try:
             with open(storage.local_path(given.config), encoding="utf-8") as file:
                 values = yaml.load(file, yaml.BaseLoader) or {}  # all values are text, also no and 1e-3
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
+        except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"--config {given.config} cannot be read: {one_line(error)}") from None
         if not isinstance(values, dict):
             raise UsageError(f"--config {given.config} is not a mapping of flags to values, such as top-k: 16")

@@ -63,10 +63,12 @@ class MaskPolicy:
             ("predict_by", self.predict_by in ("random", *SCORES), f"random, {known}"),
             ("corruption", self.corruption in ("bert", "mask-only"), "bert or mask-only"),
             ("unit", self.unit in ("token", "word"), "token or word"),
+            ("seed", -(1 << 63) <= self.seed < 1 << 63, "an integer of 64 bits"),
         ):
             if not holds:
                 value = getattr(self, name)
-                problem = f"{value!r} is unknown" if isinstance(value, str) else f"{value:g} is out of range"
+                shown = f"{value:g}" if isinstance(value, float) else f"{value!r}"
+                problem = f"{shown} is {'unknown' if isinstance(value, str) else 'out of range'}"
                 raise ValueError(f"{name} {problem}; use {allowed}")
 
     @classmethod

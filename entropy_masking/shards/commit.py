@@ -18,9 +18,11 @@ from entropy_masking.cards import dataset_card
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import manifests
 from entropy_masking.shards.costs import totals
+from entropy_masking.shards.fields import Fingerprint
 from entropy_masking.shards.manifests import AnyFile, manifest_uri, record_file, run_uri
 from entropy_masking.shards.parquet import footer_rows, shard_file
-from entropy_masking.shards.schema import Attempt, Fingerprint, Manifest, Record, Run
+from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
+from entropy_masking.text import single_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,11 +78,11 @@ def read_if_valid(kind: type[AnyFile], uri: str) -> AnyFile | None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
-    """Write the tokenizer's files to ``directory/tokenizer``, each atomically."""
+    """Write the tokenizer's files to a directory, each atomically."""
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir()):
-            storage.write_bytes(storage.join(directory, "tokenizer", file.name), file.read_bytes())
+            storage.write_bytes(storage.join(directory, file.name), file.read_bytes())
 
 
 def check_directory(directory: str, fingerprint: Fingerprint) -> None:
@@ -89,6 +91,7 @@ def check_directory(directory: str, fingerprint: Fingerprint) -> None:
     Raises:
         UsageError: it holds other files, or belongs to a run with another fingerprint; the message says what differs.
     """
+    storage.check_folders(directory, "_records", ATTEMPTS, "tokenizer")
     previous = manifests.read_json_file(Run, run_uri(directory))
     if previous is None:
         if storage.list_files(directory):
@@ -120,7 +123,7 @@ def differences(old: dict[str, object], new: dict[str, object], prefix: str = ""
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = single_line(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
 
 
@@ -133,28 +136,27 @@ def read_records(directory: str) -> dict[int, Record]:
 
 def _read_record(directory: str, file: str) -> Record | None:
     record = read_if_valid(Record, storage.join(directory, file))
-    names_match = record and (record.file, file) == (shard_file(record.index), record_file(record.index))
-    return record if names_match else None
+    return record if record and record_file(record.index) == file else None
 
 
-def done_record(directory: str, index: int, fingerprint_hash: str) -> Record | None:
+def done_record(directory: str, index: int, run: Run) -> Record | None:
     """The record of one shard if it is done (see ``done_records``)."""
     record = _read_record(directory, record_file(index))
-    if record is None or record.fingerprint_hash != fingerprint_hash:
+    if record is None or not run.has_made(record):
         return None
     return record if storage.size(storage.join(directory, record.file)) == record.bytes else None
 
 
-def done_records(directory: str, shards: int, fingerprint_hash: str) -> dict[int, Record]:
+def done_records(directory: str, run: Run) -> dict[int, Record]:
     """Records of the shards that are done, by index.
 
-    A shard is done when its record is readable, carries the run's fingerprint, and the file has the record's size.
+    A shard is done when its record is readable and of this run, and the file has the record's size.
     """
     sizes = {info.base_name: info.size for info in storage.list_files(directory)}
     return {
         index: record
         for index, record in sorted(read_records(directory).items())
-        if index < shards and record.fingerprint_hash == fingerprint_hash and sizes.get(record.file) == record.bytes
+        if run.has_made(record) and sizes.get(record.file) == record.bytes
     }
 
 
@@ -167,14 +169,14 @@ def unfinished_manifest(uri: str) -> Manifest:
     run = manifests.read_json_file(Run, run_uri(uri))
     if run is None:
         raise UsageError(f"{uri} is not a shard directory; name the --output of a pipeline/score.py run")
-    records = {i: record for i, record in read_records(uri).items() if record.fingerprint_hash == run.fingerprint_hash}
+    records = {index: record for index, record in read_records(uri).items() if run.has_made(record)}
     if not records:
         raise UsageError(f"{uri} is unfinished (none of {run.shards} shards); run the same command again")
     try:
         empty = manifests.new_manifest(uri, run, manifests.shard_tokenizer(uri))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
-    return with_shards(empty, records, dict.fromkeys(set(range(run.shards)) - records.keys(), "it is not done yet"))
+    return with_shards(empty, records, failed={})
 
 
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:

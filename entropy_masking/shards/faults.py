@@ -20,22 +20,23 @@ import pyarrow.parquet as pq
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards import commit, costs, manifests, parquet, targets, values
-from entropy_masking.shards.parquet import ROW_GROUP, Scores, shard_file
+from entropy_masking.shards.parquet import ROW_GROUP, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # totals of a manifest; without times, since a late writer may have written a shard again
 SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
+SMALL = 1 << 16  # bytes of a row group besides its values
 DENIED = "is not readable for this user"
 
 Fault = tuple[str, str]  # a file of the directory, and a phrase that follows the file's name
 
 
 class Depth(IntEnum):
-    """How much is checked. Each depth includes the smaller ones."""
+    """How much is checked. Each depth includes the smaller ones. A manifest was checked when it was read."""
 
     NAMES = 0  # and sizes
-    BYTES = 1  # every byte
-    TABLES = 2  # ids and row groups
+    BYTES = 1  # every byte, columns and row groups, and the token ids of the first row group
+    TABLES = 2  # sequence ids
     VALUES = 3  # every value
 
 
@@ -73,8 +74,6 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
     Args:
         advance: called with the size of every shard whose content has been checked.
     """
-    texts = manifest_faults(manifest) if depth >= Depth.TABLES else missing_shards(manifest)
-    yield from (("manifest.json", text) for text in texts)
     sizes = {info.base_name: info.size for info in storage.list_files(manifest.uri)}
     present = [entry for entry in manifest.shards if entry.file in sizes]
     yield from ((entry.file, "is missing") for entry in manifest.shards if entry.file not in sizes)
@@ -90,26 +89,6 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
         for entry, texts in zip(present, texts_of, strict=True):
             yield from ((entry.file, text) for text in texts)
             advance(entry.bytes)
-
-
-def missing_shards(manifest: Manifest) -> list[str]:
-    """Planned shards that the manifest neither lists nor names as failed."""
-    known = {entry.file for entry in manifest.shards} | manifest.failed.keys()
-    return [f"lacks {file}" for file in map(shard_file, range(manifest.planned_shards)) if file not in known]
-
-
-def manifest_faults(manifest: Manifest) -> list[str]:
-    """Faults of the manifest alone: planned shards, names, and its hashes."""
-    texts, indices = missing_shards(manifest), [entry.index for entry in manifest.shards]
-    if indices != sorted(set(indices)) or any(index >= manifest.planned_shards for index in indices):
-        texts.append(f"does not list each shard once and in order (of {manifest.planned_shards})")
-    wrong = [entry for entry in manifest.shards if entry.file != shard_file(entry.index)]
-    texts += [f"calls shard {entry.index} {entry.file}" for entry in wrong]
-    if storage.sha256_json(manifest.fingerprint) != manifest.fingerprint_hash:
-        texts.append("its fingerprint_hash is not the hash of its fingerprint")
-    if fields := differing_fields(manifest, manifests.from_fingerprint(manifest.fingerprint)):
-        texts.append(f"does not match its fingerprint in {fields}")
-    return texts
 
 
 def differing_fields(manifest: Manifest, expected: dict[str, Any]) -> str:
@@ -173,27 +152,57 @@ def unreadable(error: Exception) -> str:
 def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, depth: Depth) -> list[str]:
     """Faults of the columns, the shard and the number of rows; then of the layout; then of the values."""
     expected = expected_schema(manifest)
+    if not file.schema_arrow.equals(expected):
+        differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
+        return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
+    if text := size_fault(manifest, file, expected):
+        return [text]
     if depth >= Depth.TABLES:
-        if not file.schema_arrow.equals(expected):
-            differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
-            return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
         table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
         shards = np.unique(table["sequence_id"].to_numpy() >> np.uint64(32)).tolist()
         if foreign := sorted({*shards} - {entry.index}):
             return [f"holds sequences of shard {foreign[0]}, not of {entry.index}"]
     if file.metadata.num_rows != entry.rows:
         return [f"has {file.metadata.num_rows:,} rows, but its manifest says {entry.rows:,}"]
-    if depth < Depth.TABLES or not entry.rows:
+    if not entry.rows:
         return []
-    texts = layout_faults(manifest, entry, file, table)
-    return texts if texts or depth < Depth.VALUES else values.value_faults(manifest, entry, file)
+    if texts := group_faults(manifest, entry, file):
+        return texts
+    if depth >= Depth.TABLES and (texts := layout_faults(manifest, entry, table)):
+        return texts
+    return values.value_faults(manifest, entry, file) if depth == Depth.VALUES else values.first_faults(manifest, file)
 
 
-def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, table: pa.Table) -> list[str]:
-    """Faults of sequence ids and variants (in ``table``), and of row groups, which readers address by number."""
-    ids_N, variants = table["sequence_id"].to_numpy(), int(manifest.masks["variants"]) if manifest.masks else 1
+def size_fault(manifest: Manifest, file: pq.ParquetFile, expected: pa.Schema) -> str | None:
+    """The fault of a file that claims more bytes than its rows can have, so that nobody tries to read them."""
+    positions = manifest.masks["positions"] if manifest.masks else manifest.sequence_length
+    row_bytes = 0
+    for field in expected:
+        width = manifest.top_k if field.name in parquet.TOP_K_COLUMNS else 1
+        is_list = pa.types.is_list(field.type)
+        row_bytes += field.type.value_type.bit_width * width * positions if is_list else field.type.bit_width
+    for group in map(file.metadata.row_group, range(file.num_row_groups)):
+        if not 0 <= group.total_byte_size <= 2 * group.num_rows * (row_bytes // 8) + SMALL:
+            return f"claims {group.total_byte_size:,} bytes for {group.num_rows:,} rows"
+    return None
+
+
+def group_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) -> list[str]:
+    """Faults of the row groups, which readers address by number."""
+    variants = int(manifest.masks["variants"]) if manifest.masks else 1
     if entry.rows % variants:
         return [f"has {entry.rows} rows, not {variants} variants of every sequence"]
+    groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    rows = entry.rows // variants
+    full, rest = divmod(rows, ROW_GROUP)
+    sizes = [ROW_GROUP] * min(full, len(groups)) + [rest] * (rest > 0)  # the rows of a hostile file may be huge
+    as_expected = groups == [size for size in sizes for _ in range(variants)] and sum(sizes) == rows
+    return [] if as_expected else ["its row groups do not have the expected sizes"]
+
+
+def layout_faults(manifest: Manifest, entry: ShardEntry, table: pa.Table) -> list[str]:
+    """Faults of sequence ids and variants."""
+    ids_N, variants = table["sequence_id"].to_numpy(), int(manifest.masks["variants"]) if manifest.masks else 1
     blocks, texts = targets.blocks(entry.rows // variants, variants), []
     wrong_N = ids_N & np.uint64(0xFFFFFFFF) != np.concatenate([rows for rows, _ in blocks])
     if wrong_N.any():
@@ -201,15 +210,12 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, t
     variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
     if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
         texts.append(f"does not have variants 0 … {variants - 1} in each block (first at row {wrong_N.argmax()})")
-    groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-    if groups != [len(rows) for rows, _ in blocks]:
-        texts.append("its row groups do not have the expected sizes")
     return texts
 
 
 def expected_schema(manifest: Manifest) -> pa.Schema:
     """The schema of every shard of a directory."""
-    if manifest.kind == "targets":
+    if manifest.masks:
         return targets.targets_schema(manifest.vocab_size, manifest.temperatures)
     return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
 

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import costs
-from entropy_masking.shards.schema import Fingerprint, JsonFile, Manifest, Run, ShardEntry, first_fault
+from entropy_masking.shards.fields import first_fault, from_fingerprint
+from entropy_masking.shards.schema import JsonFile, Manifest, Run, ShardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,9 +117,15 @@ def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
 
 
 def copy_tokenizer(directory: str, destination: Path) -> None:
-    """Copy the tokenizer's files of a shard directory to a local directory, unchanged."""
+    """Copy the tokenizer's files of a shard directory to a local directory, unchanged.
+
+    Raises:
+        UsageError: one is a link to a file elsewhere: it might be a secret, and the copy might be published.
+    """
     destination.mkdir(parents=True, exist_ok=True)
     source = storage.join(directory, "tokenizer")
+    if not storage.is_remote(directory):
+        storage.check_links(Path(storage.absolute(source)), within=Path(storage.absolute(directory)))
     for info in storage.list_files(source):
         (destination / info.base_name).write_bytes(storage.read_bytes(storage.join(source, info.base_name)))
 
@@ -160,7 +167,7 @@ def new_manifest(
         failed: by file, why the corpus lacks shards.
         versions: by package, of those that make the shards.
     """
-    return Manifest(
+    return Manifest.model_construct(  # not validated: it has no shards yet
         uri=uri,
         teacher=teacher,
         fingerprint=run.fingerprint,
@@ -183,25 +190,3 @@ def from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "special_token_ids": sorted(set(tokenizer.all_special_ids)),
         "tokenizer_hash": tokenizer_hash(tokenizer),
     }
-
-
-def from_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
-    """The fields of a manifest that its fingerprint determines."""
-    return {
-        "kind": "targets" if "masks" in fingerprint else "sequences",
-        "sequence_length": fingerprint["sequence_length"],
-        "scored": "teacher" in fingerprint,
-        "top_k": fingerprint.get("top_k", 0),
-        "temperatures": fingerprint.get("temperatures", []),
-        "context": fingerprint.get("context"),
-        "passes": fingerprint.get("passes"),
-        "masks": fingerprint.get("masks"),
-        "sequences_hash": sequences_hash(fingerprint),
-    }
-
-
-def sequences_hash(fingerprint: Fingerprint) -> str:
-    """Hash of everything that determines the tokens of a run, whether they come from text or from a shard directory."""
-    corpus = fingerprint["corpus"]
-    tokens = [corpus.get("sequences", corpus), fingerprint["tokenizer"], fingerprint["sequence_length"]]
-    return storage.sha256_json(tokens)

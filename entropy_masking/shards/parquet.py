@@ -152,6 +152,11 @@ def footer_rows(uri: str) -> int:
 
 
 def column_2d(table: pa.Table, name: str, width: int) -> np.ndarray:
-    """A list column as an array [rows, width], without a loop over values; width is L, or L·k for top-k columns."""
+    """A list column as an array [rows, width], without a loop over values; width is L, or L·k for top-k columns.
+
+    Raises ValueError if a row has another number of values.
+    """
     column = table.column(name).combine_chunks()
+    if (column.value_lengths().to_numpy() != width).any():
+        raise ValueError(f"a row does not have {width} {name}")
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)

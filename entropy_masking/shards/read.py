@@ -5,6 +5,9 @@ Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +22,7 @@ from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.manifests import read_table, shard_tokenizer
 from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
 from entropy_masking.shards.schema import Manifest, ShardEntry
-from entropy_masking.shards.targets import predictions_of, row_group, rows_of
+from entropy_masking.shards.targets import MaskedRows, predictions_of, row_group, rows_of
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,34 @@ def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_group
     Raises:
         RunError: the file cannot be read.
     """
-    table = _table(manifest, entry, columns.names(), row_groups)
-    length = manifest.sequence_length
-    rows: Rows = {"sequence_id": table["sequence_id"].to_numpy()}
-    for name in columns.names()[1:]:
-        if name in TOP_K_COLUMNS:
-            rows[name] = column_2d(table, name, length * manifest.top_k).reshape(-1, length, manifest.top_k)
-        elif name == temperature_column(columns.temperature):
-            rows["temperature_lse"] = column_2d(table, name, length)
-        else:
-            rows[name] = column_2d(table, name, length)
+    length, k = manifest.sequence_length, manifest.top_k
+    with _matching(manifest, entry):
+        table = read_table(manifest, entry, columns.names(), row_groups)
+        rows: Rows = {"sequence_id": table["sequence_id"].to_numpy()}
+        for name in columns.names()[1:]:
+            own = "temperature_lse" if name == temperature_column(columns.temperature) else name
+            shape = (len(table), length, k) if name in TOP_K_COLUMNS else (len(table), length)
+            rows[own] = column_2d(table, name, math.prod(shape[1:])).reshape(shape)
+        _check_ids(manifest, *(rows[name] for name in ("input_ids", "topk_ids") if name in rows))
     return rows
+
+
+@contextmanager
+def _matching(manifest: Manifest, entry: ShardEntry) -> Iterator[None]:
+    """Raises RunError for a file that cannot be read, or whose columns or values do not match its manifest."""
+    uri, fix = manifest.shard_uri(entry), "run pipeline/verify.py --deep to see why"
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"cannot read {uri} ({one_line(error)}); {fix}") from None
+    except (ValueError, LookupError) as error:
+        raise RunError(f"{uri} does not match its manifest ({one_line(error)}); {fix}") from None
+
+
+def _check_ids(manifest: Manifest, *ids: np.ndarray) -> None:
+    """Raises ValueError for a token outside the vocabulary, at which a model would fail or crash."""
+    if (greatest := max((int(array.max()) for array in ids if array.size), default=0)) >= manifest.vocab_size:
+        raise ValueError(f"it has the token id {greatest}, but the vocabulary has {manifest.vocab_size} tokens")
 
 
 def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: int) -> Rows:
@@ -90,13 +110,10 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
         RunError: the file cannot be read, or holds different rows.
     """
     assert targets.masks
-    K, variants, lse = targets.masks["positions"], targets.masks["variants"], [T] if T != 1 else []
-    columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
-    table = _table(targets, entry, columns, [row_group(block, variant, variants)])
-    rows = rows_of(table, K)
+    with _matching(targets, entry):
+        rows, predictions = _targets(targets, entry, row_group(block, variant, targets.masks["variants"]), T)
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
         raise RunError(f"{targets.shard_uri(entry)} does not match its sequences; make it again")
-    predictions = predictions_of(table, K, targets.top_k, lse)
     joined = {
         "target_positions": rows.positions_NK,
         "input_crc32": rows.crc32_N,
@@ -106,12 +123,15 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     return joined if T == 1 else joined | {"temperature_lse": predictions[temperature_column(T)]}
 
 
-def _table(manifest: Manifest, entry: ShardEntry, columns: list[str], row_groups: list[int] | None) -> pa.Table:
-    try:
-        return read_table(manifest, entry, columns, row_groups)
-    except (OSError, pa.ArrowException) as error:
-        uri = manifest.shard_uri(entry)
-        raise RunError(f"cannot read {uri} ({one_line(error)}); run pipeline/verify.py to see why") from None
+def _targets(targets: Manifest, entry: ShardEntry, group: int, T: float) -> tuple[MaskedRows, dict[str, np.ndarray]]:
+    """A row group of targets. Raises ValueError or KeyError if it does not match the manifest."""
+    assert targets.masks
+    K, lse = targets.masks["positions"], [T] if T != 1 else []
+    columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
+    table = read_table(targets, entry, columns, [group])
+    predictions = predictions_of(table, K, targets.top_k, lse)
+    _check_ids(targets, predictions["topk_ids"])
+    return rows_of(table, K), predictions
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:

@@ -3,91 +3,99 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterator
 from datetime import datetime
-from types import UnionType
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from entropy_masking import storage
-from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION
+from entropy_masking.shards.fields import (
+    STRICT,
+    Count,
+    Fingerprint,
+    Flops,
+    Index,
+    Length,
+    Masks,
+    Seconds,
+    Sum,
+    Temperature,
+    TokenId,
+    Totals,
+    VocabSize,
+    from_fingerprint,
+)
+from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION, shard_file
+
+ROW_GROUP_BYTES = 64  # a row group takes more than this in the footer of its file
+NATS = 100.0  # no vocabulary has e^100 tokens
 
 
-def _with(**kinds: type | UnionType) -> AfterValidator:
-    """Refuses a dictionary in which one of these is missing or of another type."""
-
-    def check(values: dict[str, Any]) -> dict[str, Any]:
-        if wrong := [name for name, kind in kinds.items() if not isinstance(values.get(name), kind)]:
-            raise ValueError(f"it has no valid {', '.join(wrong)}")
-        return values
-
-    return AfterValidator(check)
-
-
-# everything that determines the bytes of the shards
-Fingerprint = Annotated[dict[str, Any], _with(corpus=dict, tokenizer=str, sequence_length=int)]
-# of targets; positions is K
-Masks = Annotated[dict[str, Any], _with(source=str, policy=dict, variants=int, positions=int)]
-_counts = ("sequences", "tokens", "scored_tokens", "bytes", "documents", "rejected", "flops", "workers")
-_costs = ("entropy_sum", "seconds", "worker_seconds", "forward_seconds", "utilisation", "rescued_shards")
-_numbers = dict.fromkeys((*_counts, *_costs), int | float)
-Totals = Annotated[dict[str, Any], _with(**_numbers, rejected_reasons=dict)]  # see ``costs.totals``
-
-
-def _check_file(file: str) -> str:
-    if not re.fullmatch(r"part-\d{5,}\.parquet", file):
-        raise ValueError(f"{file!r} is not a file name of the form part-NNNNN.parquet")
-    return file
-
-
-def _check_special_ids(special_ids: dict[str, int]) -> dict[str, int]:
-    if missing := {"pad", "cls", "sep", "mask"} - special_ids.keys():
-        raise ValueError(f"it has no {', '.join(sorted(missing))} token")
-    return special_ids
+def _check_time(text: str) -> str:
+    try:
+        datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise ValueError("it is not a time") from None
+    return text
 
 
 class JsonFile(BaseModel):
     """A JSON file, or an object in one. Messages use the title. An unknown field is an error, like a wrong type."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first fault of a JSON file in words: where it is, and what is wrong."""
-    fault = error.errors()[0]
-    return " ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
+    model_config = {**STRICT, "extra": "forbid", "frozen": True}
 
 
 class Run(JsonFile, title="record of a run"):
     """``_records/run.json``, written first: the run to which a directory belongs."""
 
     fingerprint: Fingerprint
-    shards: int  # planned
+    shards: Annotated[int, Field(ge=0, le=1 << 31)]  # planned
 
-    @property
+    @cached_property
     def fingerprint_hash(self) -> str:
         return storage.sha256_json(self.fingerprint)
+
+    def has_made(self, record: Record) -> bool:
+        """Whether a record can be of this run."""
+        fits = record.index < self.shards and record.fits_length(self.fingerprint["sequence_length"])
+        return fits and record.fingerprint_hash == self.fingerprint_hash
 
 
 class Attempt(JsonFile, title="record of an attempt"):
     """``_attempts/part-00000.json``: a worker has begun a shard, for the ``attempts``-th time in this run."""
 
     run: str
-    attempts: int
+    attempts: Count
 
 
 class ShardEntry(JsonFile):
     """One committed shard, as in the manifest."""
 
-    index: int
-    file: Annotated[str, AfterValidator(_check_file)]
-    rows: int
-    tokens: int  # without padding; 0 in targets
-    scored_tokens: int  # positions with scores
-    bytes: int
+    index: Index
+    file: str
+    rows: Count
+    tokens: Count  # without padding; 0 in targets
+    scored_tokens: Count  # positions with scores
+    bytes: Count
     sha256: str
-    entropy_sum: float  # of the scored tokens, in nats
+    entropy_sum: Sum  # of the scored tokens, in nats
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.file != shard_file(self.index):
+            raise ValueError(f"the file of shard {self.index} is {shard_file(self.index)}, not {self.file!r}")
+        if self.row_groups * ROW_GROUP_BYTES > self.bytes:
+            raise ValueError(f"{self.file} cannot hold {self.rows} rows in {self.bytes} bytes")
+        if abs(self.entropy_sum) > NATS * self.scored_tokens:
+            raise ValueError(f"the entropies of {self.file} do not fit its scored tokens")
+        return self
+
+    def fits_length(self, length: int) -> bool:
+        """Whether the rows can hold so many tokens."""
+        return max(self.tokens, self.scored_tokens) <= self.rows * length
 
     @property
     def row_groups(self) -> int:
@@ -98,8 +106,8 @@ class ShardEntry(JsonFile):
 class Rejected(JsonFile):
     """The documents of a shard that were not used."""
 
-    count: int
-    reasons: dict[str, int]
+    count: Count
+    reasons: dict[str, Count]
     listed: list[dict[str, object]]  # the first hundred
 
 
@@ -107,17 +115,17 @@ class Record(ShardEntry, title="record of a shard"):
     """``_records/part-00000.json``, written after its shard: the shard's entry in the manifest, and its costs."""
 
     fingerprint_hash: str
-    attempt: int
-    forward_seconds: float  # inside the model
-    flops: int
-    batch_tokens: int | None = None  # only if the memory required smaller batches
+    attempt: Count
+    forward_seconds: Seconds  # inside the model
+    flops: Flops
+    batch_tokens: Count | None = None  # only if the memory required smaller batches
     device: str
     worker: str
-    documents: int
-    longest_document: int | None = None  # its tokens; None without documents
+    documents: Count
+    longest_document: Count | None = None  # its tokens; None without documents
     rejected: Rejected
-    seconds: float  # from the first work on the shard until ``finished_at``
-    finished_at: str
+    seconds: Seconds  # from the first work on the shard until ``finished_at``
+    finished_at: Annotated[str, AfterValidator(_check_time)]
 
     @property
     def entry(self) -> ShardEntry:
@@ -140,18 +148,18 @@ class Record(ShardEntry, title="record of a shard"):
 
 
 class Manifest(JsonFile, title="shard manifest"):
-    """``manifest.json``, written last: a finished shard directory."""
+    """``manifest.json``, written last: a finished shard directory. Its values fit each other."""
 
     uri: str = Field("", exclude=True)  # the directory; not in the file
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["sequences", "targets"]  # tokens, with scores if there was a teacher; or targets (``shards.targets``)
-    sequence_length: PositiveInt
-    vocab_size: int
-    special_ids: Annotated[dict[str, int], AfterValidator(_check_special_ids)]  # by role
-    special_token_ids: list[int]  # all ids that are never masked
+    sequence_length: Length
+    vocab_size: VocabSize
+    special_ids: dict[str, TokenId]  # by role
+    special_token_ids: list[TokenId]  # all ids that are never masked
     scored: bool
-    top_k: int  # of the teacher, like the next four fields; 0 without a teacher
-    temperatures: list[float]
+    top_k: Count  # of the teacher, like the next four fields; 0 without a teacher
+    temperatures: list[Temperature]
     context: str | None
     passes: int | None
     teacher: str | None
@@ -160,11 +168,58 @@ class Manifest(JsonFile, title="shard manifest"):
     fingerprint: Fingerprint
     fingerprint_hash: str
     tokenizer_hash: str
-    planned_shards: int
+    planned_shards: Index
     shards: list[ShardEntry]
     failed: dict[str, str]  # planned shards that are not in ``shards``, and why
     totals: Totals
     versions: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        for fault in (*self._vocabulary_faults(), *self._fingerprint_faults(), *self._shard_faults()):
+            raise ValueError(fault)
+        return self
+
+    def _vocabulary_faults(self) -> Iterator[str]:
+        if missing := {"pad", "cls", "sep", "mask"} - self.special_ids.keys():
+            yield f"special_ids has no {', '.join(sorted(missing))} token"
+        special = {*self.special_token_ids, *self.special_ids.values()}
+        if max(special, default=0) >= self.vocab_size:
+            yield f"the special token {max(special)} is outside the vocabulary of {self.vocab_size} tokens"
+        if len(special) >= self.vocab_size:
+            yield "all tokens of the vocabulary are special"
+        if not {*self.special_ids.values()} <= {*self.special_token_ids}:
+            yield "special_token_ids lacks one of special_ids"
+        if self.top_k > self.vocab_size:
+            yield f"the top {self.top_k} of a vocabulary of {self.vocab_size} tokens do not exist"
+
+    def _fingerprint_faults(self) -> Iterator[str]:
+        if storage.sha256_json(self.fingerprint) != self.fingerprint_hash:
+            yield "its fingerprint_hash is not the hash of its fingerprint"
+        expected = from_fingerprint(self.fingerprint)
+        if not self.top_k:  # a control of the screen may have dropped them
+            expected |= {"top_k": 0, "temperatures": self.temperatures}
+        if differing := [name for name, value in expected.items() if getattr(self, name) != value]:
+            yield f"it does not match its fingerprint in {', '.join(differing)}"
+
+    def _shard_faults(self) -> Iterator[str]:
+        if not any(entry.rows for entry in self.shards):
+            yield "its shards have no rows"
+        if any(one.index >= other.index for one, other in pairwise(self.shards)):
+            yield "it does not list each shard once and in order"
+        if wrong := [entry.file for entry in self.shards if not entry.fits_length(self.sequence_length)]:
+            yield f"{wrong[0]} has more tokens than its rows can hold"
+        known = {entry.file for entry in self.shards} | self.failed.keys()
+        # planned_shards may be huge, so the loop ends at the first file that is not known
+        if missing := next((file for file in map(shard_file, range(self.planned_shards)) if file not in known), None):
+            yield f"it neither lists {missing} nor names it as failed"
+        if len(known) != self.planned_shards or len(known) != len(self.shards) + len(self.failed):
+            yield f"it names other shards than the {self.planned_shards} that were planned"
+        names = {"sequences": "rows", **{name: name for name in ("tokens", "scored_tokens", "bytes", "entropy_sum")}}
+        for name, field in names.items():
+            found = sum(getattr(entry, field) for entry in self.shards)
+            if not math.isclose(self.totals[name], found, rel_tol=1e-9, abs_tol=1e-6):
+                yield f"its total of {name} is {self.totals[name]}, but its shards have {found}"
 
     def entry(self, index: int) -> ShardEntry:
         return next(entry for entry in self.shards if entry.index == index)

@@ -92,6 +92,8 @@ def _padded(table: pa.Table, name: str, max_positions: int, fill: float, width: 
     counts_N = table["positions"].combine_chunks().value_lengths().to_numpy()
     kept_NK = np.arange(max_positions) < counts_N[:, None]
     flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    if counts_N.max(initial=0) > max_positions or len(flat) != counts_N.sum() * (width or 1):
+        raise ValueError(f"it has {len(flat)} {name} for {counts_N.sum()} positions, at most {max_positions} in a row")
     kind = np.float32 if flat.dtype.kind == "f" else np.int64
     out = np.full((*kept_NK.shape, width) if width else kept_NK.shape, fill, kind)
     out[kept_NK] = flat.reshape(-1, width) if width else flat

@@ -51,6 +51,17 @@ def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) ->
     return texts
 
 
+def first_faults(manifest: Manifest, file: pq.ParquetFile) -> list[str]:
+    """Faults of the lengths and the token ids of the first row group: a check that costs little."""
+    names = ["positions"] if manifest.masks else ["input_ids"]
+    table = file.read_row_group(0, columns=[*names, *(["topk_ids"] if manifest.top_k else [])])
+    if text := length_fault(manifest, table):
+        return [text]
+    ids = [table[name].combine_chunks().flatten().to_numpy() for name in table.column_names if name != "positions"]
+    beyond = any(len(values) and values.max() >= manifest.vocab_size for values in ids)
+    return ["has token ids outside the vocabulary"] if beyond else []
+
+
 def length_fault(manifest: Manifest, table: pa.Table) -> str | None:
     """The fault of a list column that does not have one value (or k values) per position of a row."""
     masked = manifest.kind != "sequences"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from entropy_masking import storage
-from entropy_masking.commands import docstrings
+from entropy_masking.commands import console, docstrings
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
@@ -251,7 +250,7 @@ def _is_path(spec: str) -> bool:
 def _print_unread(names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        print(f"note: {', '.join(names[:5])}{more} not read: unknown endings", file=sys.stderr)
+        console.note(f"note: {', '.join(names[:5])}{more} not read: unknown endings")
 
 
 def _is_shard_directory(spec: str) -> bool:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests, parquet
-from entropy_masking.shards.faults import check_shards, manifest_faults
+from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.schema import Record
 
 VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
@@ -115,8 +115,6 @@ def test_the_fix_in_the_message_works(work: Path, scored: Path, copy: Path, tmp_
 def test_what_the_checks_before_training_refuse_and_allow(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = manifests.read_manifest(str(copy))
     check_shards(manifest)
-    with pytest.raises(UsageError, match=r"manifest\.json lacks part-00001"):
-        check_shards(manifest.model_copy(update={"shards": [manifest.shards[0], *manifest.shards[2:]]}))
     check_shards(
         manifest.model_copy(update={"shards": manifest.shards[1:], "failed": {"part-00000.parquet": "it was given up"}})
     )
@@ -221,20 +219,6 @@ def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
     totals = json.loads((copy / "manifest.json").read_text())["totals"]
     edit(copy / "manifest.json", totals=totals | {"documents": 399, "worker_seconds": 1e9})
     assert "manifest.json: its totals differ from the records' in documents" in run(*VERIFY, copy, code=1)
-    manifest = manifests.read_manifest(str(copy))
-    assert not manifest_faults(manifest)
-    forged = manifest.fingerprint | {"top_k": 99}
-    renamed = [manifest.shards[0].model_copy(update={"index": 1}), *manifest.shards[1:]]
-    for fields, fault in (
-        ({"planned_shards": 99}, "lacks part-00098.parquet"),
-        ({"fingerprint": forged}, "fingerprint_hash is not the hash of its fingerprint"),
-        ({"shards": renamed}, "calls shard 1 part-00000.parquet"),
-        ({"shards": manifest.shards[::-1]}, "does not list each shard once and in order"),
-        ({"sequences_hash": "0"}, "sequences_hash"),
-        ({"context": "full", "passes": 1}, "does not match its fingerprint in context, passes"),
-    ):
-        faults = manifest_faults(manifest.model_copy(update=fields))
-        assert any(fault in named for named in faults), fault
     edit(copy / "manifest.json", vocab_size=9999)
     output = run(*VERIFY, copy, code=1)
     assert "manifest.json: does not match its tokenizer in vocab_size; delete it and run pipeline/score.py" in output

@@ -77,7 +77,8 @@ def test_wrong_values_are_named(
     entry, data = recommitted(manifest.shards[0], table)
     assert not file_faults(manifest, entry, data, deep=True)
     entry, data = recommitted(entry, changed(table, name, width, place, value))
-    assert not file_faults(manifest, entry, data)
+    # the check before training reads the token ids of the first row group too
+    assert bool(file_faults(manifest, entry, data)) == ("vocabulary" in fault)
     faults = file_faults(manifest, entry, data, deep=True)
     assert any(named.startswith(fault) for named in faults), faults
 

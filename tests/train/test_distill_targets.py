@@ -16,11 +16,10 @@ import pytest
 import torch
 from harness import LENGTH, TRAIN, run
 from in_process import MASKS, PARQUET, RANDOM, SEED, SELF, SMALL, score_here, train_here
-from tables import recommitted
+from tables import give_up, recommitted, rewrite
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
 
-from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.shards import manifests
@@ -193,11 +192,9 @@ def test_epochs_take_the_variants_in_turn(sharp: Path, sharp_teacher: Path, tmp_
 
 def test_a_shard_that_was_given_up_has_no_targets(sharp: Path, sharp_teacher: Path, tmp_path: Path) -> None:
     """A run trains without it, and the other shards keep their names."""
-    directory = Path(shutil.copytree(sharp, tmp_path / "shards"))
+    directory, lost = Path(shutil.copytree(sharp, tmp_path / "shards")), "part-00001.parquet"
+    give_up(directory, lost)
     manifest = json.loads((directory / "manifest.json").read_text())
-    lost = manifest["shards"].pop(1)["file"]
-    (directory / "manifest.json").write_text(json.dumps(manifest | {"failed": {lost: "it hung"}}))
-    (directory / lost).unlink()
     masks = ["--mask-source", "parquet", "--variants", 1]
     targets = score_here(directory, sharp_teacher, tmp_path / "targets", *masks, "--top-k", TOP_K)
     made = manifests.read_manifest(str(targets), kind="targets")
@@ -222,7 +219,7 @@ def changed(targets: Path, directory: Path, name: str, change: Callable[[pa.Arra
         entry, data = recommitted(entry, table, row_groups(table, rows_of(table, LENGTH)))
         (directory / entry.file).write_bytes(data)
         entries.append(entry)
-    storage.write_json(str(directory / "manifest.json"), manifest.model_copy(update={"shards": entries}).model_dump())
+    rewrite(directory, entries, manifest.failed)
     return directory
 
 
@@ -261,9 +258,7 @@ def test_targets_that_do_not_fit_are_refused(
 ) -> None:
     lacking, vague = (Path(shutil.copytree(sharp_targets, tmp_path / name)) for name in ("lacking", "vague"))
     manifest = json.loads((lacking / "manifest.json").read_text())
-    (lacking / "manifest.json").write_text(
-        json.dumps(manifest | {"shards": manifest["shards"][1:], "failed": {"part-00000.parquet": "it hung"}})
-    )
+    give_up(lacking, "part-00000.parquet")
     (vague / "manifest.json").write_text(json.dumps(manifest | {"masks": manifest["masks"] | {"positions": 1}}))
     targets = ["--targets", sharp_targets]
     for sequences, flags, sentence in (
@@ -281,7 +276,7 @@ def test_targets_that_do_not_fit_are_refused(
         (scored, [*PARQUET, *DISTIL, *targets], "made for other sequences"),
         (sharp, [*PARQUET, *DISTIL, "--targets", sharp], "holds sequences, not targets"),
         (sharp, [*PARQUET, *DISTIL, "--targets", lacking], "lacks rows for part-00000.parquet"),
-        (sharp, [*PARQUET, *DISTIL, "--targets", vague], "does not name the masks"),
+        (sharp, [*PARQUET, *DISTIL, "--targets", vague], "does not match its fingerprint in masks"),
         (sharp_targets, PARQUET, "holds targets, not sequences"),
     ):
         with pytest.raises(UsageError, match=sentence) as caught:

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from harness import save_bert
 from in_process import PARQUET, RANDOM, SEED, explore_here, score_here
+from tables import give_up
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -84,13 +85,11 @@ def test_a_limit_bounds_the_sequences(sharp: Path, capsys: pytest.CaptureFixture
     assert "; 7 of " in capsys.readouterr().out
 
 
-def test_mistakes_are_one_sentence(sharp: Path, tokens: Path, tmp_path: Path) -> None:
-    blank = Path(shutil.copytree(tokens, tmp_path / "tokens"))
-    manifest = json.loads((blank / "manifest.json").read_text())
+def test_mistakes_are_one_sentence(sharp: Path, scored: Path, tokens: Path, tmp_path: Path) -> None:
     for arguments, sentence in (
         ([tmp_path / "nowhere"], "is not a shard directory"),
         ([sharp / "manifest.json"], "manifest.json is not a shard directory"),
-        ([blank], "has no scores .*; score it with pipeline/score.py"),
+        ([tokens], "has no scores .*; score it with pipeline/score.py"),
         ([sharp, "--limit", 0], "--limit 0 is out of range; use at least 1"),
         ([sharp, "--sequences", 0], "--sequences 0 is out of range; use at least 1"),
         ([sharp, "--seed", -1], "--seed -1 is out of range"),
@@ -105,12 +104,10 @@ def test_mistakes_are_one_sentence(sharp: Path, tokens: Path, tmp_path: Path) ->
         explore_here(sharp, "--sequences", 3)
     with pytest.raises(UsageError, match=r"--output .* is a directory; name a file, such as .*/page.html"):
         explore_here(tmp_path / "nowhere", "--output", tmp_path)
-    (blank / "manifest.json").write_text(json.dumps(manifest | {"scored": True}))
     with pytest.raises(UsageError, match="hold different tokens"):
-        explore_here(sharp, blank)
-    same = {"scored": True, "sequences_hash": read_manifest(str(sharp)).sequences_hash, "shards": [], "failed": {}}
-    same |= {"planned_shards": 0}
-    (blank / "manifest.json").write_text(json.dumps(manifest | same))
+        explore_here(sharp, scored)
+    first, *others = [entry.file for entry in read_manifest(str(sharp)).shards]
+    one, two = (Path(shutil.copytree(sharp, tmp_path / name)) for name in ("one", "two"))
     with pytest.raises(UsageError, match="no sequences in common"):
-        explore_here(sharp, blank)
+        explore_here(give_up(one, first), give_up(two, *others))
     assert not (tmp_path / "page.html").exists()

@@ -33,7 +33,7 @@ def later(sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields |= {"fingerprint": fingerprint, "fingerprint_hash": hashed}
     copy = manifest.model_copy(update=fields)
     commit.begin_run(target, Run(fingerprint=fingerprint, shards=copy.planned_shards))
-    commit.save_tokenizer(shard_tokenizer(manifest.uri), target)
+    commit.save_tokenizer(shard_tokenizer(manifest.uri), f"{target}/tokenizer")
     records, originals = {}, commit.read_records(manifest.uri)
     for entry in manifest.shards:
         rows = read_rows(manifest, entry, Columns(entropy=True))
