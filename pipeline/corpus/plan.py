@@ -23,7 +23,7 @@ from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_ur
 from entropy_masking.shards.schema import Manifest
 from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
 from pipeline.corpus.formats import LONG_PARAGRAPH, has_blank_line, is_array, json_keys
-from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, Broken, FileRange
+from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, FileRange
 from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.corpus.tables import csv_rows, parquet_column, parquet_footer
 
@@ -81,6 +81,8 @@ def plan_corpus(
     """
     if not _is_path(spec) and not all(part.strip() for part in spec.split(",")):
         raise UsageError(f"--corpus {spec!r} has an empty part; remove the extra comma")
+    if (max_document_bytes or 0) > 1 << 31:
+        raise UsageError(f"--max-document-bytes {max_document_bytes} is above 2 GiB; choose at most {1 << 31}")
     if _is_shard_directory(spec):
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
         flags |= {"limit-documents": limit_documents, "max-document-bytes": max_document_bytes}
@@ -187,8 +189,9 @@ def _check_text_column(file_range: FileRange, text_column: str) -> None:
     if file_range.kind in ("json", "jsonl"):
         names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
     elif file_range.kind in ("csv", "tsv"):
-        names = next(csv_rows(file_range), (1, [text_column]))[1]
-        if isinstance(names, Broken) or not names:
+        header = next(csv_rows(file_range), (1, [text_column]))[1]
+        names = header if isinstance(header, list) else []
+        if not names:
             raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
     else:
         return
