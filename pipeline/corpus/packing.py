@@ -69,10 +69,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(backend: Tokenizer, document: Document, cuts: bool, rejects: Rejects) -> np.ndarray | None:
-    parts = []
+    texts = pieces(document, cuts, rejects)
     try:
-        for piece in pieces(document, cuts, rejects):
-            parts.append(np.array(backend.encode(piece, add_special_tokens=False).ids, np.uint32))
+        parts = [np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32) for text in texts]
     except Exception as error:
         rejects.add(document.file_range, document.line, f"tokenizer: {type(error).__name__}")
         return None

@@ -25,7 +25,7 @@ from pipeline.corpus.files import compression_suffix, content_identity, file_kin
 from pipeline.corpus.formats import LONG_PARAGRAPH, has_blank_line, is_array, json_keys
 from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, FileRange
 from pipeline.corpus.readers import Rejects, read_documents
-from pipeline.corpus.tables import csv_rows, parquet_column, parquet_footer
+from pipeline.corpus.tables import check_footer, csv_rows, parquet_footer
 
 UNITS = ("line", "paragraph", "file")  # of a document in plain text
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
@@ -174,10 +174,7 @@ def _cut_parquet(path: str, text_column: str, shard_bytes: int, max_bytes: int) 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
-    column = parquet_column(metadata, text_column)
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    size = sum(group.column(column).total_uncompressed_size for group in groups)
-    size = max(size, metadata.num_rows)  # rows whose texts are equal may be stored in less than a byte
+    size = check_footer(path, metadata, text_column)
     cuts = min(metadata.num_rows, max(1, round(size / shard_bytes)))
     edges = [metadata.num_rows * cut // cuts for cut in range(cuts + 1)] if cuts else []
     for start, stop in itertools.pairwise(edges):

@@ -27,7 +27,7 @@ class FileRange:
         start, stop: the range; ``stop`` None means the end of the file.
         limit: at most this many documents of the range, rejected ones included.
         compression: ``gzip``, ``zstd`` or ``bz2``; a compressed file is never split.
-        max_bytes: a longer document, or in JSON lines a longer line, is rejected and never held in memory as a whole.
+        max_bytes: a longer document (in JSON lines, CSV and TSV: a longer line or row) is rejected.
     """
 
     path: str

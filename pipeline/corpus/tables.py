@@ -90,37 +90,42 @@ def csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, s
 
 
 def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
-    """Schema and metadata of a Parquet file.
-
-    Raises:
-        UsageError: it is no Parquet file, or it claims more rows or text than a file of its size can hold.
-    """
+    """Schema and metadata of a Parquet file. Raises UsageError: it is none."""
     filesystem, name = storage.resolve(path)
     try:
         with pq.ParquetFile(name, filesystem=filesystem) as file:
-            schema, metadata = file.schema_arrow, file.metadata
+            return file.schema_arrow, file.metadata
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
+
+
+def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
+    """Bytes of the texts of a Parquet file, as encoded; at least one for each row, as equal rows may take less.
+
+    Raises:
+        UsageError: the footer claims more rows or text than a file of its size can hold.
+    """
+    column = _column_index(metadata, text_column)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    columns = [group.column(column) for group in groups for column in range(group.num_columns)]
-    rows, texts = [group.num_rows for group in groups], [column.total_uncompressed_size for column in columns]
-    if min([*rows, *texts], default=0) < 0 or sum(rows) != metadata.num_rows:
+    rows_G = [group.num_rows for group in groups]
+    texts_G = [group.column(column).total_uncompressed_size for group in groups]
+    if min([*rows_G, *texts_G], default=0) < 0 or sum(rows_G) != metadata.num_rows:
         raise UsageError(f"{path} is damaged: its footer has impossible numbers of rows or bytes")
-    size = storage.size(path) or 0
-    if sum(rows) > max(size, FEW_ROWS) or sum(texts) > max(MOST_COMPRESSED * size, FEW_BYTES):
+    rows, texts, size = sum(rows_G), sum(texts_G), storage.size(path) or 0
+    if rows > max(size, FEW_ROWS) or texts > max(MOST_COMPRESSED * size, FEW_BYTES):
         raise UsageError(
-            f"{path} claims {sum(rows):,} rows and {sum(texts):,} bytes, more than texts in a file of {size:,} bytes "
-            "can have; it is damaged or not a corpus of text"
+            f"{path} claims {rows:,} rows with {texts:,} bytes of text, more than a file of {size:,} bytes can hold; "
+            "it is damaged or not a corpus of text"
         )
-    return schema, metadata
+    return max(rows, texts)
 
 
-def parquet_column(metadata: pq.FileMetaData, name: str) -> int:
-    """Index of a column of texts, which is not nested, among all columns. Raises UsageError: there is none."""
+def _column_index(metadata: pq.FileMetaData, name: str) -> int:
+    """Index of a column that is not nested. Raises UsageError: there is none."""
     for index in range(metadata.num_columns):
         if metadata.schema.column(index).path == name:
             return index
-    raise UsageError(f"the column {name!r} of a Parquet file is nested; name another with --text-column")
+    raise UsageError(f"the column {name!r} is nested, not text; name another with --text-column")
 
 
 def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken | None]]:
@@ -132,7 +137,7 @@ def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[in
         stop = ends[-1] if file_range.stop is None else file_range.stop
         groups = [g for g in range(file.num_row_groups) if ends[g] < stop and ends[g + 1] > file_range.start]
         row = ends[groups[0]] if groups else stop
-        index = parquet_column(metadata, text_column)
+        index = _column_index(metadata, text_column)
         # an encoding can make every row as long as all that is stored
         longest = max((metadata.row_group(g).column(index).total_uncompressed_size for g in groups), default=0)
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(longest, 1)))
