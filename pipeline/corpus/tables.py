@@ -95,7 +95,7 @@ def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
     try:
         with pq.ParquetFile(name, filesystem=filesystem) as file:
             return file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
 
 
