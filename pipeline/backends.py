@@ -20,7 +20,7 @@ from entropy_masking.commands import console, ray_cluster
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from entropy_masking.shards.schema import Record
-from pipeline.corpus.formats import FileRange
+from pipeline.corpus.ranges import FileRange
 from pipeline.job import Failure, Job
 
 STOP_SECONDS = 10.0

@@ -14,6 +14,7 @@ from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, mask_poli
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from pipeline.corpus.plan import UNITS
+from pipeline.corpus.ranges import MAX_DOCUMENT_BYTES
 
 SEED = 42  # by default, as in a training run
 VARIANTS = 4  # by default, if epochs have different masks
@@ -90,6 +91,7 @@ def add_flags(parser: Parser) -> None:
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
+    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
     add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")
     add("--passes", type=positive, help="with --context masked: P passes, each masks one position in P (default: 7)")

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         document=args.document,
         shard_tokens=args.shard_tokens,
         limit_documents=args.limit_documents,
+        max_document_bytes=args.max_document_bytes,
         output=args.output,
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)

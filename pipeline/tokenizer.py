@@ -28,8 +28,9 @@ from entropy_masking.commands import console
 from entropy_masking.commands.flags import Parser, positive
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
-from pipeline.corpus.packing import text_tokenizer, tokenize
+from pipeline.corpus.packing import pieces, text_tokenizer, tokenize
 from pipeline.corpus.plan import UNITS, Corpus, plan_corpus
+from pipeline.corpus.ranges import MAX_DOCUMENT_BYTES
 from pipeline.corpus.readers import Document, Rejects, read_documents
 
 # by role, in the order of their ids; a byte-level BPE has no [UNK]
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         text_column=args.text_column,
         document=args.document,
         limit_documents=args.limit_documents,
+        max_document_bytes=args.max_document_bytes,
         output=str(args.output),
     )
     if corpus.from_shards:
@@ -67,8 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.exists() and any(args.output.iterdir()) and not started.exists():
         raise UsageError(f"{args.output} is not empty; choose a new --output")
     rejects = Rejects()
-    documents = list(read_corpus(corpus, rejects))
-    tokenizer = train([document.text for document in documents], **settings)
+    documents, texts = list[Document](), list[str]()
+    for document in read_corpus(corpus, rejects):
+        if found := pieces(document, True, rejects):  # both kinds count the same words in pieces as in one go
+            documents.append(document)
+            texts += found
+    tokenizer = train(texts, **settings)
     storage.write_bytes(str(started), b"")
     commit.save_tokenizer(tokenizer, str(args.output))
     storage.write_json(str(origin), made_from)  # it marks the tokenizer as complete
@@ -94,6 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--text-column", help="column or key of the text (default: text)")
     add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
+    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
     return parser.parse_args(argv)
 
 

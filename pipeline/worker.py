@@ -28,8 +28,8 @@ from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, parquet, targets
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Record
-from pipeline.corpus.formats import FileRange
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
+from pipeline.corpus.ranges import FileRange
 from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.job import Failure, Job
 from pipeline.masking import mask_shard

@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError
-from pipeline.corpus.formats import COMPRESSIONS
+from pipeline.corpus.ranges import COMPRESSIONS
 
 KINDS = {
     ".parquet": "parquet",

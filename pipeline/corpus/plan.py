@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from entropy_masking import storage
 from entropy_masking.commands import console, docstrings
@@ -22,16 +21,10 @@ from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
 from entropy_masking.shards.schema import Manifest
 from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
-from pipeline.corpus.formats import (
-    COMPRESSIONS,
-    LONG_PARAGRAPH,
-    FileRange,
-    csv_rows,
-    has_blank_line,
-    is_array,
-    json_keys,
-)
+from pipeline.corpus.formats import LONG_PARAGRAPH, has_blank_line, is_array, json_keys
+from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, FileRange
 from pipeline.corpus.readers import Rejects, read_documents
+from pipeline.corpus.tables import check_footer, csv_rows, parquet_footer
 
 UNITS = ("line", "paragraph", "file")  # of a document in plain text
 BYTES_PER_TOKEN = 4  # of English text; only the size of shards depends on it
@@ -66,6 +59,7 @@ def plan_corpus(
     document: str | None = None,
     shard_tokens: int | None = None,
     limit_documents: int | None = None,
+    max_document_bytes: int | None = None,
     output: str | None = None,
 ) -> Corpus:
     """Plan the shards of a corpus.
@@ -77,6 +71,7 @@ def plan_corpus(
         document: the unit of a document in plain-text files: ``paragraph`` (default), ``line`` or ``file``.
         shard_tokens: approximate tokens per shard (default: 262144).
         limit_documents: use only this many documents from the start, rejected ones included.
+        max_document_bytes: a longer document is rejected (default: ``MAX_DOCUMENT_BYTES``).
         output: the directory to write, which must be outside of the corpus.
 
     Raises:
@@ -85,9 +80,11 @@ def plan_corpus(
     """
     if not _is_path(spec) and not all(part.strip() for part in spec.split(",")):
         raise UsageError(f"--corpus {spec!r} has an empty part; remove the extra comma")
+    if (max_document_bytes or 0) > 1 << 31:
+        raise UsageError(f"--max-document-bytes {max_document_bytes} is above 2 GiB; choose at most {1 << 31}")
     if _is_shard_directory(spec):
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
-        flags |= {"limit-documents": limit_documents}
+        flags |= {"limit-documents": limit_documents, "max-document-bytes": max_document_bytes}
         if given := [name for name, value in flags.items() if value is not None]:
             raise UsageError(
                 f"--{given[0]} only applies to text; {spec} is a shard directory, so leave out --{given[0]}"
@@ -108,8 +105,8 @@ def plan_corpus(
     if text_column and kinds == {"text"}:
         raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
     text_column, shard_tokens = text_column or "text", shard_tokens or SHARD_TOKENS
-    shard_bytes = shard_tokens * BYTES_PER_TOKEN
-    ranges = [file_range for path, _ in files for file_range in _cut_file(path, text_column, document, shard_bytes)]
+    shard_bytes, most = shard_tokens * BYTES_PER_TOKEN, max_document_bytes or MAX_DOCUMENT_BYTES
+    ranges = [cut for path, _ in files for cut in _cut_file(path, text_column, document, shard_bytes, most)]
     if limit_documents:
         ranges = list(_limit(ranges, limit_documents))
     shards = _group(ranges, shard_bytes)
@@ -123,17 +120,21 @@ def plan_corpus(
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
     }
+    if most != MAX_DOCUMENT_BYTES:  # the default is not named, so that older directories can be resumed
+        identity["max_document_bytes"] = most
     return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
-def _cut_file(path: str, text_column: str, document: str | None, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
+def _cut_file(
+    path: str, text_column: str, document: str | None, shard_bytes: int, max_bytes: int
+) -> Iterator[tuple[FileRange, int]]:
     """(range, estimated bytes) of one file; a file that can be split has ranges of about ``shard_bytes``."""
     kind, suffix = file_kind(path), compression_suffix(path)
     if kind == "parquet":
-        yield from _cut_parquet(path, text_column, shard_bytes)
+        yield from _cut_parquet(path, text_column, shard_bytes, max_bytes)
         return
     size = storage.size(path) or 0
-    whole = FileRange(path, kind or "text", compression=COMPRESSIONS[suffix] if suffix else None)
+    whole = FileRange(path, kind or "text", compression=COMPRESSIONS.get(suffix or ""), max_bytes=max_bytes)
     try:
         whole = replace(whole, kind=_kind_of_range(whole, document))
         _check_text_column(whole, text_column)
@@ -165,25 +166,18 @@ def _kind_of_range(file: FileRange, document: str | None) -> str:
     return document or "paragraph" if file.kind == "text" else file.kind
 
 
-def _cut_parquet(path: str, text_column: str, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
-    filesystem, name = storage.resolve(path)
-    try:
-        with pq.ParquetFile(name, filesystem=filesystem) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
+def _cut_parquet(path: str, text_column: str, shard_bytes: int, max_bytes: int) -> Iterator[tuple[FileRange, int]]:
+    schema, metadata = parquet_footer(path)
     _check_names(path, schema.names, text_column)
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
-    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == text_column)
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    size = sum(group.column(leaf).total_uncompressed_size for group in groups)
+    size = check_footer(path, metadata, text_column)
     cuts = min(metadata.num_rows, max(1, round(size / shard_bytes)))
     edges = [metadata.num_rows * cut // cuts for cut in range(cuts + 1)] if cuts else []
     for start, stop in itertools.pairwise(edges):
-        yield FileRange(path, "parquet", start, stop), size // cuts
+        yield FileRange(path, "parquet", start, stop, max_bytes=max_bytes), size // cuts
 
 
 def _check_text_column(file_range: FileRange, text_column: str) -> None:
@@ -191,7 +185,8 @@ def _check_text_column(file_range: FileRange, text_column: str) -> None:
     if file_range.kind in ("json", "jsonl"):
         names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
     elif file_range.kind in ("csv", "tsv"):
-        names = next(csv_rows(file_range), (1, [text_column]))[1] or []
+        header = next(csv_rows(file_range), (1, [text_column]))[1]
+        names = header if isinstance(header, list) else []
         if not names:
             raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
     else:

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from pipeline.corpus.formats import Broken, FileRange, lines_before, values
+from pipeline.corpus.formats import lines_before, values
+from pipeline.corpus.ranges import Broken, FileRange, too_long
 
 LISTED = 100  # rejected documents that a record names; all are counted
 COUNTED_BYTES = 1 << 28  # a line number needs a count of all lines before it; this bounds the count in a huge file
@@ -63,18 +64,18 @@ def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) 
                 if number == file_range.limit:
                     break
                 rejects.documents += 1
-                if reason := _why_unusable(value):
+                if reason := _why_unusable(value, file_range.max_bytes):
                     rejects.add(file_range, line, reason)
                 else:
                     yield Document(value, file_range, line)
-        except (OSError, EOFError, pa.ArrowInvalid) as error:
+        except (OSError, EOFError, pa.ArrowException) as error:
             store_failed = isinstance(error, OSError) and storage.is_remote(file_range.path)
             if store_failed and not isinstance(error, FileNotFoundError):
                 raise  # an object store may answer the next time
             raise UsageError(f"cannot read {file_range.path} to its end: {one_line(error)}") from None
 
 
-def _why_unusable(value: object) -> str | None:
+def _why_unusable(value: object, max_bytes: int) -> str | None:
     """Why a value cannot be scored as text, or None."""
     if isinstance(value, Broken):
         return value.reason
@@ -87,7 +88,7 @@ def _why_unusable(value: object) -> str | None:
     if "\0" in value:
         return "NUL characters (UTF-16?)"
     try:
-        value.encode()
+        size = len(value.encode())
     except UnicodeEncodeError:  # half a surrogate pair, from bad UTF-8 in a CSV or an escape in JSON
         return "bad UTF-8"
-    return None
+    return too_long(max_bytes).reason if size > max_bytes else None

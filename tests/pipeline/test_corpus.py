@@ -11,8 +11,8 @@ from texts import TEXTS, jsonl, texts_of, write_forms
 
 from entropy_masking.errors import UsageError
 from pipeline.corpus import readers
-from pipeline.corpus.formats import FileRange
 from pipeline.corpus.plan import plan_corpus
+from pipeline.corpus.ranges import FileRange
 from pipeline.corpus.readers import Rejects, read_documents
 
 

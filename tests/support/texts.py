@@ -16,9 +16,9 @@ from pipeline.corpus.readers import Rejects, read_documents
 TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
 
 
-def texts_of(corpus: Corpus, rejects: Rejects | None = None) -> list[str]:
+def texts_of(corpus: Corpus, rejects: Rejects | None = None, column: str = "text") -> list[str]:
     rejects = rejects or Rejects()
-    return [document.text for ranges in corpus.shards for document in read_documents(ranges, "text", rejects)]
+    return [document.text for ranges in corpus.shards for document in read_documents(ranges, column, rejects)]
 
 
 def jsonl(texts: list[str]) -> bytes:

@@ -1,0 +1,160 @@
+"""The texts of CSV and Parquet files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entropy_masking import storage
+from entropy_masking.errors import UsageError, one_line
+from pipeline.corpus.ranges import BLOCK, Broken, FileRange, decode, open_binary, too_long
+
+csv.field_size_limit((1 << 31) - 1)  # csv_rows limits whole rows
+DIALECTS: dict[str, Any] = {"csv": {"strict": True}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+BATCH_ROWS = 16  # Parquet rows in memory; each may be as long as all pages of its row group
+BATCH_BYTES = 1 << 26
+# What a Parquet file of texts cannot claim: more rows than it has bytes, or that it was compressed by more than this.
+# A small file, which needs little memory, may.
+MOST_COMPRESSED = 1000
+FEW_ROWS, FEW_BYTES = 1 << 20, 1 << 28
+
+
+def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | Broken]]:
+    """(first line, fields) of each row, the header first; ``Broken`` instead of the fields of a broken row.
+
+    A row ends at a line end outside quotes. An unclosed quotation mark must not swallow the rows after it. So only the
+    first line of a broken row is dropped, and the lines after it are read again. A row of more than ``max_bytes``
+    characters is broken.
+    """
+    most = file_range.max_bytes
+    with open_binary(file_range) as stream:
+        # bytes that are not UTF-8 become lone surrogates, so only their own row is rejected
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        of_row: list[str] = []
+        again: deque[str] = deque()
+        size = 0
+
+        def next_line() -> str:
+            nonlocal size
+            of_row.append(again.popleft() if again else _csv_line(text, most))
+            size += len(of_row[-1])
+            if size > most + len("\r\n"):
+                raise csv.Error
+            return of_row[-1]
+
+        line, width = 1, None
+        while True:
+            of_row.clear()
+            size = 0
+            try:
+                row = next(csv.reader(iter(next_line, ""), **DIALECTS[file_range.kind]), None)
+            except csv.Error:
+                row = None
+            if of_row == [""]:
+                return
+            if row is None or (row and width is not None and len(row) != width):
+                yield line, too_long(most) if len(of_row[0]) > most + len("\r\n") else Broken("broken CSV row")
+                again.extendleft(reversed(of_row[1:]))
+                line += 1
+            else:
+                yield line, row
+                line += len(of_row)
+            width = len(row or []) if width is None else width
+
+
+def _csv_line(text: io.TextIOWrapper, most: int) -> str:
+    """A line with its end; of a line with more than ``most`` characters only the start, which is also longer."""
+    line = rest = text.readline(most + len("\r\n") + 1)
+    while len(line) > most + len("\r\n") and rest and not rest.endswith(("\n", "\r")):
+        rest = text.readline(BLOCK)
+    return line
+
+
+def csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken]]:
+    rows = csv_rows(file_range)
+    _, header = next(rows, (1, []))
+    column = header.index(text_column) if isinstance(header, list) and text_column in header else None
+    for line, row in rows:
+        if isinstance(row, Broken):
+            yield line, row
+        elif column is None:
+            yield line, Broken(f"no column {text_column!r}")
+        else:
+            yield line, row[column] if row else ""
+
+
+def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
+    """Schema and metadata of a Parquet file. Raises UsageError: it is none."""
+    filesystem, name = storage.resolve(path)
+    try:
+        with pq.ParquetFile(name, filesystem=filesystem) as file:
+            return file.schema_arrow, file.metadata
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
+
+
+def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
+    """Bytes of the texts of a Parquet file, as encoded; at least one for each row, as equal rows may take less.
+
+    Raises:
+        UsageError: the footer claims more rows or text than a file of its size can hold.
+    """
+    column = _column_index(metadata, text_column)
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    rows_G = [group.num_rows for group in groups]
+    texts_G = [group.column(column).total_uncompressed_size for group in groups]
+    if min([*rows_G, *texts_G], default=0) < 0 or sum(rows_G) != metadata.num_rows:
+        raise UsageError(f"{path} is damaged: its footer has impossible numbers of rows or bytes")
+    rows, texts, size = sum(rows_G), sum(texts_G), storage.size(path) or 0
+    if rows > max(size, FEW_ROWS) or texts > max(MOST_COMPRESSED * size, FEW_BYTES):
+        raise UsageError(
+            f"{path} claims {rows:,} rows with {texts:,} bytes of text, more than a file of {size:,} bytes can hold; "
+            "it is damaged or not a corpus of text"
+        )
+    return max(rows, texts)
+
+
+def _column_index(metadata: pq.FileMetaData, name: str) -> int:
+    """Index of a column that is not nested. Raises UsageError: there is none."""
+    for index in range(metadata.num_columns):
+        if metadata.schema.column(index).path == name:
+            return index
+    raise UsageError(f"the column {name!r} is nested, not text; name another with --text-column")
+
+
+def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken | None]]:
+    filesystem, path = storage.resolve(file_range.path)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        metadata, ends = file.metadata, [0]
+        for group in range(file.num_row_groups):
+            ends.append(ends[-1] + metadata.row_group(group).num_rows)
+        stop = ends[-1] if file_range.stop is None else file_range.stop
+        groups = [g for g in range(file.num_row_groups) if ends[g] < stop and ends[g + 1] > file_range.start]
+        row = ends[groups[0]] if groups else stop
+        index = _column_index(metadata, text_column)
+        # an encoding can make every row as long as all that is stored
+        longest = max((metadata.row_group(g).column(index).total_uncompressed_size for g in groups), default=0)
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(longest, 1)))
+        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_column]):
+            for raw in _as_bytes(batch.column(0)):
+                if file_range.start <= row < stop:
+                    yield row - file_range.start + 1, None if raw is None else decode(raw, file_range.max_bytes)
+                row += 1
+        if row < stop:
+            raise UsageError(f"{file_range.path} is damaged: it has fewer rows than its footer claims")
+
+
+def _as_bytes(column: pa.Array) -> Iterator[bytes | None]:
+    """The texts of a column as bytes, because one bad text must not make its batch fail."""
+    dictionary = column.dictionary if pa.types.is_dictionary(column.type) else None
+    texts = column if dictionary is None else dictionary
+    texts = texts.cast(pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary())
+    if dictionary is not None:  # decoded one by one: many rows may have the same long text
+        texts = pa.DictionaryArray.from_arrays(column.indices, texts)
+    return (value.as_py() for value in texts)
