@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         if found := pieces(document, True, rejects):  # both kinds count the same words in pieces as in one go
             documents.append(document)
             texts += found
+    if not texts:
+        reasons = "; ".join(sorted(rejects.reasons)) or "no documents"
+        raise UsageError(f"the corpus holds no usable text ({reasons}); choose another --corpus")
     tokenizer = train(texts, **settings)
     storage.write_bytes(str(started), b"")
     commit.save_tokenizer(tokenizer, str(args.output))

@@ -1,4 +1,4 @@
-"""How a run ends early: SIGTERM, NaN, a full disk, a lost process. The last checkpoint stays whole."""
+"""How a run ends early: Ctrl-C, SIGTERM, NaN, a full disk, a lost process. The last checkpoint stays whole."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -36,23 +37,45 @@ class AllRanksFailed(RunError):
 
 
 class Guard(TrainerCallback):
-    """Ends a run after SIGTERM, with a checkpoint, and at a loss that is not finite, without one.
+    """Ends a run after Ctrl-C or SIGTERM, with a checkpoint, and at a loss that is not finite, without one.
 
     A signal may reach the ranks at different steps, or reach only one rank. So the ranks agree after each step, in a
-    separate process group that waits for no device. Repeated signals change nothing, since launchers send them again.
+    separate process group that waits for no device. A repeated SIGTERM changes nothing, since launchers send it again.
 
     Attributes:
-        stopped: SIGTERM has ended the run.
+        stopped: the signal that has ended the run; 0 if none has.
     """
 
     def __init__(self, output: Path) -> None:
         self.output, self.last_check = output, 0.0
-        self.asked = self.stopped = False
+        self.asked: int = 0
+        self.stopped: int = 0
         self.group: dist.ProcessGroup | None = None
+        self.previous: dict[int, Any] = {}  # handlers by signal
 
-    def ask(self, *_: object) -> None:
-        """Handler of SIGTERM."""
-        self.asked = True
+    @contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        """Handle the signals that this process does not ignore; only a main thread can."""
+        for number in (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.ask)
+        try:
+            yield
+        finally:
+            for handled, handler in self.previous.items():
+                signal.signal(handled, handler)
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """Handler of Ctrl-C and SIGTERM. A second Ctrl-C ends the run at once."""
+        if number == signal.SIGINT:
+            if self.asked == signal.SIGINT:
+                self.previous[number](number, frame)
+            os.write(2, b"stopping after this step; Ctrl-C again ends the run at once, without a checkpoint\n")
+        self.asked = number
+
+    def ending(self) -> KeyboardInterrupt:
+        """The exception that gives the exit code."""
+        return KeyboardInterrupt() if self.asked == signal.SIGINT else Terminated()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         if args.world_size > 1:
@@ -62,12 +85,13 @@ class Guard(TrainerCallback):
         now = time.monotonic()
         if not _in_main_thread() and state.is_world_process_zero and now - self.last_check > STOP_SECONDS:
             self.last_check = now
-            self.asked = self.asked or (self.output / STOP).exists()
-        asked = torch.tensor(int(self.asked))
+            self.asked = self.asked or signal.SIGTERM * (self.output / STOP).exists()
+        asked = torch.tensor(self.asked)
         if self.group is not None:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
         if asked.item():
-            self.stopped = control.should_save = control.should_training_stop = True
+            self.asked = self.stopped = int(asked.item())
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         # a mean over all ranks, so each of them raises
@@ -161,32 +185,29 @@ def on_first_rank(rank: int, action: Callable[[], T]) -> T:
 
 @contextmanager
 def clean_ending(guard: Guard) -> Iterator[None]:
-    """Handle SIGTERM, and report a lost loader worker or rank in one sentence.
+    """Handle signals, and report a lost loader worker or rank in one sentence.
 
-    Raises RunError, or Terminated if a signal to all processes has ended the loader workers.
+    Raises RunError, or the ending of ``guard`` if a signal to all processes has ended the loader workers.
     """
     report = sys.unraisablehook
     # torch reports a dead loader worker at any point where the signal arrives, even in a destructor at the end
     sys.unraisablehook = lambda what: None if LOST_WORKER in str(what.exc_value) else report(what)
-    previous = signal.signal(signal.SIGTERM, guard.ask) if _in_main_thread() else None
     try:
-        yield
+        with guard.handling_signals():
+            yield
         sys.unraisablehook = report
     except RunError as error:  # that of a loader worker contains a traceback
         raise type(error)(last_line(error)) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         if _lost_loader(error):
             if guard.asked:
-                raise Terminated from None
+                raise guard.ending() from None
             reason = f"a loader worker was killed, perhaps for lack of memory ({last_line(error)})"
             fix = "run the command again, with fewer --dataloader-num-workers"
             raise RunError(f"{reason}; {_last_good(guard.output)}; {fix}") from None
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RunError(f"another process has ended; {_last_good(guard.output)}; run the command again") from None
         raise
-    finally:
-        if _in_main_thread():
-            signal.signal(signal.SIGTERM, previous)
 
 
 def _lost_loader(error: Exception) -> bool:
@@ -200,11 +221,12 @@ def last_line(error: Exception) -> str:
     return lines[-1].strip().removeprefix(f"{RunError.__module__}.RunError: ")
 
 
-def ignore_sigterm_of_group(worker: int) -> None:
-    """In a loader worker: obey SIGTERM only from the trainer.
+def ignore_signals_of_group(worker: int) -> None:
+    """In a loader worker: ignore Ctrl-C, and obey SIGTERM only from the trainer.
 
-    After SIGTERM to the whole group the trainer still needs batches to finish its step.
+    After a signal to the whole group the trainer still needs batches to finish its step.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -95,10 +95,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
-    """Set the number of steps from the epochs if it is not given, and the decay of warmup_stable_decay."""
+    """Set the number of steps, from the epochs if it is not given, and what depends on it."""
     if args.max_steps <= 0:
         rows = sum(part.rows for part in inputs.training)
         args.max_steps = max(1, math.ceil(args.num_train_epochs * rows / global_batch(args)))
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        if 0 < (getattr(args, name) or 0) < 1:  # a share; Trainer would warn on a resume that it has another number
+            setattr(args, name, math.ceil(getattr(args, name) * args.max_steps))
     given = args.lr_scheduler_kwargs or {}
     if not isinstance(given, dict):
         raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
@@ -119,7 +122,7 @@ def train(trainer: MaskedLMTrainer) -> None:
     """Train from the last checkpoint to the end.
 
     Raises:
-        RunError, Terminated: the run ends early, on all ranks.
+        RunError, KeyboardInterrupt: the run ends early, on all ranks.
     """
     rank, output = trainer.args.process_index, trainer.output
     checkpoint = on_first_rank(rank, lambda: resume.last_checkpoint(output, contents=True))
@@ -137,7 +140,7 @@ def train(trainer: MaskedLMTrainer) -> None:
             raise SystemExit(143)
         state = trainer.state
         print(f"stopped after step {state.global_step} of {state.max_steps}; the same command resumes", file=sys.stderr)
-        raise console.Terminated
+        raise trainer.guard.ending()
 
 
 def save(trainer: MaskedLMTrainer, summary: Summary) -> None:

@@ -31,7 +31,7 @@ from train.agreement import TeacherSample, teacher_sample
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.flags import Options
-from train.guard import Guard, check_finite, ignore_sigterm_of_group, on_all_ranks, reading, writing
+from train.guard import Guard, check_finite, ignore_signals_of_group, on_all_ranks, reading, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
 from train.progress import CollapseWarnings, ProgressReport, RunningMeans, remedy, score_sums, type_concentration
@@ -98,7 +98,7 @@ class MaskedLMTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=ignore_sigterm_of_group,
+            worker_init_fn=ignore_signals_of_group,
         )
         return self.accelerator.prepare(loader)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
@@ -34,10 +33,10 @@ def run(main: Callable[[], int | None]) -> None:
     0, 1 (failure), 2 (wrong use, which includes an unusable file or directory), 130 (Ctrl-C), 143 (SIGTERM).
     """
     handle_signals(_Interruption())
+    sys.stdout = cast(IO[str], _Printable(sys.stdout))  # until the end: a thread may be printing
     message = None
     try:
-        with contextlib.redirect_stdout(cast(IO[str], _Printable(sys.stdout))):
-            code = main() or 0
+        code = main() or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

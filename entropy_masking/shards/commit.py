@@ -97,6 +97,8 @@ def check_directory(directory: str, fingerprint: Fingerprint) -> None:
         if storage.list_files(directory):
             raise UsageError(f"{directory} holds files but no scoring run; choose an empty or a new --output")
     elif differing := differences(previous.fingerprint, fingerprint):
+        if any(text.startswith(("corpus.files", "corpus.sequences")) for text in differing):
+            differing = ["another corpus", *(text for text in differing if not text.startswith("corpus."))]
         raise UsageError(
             f"{directory} was made with other settings ({'; '.join(differing)}); "
             "choose a new --output, or delete this one, or repeat the old command"

@@ -81,7 +81,8 @@ def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
     if run := read_json_file(Run, run_uri(uri)):
         done = f"{len(record_files(uri))} of {run.shards} shards"
         raise UsageError(f"{uri} is unfinished ({done}); run the same {MADE_BY[kind]} command again to finish it")
-    raise UsageError(f"{uri} is not a shard directory (it has no manifest.json); make one with {MADE_BY[kind]}")
+    missing = "has no manifest.json" if storage.exists(uri) else "does not exist"
+    raise UsageError(f"{uri} is not a shard directory (it {missing}); make one with {MADE_BY[kind]}")
 
 
 def read_table(

@@ -14,6 +14,7 @@ from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import NO_POSITION, predictions_of, rows_of
 
+HALF_STEP = float(np.finfo(np.float16).eps) / 2  # of float16, relative to a value
 PROBABILITY_SUM = 1.01  # float16 rounds a log-probability by up to a two-thousandth of its value
 ABOVE_ZERO = 1e-3  # nats: rounding may put a value of exactly 0 this far on the wrong side of 0
 RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # nats: the batch changes scores by less
@@ -45,7 +46,7 @@ def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) ->
     for name in ("tokens", "scored_tokens"):
         if sums[name] != getattr(entry, name):
             texts.append(f"has {sums[name]:,.0f} {name.replace('_', ' ')}, not {getattr(entry, name):,}")
-    rounding = entry.entropy_sum * np.finfo(np.float16).eps / 2  # if all entropies were rounded in the same direction
+    rounding = entry.entropy_sum * HALF_STEP  # if all entropies were rounded in the same direction
     if not abs(sums["entropy_sum"] - entry.entropy_sum) <= rounding + 1e-6 * entry.scored_tokens:
         texts.append(f"its entropies sum to {sums['entropy_sum']:.3f} nats, not {entry.entropy_sum:.3f}")
     return texts

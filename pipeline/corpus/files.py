@@ -51,6 +51,8 @@ def find_files(part: str, output: str | None = None) -> tuple[list[tuple[str, st
         _check_outside(part, filesystem, root, pattern, output)
     names = _chosen(_names_below(filesystem, root, pattern), pattern)
     known = [name for name in names if file_kind(name)]
+    if not names:
+        raise UsageError(f"the corpus {part} has no files; check the path")
     if not known:
         raise UsageError(f"{part} holds no text files; the known endings are {_endings()}")
     unknown = [name for name in names if not file_kind(name)]

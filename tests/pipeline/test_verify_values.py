@@ -113,6 +113,16 @@ def test_wrong_tables_are_named(tempered: Path) -> None:
     assert "its entropies sum to" in file_faults(manifest, less, data, deep=True)[0]
 
 
+def test_an_entropy_sum_above_the_range_of_float16(work: Path, tmp_path: Path) -> None:
+    sizes = ["--shard-tokens", 20_000, "--sequence-length", LENGTH, "--passes", 2]
+    large = score_here(work / "corpus.jsonl", work / "teacher", tmp_path / "large", *sizes)
+    manifest, data = manifests.read_manifest(str(large)), (large / "part-00000.parquet").read_bytes()
+    entry = manifest.shards[0]
+    assert entry.entropy_sum > 65_504 and not file_faults(manifest, entry, data, deep=True)
+    less = entry.model_copy(update={"entropy_sum": entry.entropy_sum * 0.99})
+    assert "its entropies sum to" in file_faults(manifest, less, data, deep=True)[0]
+
+
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 

@@ -51,12 +51,13 @@ def wait_for(run: Run, path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(
-    flags: list[object], whole: dict[int, tuple[float, float]], tmp_path: Path
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_continues(
+    flags: list[object], whole: dict[int, tuple[float, float]], number: int, code: int, tmp_path: Path
 ) -> None:
-    argv = [*flags, "--output-dir", tmp_path / "out"]
-    stopped = Run(tmp_path / "log", *argv, kill_at=4, kill_with=signal.SIGTERM)
-    assert stopped.end() == [143]
+    argv = [*flags, "--output-dir", tmp_path / "out", "--dataloader-num-workers", 1]
+    stopped = Run(tmp_path / "log", *argv, kill_at=4, kill_with=number)
+    assert stopped.end() == [code]
     assert "stopped after step 5 of 8; the same command resumes" in stopped.output()
     assert "Traceback" not in stopped.output()
     again = Run(tmp_path / "again", *argv)
@@ -134,7 +135,7 @@ def test_killed_while_a_checkpoint_is_written(
     again = Run(tmp_path / "again", *argv)
     assert again.end() == [0] and "checkpoint-3" in again.output()
     assert history(tmp_path / "out", STEPS) == whole
-    assert not list((tmp_path / "out" / resume.UNFINISHED).iterdir())
+    assert not (tmp_path / "out" / resume.UNFINISHED).exists()
 
 
 def test_a_loader_worker_that_is_killed_ends_the_run(flags: list[object], tmp_path: Path) -> None:
