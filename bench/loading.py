@@ -14,6 +14,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manifest
-from entropy_masking.shards.parquet import ROW_GROUP
+from entropy_masking.shards.parquet import ROW_GROUP, shard_file
 from entropy_masking.shards.read import Columns, masker_of
 from train.data import WINDOW, TrainingSequences, whole_batch
 from train.split import all_rows
@@ -144,11 +145,17 @@ def masking(manifest: Manifest, columns: Columns) -> Prepare:
 
 
 def lengthen(manifest: Manifest, tokens: int, directory: Path) -> None:
-    """Make a directory of so many tokens: links to the files, and a manifest that repeats them."""
-    for name in ("tokenizer", *(entry.file for entry in manifest.shards)):
-        (directory / name).symlink_to(Path(storage.absolute(manifest.uri)) / name)
-    fields = storage.read_json(manifest_uri(manifest.uri))
-    fields["shards"] *= math.ceil(tokens / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
+    """Make a directory of so many tokens: many links to each file, and a manifest that lists them as shards."""
+    source, fields = Path(storage.absolute(manifest.uri)), storage.read_json(manifest_uri(manifest.uri))
+    shutil.copytree(source / "tokenizer", directory / "tokenizer")
+    copies = math.ceil(tokens / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
+    shards = []
+    for index, entry in enumerate(fields["shards"] * copies):
+        (directory / shard_file(index)).symlink_to(source / entry["file"])
+        shards.append(entry | {"index": index, "file": shard_file(index)})
+    summed = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum")
+    totals = fields["totals"] | {name: fields["totals"][name] * copies for name in summed}
+    fields |= {"shards": shards, "planned_shards": len(shards), "failed": {}, "totals": totals}
     storage.write_json(manifest_uri(str(directory)), fields)
 
 

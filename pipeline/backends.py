@@ -88,7 +88,8 @@ def ray_records(
             **resources,
         )
         records.set_name(f"score {job.output.rstrip('/').rpartition('/')[2]}")
-        console.note("waiting for workers to load the teacher …" if job.manifest.teacher else "waiting for workers …")
+        what = "workers to load the teacher" if job.manifest.teacher else "workers"
+        console.note(f"waiting for {what} … (Ray may log an error about constructor arguments: it is harmless)")
         for row in records.iter_rows():
             fields = json.loads(row["outcome"])
             if "error" in fields:

@@ -90,7 +90,7 @@ def use_manifest(directory: Path) -> None:
     pipeline.status.to_text(pipeline.status.status(str(directory), 1e9))
     cards.dataset_card(manifest)
     results.costs(manifest)
-    parts = split.whole(manifest)
+    parts = split.all_rows(manifest)
     assert all(part.tokens >= 0 for part in parts)
     commit.with_shards(manifest, commit.read_records(str(directory)), {})
 

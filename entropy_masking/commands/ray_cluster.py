@@ -47,15 +47,6 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    connect_driver = ray._private.worker.connect
-
-    def connect_quietly(*args: object, **settings: object) -> None:
-        # the driver's core logs an error in every sound run (github.com/ray-project/ray/issues/53727); failures of Ray
-        # become exceptions, and the processes of a cluster log as before
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        connect_driver(*args, **settings)
-
-    ray._private.worker.connect = connect_quietly
     # Ray's own handlers of SIGTERM would end this process with another exit code and without cleaning up
     ray._private.utils.set_sigterm_handler = lambda _handler: None
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -86,7 +86,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedC
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration of others may raise anything, such as RecursionError
         reason = one_line(error)
-        if not (directory / "config.json").exists():
+        if directory.is_dir() and not (directory / "config.json").exists():
             reason = "it has no config.json, so it holds no model"
         elif "trust_remote_code" in str(error):
             reason = "it brings its own code; pass --trust-remote-code if you trust it"
