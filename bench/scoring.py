@@ -13,15 +13,12 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +37,6 @@ from pipeline.corpus.plan import plan_corpus
 from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.teacher import DTYPES, Teacher
 
-BATCH = 32  # sequences of a batch in the naive script, as scripts have it
 MASKS = ["--mask-source", "parquet", "--mask-temperature", 1, "--mask-ratio", 0.15, "--variants", 4, "--top-k", 12]
 
 
@@ -58,7 +54,7 @@ def main() -> None:
             one_shard = ("--sequence-length", args.sequence_length, "--shard-tokens", 1 << 30, "--backend", "local")
             scan = score(texts, work / "scan", args, *one_shard)
         ids_NL = whole_sequences(scan, args)
-        rows = speeds(scan, ids_NL, args)
+        rows = speeds("masked", scan.passes, scan, ids_NL, args) | speeds("full", 1, scan, ids_NL, args)
         if not args.scan:
             if args.job_seconds:
                 rows |= overhead(round(args.job_seconds * rows["ours_masked"].value), tokenizer, args, work)
@@ -150,32 +146,25 @@ def whole_sequences(scan: Manifest, args: argparse.Namespace) -> np.ndarray:
     return ids_NL
 
 
-def speeds(scan: Manifest, ids_NL: np.ndarray, args: argparse.Namespace) -> dict[str, Row]:
-    """Ours, the bare forwards and the naive script in turns; a ratio compares times of one round."""
-    rows: dict[str, Row] = {}
-    peak, fingerprint = peak_flops(args.dtype), {"batch_tokens": args.batch_tokens, "dtype": args.dtype}
-    for context, passes in ("masked", scan.passes), ("full", 1):
-        changes = {"context": context, "passes": passes, "fingerprint": scan.fingerprint | fingerprint}
-        reset_peak()
-        teacher = Teacher(scan.model_copy(update=changes), local_checkpoint(args.teacher), compile=args.torch_compile)
-        teacher.score(ids_NL)
-        rows[f"peak_memory_{context}"] = row(peak_bytes() / 2**20, "MiB")
-        contestants: dict[str, Callable[[], object]] = {
-            "ours": partial(teacher.score, ids_NL),
-            "bare": partial(bare_forwards, teacher, forwards(teacher, ids_NL)),
-        }
-        if not args.scan:
-            contestants["naive"] = partial(naive_script, teacher, ids_NL)
-        rates = {name: ids_NL.size / seconds for name, seconds in in_turns(contestants, args.rounds).items()}
-        rows |= {f"{name}_{context}": row(rate, "tokens/s") for name, rate in rates.items()}
-        for name, least in {"bare": 0.9, "naive": 3}.items():
-            if name in rates:
-                rows[f"ours_to_{name}_{context}"] = row(rates["ours"] / rates[name], "×", at_least=least)
-        encoder, head = forward_flops(teacher.masked_lm, scan.sequence_length)
-        flops = encoder * teacher.passes / scan.sequence_length + head
-        rows[f"flops_{context}"] = row(flops, "FLOPs/token")
-        if peak:
-            rows[f"share_of_peak_{context}"] = row(flops * rates["ours"] / peak, "of the peak", at_least=GOAL)
+def speeds(
+    context: str, passes: int | None, scan: Manifest, ids_NL: np.ndarray, args: argparse.Namespace
+) -> dict[str, Row]:
+    """Ours and the bare forwards in turns; a ratio compares times of one round."""
+    fingerprint = scan.fingerprint | {"batch_tokens": args.batch_tokens, "dtype": args.dtype}
+    changes = {"context": context, "passes": passes, "fingerprint": fingerprint}
+    reset_peak()
+    teacher = Teacher(scan.model_copy(update=changes), local_checkpoint(args.teacher), compile=args.torch_compile)
+    teacher.score(ids_NL)
+    rows = {f"peak_memory_{context}": row(peak_bytes() / 2**20, "MiB")}
+    ours, bare = partial(teacher.score, ids_NL), partial(bare_forwards, teacher, forwards(teacher, ids_NL))
+    rates = {name: ids_NL.size / own for name, own in in_turns({"ours": ours, "bare": bare}, args.rounds).items()}
+    rows |= {f"{name}_{context}": row(rate, "tokens/s") for name, rate in rates.items()}
+    rows[f"ours_to_bare_{context}"] = row(rates["ours"] / rates["bare"], "×", at_least=0.9)
+    encoder, head = forward_flops(teacher.masked_lm, scan.sequence_length)
+    flops = encoder * teacher.passes / scan.sequence_length + head
+    rows[f"flops_{context}"] = row(flops, "FLOPs/token")
+    if peak := peak_flops(args.dtype):
+        rows[f"share_of_peak_{context}"] = row(flops * rates["ours"] / peak, "of the peak", at_least=GOAL)
     return rows
 
 
@@ -193,31 +182,6 @@ def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Te
             features_NH = teacher.masked_lm.features(ids_RL, None, select)
         for chunk_CH in features_NH.split(teacher._chunk):
             teacher._project(chunk_CH, teacher.projection.bias)
-
-
-@torch.no_grad()
-def naive_script(teacher: Teacher, ids_NL: np.ndarray) -> None:
-    """What people write: full logits, softmax, entropy, topk, Python lists, Parquet; once for each pass."""
-    for first in range(teacher.passes):
-        rows: list[dict[str, list[float]]] = []
-        for start in range(0, len(ids_NL), BATCH):
-            actual = torch.from_numpy(ids_NL[start : start + BATCH].astype(np.int64)).to(teacher.device)
-            inputs = actual.clone()
-            if teacher.context == "masked":
-                inputs[:, first :: teacher.passes] = teacher.mask_id
-            with teacher.autocast():
-                logits = teacher.masked_lm.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
-            p = logits.float().softmax(-1)
-            log_p = p.log()
-            entropy = -(p * log_p).sum(-1)
-            surprisal = -log_p.gather(-1, actual[..., None]).squeeze(-1)
-            top = log_p.topk(teacher.top_k)
-            columns = [actual, entropy, surprisal, top.indices.flatten(1), top.values.flatten(1)]
-            names = ["input_ids", "entropy", "surprisal", "topk_ids", "topk_logprobs"]
-            for values in zip(*(column.tolist() for column in columns), strict=True):
-                rows.append(dict(zip(names, values, strict=True)))
-        with tempfile.NamedTemporaryFile() as file:
-            pq.write_table(pa.Table.from_pylist(rows), file.name)
 
 
 if __name__ == "__main__":
