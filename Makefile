@@ -1,4 +1,5 @@
 # make demo | make test | make lint: each makes .venv on a fresh machine; a second call installs nothing.
+# make bench-gpu installs nothing: the Python of a machine with a GPU has its own torch.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
@@ -10,10 +11,13 @@ export OMP_NUM_THREADS ?= 1
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo bench-gpu test test-all lint clean
 
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash bench/demo.sh
+
+bench-gpu:
+	PYTHON="$(PYTHON)" bash bench/gpu.sh --output "$(or $(OUTPUT),gpu.json)"
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m 'not exhaustive'

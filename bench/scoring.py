@@ -13,21 +13,18 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bench.commands import ROOT, keep_buffers, new_parser, run_script
-from bench.table import Row, device_name, in_turns, peak_flops, print_table, row
+from bench.table import GOAL, Row, device_name, in_turns, peak_bytes, peak_flops, print_table, reset_peak, row
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError
@@ -40,7 +37,6 @@ from pipeline.corpus.plan import plan_corpus
 from pipeline.corpus.readers import Rejects, read_documents
 from pipeline.teacher import DTYPES, Teacher
 
-BATCH = 32  # sequences of a batch in the naive script, as scripts have it
 MASKS = ["--mask-source", "parquet", "--mask-temperature", 1, "--mask-ratio", 0.15, "--variants", 4, "--top-k", 12]
 
 
@@ -48,19 +44,21 @@ def main() -> None:
     args = parse()
     keep_buffers()
     torch.set_num_threads(args.threads)
-    directory, tokenizer = local_checkpoint(args.teacher), load_tokenizer(args.teacher)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        texts = write_texts(max(args.size_tokens, args.tokens + args.sequence_length), tokenizer, args, work)
-        one_shard = ("--sequence-length", args.sequence_length, "--shard-tokens", 1 << 30, "--backend", "local")
-        scan = score(texts, work / "scan", args, *one_shard)
+        if args.scan:
+            scan = read_manifest(args.scan)
+        else:
+            tokenizer = load_tokenizer(args.teacher)
+            texts = write_texts(max(args.size_tokens, args.tokens + args.sequence_length), tokenizer, args, work)
+            one_shard = ("--sequence-length", args.sequence_length, "--shard-tokens", 1 << 30, "--backend", "local")
+            scan = score(texts, work / "scan", args, *one_shard)
         ids_NL = whole_sequences(scan, args)
-        full = scan.model_copy(update={"context": "full", "passes": 1})
-        teachers = {"masked": Teacher(scan, directory), "full": Teacher(full, directory)}
-        rows = speeds(teachers, ids_NL, args)
-        if args.job_seconds:
-            rows |= overhead(round(args.job_seconds * rows["ours_masked"].value), tokenizer, args, work)
-        rows |= sizes(scan, args, work)
+        rows = speeds("masked", scan.passes, scan, ids_NL, args) | speeds("full", 1, scan, ids_NL, args)
+        if not args.scan:
+            if args.job_seconds:
+                rows |= overhead(round(args.job_seconds * rows["ours_masked"].value), tokenizer, args, work)
+            rows |= sizes(scan, args, work)
     print_table(rows, vars(args) | {"device": device_name(), "passes": scan.passes, "measured_tokens": ids_NL.size})
 
 
@@ -68,11 +66,14 @@ def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--teacher", required=True, help="masked LM by path or Hub id")
-    add("--corpus", required=True, help="texts, as for pipeline/score.py; its first documents are scored")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--corpus", help="texts, as for pipeline/score.py; its first documents are scored")
+    texts.add_argument("--scan", help="a shard directory; measure only the speed on its first sequences")
     add("--text-column", default="text")
     add("--sequence-length", type=positive, default=128)
     add("--batch-tokens", type=positive, default=8192, help="tokens in one of our forwards (default: 8192)")
     add("--dtype", choices=["auto", *DTYPES], default="auto")
+    add("--torch-compile", action="store_true", help="compile the teacher, also for the bare forwards")
     add("--threads", type=positive, default=1, help="torch threads of every contestant (default: 1)")
     add("--tokens", type=positive, default=2048, help="text scored in each round (default: 2048)")
     add("--rounds", type=positive, default=4)
@@ -138,35 +139,32 @@ def sizes(scan: Manifest, args: argparse.Namespace, work: Path) -> dict[str, Row
 
 def whole_sequences(scan: Manifest, args: argparse.Namespace) -> np.ndarray:
     """Ids [N, L] of ``--tokens`` tokens, none of them padding. Raises UsageError if there are none."""
-    ids_NL = parquet.column_2d(read_table(scan, scan.shards[0], ["input_ids"]), "input_ids", args.sequence_length)
-    ids_NL = ids_NL[(ids_NL != scan.special_ids["pad"]).all(1)][: max(1, args.tokens // args.sequence_length)]
+    ids_NL = parquet.column_2d(read_table(scan, scan.shards[0], ["input_ids"]), "input_ids", scan.sequence_length)
+    ids_NL = ids_NL[(ids_NL != scan.special_ids["pad"]).all(1)][: max(1, args.tokens // scan.sequence_length)]
     if not len(ids_NL):
-        raise UsageError(f"{args.corpus} has fewer tokens than one sequence; name a larger corpus")
+        raise UsageError(f"{args.corpus or args.scan} has no whole sequence; name a larger one")
     return ids_NL
 
 
-def speeds(teachers: dict[str, Teacher], ids_NL: np.ndarray, args: argparse.Namespace) -> dict[str, Row]:
-    """Ours, the bare forwards and the naive script in turns; a ratio compares times of one round."""
-    contestants: dict[str, Callable[[], object]] = {}
-    for context, teacher in teachers.items():
-        contestants |= {
-            f"ours_{context}": partial(teacher.score, ids_NL),
-            f"bare_{context}": partial(bare_forwards, teacher, forwards(teacher, ids_NL)),
-            f"naive_{context}": partial(naive_script, teacher, ids_NL),
-        }
-    seconds = in_turns(contestants, args.rounds)
-    rates = {name: ids_NL.size / seconds[name] for name in contestants}
-    rows = {name: row(rates[name], "tokens/s") for name in contestants}
-    peak = peak_flops(args.dtype)
-    for context, teacher in teachers.items():
-        ours = rates[f"ours_{context}"]
-        rows[f"ours_to_bare_{context}"] = row(ours / rates[f"bare_{context}"], "×", at_least=0.9)
-        rows[f"ours_to_naive_{context}"] = row(ours / rates[f"naive_{context}"], "×", at_least=3)
-        encoder, head = forward_flops(teacher.masked_lm, args.sequence_length)
-        flops = encoder * teacher.passes / args.sequence_length + head
-        rows[f"flops_{context}"] = row(flops, "FLOPs/token")
-        if peak:
-            rows[f"share_of_peak_{context}"] = row(flops * ours / peak, "of the peak")
+def speeds(
+    context: str, passes: int | None, scan: Manifest, ids_NL: np.ndarray, args: argparse.Namespace
+) -> dict[str, Row]:
+    """Ours and the bare forwards in turns; a ratio compares times of one round."""
+    fingerprint = scan.fingerprint | {"batch_tokens": args.batch_tokens, "dtype": args.dtype}
+    changes = {"context": context, "passes": passes, "fingerprint": fingerprint}
+    reset_peak()
+    teacher = Teacher(scan.model_copy(update=changes), local_checkpoint(args.teacher), compile=args.torch_compile)
+    teacher.score(ids_NL)
+    rows = {f"peak_memory_{context}": row(peak_bytes() / 2**20, "MiB")}
+    ours, bare = partial(teacher.score, ids_NL), partial(bare_forwards, teacher, forwards(teacher, ids_NL))
+    rates = {name: ids_NL.size / own for name, own in in_turns({"ours": ours, "bare": bare}, args.rounds).items()}
+    rows |= {f"{name}_{context}": row(rate, "tokens/s") for name, rate in rates.items()}
+    rows[f"ours_to_bare_{context}"] = row(rates["ours"] / rates["bare"], "×", at_least=0.9)
+    encoder, head = forward_flops(teacher.masked_lm, scan.sequence_length)
+    flops = encoder * teacher.passes / scan.sequence_length + head
+    rows[f"flops_{context}"] = row(flops, "FLOPs/token")
+    if peak := peak_flops(args.dtype):
+        rows[f"share_of_peak_{context}"] = row(flops * rates["ours"] / peak, "of the peak", at_least=GOAL)
     return rows
 
 
@@ -184,31 +182,6 @@ def bare_forwards(teacher: Teacher, batches: list[tuple[Tensor, tuple[Tensor, Te
             features_NH = teacher.masked_lm.features(ids_RL, None, select)
         for chunk_CH in features_NH.split(teacher._chunk):
             teacher._project(chunk_CH, teacher.projection.bias)
-
-
-@torch.no_grad()
-def naive_script(teacher: Teacher, ids_NL: np.ndarray) -> None:
-    """What people write: full logits, softmax, entropy, topk, Python lists, Parquet; once for each pass."""
-    for first in range(teacher.passes):
-        rows: list[dict[str, list[float]]] = []
-        for start in range(0, len(ids_NL), BATCH):
-            actual = torch.from_numpy(ids_NL[start : start + BATCH].astype(np.int64)).to(teacher.device)
-            inputs = actual.clone()
-            if teacher.context == "masked":
-                inputs[:, first :: teacher.passes] = teacher.mask_id
-            with teacher.autocast():
-                logits = teacher.masked_lm.model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
-            p = logits.float().softmax(-1)
-            log_p = p.log()
-            entropy = -(p * log_p).sum(-1)
-            surprisal = -log_p.gather(-1, actual[..., None]).squeeze(-1)
-            top = log_p.topk(teacher.top_k)
-            columns = [actual, entropy, surprisal, top.indices.flatten(1), top.values.flatten(1)]
-            names = ["input_ids", "entropy", "surprisal", "topk_ids", "topk_logprobs"]
-            for values in zip(*(column.tolist() for column in columns), strict=True):
-                rows.append(dict(zip(names, values, strict=True)))
-        with tempfile.NamedTemporaryFile() as file:
-            pq.write_table(pa.Table.from_pylist(rows), file.name)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What the benches share: the GPU's name and peak, contestants timed in turns, and a table with budgets."""
+"""What the benches share: the GPU's name and peak, memory, contestants timed in turns, and a table with budgets."""
 
 from __future__ import annotations
 
+import gc
 import json
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +15,7 @@ import torch
 
 # dense bfloat16 FLOPs a second, by the manufacturer; the first name that fits
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "A10": 125e12, "L40S": 362e12}
+GOAL = 0.45  # of the peak
 
 
 def in_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
@@ -31,6 +34,21 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def reset_peak() -> None:
+    """Let ``peak_bytes`` forget the memory that is free now."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """The most memory of tensors on the GPU since ``reset_peak``; without a GPU, of the process since its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def device_name() -> str:
@@ -66,13 +84,19 @@ def row(values: np.ndarray | float, unit: str, at_least: float | None = None, at
 
 def print_table(rows: dict[str, Row], settings: dict[str, Any]) -> None:
     """Print the settings, a line for each row, and all of it as one JSON object in the last line."""
+    width = max([26, *map(len, rows)])
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()))
-    print(f"{'':26} {'median':>10} {'rounds':>18}  {'':20} budget")
+    print(f"{'':{width}} {'median':>10} {'rounds':>18}  {'':20} budget")
     for name, line in rows.items():
         rounds = f"{_number(line.low)} .. {_number(line.high)}" if line.low != line.high else ""
         verdict = f"{line.budget} {'met' if line.met else 'MISSED'}" if line.budget else ""
-        print(f"{name.replace('_', ' '):26} {_number(line.value):>10} {rounds:>18}  {line.unit:20} {verdict}".rstrip())
-    print(json.dumps({"settings": settings, "rows": {name: asdict(line) for name, line in rows.items()}}))
+        label = f"{name.replace('_', ' '):{width}}"
+        print(f"{label} {_number(line.value):>10} {rounds:>18}  {line.unit:20} {verdict}".rstrip())
+    print(to_json(rows, settings), flush=True)
+
+
+def to_json(rows: dict[str, Row], settings: dict[str, Any]) -> str:
+    return json.dumps({"settings": settings, "rows": {name: asdict(line) for name, line in rows.items()}})
 
 
 def _number(value: float) -> str:

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -133,7 +134,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
         tokenizer,
         teacher=str(teacher) if teacher and Path(args.teacher).is_dir() else args.teacher if teacher else None,
         failed=corpus.from_shards.failed if corpus.from_shards else {},
-        versions={name: version(name) for name in PACKAGES},
+        versions={name: version(name) for name in PACKAGES if find_spec(name)},
     )
     return Job(
         manifest=manifest,

@@ -1,21 +1,22 @@
 """Evaluation under one fixed random mask, the same for every run: losses at positions, and their means.
 
-Shapes: B rows, L tokens, P predicted positions of a row, N positions of all rows, V vocabulary.
+Shapes: B rows, L tokens, P predicted positions of a row, N positions of all rows, C positions of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.manifests import sampled
 from entropy_masking.shards.read import Columns, read_block, read_rows, to_tensors
 from entropy_masking.shards.schema import Manifest
@@ -24,6 +25,7 @@ from train.split import Part
 # random, for every regime, seed and mask ratio of a run
 EVALUATION = MaskPolicy.random(ratio=0.15, corruption="mask-only", seed=0)
 DECILES = 10
+LOGITS_PER_CHUNK = 1 << 24  # in float32 at once
 
 
 def batches(manifest: Manifest, parts: list[Part], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
@@ -37,24 +39,34 @@ def batches(manifest: Manifest, parts: list[Part], columns: Columns, size: int) 
 
 
 def outcomes(
-    model: PreTrainedModel, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], ExitStack]
+    model: MaskedPositions, masker: Masker, raw: dict[str, Tensor], autocast: Callable[[], ExitStack]
 ) -> tuple[np.ndarray, ...]:
     """(sequence id, position, loss, correct, entropy) [N] of the masked positions of a raw batch, in nats.
 
-    The entropy comes from the shards; it is 0 if they have none.
+    The entropy comes from the shards; it is 0 if they have none. The logits stay on the model's device.
     """
     entropy_BL = raw.get("entropy", torch.zeros(raw["input_ids"].shape))
     sequences = {name: tensor for name, tensor in raw.items() if name != "entropy"}
     batch = masker(sequences | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
     labels_N, positions_BP = batch.pop("labels_BP").flatten(), batch["positions_BP"]
-    with autocast():
-        logits_BPV = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})["logits"]
-    logits_NV = logits_BPV.float().cpu().flatten(0, 1)
-    loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")
+    inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    with autocast():  # accelerate wraps the forward of the instance, and would convert all logits to float32
+        logits_NV = MaskedPositions.forward(model, **inputs)["logits"].flatten(0, 1)
+    rows = max(1, LOGITS_PER_CHUNK // logits_NV.shape[1])
+    chunks = zip(logits_NV.split(rows), labels_N.to(model.device).split(rows), strict=True)
+    parts = zip(*(_loss_and_hit(*chunk) for chunk in chunks), strict=True)
+    loss_N, hit_N = (torch.cat(part).cpu() for part in parts)
     entropy_N = entropy_BL.gather(1, positions_BP.clamp_min(0)).flatten()
     sequence_N = raw["sequence_id"].repeat_interleave(positions_BP.shape[1])
-    columns = (sequence_N, positions_BP.flatten(), loss_N, logits_NV.argmax(1) == labels_N, entropy_N)
+    columns = (sequence_N, positions_BP.flatten(), loss_N, hit_N, entropy_N)
     return tuple(values_N[labels_N != IGNORED_LABEL].numpy() for values_N in columns)
+
+
+def _loss_and_hit(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats, 0 where ignored, and whether the label has the highest logit [C]."""
+    logits_CV = logits_CV.float()
+    loss_C = F.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED_LABEL, reduction="none")
+    return loss_C, logits_CV.argmax(1) == labels_C
 
 
 def token_counts(manifest: Manifest, parts: list[Part]) -> np.ndarray:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from harness import LENGTH, TOP_K
 from in_process import PARQUET, RANDOM, score_here, tokenize_here, train_here
+from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM
 
 from entropy_masking.errors import UsageError
+from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from train import evaluation
 from train.arguments import training_arguments
 from train.evaluation import EVALUATION
 from train.options import parse
-from train.split import split
+from train.split import all_rows, split
+from train.student import build_student
 
 
 def test_evaluation_on_shards_of_other_text(work: Path, scored: Path, tokens: Path, tmp_path: Path) -> None:
@@ -88,6 +94,26 @@ def test_the_loss_by_decile_is_computed_by_the_shards_entropy(scored: Path, tmp_
         part, losses = losses[:size], losses[size:]
         expected.append(sum(loss for *_, loss in part) / size)
     assert summary["eval_loss_by_entropy_decile"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_chunks_of_logits_give_the_same_bits(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of all logits at once."""
+    manifest = read_manifest(str(scored))
+    model = build_student("tiny", manifest, seed=0).eval()
+    raw = next(evaluation.batches(manifest, all_rows(manifest)[:1], Columns(entropy=True), 8))
+    masker = masker_of(manifest)
+    with torch.no_grad():
+        whole = evaluation.outcomes(model, masker, raw, ExitStack)
+        monkeypatch.setattr(evaluation, "LOGITS_PER_CHUNK", 3 * manifest.vocab_size)
+        chunked = evaluation.outcomes(model, masker, raw, ExitStack)
+        batch = masker(raw | {"epoch": torch.zeros_like(raw["sequence_id"])}, EVALUATION)
+        labels_N = batch.pop("labels_BP").flatten()
+        logits_NV = model(**batch)["logits"].flatten(0, 1)
+    real_N = labels_N != IGNORED_LABEL
+    loss_N = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="none")[real_N]
+    assert all(np.array_equal(one, other) for one, other in zip(whole, chunked, strict=True))
+    assert np.array_equal(whole[2], loss_N.numpy())
+    assert np.array_equal(whole[3], (logits_NV.argmax(1) == labels_N)[real_N].numpy()) and len(loss_N) > 3
 
 
 def test_evaluations_by_default_and_as_asked() -> None:
