@@ -233,7 +233,7 @@ def when(pays: dict[str, Any] | None, name: str) -> str:
     """The number of epochs or students from which offline scores are cheaper."""
     if pays is None or (pays["tokens"] is not None and pays[name] is None):
         return "-"
-    if pays["tokens"] is None:
+    if pays["tokens"] is None or math.isinf(pays[name]):  # infinite for absurd costs, such as those of a planted file
         return "never"
     return f"{pays[name]:.1f}" if name == "epochs" else f"{math.ceil(pays[name] - 1e-9):,}"
 

@@ -26,6 +26,7 @@ from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.read import Columns, read_rows
 from entropy_masking.text import inline, printable
+from glue.tables import when
 
 ESCAPE = "\x1b[31m\x9b2J\u202e\nx"
 Edit = Callable[[dict[str, Any]], object]
@@ -223,3 +224,7 @@ def test_names_in_a_manifest_are_shown_without_control_characters(copy: Path) ->
     with redirect_stdout(shown), pytest.raises(SystemExit):
         console.run(lambda: train.explore.main([str(copy)]))
     assert "entropies by a\\x1b[31m" in shown.getvalue() and "\x1b" not in shown.getvalue()
+
+
+def test_costs_beyond_all_numbers_never_pay_off() -> None:
+    assert when({"tokens": 1.0, "students": float("inf"), "epochs": float("inf")}, "students") == "never"
