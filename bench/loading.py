@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How fast shards become batches on one core, in how much memory, and how soon a run of a billion tokens resumes.
+"""How fast shards become batches on one core and with workers, in how much memory, and how soon a long run resumes.
 
     python bench/loading.py --shards runs/scored
 
-Larger corpora are the same files several times over. Each measurement has a process of its own, on one core. Prints a
-table with the budgets, and as its last line the same as one JSON object.
+Larger corpora are the same files several times over. Each measurement has a process of its own, on one core; each
+loader worker has one too. Prints a table with the budgets, and as its last line the same as one JSON object.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manifest
-from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, masker_of
-from train.data import WINDOW, TrainingSequences, whole_batch
-from train.split import all_rows
+from train.data import LANES, TURNS, TrainingSequences, whole_batch
+from train.split import Part, all_rows
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
+MEMORY_GROUPS = 2  # row groups per lane of the corpus whose loader's memory is compared with that of ten times as many
 RESUMED_AT = 0.9  # of the tokens of a resumed run
 Prepare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -54,8 +54,8 @@ def main() -> None:
     args = parse()
     if args.child:
         torch.set_num_threads(1)
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        if not args.through_loader:
+            use_core(-1)
         print(json.dumps(measure(args)))
         return
     manifest = read_manifest(args.shards)
@@ -66,14 +66,21 @@ def main() -> None:
         unmasked, masked = np.array([rates[name] for rates in rounds]).T
         rows[name] = row(unmasked, "tokens/s", at_least=BUDGETS[name])
         rows[f"{name}_masked"] = row(masked, "tokens/s")
-    once, tenfold = (measure_in_child("--child", "memory", "--windows", args.windows * times) for times in (1, 10))
+    for name in names:
+        one, several = np.array([[loaded(name, count) for count in (1, args.workers)] for _ in range(args.rounds)]).T
+        rows[f"{name}_1_worker"] = row(one, "tokens/s")
+        rows[f"{name}_{args.workers}_workers"] = row(several, "tokens/s")
+        rows[f"{name}_{args.workers}_to_1"] = row(several / one, "×", at_least=0.9 * args.workers)
+    once, tenfold = (
+        measure_in_child("--child", "memory", "--groups", MEMORY_GROUPS * times) for times in (1, 10)
+    )
     rows |= {"memory_1x": row(once / 2**20, "MiB"), "memory_10x": row(tenfold / 2**20, "MiB")}
     rows["memory_10x_to_1x"] = row(tenfold / once, "×", at_most=1.1)
     with tempfile.TemporaryDirectory() as directory:
         lengthen(manifest, args.tokens, Path(directory))
         first = [measure_in_child("--shards", directory, "--child", "first") for _ in range(args.rounds)]
     rows["first_batch"] = row(np.array(first), "s", at_most=5)
-    del args.child
+    del args.child, args.through_loader
     print_table(rows, vars(args))
 
 
@@ -82,10 +89,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--shards", required=True, help="shard directory on this machine")
     add("--batch", type=positive, default=64, help="sequences per batch (default: 64)")
-    add("--windows", type=positive, default=3, help="windows of the shuffle read in each round (default: 3)")
+    add("--groups", type=positive, default=8, help=f"row groups per lane, of {LANES}, in each round (default: 8)")
+    add("--workers", type=positive, default=2, help="loader workers to compare with one (default: 2)")
     add("--tokens", type=positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
     add("--rounds", type=positive, default=3)
     add("--child", help=argparse.SUPPRESS)
+    add("--through-loader", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if storage.is_remote(args.shards):
         raise UsageError(f"--shards {args.shards} is remote, but this bench measures local reading; copy it here")
@@ -99,25 +108,65 @@ def measure(args: argparse.Namespace) -> float | list[float]:
     manifest = read_manifest(args.shards)
     if args.child == "memory":
         before, columns = psutil.Process().memory_info().rss, all_columns(manifest)
-        read(manifest, columns, args, whole_batch, step=ROW_GROUP)  # one batch decodes a whole window
+        read(manifest, columns, args, whole_batch, step=8 * TURNS + 1)  # few batches, of all lanes in turn
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
     columns, rates = COLUMNS[args.child], []
+    if args.through_loader:
+        return load(manifest, columns, args)
     for prepare in (whole_batch, masking(manifest, columns)):
         started = time.perf_counter()
-        tokens = read(manifest, columns, args, prepare, step=args.batch)
+        tokens = read(manifest, columns, args, prepare)
         rates.append(tokens / (time.perf_counter() - started))
     return rates
 
 
-def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int) -> int:
-    """Read a batch every ``step`` sequences of the shards, repeated to fill ``--windows``; returns all their tokens."""
-    groups = sum(entry.row_groups for entry in manifest.shards)
-    parts = all_rows(manifest) * math.ceil(args.windows * WINDOW / groups)
+def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int = 1) -> int:
+    """Read every batch, or each ``step``-th one, of a corpus of ``--groups`` per lane; returns all its tokens."""
+    sequences = corpus(manifest, columns, args, prepare)
+    for start in range(0, len(sequences), step * args.batch):
+        sequences.__getitems__(list(range(start, min(start + args.batch, len(sequences)))))
+    return len(sequences) * manifest.sequence_length
+
+
+def load(manifest: Manifest, columns: Columns, args: argparse.Namespace) -> float:
+    """Tokens a second of masked batches from a loader with ``--workers``."""
+    sequences = corpus(manifest, columns, args, masking(manifest, columns))
+    loader = DataLoader(
+        sequences,
+        batch_size=args.batch,
+        num_workers=args.workers,
+        collate_fn=whole_batch,
+        worker_init_fn=use_core,
+    )
+    started = time.perf_counter()
+    for _ in loader:
+        pass
+    return len(sequences) * manifest.sequence_length / (time.perf_counter() - started)
+
+
+def loaded(name: str, workers: int) -> float:
+    return float(measure_in_child("--child", name, "--through-loader", "--workers", workers))
+
+
+def use_core(number: int) -> None:
+    """Run this process on one core only, where the system can do that."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def corpus(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare) -> TrainingSequences:
+    """The shards, repeated to have ``--groups`` row groups per lane."""
+    parts = all_rows(manifest) * math.ceil(args.groups * LANES / sum(entry.row_groups for entry in manifest.shards))
+    return dataset(manifest, parts, columns, args, prepare)
+
+
+def dataset(
+    manifest: Manifest, parts: list[Part], columns: Columns, args: argparse.Namespace, prepare: Prepare
+) -> TrainingSequences:
+    """One epoch of these rows."""
     size = sum(part.rows for part in parts)
-    sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=prepare)
-    for start in range(0, size, step):
-        sequences.__getitems__(list(range(start, min(start + args.batch, size))))
-    return size * manifest.sequence_length
+    return TrainingSequences(manifest, parts, columns, size=size, batch=args.batch, seed=0, prepare=prepare)
 
 
 def first_batch(args: argparse.Namespace) -> float:
@@ -125,11 +174,10 @@ def first_batch(args: argparse.Namespace) -> float:
     started = time.perf_counter()
     manifest = read_manifest(args.shards)
     check_shards(manifest, contents=False)
-    parts, columns = all_rows(manifest), all_columns(manifest)
-    size = sum(part.rows for part in parts)
-    sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=masking(manifest, columns))
+    columns = all_columns(manifest)
+    sequences = dataset(manifest, all_rows(manifest), columns, args, masking(manifest, columns))
     loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=whole_batch)
-    next(iter(skip_first_batches(loader, int(RESUMED_AT * size / args.batch))))
+    next(iter(skip_first_batches(loader, int(RESUMED_AT * len(sequences) / args.batch))))
     return time.perf_counter() - started
 
 

@@ -36,7 +36,7 @@ def test_scoring(work: Path) -> None:
 
 
 def test_loading(scored: Path) -> None:
-    sizes = ["--windows", 1, "--rounds", 1, "--tokens", 100_000]
+    sizes = ["--groups", 1, "--rounds", 1, "--tokens", 100_000]
     command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", scored, *sizes]
     bench = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert bench.returncode == 0, bench.stderr
@@ -44,6 +44,7 @@ def test_loading(scored: Path) -> None:
     assert any(line.endswith(("met", "MISSED")) for line in table)
     rows = {name: row["value"] for name, row in json.loads(last)["rows"].items()}
     rates = [name + masked for name in ("tokens", "entropy", "top_k") for masked in ("", "_masked")]
+    rates += [f"{name}_{count}" for name in ("tokens", "top_k") for count in ("1_worker", "2_workers", "2_to_1")]
     for name in [*rates, "memory_10x_to_1x", "first_batch"]:
         assert rows[name] > 0, name
 
