@@ -71,9 +71,7 @@ def main() -> None:
         rows[f"{name}_1_worker"] = row(one, "tokens/s")
         rows[f"{name}_{args.workers}_workers"] = row(several, "tokens/s")
         rows[f"{name}_{args.workers}_to_1"] = row(several / one, "×", at_least=0.9 * args.workers)
-    once, tenfold = (
-        measure_in_child("--child", "memory", "--groups", MEMORY_GROUPS * times) for times in (1, 10)
-    )
+    once, tenfold = (measure_in_child("--child", "memory", "--groups", MEMORY_GROUPS * times) for times in (1, 10))
     rows |= {"memory_1x": row(once / 2**20, "MiB"), "memory_10x": row(tenfold / 2**20, "MiB")}
     rows["memory_10x_to_1x"] = row(tenfold / once, "×", at_most=1.1)
     with tempfile.TemporaryDirectory() as directory:

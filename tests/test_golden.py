@@ -130,9 +130,7 @@ def test_masks(name: str) -> None:
 def test_order(scored: Path) -> None:
     manifest = read_manifest(str(scored))
     size = 3 * manifest.totals["sequences"]
-    data = TrainingSequences(
-        manifest, all_rows(manifest), Columns(), size=size, batch=24, seed=5, prepare=whole_batch
-    )
+    data = TrainingSequences(manifest, all_rows(manifest), Columns(), size=size, batch=24, seed=5, prepare=whole_batch)
     same("order", digest(data.__getitems__(list(range(size)))["sequence_id"].numpy().tobytes()))
 
 

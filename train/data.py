@@ -141,7 +141,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self._decoded = {key: rows for key, rows in self._decoded.items() if key in kept}
         new = sorted(needed - self._decoded.keys())
         with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
-            self._decoded |= zip(new, pool.map(lambda key: self._read(*key), new), strict=True)  # raises errors of reads
+            self._decoded |= zip(
+                new, pool.map(lambda key: self._read(*key), new), strict=True
+            )  # raises errors of reads
 
     def _read(self, epoch: int, group: int) -> Rows:
         """The shuffled rows of a row group, joined with their targets. Raises RunError like ``read_block``."""

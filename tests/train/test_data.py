@@ -107,7 +107,7 @@ def test_any_position_is_read_directly(manifest: manifests.Manifest, batch: int)
 def test_a_process_decodes_only_its_lanes(
     manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch, ranks: int, accumulation: int, workers: int
 ) -> None:
-    """Ranks take batches in turn, and so do the workers of a rank. Together they decode about as much as one process."""
+    """Ranks take batches in turn, and so do the workers of a rank. Together they decode what one process does."""
     times, batch = 24, 8 * ranks * accumulation
     size, groups = times * manifest.totals["sequences"], times * len(manifest.shards)
     starts = range(0, size // batch * batch, batch // ranks // accumulation)
