@@ -39,6 +39,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manifest
+from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.read import Columns, masker_of
 from train.data import LANES, TURNS, TrainingSequences, whole_batch
 from train.split import Part, all_rows
@@ -46,6 +47,7 @@ from train.split import Part, all_rows
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
 MEMORY_GROUPS = 2  # row groups per lane of the corpus whose loader's memory is compared with that of ten times as many
+SUMS = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum")  # of a manifest, over its shards
 RESUMED_AT = 0.9  # of the tokens of a resumed run
 Prepare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -66,7 +68,7 @@ def main() -> None:
         unmasked, masked = np.array([rates[name] for rates in rounds]).T
         rows[name] = row(unmasked, "tokens/s", at_least=BUDGETS[name])
         rows[f"{name}_masked"] = row(masked, "tokens/s")
-    for name in names:
+    for name in dict.fromkeys((names[0], names[-1])):
         one, several = np.array([[loaded(name, count) for count in (1, args.workers)] for _ in range(args.rounds)]).T
         rows[f"{name}_1_worker"] = row(one, "tokens/s")
         rows[f"{name}_{args.workers}_workers"] = row(several, "tokens/s")
@@ -76,9 +78,9 @@ def main() -> None:
     rows["memory_10x_to_1x"] = row(tenfold / once, "×", at_most=1.1)
     with tempfile.TemporaryDirectory() as directory:
         lengthen(manifest, args.tokens, Path(directory))
-        first = [measure_in_child("--shards", directory, "--child", "first") for _ in range(args.rounds)]
+        first = [measure_in_child("--child", "first", "--long", directory) for _ in range(args.rounds)]
     rows["first_batch"] = row(np.array(first), "s", at_most=5)
-    del args.child, args.through_loader
+    del args.child, args.through_loader, args.long
     print_table(rows, vars(args))
 
 
@@ -93,6 +95,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=positive, default=3)
     add("--child", help=argparse.SUPPRESS)
     add("--through-loader", action="store_true", help=argparse.SUPPRESS)
+    add("--long", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if storage.is_remote(args.shards):
         raise UsageError(f"--shards {args.shards} is remote, but this bench measures local reading; copy it here")
@@ -170,10 +173,11 @@ def dataset(
 def first_batch(args: argparse.Namespace) -> float:
     """Seconds from the manifest to the first batch of a resumed run, by the steps of train/run.py and Trainer."""
     started = time.perf_counter()
-    manifest = read_manifest(args.shards)
-    check_shards(manifest, contents=False)
-    columns = all_columns(manifest)
-    sequences = dataset(manifest, all_rows(manifest), columns, args, masking(manifest, columns))
+    manifest, long = read_manifest(args.shards), read_manifest(args.long)
+    check_shards(long, contents=False)
+    # its files hold the sequence ids of the shards that they link to, so the rows are read there
+    parts, columns = all_rows(manifest) * (len(long.shards) // len(manifest.shards)), all_columns(manifest)
+    sequences = dataset(manifest, parts, columns, args, masking(manifest, columns))
     loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=whole_batch)
     next(iter(skip_first_batches(loader, int(RESUMED_AT * len(sequences) / args.batch))))
     return time.perf_counter() - started
@@ -190,11 +194,18 @@ def masking(manifest: Manifest, columns: Columns) -> Prepare:
 
 
 def lengthen(manifest: Manifest, tokens: int, directory: Path) -> None:
-    """Make a directory of so many tokens: links to the files, and a manifest that repeats them."""
-    for name in ("tokenizer", *(entry.file for entry in manifest.shards)):
-        (directory / name).symlink_to(Path(storage.absolute(manifest.uri)) / name)
+    """Make a directory of so many tokens: links to the files, and a manifest that lists them."""
+    source = Path(storage.absolute(manifest.uri))
+    (directory / "tokenizer").symlink_to(source / "tokenizer")
     fields = storage.read_json(manifest_uri(manifest.uri))
-    fields["shards"] *= math.ceil(tokens / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
+    times = math.ceil(tokens / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
+    fields["shards"] = [
+        entry | {"index": index, "file": shard_file(index)} for index, entry in enumerate(fields["shards"] * times)
+    ]
+    fields["planned_shards"], fields["failed"] = len(fields["shards"]), {}
+    fields["totals"] |= {name: fields["totals"][name] * times for name in SUMS}
+    for entry, original in zip(fields["shards"], manifest.shards * times, strict=True):
+        (directory / entry["file"]).symlink_to(source / original.file)
     storage.write_json(manifest_uri(str(directory)), fields)
 
 
