@@ -38,7 +38,7 @@ from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
-from entropy_masking.shards.manifests import Manifest, manifest_uri, read_manifest
+from entropy_masking.shards.manifests import Manifest, copy_tokenizer, manifest_uri, read_manifest
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.read import Columns, masker_of
 from train.data import LANES, TURNS, TrainingSequences, whole_batch
@@ -196,7 +196,7 @@ def masking(manifest: Manifest, columns: Columns) -> Prepare:
 def lengthen(manifest: Manifest, tokens: int, directory: Path) -> None:
     """Make a directory of so many tokens: links to the files, and a manifest that lists them."""
     source = Path(storage.absolute(manifest.uri))
-    (directory / "tokenizer").symlink_to(source / "tokenizer")
+    copy_tokenizer(manifest.uri, directory / "tokenizer")
     fields = storage.read_json(manifest_uri(manifest.uri))
     times = math.ceil(tokens / sum(entry.rows * manifest.sequence_length for entry in manifest.shards))
     fields["shards"] = [
