@@ -3,8 +3,10 @@
 
     python bench/loading.py --shards runs/scored
 
-Larger corpora are the same files several times over. Each measurement has a process of its own, on one core; each
-loader worker has one too. Prints a table with the budgets, and as its last line the same as one JSON object.
+Larger corpora are the same files several times over. Each measurement has a process of its own, on one core. So has
+each worker: N processes take every Nth batch at the same time. Their batches stay where they are, so the time that a
+trainer needs to receive them is not measured. Prints a table with the budgets, and as its last line the same as one
+JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -56,23 +59,22 @@ def main() -> None:
     args = parse()
     if args.child:
         torch.set_num_threads(1)
-        if not args.through_loader:
-            use_core(-1)
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0), reverse=True)
+            os.sched_setaffinity(0, {cores[args.worker % len(cores)]})
         print(json.dumps(measure(args)))
         return
     manifest = read_manifest(args.shards)
     names = list(COLUMNS)[: 1 + manifest.scored + (manifest.top_k > 0)]
-    rounds = [{name: measure_in_child("--child", name) for name in names} for _ in range(args.rounds)]
+    counts = (1, args.workers)
+    rounds = [{(name, n): rates(name, n) for name in names for n in counts} for _ in range(args.rounds)]
     rows: dict[str, Row] = {}
     for name in names:
-        unmasked, masked = np.array([rates[name] for rates in rounds]).T
-        rows[name] = row(unmasked, "tokens/s", at_least=BUDGETS[name])
-        rows[f"{name}_masked"] = row(masked, "tokens/s")
-    for name in dict.fromkeys((names[0], names[-1])):
-        one, several = np.array([[loaded(name, count) for count in (1, args.workers)] for _ in range(args.rounds)]).T
-        rows[f"{name}_1_worker"] = row(one, "tokens/s")
-        rows[f"{name}_{args.workers}_workers"] = row(several, "tokens/s")
-        rows[f"{name}_{args.workers}_to_1"] = row(several / one, "×", at_least=0.9 * args.workers)
+        one, several = (np.array([found[name, n] for found in rounds]).T for n in counts)
+        for suffix, alone, together in zip(("", "_masked"), one, several, strict=True):
+            rows[name + suffix] = row(alone, "tokens/s", at_least=None if suffix else BUDGETS[name])
+            rows[f"{name}{suffix}_workers"] = row(together, "tokens/s")
+            rows[f"{name}{suffix}_workers_to_1"] = row(together / alone, "×", at_least=0.9 * args.workers)
     once, tenfold = (measure_in_child("--child", "memory", "--groups", MEMORY_GROUPS * times) for times in (1, 10))
     rows |= {"memory_1x": row(once / 2**20, "MiB"), "memory_10x": row(tenfold / 2**20, "MiB")}
     rows["memory_10x_to_1x"] = row(tenfold / once, "×", at_most=1.1)
@@ -80,7 +82,7 @@ def main() -> None:
         lengthen(manifest, args.tokens, Path(directory))
         first = [measure_in_child("--child", "first", "--long", directory) for _ in range(args.rounds)]
     rows["first_batch"] = row(np.array(first), "s", at_most=5)
-    del args.child, args.through_loader, args.long
+    del args.child, args.worker, args.long
     print_table(rows, vars(args))
 
 
@@ -90,11 +92,11 @@ def parse() -> argparse.Namespace:
     add("--shards", required=True, help="shard directory on this machine")
     add("--batch", type=positive, default=64, help="sequences per batch (default: 64)")
     add("--groups", type=positive, default=8, help=f"row groups per lane, of {LANES}, in each round (default: 8)")
-    add("--workers", type=positive, default=2, help="loader workers to compare with one (default: 2)")
+    add("--workers", type=positive, default=2, help="processes to compare with one (default: 2)")
     add("--tokens", type=positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
     add("--rounds", type=positive, default=3)
     add("--child", help=argparse.SUPPRESS)
-    add("--through-loader", action="store_true", help=argparse.SUPPRESS)
+    add("--worker", type=int, default=0, help=argparse.SUPPRESS)
     add("--long", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if storage.is_remote(args.shards):
@@ -109,51 +111,32 @@ def measure(args: argparse.Namespace) -> float | list[float]:
     manifest = read_manifest(args.shards)
     if args.child == "memory":
         before, columns = psutil.Process().memory_info().rss, all_columns(manifest)
-        read(manifest, columns, args, whole_batch, step=8 * TURNS + 1)  # few batches, of all lanes in turn
+        read(corpus(manifest, columns, args, whole_batch), 0, 8 * TURNS + 1)  # few batches, of all lanes in turn
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
-    columns, rates = COLUMNS[args.child], []
-    if args.through_loader:
-        return load(manifest, columns, args)
+    columns, found = COLUMNS[args.child], []
     for prepare in (whole_batch, masking(manifest, columns)):
+        sequences = corpus(manifest, columns, args, prepare)
         started = time.perf_counter()
-        tokens = read(manifest, columns, args, prepare)
-        rates.append(tokens / (time.perf_counter() - started))
-    return rates
+        rows = read(sequences, args.worker, args.workers)
+        found.append(rows * manifest.sequence_length / (time.perf_counter() - started))
+    return found
 
 
-def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int = 1) -> int:
-    """Read every batch, or each ``step``-th one, of a corpus of ``--groups`` per lane; returns all its tokens."""
-    sequences = corpus(manifest, columns, args, prepare)
-    for start in range(0, len(sequences), step * args.batch):
-        sequences.__getitems__(list(range(start, min(start + args.batch, len(sequences)))))
-    return len(sequences) * manifest.sequence_length
+def rates(name: str, workers: int) -> np.ndarray:
+    """Tokens a second of so many processes at once, without and with masking."""
+    with ThreadPoolExecutor(workers) as pool:
+        shares = [("--child", name, "--workers", workers, "--worker", number) for number in range(workers)]
+        return np.sum(list(pool.map(lambda flags: measure_in_child(*flags), shares)), 0)
 
 
-def load(manifest: Manifest, columns: Columns, args: argparse.Namespace) -> float:
-    """Tokens a second of masked batches from a loader with ``--workers``."""
-    sequences = corpus(manifest, columns, args, masking(manifest, columns))
-    loader = DataLoader(
-        sequences,
-        batch_size=args.batch,
-        num_workers=args.workers,
-        collate_fn=whole_batch,
-        worker_init_fn=use_core,
-    )
-    started = time.perf_counter()
-    for _ in loader:
-        pass
-    return len(sequences) * manifest.sequence_length / (time.perf_counter() - started)
-
-
-def loaded(name: str, workers: int) -> float:
-    return float(measure_in_child("--child", name, "--through-loader", "--workers", workers))
-
-
-def use_core(number: int) -> None:
-    """Run this process on one core only, where the system can do that."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[number % len(cores)]})
+def read(sequences: TrainingSequences, first: int, step: int) -> int:
+    """Read a batch, and each ``step``-th one after it; returns the number of their rows."""
+    rows = 0
+    for start in range(first * sequences.batch, len(sequences), step * sequences.batch):
+        indices = list(range(start, min(start + sequences.batch, len(sequences))))
+        sequences.__getitems__(indices)
+        rows += len(indices)
+    return rows
 
 
 def corpus(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare) -> TrainingSequences:

@@ -44,7 +44,7 @@ def test_loading(scored: Path) -> None:
     assert any(line.endswith(("met", "MISSED")) for line in table)
     rows = {name: row["value"] for name, row in json.loads(last)["rows"].items()}
     rates = [name + masked for name in ("tokens", "entropy", "top_k") for masked in ("", "_masked")]
-    rates += [f"{name}_{count}" for name in ("tokens", "top_k") for count in ("1_worker", "2_workers", "2_to_1")]
+    rates += [rate + suffix for rate in rates for suffix in ("_workers", "_workers_to_1")]
     for name in [*rates, "memory_10x_to_1x", "first_batch"]:
         assert rows[name] > 0, name
 
