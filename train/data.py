@@ -26,6 +26,7 @@ from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.shards.targets import input_crc32
@@ -46,8 +47,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     lanes of equal length (up to one batch). Each eighth of a global batch takes the next rows of one lane. Four batches
     in turn take from all lanes, so a batch has rows of eight row groups, and four batches have rows of 32.
 
-    A row group is decoded when its first row is needed, and forgotten when its lane has passed it. So the memory does
-    not grow with the corpus: at most one row group for each lane that this process reads, and those of one batch.
+    A row group is decoded when its first row is needed. When its lane has passed it, its memory is used again. So the
+    memory does not grow with the corpus: one row group for each lane that this process reads, and those of one batch.
 
     Args:
         parts: the rows to train on.
@@ -85,6 +86,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self._order_of: tuple[int, list[int], list[int], list[int]] | None = None  # of the epoch used last
         self._reading: dict[int, tuple[int, int]] = {}  # by lane: (epoch, row group)
         self._decoded: dict[tuple[int, int], Rows] = {}  # by (epoch, row group)
+        self._free: list[Rows] = []  # memory of row groups that are no longer needed
 
     def __len__(self) -> int:
         return self.size
@@ -138,22 +140,29 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         self._reading |= {lane: (epoch, group) for epoch, lane, group, _ in places}
         needed = {(epoch, group) for epoch, _, group, _ in places}
         kept = needed | set(self._reading.values())
-        self._decoded = {key: rows for key, rows in self._decoded.items() if key in kept}
+        self._free += [self._decoded.pop(key) for key in self._decoded.keys() - kept]
         new = sorted(needed - self._decoded.keys())
+        memory = [self._free.pop() if self._free else {} for _ in new]
         with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
-            self._decoded |= zip(
-                new, pool.map(lambda key: self._read(*key), new), strict=True
-            )  # raises errors of reads
+            read = pool.map(lambda key, rows: self._read(key[0], key[1], rows), new, memory)
+            self._decoded |= zip(new, read, strict=True)  # raises the errors of reads
 
-    def _read(self, epoch: int, group: int) -> Rows:
-        """The shuffled rows of a row group, joined with their targets. Raises RunError like ``read_block``."""
+    def _read(self, epoch: int, group: int, memory: Rows) -> Rows:
+        """The shuffled rows of a row group, joined with their targets, in the memory of an earlier one if there is one.
+
+        Raises RunError like ``read_block``.
+        """
         entry, block, own = self.groups[group]
         rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
             variant, T = self._mask_epoch(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
         shuffled = own.start + hash_order(self.seed, ORDER_STREAM, epoch, group, size=self.sizes[group]).numpy()
-        return {name: array[shuffled] for name, array in rows.items()}
+        # new arrays for each row group would fragment the heap
+        memory = memory or {name: np.empty((ROW_GROUP, *array.shape[1:]), array.dtype) for name, array in rows.items()}
+        for name, array in rows.items():
+            array.take(shuffled, 0, out=memory[name][: len(shuffled)], mode="clip")  # "raise" would make a copy
+        return memory
 
 
 class PrepareBatch:
