@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""How fast shards become batches on one core, in how much memory, and how soon a run of a billion tokens resumes.
+"""How fast shards become batches on one core and with workers, in how much memory, and how soon a long run resumes.
 
     python bench/loading.py --shards runs/scored
 
-Larger corpora are the same files several times over. Each measurement has a process of its own, on one core. Prints a
-table with the budgets, and as its last line the same as one JSON object.
+Larger corpora are the same files several times over. Each measurement has a process of its own, on one core. So has
+each worker: N processes take every Nth batch at the same time. Their batches stay where they are, so the time that a
+trainer needs to receive them is not measured. Prints a table with the budgets, and as its last line the same as one
+JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -38,9 +41,8 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, read_manifest
-from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, masker_of
-from train.data import WINDOW, TrainingSequences, whole_batch
+from train.data import LANES, TURNS, TrainingSequences, whole_batch
 from train.split import all_rows
 
 COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
@@ -54,23 +56,28 @@ def main() -> None:
     if args.child:
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            cores = sorted(os.sched_getaffinity(0), reverse=True)
+            os.sched_setaffinity(0, {cores[args.worker % len(cores)]})
         print(json.dumps(measure(args)))
         return
     manifest = read_manifest(args.shards)
     names = list(COLUMNS)[: 1 + manifest.scored + (manifest.top_k > 0)]
-    rounds = [{name: measure_in_child("--child", name) for name in names} for _ in range(args.rounds)]
+    counts = (1, args.workers)
+    rounds = [{(name, n): rates(name, n) for name in names for n in counts} for _ in range(args.rounds)]
     rows: dict[str, Row] = {}
     for name in names:
-        unmasked, masked = np.array([rates[name] for rates in rounds]).T
-        rows[name] = row(unmasked, "tokens/s", at_least=BUDGETS[name])
-        rows[f"{name}_masked"] = row(masked, "tokens/s")
-    once, tenfold = (measure_in_child("--child", "memory", "--windows", args.windows * times) for times in (1, 10))
+        one, several = (np.array([found[name, n] for found in rounds]).T for n in counts)
+        for suffix, alone, together in zip(("", "_masked"), one, several, strict=True):
+            rows[name + suffix] = row(alone, "tokens/s", at_least=None if suffix else BUDGETS[name])
+            rows[f"{name}{suffix}_workers"] = row(together, "tokens/s")
+            budget = 0.9 * args.workers if suffix else None  # of what a run does
+            rows[f"{name}{suffix}_workers_to_1"] = row(together / alone, "×", at_least=budget)
+    once, tenfold = (measure_in_child("--child", "memory", "--groups", 3 * args.groups * times) for times in (1, 10))
     rows |= {"memory_1x": row(once / 2**20, "MiB"), "memory_10x": row(tenfold / 2**20, "MiB")}
     rows["memory_10x_to_1x"] = row(tenfold / once, "×", at_most=1.1)
     first = [measure_in_child("--child", "first") for _ in range(args.rounds)]
     rows["first_batch"] = row(np.array(first), "s", at_most=5)
-    del args.child
+    del args.child, args.worker
     print_table(rows, vars(args))
 
 
@@ -79,10 +86,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--shards", required=True, help="shard directory on this machine")
     add("--batch", type=positive, default=64, help="sequences per batch (default: 64)")
-    add("--windows", type=positive, default=3, help="windows of the shuffle read in each round (default: 3)")
+    add("--groups", type=positive, default=8, help=f"row groups per lane, of {LANES}, in each round (default: 8)")
+    add("--workers", type=positive, default=2, help="processes to compare with one (default: 2)")
     add("--tokens", type=positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
     add("--rounds", type=positive, default=3)
     add("--child", help=argparse.SUPPRESS)
+    add("--worker", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if storage.is_remote(args.shards):
         raise UsageError(f"--shards {args.shards} is remote, but this bench measures local reading; copy it here")
@@ -94,27 +103,45 @@ def measure(args: argparse.Namespace) -> float | list[float]:
     if args.child == "first":
         return first_batch(args)
     manifest = read_manifest(args.shards)
+    times = math.ceil(args.groups * LANES / sum(entry.row_groups for entry in manifest.shards))
     if args.child == "memory":
         before, columns = psutil.Process().memory_info().rss, all_columns(manifest)
-        read(manifest, columns, args, whole_batch, step=ROW_GROUP)  # one batch decodes a whole window
+        # few batches, of all lanes in turn
+        read(repeated(manifest, times, columns, args, whole_batch), 0, 8 * TURNS + 1)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
-    columns, rates = COLUMNS[args.child], []
+    columns, found = COLUMNS[args.child], []
     for prepare in (whole_batch, masking(manifest, columns)):
+        sequences = repeated(manifest, times, columns, args, prepare)
         started = time.perf_counter()
-        tokens = read(manifest, columns, args, prepare, step=args.batch)
-        rates.append(tokens / (time.perf_counter() - started))
-    return rates
+        rows = read(sequences, args.worker, args.workers)
+        found.append(rows * manifest.sequence_length / (time.perf_counter() - started))
+    return found
 
 
-def read(manifest: Manifest, columns: Columns, args: argparse.Namespace, prepare: Prepare, step: int) -> int:
-    """Read a batch every ``step`` sequences of the shards, repeated to fill ``--windows``; returns all their tokens."""
-    groups = sum(entry.row_groups for entry in manifest.shards)
-    parts = all_rows(manifest) * math.ceil(args.windows * WINDOW / groups)
+def rates(name: str, workers: int) -> np.ndarray:
+    """Tokens a second of so many processes at once, without and with masking."""
+    with ThreadPoolExecutor(workers) as pool:
+        shares = [("--child", name, "--workers", workers, "--worker", number) for number in range(workers)]
+        return np.sum(list(pool.map(lambda flags: measure_in_child(*flags), shares)), 0)
+
+
+def read(sequences: TrainingSequences, first: int, step: int) -> int:
+    """Read a batch, and each ``step``-th one after it; returns the number of their rows."""
+    rows = 0
+    for start in range(first * sequences.batch, len(sequences), step * sequences.batch):
+        indices = list(range(start, min(start + sequences.batch, len(sequences))))
+        sequences.__getitems__(indices)
+        rows += len(indices)
+    return rows
+
+
+def repeated(
+    manifest: Manifest, times: int, columns: Columns, args: argparse.Namespace, prepare: Prepare
+) -> TrainingSequences:
+    """One epoch of the shards, read so many times."""
+    parts = all_rows(manifest) * times
     size = sum(part.rows for part in parts)
-    sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=prepare)
-    for start in range(0, size, step):
-        sequences.__getitems__(list(range(start, min(start + args.batch, size))))
-    return size * manifest.sequence_length
+    return TrainingSequences(manifest, parts, columns, size=size, batch=args.batch, seed=0, prepare=prepare)
 
 
 def first_batch(args: argparse.Namespace) -> float:
@@ -125,12 +152,11 @@ def first_batch(args: argparse.Namespace) -> float:
     started = time.perf_counter()
     manifest = read_manifest(args.shards)
     check_shards(manifest, contents=False)
-    parts, columns = all_rows(manifest), all_columns(manifest)
-    parts *= math.ceil(args.tokens / (sum(part.rows for part in parts) * manifest.sequence_length))
-    size = sum(part.rows for part in parts)
-    sequences = TrainingSequences(manifest, parts, columns, size=size, seed=0, prepare=masking(manifest, columns))
+    columns = all_columns(manifest)
+    times = math.ceil(args.tokens / manifest.sequence_length / manifest.totals["sequences"])
+    sequences = repeated(manifest, times, columns, args, masking(manifest, columns))
     loader = DataLoader(sequences, batch_size=args.batch, shuffle=False, collate_fn=whole_batch)
-    next(iter(skip_first_batches(loader, int(RESUMED_AT * size / args.batch))))
+    next(iter(skip_first_batches(loader, int(RESUMED_AT * len(sequences) / args.batch))))
     return time.perf_counter() - started
 
 

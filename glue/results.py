@@ -206,6 +206,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     differing = [name for name in new if new[name] != old.get(name) and name not in separate]
     # entries of a summary's flags that are no flags of train/run.py
     words = {"steps": "steps", "global_batch": "global batch", "muon": "Muon", "held_out_by": "held out by"}
+    words |= {"ordered_by": "data ordered by"}
     apart = [f"{words.get(name, '--' + name.replace('_', '-'))} {new[name]}" for name in differing]
     if targets := own.targets:
         apart.append(f"targets of {targets.variants} variants of {targets.source} masks")

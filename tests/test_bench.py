@@ -36,15 +36,17 @@ def test_scoring(work: Path) -> None:
     assert 0 <= rows["job_outside_model"] < 1
 
 
-def test_loading(scored: Path) -> None:
-    sizes = ["--windows", 1, "--rounds", 1, "--tokens", 100_000]
-    command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", scored, *sizes]
+def test_loading(tokens: Path) -> None:
+    sizes = ["--groups", 1, "--rounds", 1, "--tokens", 100_000]
+    command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", tokens, *sizes]
     bench = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert bench.returncode == 0, bench.stderr
     *table, last = bench.stdout.splitlines()
     assert any(line.endswith(("met", "MISSED")) for line in table)
     rows = {name: row["value"] for name, row in json.loads(last)["rows"].items()}
-    rates = [name + masked for name in ("tokens", "entropy", "top_k") for masked in ("", "_masked")]
+    rates = [
+        masked + workers for masked in ("tokens", "tokens_masked") for workers in ("", "_workers", "_workers_to_1")
+    ]
     for name in [*rates, "memory_10x_to_1x", "first_batch"]:
         assert rows[name] > 0, name
 

@@ -24,10 +24,12 @@ from made_results import summary, write_results
 
 import glue.compare
 from entropy_masking.masking.masker import Masker
-from entropy_masking.masking.noise import hashes
+from entropy_masking.masking.noise import hash_order, hashes
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.manifests import read_manifest
+from entropy_masking.shards.read import Columns
 from entropy_masking.shards.schema import Manifest
+from train.data import ORDER_STREAM, TrainingSequences, whole_batch
 from train.split import Split, all_rows
 
 FILE = Path(__file__).with_name("golden.json")
@@ -81,6 +83,16 @@ def hold_out_whole_shards(manifest: Manifest, fraction: float) -> Split:
     return Split(*sides)
 
 
+def place_in_windows(data: TrainingSequences, index: int) -> tuple[int, int, int, int]:
+    """``TrainingSequences._locate`` of the time when the losses were written: one shuffle of up to 16 row groups."""
+    epoch, position = divmod(index, data.rows)
+    groups = hash_order(data.seed, ORDER_STREAM, epoch, size=len(data.groups)).tolist()
+    rows = [(group, row) for group in groups for row in range(data.sizes[group])]
+    group, row = rows[hash_order(data.seed, ORDER_STREAM, epoch, 0, size=len(rows))[position]]
+    shuffled = hash_order(data.seed, ORDER_STREAM, epoch, group, size=data.sizes[group]).tolist()
+    return epoch, group, group, shuffled.index(row)
+
+
 def digest(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
@@ -115,12 +127,20 @@ def test_masks(name: str) -> None:
     same(f"masks {name}", digest(*(part.to(torch.int64).numpy().tobytes() for part in parts)))
 
 
+def test_order(scored: Path) -> None:
+    manifest = read_manifest(str(scored))
+    size = 3 * manifest.totals["sequences"]
+    data = TrainingSequences(manifest, all_rows(manifest), Columns(), size=size, batch=24, seed=5, prepare=whole_batch)
+    same("order", digest(data.__getitems__(list(range(size)))["sequence_id"].numpy().tobytes()))
+
+
 @pytest.mark.parametrize("distilled", [False, True], ids=["", "kd"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_losses_and_gradient_norms(
     source: str, distilled: bool, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.inputs.split", hold_out_whole_shards)
+    monkeypatch.setattr(TrainingSequences, "_locate", place_in_windows)
     kd = ["--distill-weight", 0.5] if distilled else []
     steps = ["--max-steps", STEPS, "--logging-steps", 1, "--save-steps", STEPS, "--eval-strategy", "no"]
     train_here(scored, tmp_path, *SOURCES[source], *kd, *steps)

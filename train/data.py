@@ -1,4 +1,9 @@
-"""Shards → batches: a windowed shuffle that is a pure function of (seed, epoch), so a run resumes by index.
+"""Shards → batches: a shuffle that is a pure function of (seed, epoch, global batch), so a run resumes by index.
+
+Decoding Parquet is most of the work, so ranks and loader workers have to share it. Each of them prepares the same parts
+of the global batches again and again. The order therefore feeds each part of a batch from its own lane of the epoch,
+and a process decodes only its lanes. The alternative was to decode into memory that all processes of a node share: that
+keeps any order, but needs locks, must clean up after killed processes, and still decodes everything on every node.
 
 Shapes: B rows of a batch, L tokens, P predicted positions, N shards.
 """
@@ -28,7 +33,9 @@ from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
 from train.split import Part
 
-WINDOW = 16  # row groups that are shuffled together; a loader keeps only these decoded
+LANES_OF_BATCH = 8  # lanes that feed a global batch: up to so many ranks share the decoding
+TURNS = 4  # batches until the same lanes feed one again: up to so many workers of a rank share the decoding
+LANES = LANES_OF_BATCH * TURNS
 REMOTE_READS = 8  # row groups that are read at once from an object store: eight answers take as long as one
 ORDER_STREAM = 1
 
@@ -36,14 +43,18 @@ ORDER_STREAM = 1
 class TrainingSequences(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run, epoch after epoch, as a map from the position in the run to a sequence.
 
-    Order of an epoch: row groups are shuffled and split into windows of ``WINDOW``; rows are shuffled within a window.
-    A run reads one window after another, each into the memory of the previous one. So the memory does not grow with the
-    corpus. Each loader worker decodes all windows; workers share only the masking.
+    Order of an epoch: row groups are shuffled, then the rows within each. These rows in a line are cut into ``LANES``
+    lanes of equal length (up to one batch). Each eighth of a global batch takes the next rows of one lane. Four batches
+    in turn take from all lanes, so a batch has rows of eight row groups, and four batches have rows of 32.
+
+    A row group is decoded when its first row is needed. When its lane has passed it, its memory is used again. So the
+    memory does not grow with the corpus: one row group for each lane that this process reads, and those of one batch.
 
     Args:
         parts: the rows to train on.
         columns: the columns to read.
         size: sequences of the whole run.
+        batch: sequences of a global batch; the order depends on it, but not on how ranks and workers share it.
         seed: of the order.
         prepare: turns a raw batch into the inputs of the model, in the loader worker. A raw batch has ``input_ids``
             [B, L], ``sequence_id``, ``epoch`` and ``progress`` (place in the run, from 0 to 1) [B], and by ``columns``
@@ -59,20 +70,23 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         columns: Columns,
         *,
         size: int,
+        batch: int,
         seed: int,
         prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         targets: Manifest | None = None,
     ) -> None:
         self.manifest, self.columns, self.targets = manifest, columns, targets
-        self.size, self.seed, self.prepare = size, seed, prepare
+        self.size, self.batch, self.seed, self.prepare = size, batch, seed, prepare
         self.target_shards = {entry.index: entry for entry in targets.shards} if targets else {}
         self.groups = [(part.entry, group, rows) for part in parts for group, rows in part.groups()]
         self.sizes = [rows.stop - rows.start for *_, rows in self.groups]
         self.rows = sum(self.sizes)
-        self._order_of: tuple[int, list[int], list[int]] | None = None  # of the epoch used last
-        self._decoded: tuple[int, int] | None = None  # (epoch, window) of the rows below
-        self._rows: Rows = {}
-        self._shuffled = np.empty(0, np.int64)
+        # lane i takes the positions from borders[i] to borders[i + 1] of every TURNS batches
+        self.borders = [-(-lane * batch // LANES_OF_BATCH) for lane in range(LANES + 1)]
+        self._order_of: tuple[int, list[int], list[int], list[int]] | None = None  # of the epoch used last
+        self._reading: dict[int, tuple[int, int]] = {}  # by lane: (epoch, row group)
+        self._decoded: dict[tuple[int, int], Rows] = {}  # by (epoch, row group)
+        self._free: list[Rows] = []  # memory of row groups that are no longer needed
 
     def __len__(self) -> int:
         return self.size
@@ -82,12 +96,13 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch at these positions of the run."""
+        places = [self._locate(index) for index in indices]
+        self._decode(places)
         parts: list[Rows] = []
-        for (epoch, window), group in groupby(map(self._locate, indices), key=lambda place: place[:2]):
-            self._decode(epoch, window)
-            rows = self._shuffled[[offset for *_, offset in group]]
-            part = {name: array[rows] for name, array in self._rows.items()}  # a copy: the next window overwrites them
-            parts.append(part | {"epoch": np.full(len(rows), self._mask_epoch(epoch), np.int64)})
+        for (epoch, _, group), run in groupby(places, key=lambda place: place[:3]):
+            offsets = [offset for *_, offset in run]
+            part = {name: array[offsets] for name, array in self._decoded[epoch, group].items()}
+            parts.append(part | {"epoch": np.full(len(offsets), self._mask_epoch(epoch), np.int64)})
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         progress_B = torch.tensor(indices, dtype=torch.float64) / self.size
         return self.prepare(to_tensors(joined) | {"progress": progress_B})
@@ -95,52 +110,59 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def _mask_epoch(self, epoch: int) -> int:
         return epoch % self.targets.masks["variants"] if self.targets and self.targets.masks else epoch
 
-    def _locate(self, index: int) -> tuple[int, int, int]:
-        """(epoch, window, offset in the window) of a position of the run."""
-        epoch, position = divmod(index, self.rows)
-        _, starts = self._epoch(epoch)
-        window = bisect_right(starts, position) - 1
-        return epoch, window, position - starts[window]
+    def _locate(self, index: int) -> tuple[int, int, int, int]:
+        """(epoch, lane, row group, offset in the shuffled row group) of a position of the run."""
+        epoch = index // self.rows
+        order, starts, shifts = self._epoch(epoch)
+        lane = index % self.borders[-1] * LANES_OF_BATCH // self.batch
+        row = shifts[lane] + self._taken(lane, index)
+        place = bisect_right(starts, row) - 1
+        return epoch, lane, order[place], row - starts[place]
 
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        """(order of the row groups, first position of each window) of an epoch."""
+    def _taken(self, lane: int, index: int) -> int:
+        """How many positions before this one a lane has fed."""
+        cycles, rest = divmod(index, self.borders[-1])
+        first, last = self.borders[lane : lane + 2]
+        return cycles * (last - first) + min(max(rest - first, 0), last - first)
+
+    def _epoch(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
+        """(order of the row groups, first row of each, first row of each lane less what it fed before) of an epoch."""
         if not self._order_of or self._order_of[0] != epoch:
             order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
-            sizes = [self.sizes[group] for group in order]
-            starts = np.cumsum([0, *(sum(sizes[i : i + WINDOW]) for i in range(0, len(sizes), WINDOW))])
-            self._order_of = epoch, order, starts[:-1].tolist()
+            starts = np.cumsum([0, *(self.sizes[group] for group in order)])[:-1].tolist()
+            before, after = ([self._taken(lane, e * self.rows) for lane in range(LANES)] for e in (epoch, epoch + 1))
+            firsts = np.cumsum([0, *np.subtract(after, before)])[:-1]
+            self._order_of = epoch, order, starts, (firsts - before).tolist()
         return self._order_of[1:]
 
-    def _decode(self, epoch: int, window: int) -> None:
-        """Read the rows of a window into the memory of the previous one, and compute their order."""
-        if self._decoded == (epoch, window):
-            return
-        self._decoded = None  # until all rows are read
-        groups = self._epoch(epoch)[0][window * WINDOW : (window + 1) * WINDOW]
-        starts = np.cumsum([0, *(self.sizes[group] for group in groups)]).tolist()
-
-        def place(start: int, group: int) -> None:
-            for name, array in self._read(epoch, group).items():
-                if name not in self._rows:
-                    self._rows[name] = np.empty((WINDOW * ROW_GROUP, *array.shape[1:]), array.dtype)
-                self._rows[name][start : start + len(array)] = array
-
-        places = zip(starts[:-1], groups, strict=True)
-        if not self._rows:
-            place(*next(places))
+    def _decode(self, places: list[tuple[int, int, int, int]]) -> None:
+        """Decode the row groups of these places, after those that no lane needs any more are forgotten."""
+        self._reading |= {lane: (epoch, group) for epoch, lane, group, _ in places}
+        needed = {(epoch, group) for epoch, _, group, _ in places}
+        kept = needed | set(self._reading.values())
+        self._free += [self._decoded.pop(key) for key in self._decoded.keys() - kept]
+        new = sorted(needed - self._decoded.keys())
+        memory = [self._free.pop() if self._free else {} for _ in new]
         with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(self.manifest.uri) else 1) as pool:
-            list(pool.map(lambda where: place(*where), places))  # raises the errors of reads
-        self._shuffled = hash_order(self.seed, ORDER_STREAM, epoch, window, size=starts[-1]).numpy()
-        self._decoded = epoch, window
+            read = pool.map(lambda key, rows: self._read(key[0], key[1], rows), new, memory)
+            self._decoded |= zip(new, read, strict=True)  # raises the errors of reads
 
-    def _read(self, epoch: int, group: int) -> Rows:
-        """The rows of a row group, joined with their targets. Raises RunError like ``read_block``."""
+    def _read(self, epoch: int, group: int, memory: Rows) -> Rows:
+        """The shuffled rows of a row group, joined with their targets, in the memory of an earlier one if there is one.
+
+        Raises RunError like ``read_block``.
+        """
         entry, block, own = self.groups[group]
         rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
             variant, T = self._mask_epoch(epoch), self.columns.temperature
             rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
-        return {name: array[own] for name, array in rows.items()}
+        shuffled = own.start + hash_order(self.seed, ORDER_STREAM, epoch, group, size=self.sizes[group]).numpy()
+        # new arrays for each row group would fragment the heap
+        memory = memory or {name: np.empty((ROW_GROUP, *array.shape[1:]), array.dtype) for name, array in rows.items()}
+        for name, array in rows.items():
+            array.take(shuffled, 0, out=memory[name][: len(shuffled)], mode="clip")  # "raise" would make a copy
+        return memory
 
 
 class PrepareBatch:

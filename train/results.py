@@ -42,6 +42,7 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
         "model": model_identity(options.model),
         "steps": args.max_steps,
         "global_batch": global_batch(args),
+        "ordered_by": resume.LANES,
     }
     if options.eval_fraction:
         run["held_out_by"] = resume.DOCUMENTS

@@ -26,6 +26,7 @@ from entropy_masking.shards.schema import Manifest
 FLAGS, SUMMARY = "run.json", "summary.json"
 GIVEN = "flags.yaml"  # the flags that were given, for --config
 WHOLE_SHARDS, DOCUMENTS = "whole shards", "documents"  # what --eval-fraction held out in old runs, and now
+WINDOWS, LANES = "windows", "lanes"  # what ordered the data of old runs, and now
 UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
 FILES = "files.json"  # the last file of a checkpoint: size and CRC-32 of each other file
 LOCK = ".lock"
@@ -46,7 +47,7 @@ def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     if previous is None:
         raise UsageError(f"{directory / FLAGS} is damaged or not written by train/run.py; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
-    previous = {"held_out_by": WHOLE_SHARDS} | previous if previous else {}
+    previous = {"held_out_by": WHOLE_SHARDS, "ordered_by": WINDOWS} | previous if previous else {}
     # a flag that a library has added or removed since then does not make another run
     shared = {name: value for name, value in flags.items() if name in previous}
     differing = differences({name: previous[name] for name in shared}, shared)

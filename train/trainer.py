@@ -242,6 +242,7 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
         inputs.training,
         columns_of(policy, source, top_k=top_k, temperature=options.distill_temperature),
         size=args.max_steps * global_batch(args),
+        batch=global_batch(args),
         seed=args.seed if args.data_seed is None else args.data_seed,
         prepare=PrepareBatch(masker, policy, source == "self", padded if args.torch_compile else None),
         targets=inputs.targets,

@@ -1,8 +1,10 @@
-"""Shards → batches: order, windows, resuming by index, loader workers."""
+"""Shards → batches: order, lanes, resuming by index, loader workers."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from harness import LENGTH
+from in_process import RANDOM, train_here
 from torch.utils.data import DataLoader
 
-import train.data
-from entropy_masking.errors import RunError
+from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
-from entropy_masking.shards import manifests, read
+from entropy_masking.shards import manifests
 from entropy_masking.shards.read import Columns, masker_of, read_rows
-from train.data import TrainingSequences
+from train.data import LANES, LANES_OF_BATCH, TURNS, TrainingSequences
 from train.split import all_rows
 
 POLICY = MaskPolicy.paper(hard_share=0.7, temperature=0.3, warmup=0.2, ramp=0.5, predict_ratio=0.1)
@@ -38,9 +40,12 @@ def as_it_is(batch: Any) -> Any:
     return batch
 
 
-def sequences(manifest: manifests.Manifest, size: int, seed: int = 0, prepare: Any = as_it_is) -> TrainingSequences:
-    columns = Columns(entropy=True, top_k=True)
-    return TrainingSequences(manifest, all_rows(manifest), columns, size=size, seed=seed, prepare=prepare)
+def sequences(
+    manifest: manifests.Manifest, size: int, batch: int = 8, seed: int = 0, prepare: Any = as_it_is, times: int = 1
+) -> TrainingSequences:
+    """The data of a run on a directory that is repeated some times."""
+    parts, columns = all_rows(manifest) * times, Columns(entropy=True, top_k=True)
+    return TrainingSequences(manifest, parts, columns, size=size, batch=batch, seed=seed, prepare=prepare)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +64,7 @@ def test_masks_are_the_same_for_any_workers_and_batch_size(manifest: manifests.M
     size = 2 * manifest.totals["sequences"] + 16  # into the third epoch
     results = [
         load(sequences(manifest, size, prepare=MaskBatch(manifest)), batch_size, workers)
-        for batch_size in (8, 4)
-        for workers in (0, 2)
+        for batch_size, workers in ((8, 0), (8, 2), (4, 0), (4, 1), (2, 2))
     ]
     for other in results[1:]:
         for name, array in results[0].items():
@@ -84,36 +88,66 @@ def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(manifest: ma
     assert other != first
 
 
-@pytest.mark.parametrize("window", [1, 2, 16])
-def test_any_position_is_read_directly(
-    manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch, window: int
-) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 8, 100, 2000])
+def test_any_position_is_read_directly(manifest: manifests.Manifest, batch: int) -> None:
     """Reading from the middle gives what reading from the start gives there."""
-    monkeypatch.setattr(train.data, "WINDOW", window)
     rows = manifest.totals["sequences"]
-    whole = sequences(manifest, 3 * rows).__getitems__(list(range(3 * rows)))
+    whole = sequences(manifest, 3 * rows, batch).__getitems__(list(range(3 * rows)))
+    numbers, counts = whole["sequence_id"].unique(return_counts=True)
+    assert len(numbers) == rows and (counts == 3).all()
     for start in (0, 1, rows - 1, rows, 2 * rows + 3):
-        part = sequences(manifest, 3 * rows).__getitems__(list(range(start, start + 7)))
+        part = sequences(manifest, 3 * rows, batch).__getitems__(list(range(start, start + 7)))
         for name, tensor in part.items():
             torch.testing.assert_close(tensor, whole[name][start : start + 7], equal_nan=True)
 
 
-def test_one_window_is_kept_and_each_takes_the_place_of_the_last(
-    manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("ranks", "accumulation", "workers"), [(1, 1, 1), (1, 1, 2), (1, 1, 4), (2, 2, 2), (8, 1, 1), (8, 1, 4), (3, 1, 2)]
+)
+def test_a_process_decodes_only_its_lanes(
+    manifest: manifests.Manifest, monkeypatch: pytest.MonkeyPatch, ranks: int, accumulation: int, workers: int
 ) -> None:
-    monkeypatch.setattr(train.data, "WINDOW", 2)
-    for module in (train.data, read):
-        monkeypatch.setattr(module, "ROW_GROUP", max(entry.rows for entry in manifest.shards))
-    dataset = sequences(manifest, 2 * manifest.totals["sequences"])
-    places, decoded, decode = set(), [], dataset._read
-    monkeypatch.setattr(dataset, "_read", lambda epoch, group: decoded.append((epoch, group)) or decode(epoch, group))
-    for start in range(0, len(dataset), 7):
-        dataset.__getitems__(list(range(start, min(start + 7, len(dataset)))))
-        places |= {(array.ctypes.data, len(array)) for array in dataset._rows.values()}
-    assert len(places) == len(dataset._rows)
-    assert {size for _, size in places} == {2 * train.data.ROW_GROUP}
-    # and no row group is read twice in an epoch
-    assert sorted(decoded) == [(epoch, group) for epoch in (0, 1) for group in range(len(manifest.shards))]
+    """Ranks take batches in turn, and so do the workers of a rank. Together they decode what one process does."""
+    times, batch = 24, 8 * ranks * accumulation
+    size, groups = times * manifest.totals["sequences"], times * len(manifest.shards)
+    starts = range(0, size // batch * batch, batch // ranks // accumulation)
+    decoded = []
+    for rank in range(ranks):
+        for worker in range(workers):
+            dataset = sequences(manifest, size, batch, times=times)
+            read, own = dataset._read, []
+            monkeypatch.setattr(dataset, "_read", lambda *key, read=read, own=own: own.append(key[:2]) or read(*key))
+            lanes, most = set(), 0
+            for start in starts[rank::ranks][worker::workers]:
+                indices = list(range(start, start + batch // ranks // accumulation))
+                lanes |= {dataset._locate(index)[1] for index in indices}
+                dataset.__getitems__(indices)
+                most = max(most, len(dataset._decoded) + len(dataset._free))
+            assert len(own) <= len(lanes) * (groups / LANES + 2)
+            assert len(own) - len(set(own)) < len(lanes)  # only the last of a lane may be the first of another
+            assert most <= len(lanes) + LANES_OF_BATCH  # two for a lane whose row group ends within the batch
+            decoded.append(len(lanes))
+    if LANES_OF_BATCH % (ranks * accumulation) == 0 and TURNS * accumulation % workers == 0:
+        assert sum(decoded) == LANES
+    assert set(decoded) != {LANES} or ranks * workers == 1
+
+
+def test_a_batch_mixes_rows_of_many_row_groups(manifest: manifests.Manifest) -> None:
+    batch, rows = 64, manifest.totals["sequences"]
+    dataset = sequences(manifest, 24 * rows, batch, times=24)
+    batches = [[dataset._locate(index) for index in range(start, start + batch)] for start in range(0, 2000, batch)]
+    groups = [{group for *_, group, _ in places} for places in batches]
+    assert all(len(each) >= LANES_OF_BATCH for each in groups)
+    assert all(not one & other for one, other in pairwise(groups))  # the next batch has rows of others
+
+
+def test_a_run_in_the_order_of_earlier_versions_is_refused(scored: Path, tmp_path: Path) -> None:
+    train_here(scored, tmp_path, *RANDOM, "--max-steps", 1)
+    flags = json.loads((tmp_path / "run.json").read_text())
+    assert flags.pop("ordered_by") == "lanes"
+    (tmp_path / "run.json").write_text(json.dumps(flags))
+    with pytest.raises(UsageError, match="ordered_by: windows → lanes"):
+        train_here(scored, tmp_path, *RANDOM, "--max-steps", 1)
 
 
 def test_rows_are_those_of_the_file(manifest: manifests.Manifest) -> None:

@@ -106,7 +106,7 @@ def test_a_run_trains_on_every_row_but_the_held_out_ones(directories: dict[int, 
     manifest = read_manifest(str(directories[10_000]))
     made = split(manifest, 0.1)
     rows = sum(part.rows for part in made.training)
-    dataset = TrainingSequences(manifest, made.training, Columns(), size=2 * rows, seed=0, prepare=whole_batch)
+    dataset = TrainingSequences(manifest, made.training, Columns(), size=2 * rows, batch=8, seed=0, prepare=whole_batch)
     epochs = torch.tensor([dataset[index]["sequence_id"].item() for index in range(2 * rows)]).reshape(2, rows)
     for epoch in epochs.tolist():
         assert sorted((number >> 32, number & 0xFFFFFFFF) for number in epoch) == sorted(rows_of(made.training))
