@@ -36,6 +36,7 @@ def test_scoring(work: Path) -> None:
     assert 0 <= rows["job_outside_model"] < 1
 
 
+@pytest.mark.exhaustive
 def test_loading(tokens: Path) -> None:
     sizes = ["--groups", 1, "--rounds", 1, "--tokens", 100_000]
     command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", tokens, *sizes]
