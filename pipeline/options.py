@@ -24,7 +24,7 @@ GROUPS = {
     "text": "corpus text_column document limit_documents tokenizer sequence_length",
     "teacher and scores": "teacher context passes top_k dtype batch_tokens temperatures",
     "targets of distillation": "mask_source variants mask_seed",
-    "output and workers": "output shard_tokens dry_run backend workers gpus_per_worker max_failed_shards",
+    "output and workers": "output shard_tokens backend workers gpus_per_worker max_failed_shards",
 }
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
@@ -114,7 +114,6 @@ def add_flags(parser: Parser) -> None:
         help="seconds to read, score or write a shard, then its worker is ended",
     )
     add("--trust-remote-code", action="store_true", default=None, help="run model code from the checkpoint")
-    add("--dry-run", action="store_true", help="show what would be written, and stop")
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -135,9 +134,8 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.backend == "local":
         for name in ("workers", "gpus_per_worker"):
             if getattr(args, name) and not (name == "workers" and args.workers == 1):
-                raise UsageError(
-                    f"--backend local has one worker, this process; leave out {flag(name)} or use --backend ray"
-                )
+                problem = "--backend local has one worker, this process"
+                raise UsageError(f"{problem}; leave out {flag(name)} or use --backend ray")
         args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
     args.cpus_per_worker = args.cpus_per_worker or 1
     ray_cluster.check_kept("--output", args.output)

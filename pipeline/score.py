@@ -27,7 +27,6 @@ if __name__ == "__main__":
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
-from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.fields import Masks
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record
@@ -51,17 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
-    shards, run = len(corpus.shards), job.run
-    commit.check_directory(job.output, run.fingerprint)
-    records = commit.done_records(job.output, run)
+    commit.check_directory(job.output, job.run.fingerprint)
+    records = commit.done_records(job.output, job.run)
     # a shard without ranges has no file: the corpus is a shard directory that lacks it
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
-    if todo or args.dry_run:
+    if todo:
         check_teacher_runs(job)  # an error here comes before anything is written and before there are workers
-    if args.dry_run:
-        print_plan(job, shards, len(records))
-        return
-    commit.begin_run(job.output, run)
+    commit.begin_run(job.output, job.run)
     storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
     failed: dict[int, str] = {}
     if todo:
@@ -107,9 +102,9 @@ def collect(
                 records[outcome.index] = outcome
                 tokens += outcome.tokens_or_positions
                 if corpus.from_shards:
-                    progress.total += outcome.tokens_or_positions - work[outcome.index]
+                    progress.bar.total += outcome.tokens_or_positions - work[outcome.index]
                 else:
-                    progress.total = round(tokens / len(records) * shards)  # better known with every shard
+                    progress.bar.total = round(tokens / len(records) * shards)  # better known with every shard
                 progress.advance(outcome.tokens_or_positions)
         except KeyboardInterrupt:
             outcomes.close()  # when all workers have ended, no other shard can follow
@@ -162,20 +157,6 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
     print("\n".join(totals_lines(totals)))
     if manifest.kind == "sequences" and (spread := entropy_spread(manifest)):
         print(line("entropies", spread_words(*spread)))
-
-
-def print_plan(job: Job, shards: int, done: int) -> None:
-    """Print what a run would do."""
-    manifest, masks = job.manifest, job.manifest.masks
-    inputs, scoring = f"{manifest.context} context, {manifest.passes} passes", "none: tokens only"
-    if masks:
-        inputs = f"{masks['variants']} masks of each sequence by --mask-source {masks['source']}"
-    if manifest.teacher:
-        scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {manifest.fingerprint['dtype']}"
-    print(f"would write {job.output}: {shards} shards, {done} of them done")
-    print(f"  teacher    {scoring}")
-    print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
-    print(f"  columns    {', '.join(expected_schema(manifest).names)}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import time
+import shutil
 from pathlib import Path
 
 import datasets
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
+from in_process import score_here, tokenize_here
 from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
 import pipeline.score
@@ -87,67 +86,32 @@ def test_ray_writes_the_same_bytes(work: Path, scored: Path) -> None:
     assert "starting Ray on this machine" in output and "waiting for workers to load the teacher" in output
 
 
-def test_killed_run_resumes_to_the_same_bytes(work: Path, scored: Path) -> None:
-    directory = work / "killed"
-    process = subprocess.Popen(command(work, directory, "--backend", "local"), stderr=subprocess.PIPE)
-    while len(list(directory.glob("_records/part-*.json"))) < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {path.name: path.read_text() for path in directory.glob("_records/part-*.json")}
-    assert 3 <= len(finished) < len(hashes(scored))
-    assert "unfinished" in refused(*TRAIN, *trainer_flags(directory, work / "none"))
-    output = run(*command(work, directory, "--backend", "local"))
-    assert f"{len(finished)} of {len(hashes(scored))} shards are done already" in output
-    assert hashes(directory) == hashes(scored)
-    for name, record in finished.items():
-        assert (directory / "_records" / name).read_text() == record, f"{name} was scored twice"
-    assert "(0 scored now)" in run(*command(work, directory, "--backend", "local"))
-
-
 def trainer_flags(directory: Path, output: Path) -> list[object]:
     return ["--shards", directory, "--entropy-source", "random", "--output-dir", output, "--max-steps", 1]
 
 
-def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path) -> None:
-    directory = work / "damaged"
-    run(*command(work, directory, "--backend", "local"))
+def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path, tmp_path: Path) -> None:
+    """What a zombie leaves does no harm: its shard again, a half-written temporary file, a file nobody asked for."""
+    directory = Path(shutil.copytree(scored, tmp_path / "damaged"))
     (directory / "part-00001.parquet").unlink()
     (directory / "part-00002.parquet").write_bytes(b"half a file")
     (directory / "_records" / "part-00003.json").write_text('{"index": 3')
+    (directory / "part-00004.parquet").write_bytes((scored / "part-00004.parquet").read_bytes())
+    (directory / ".part-00004.parquet.0123.tmp").write_bytes(b"half")
+    (directory / "part-99999.parquet").write_bytes(b"stray")
     assert "(3 scored now)" in run(*command(work, directory, "--backend", "local"))
-    assert hashes(directory) == hashes(scored)
+    assert hashes(directory) == hashes(scored) and not list(directory.rglob("*.tmp"))
 
 
 def test_a_shard_directory_is_a_corpus(work: Path, scored: Path) -> None:
     """Tokens first, scores later: same tokens, ids and scores as in one go."""
-    flags = [
-        "--corpus",
-        work / "corpus.jsonl",
-        "--shard-tokens",
-        1500,
-        "--sequence-length",
-        LENGTH,
-        "--backend",
-        "local",
-    ]
-    run(*SCORE, *flags, "--teacher", "none", "--tokenizer", work / "tokenizer", "--output", work / "tokens")
-    manifest = manifests.read_manifest(str(work / "tokens"))
+    sizes = ["--sequence-length", LENGTH, "--shard-tokens", 1500]
+    tokens = tokenize_here(work / "corpus.jsonl", work / "tokenizer", work / "tokens", *sizes)
+    manifest = manifests.read_manifest(str(tokens))
     assert not manifest.scored and manifest.top_k == 0
-    table = pq.read_table(work / "tokens" / "part-00000.parquet")
-    assert table.column_names == ["sequence_id", "input_ids"]
-    again = [
-        "--corpus",
-        work / "tokens",
-        "--teacher",
-        work / "teacher",
-        "--output",
-        work / "rescored",
-        "--backend",
-        "local",
-    ]
-    run(*SCORE, *again, "--top-k", TOP_K, "--batch-tokens", 1024, "--dtype", "float32")
+    assert pq.read_schema(tokens / "part-00000.parquet").names == ["sequence_id", "input_ids"]
+    again = ["--top-k", TOP_K, "--batch-tokens", 1024]
+    score_here(tokens, work / "teacher", work / "rescored", *again)
     assert hashes(work / "rescored") == hashes(scored)
 
 
@@ -164,12 +128,6 @@ def test_rejected_documents_are_counted_and_listed(work: Path, tmp_path: Path) -
     flags[1], flags[-1] = tmp_path / "clean.jsonl", tmp_path / "clean"
     run(*SCORE, *flags, "--backend", "local", "--sequence-length", LENGTH)
     assert list(hashes(tmp_path / "out").values()) == list(hashes(tmp_path / "clean").values())
-
-
-def test_dry_run_writes_nothing(work: Path) -> None:
-    output = run(*command(work, work / "dry", "--dry-run"))
-    assert "would write" in output and "topk_logprobs" in output
-    assert not (work / "dry").exists()
 
 
 def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> None:
