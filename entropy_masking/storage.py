@@ -204,11 +204,6 @@ def delete(uri: str) -> None:
         filesystem.delete_file(path)
 
 
-def is_exhausted(error: OSError) -> bool:
-    """Whether a write failed because the file system is full or read-only, so that every other write would fail too."""
-    return error.errno in (*FULL, errno.EROFS)
-
-
 def sha256_bytes(data: bytes) -> str:
     """Hex SHA-256 of bytes in memory."""
     return hashlib.sha256(data).hexdigest()

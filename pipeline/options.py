@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -88,10 +88,7 @@ def add_flags(parser: Parser) -> None:
     add("--teacher", required=True, help="masked LM by path or Hub id; none writes tokens without scores")
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
     add("--tokenizer", help="path or Hub id (default: the teacher's, or that of a corpus which is a shard directory)")
-    add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
-    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
-    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+    add_text_flags(parser)
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
     add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")
     add("--passes", type=positive, help="with --context masked: P passes, each masks one position in P (default: 7)")
@@ -114,6 +111,21 @@ def add_flags(parser: Parser) -> None:
         help="seconds to read, score or write a shard, then its worker is ended",
     )
     add("--trust-remote-code", action="store_true", default=None, help="run model code from the checkpoint")
+
+
+def add_text_flags(parser: Parser) -> None:
+    """The flags that say how to read a corpus of text."""
+    add = parser.add_argument
+    add("--text-column", help="column or key of the text (default: text)")
+    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
+    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
+    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+
+
+def text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of these flags, for ``plan_corpus``."""
+    names = ("text_column", "document", "limit_documents", "max_document_bytes")
+    return {name: getattr(args, name) for name in names}
 
 
 def fill_in(args: argparse.Namespace) -> None:

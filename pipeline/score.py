@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking.commands import console
-from pipeline.options import parse
+from pipeline.options import parse, text_options
 
 if __name__ == "__main__":
     console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
@@ -39,15 +39,7 @@ from pipeline.status import line, totals_lines
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
-    corpus = plan_corpus(
-        args.corpus,
-        text_column=args.text_column,
-        document=args.document,
-        shard_tokens=args.shard_tokens,
-        limit_documents=args.limit_documents,
-        max_document_bytes=args.max_document_bytes,
-        output=args.output,
-    )
+    corpus = plan_corpus(args.corpus, shard_tokens=args.shard_tokens, output=args.output, **text_options(args))
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
     commit.check_directory(job.output, job.run.fingerprint)
@@ -58,30 +50,21 @@ def main(argv: list[str] | None = None) -> None:
         check_teacher_runs(job)  # an error here comes before anything is written and before there are workers
     commit.begin_run(job.output, job.run)
     storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
-    failed: dict[int, str] = {}
+    failures: list[Failure] = []
     if todo:
         commit.save_tokenizer(tokenizer, storage.join(job.output, "tokenizer"))
         on_ray = args.backend == "ray"
         outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(job, corpus, outcomes, records, args.max_failed_shards)
-    finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
+        failures = collect(job, corpus, outcomes, records)
+    finish(job, records, failures, args.max_failed_shards, scored_now=len(todo) - len(failures))
 
 
 def collect(
-    job: Job,
-    corpus: Corpus,
-    outcomes: Generator[Record | Failure, None, None],
-    records: dict[int, Record],
-    max_failed: int,
-) -> dict[int, str]:
+    job: Job, corpus: Corpus, outcomes: Generator[Record | Failure, None, None], records: dict[int, Record]
+) -> list[Failure]:
     """Add the records that a backend yields to ``records``, and show progress in tokens or positions.
 
-    Raises:
-        UsageError: more than ``max_failed`` shards failed, one of them by a mistake of the user. The others are done.
-        RunError: nothing more can be written.
-
-    Returns:
-        Why shards failed, by index.
+    Returns the failures. Raises RunError if nothing more can be written.
     """
     shards, work = len(corpus.shards), work_of(corpus, job.manifest.masks)
     tokens = sum(record.tokens_or_positions for record in records.values())
@@ -111,9 +94,7 @@ def collect(
             done = commit.done_records(job.output, job.run)
             console.note(f"stopped: {len(done)} of {shards} shards are done; the same command resumes")
             raise
-    if len(failures) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
-        raise UsageError(f"{len(failures)} of {shards} shards failed; the first error: {usage[0]}")
-    return {failure.index: failure.error for failure in failures}
+    return failures
 
 
 def work_of(corpus: Corpus, masks: Masks | None) -> list[int]:
@@ -126,14 +107,17 @@ def work_of(corpus: Corpus, masks: Masks | None) -> list[int]:
     return work
 
 
-def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_failed: int, scored_now: int) -> None:
+def finish(job: Job, records: dict[int, Record], failures: list[Failure], max_failed: int, scored_now: int) -> None:
     """Write the manifest, and print the contents of the directory.
 
     Raises:
         RunError: more than ``max_failed`` shards failed; the others are kept.
-        UsageError: the corpus has no text, or no token to score.
+        UsageError: one of them failed by a mistake of the user; or the corpus has no text, or no token to score.
     """
+    failed = {failure.index: failure.error for failure in failures}
     named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
+    if len(failed) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
+        raise UsageError(f"{len(failed)} of {job.run.shards} shards failed; the first error: {usage[0]}")
     if len(failed) > max_failed:
         raise RunError(
             f"{len(failed)} of {job.manifest.planned_shards} shards failed ({named}); the others are done. "

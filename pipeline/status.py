@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import Parser
-from entropy_masking.errors import RunError, UsageError, one_line
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit, costs, manifests
 from entropy_masking.shards.schema import Attempt, Run
 
@@ -30,12 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("directory", help="shard directory of a run, a path or a URI")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    try:
-        report = status(storage.absolute(args.directory), time.time())
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise RunError(f"cannot read {args.directory}: {one_line(error)}") from None
+    report = status(storage.absolute(args.directory), time.time())
     print(json.dumps(report, indent=1) if args.json else to_text(report))
 
 

@@ -30,9 +30,9 @@ from entropy_masking.commands.flags import Parser, positive
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from pipeline.corpus.packing import pieces, text_tokenizer, tokenize
-from pipeline.corpus.plan import UNITS, Corpus, plan_corpus
-from pipeline.corpus.ranges import MAX_DOCUMENT_BYTES
+from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.corpus.readers import Document, Rejects, read_documents
+from pipeline.options import add_text_flags, text_options
 
 # by role, in the order of their ids; a byte-level BPE has no [UNK]
 SPECIAL_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
@@ -44,14 +44,7 @@ MUCH_UNKNOWN = 0.001  # share of [UNK] tokens that is worth a warning
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    corpus = plan_corpus(
-        args.corpus,
-        text_column=args.text_column,
-        document=args.document,
-        limit_documents=args.limit_documents,
-        max_document_bytes=args.max_document_bytes,
-        output=str(args.output),
-    )
+    corpus = plan_corpus(args.corpus, output=str(args.output), **text_options(args))
     if corpus.from_shards:
         raise UsageError(f"{args.corpus} holds tokens, not text, and has a tokenizer already; name the text corpus")
     settings = {name: getattr(args, name) for name in ("vocab_size", "kind", "lowercase", "strip_accents")}
@@ -98,10 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lowercase", action="store_true", help="lower-case the text")
     marks = "remove combining marks: accents, but also vowel signs of languages such as Hindi and Thai"
     add("--strip-accents", action="store_true", help=marks)
-    add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
-    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
-    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+    add_text_flags(parser)
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import Parser, flag, positive
-from entropy_masking.errors import RunError, UsageError, one_line
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests
 from entropy_masking.shards.faults import Depth, Fault, faults, repair, rescored_faults
 from entropy_masking.shards.schema import Manifest
@@ -36,19 +36,14 @@ SAMPLE = 8  # sequences to score again
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     directory = storage.absolute(args.directory)
-    try:
-        manifest = manifests.find_manifest(directory) or manifests.read_manifest(directory)  # the latter says why not
-        teacher = load_teacher(args, manifest) if args.teacher else None
-        depth = Depth.VALUES if args.deep else Depth.TABLES
-        with console.Progress(sum(entry.bytes for entry in manifest.shards), "B", "verifying") as progress:
-            faulty = print_faults(manifest, faults(manifest, depth, progress.advance))
-        if teacher:
-            sound = [entry for entry in manifest.shards if entry.file not in faulty]
-            faulty += print_faults(manifest, rescored_faults(manifest, sound, teacher.score, args.sample))
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise RunError(f"cannot read {directory}: {one_line(error)}") from None
+    manifest = manifests.find_manifest(directory) or manifests.read_manifest(directory)  # the latter says why not
+    teacher = load_teacher(args, manifest) if args.teacher else None
+    depth = Depth.VALUES if args.deep else Depth.TABLES
+    with console.Progress(sum(entry.bytes for entry in manifest.shards), "B", "verifying") as progress:
+        faulty = print_faults(manifest, faults(manifest, depth, progress.advance))
+    if teacher:
+        sound = [entry for entry in manifest.shards if entry.file not in faulty]
+        faulty += print_faults(manifest, rescored_faults(manifest, sound, teacher.score, args.sample))
     print(summary(manifest, len(faulty), args))
     return int(bool(faulty))
 

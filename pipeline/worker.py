@@ -6,6 +6,7 @@ Shapes: N rows, L tokens, K masked positions.
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import os
 import platform
@@ -85,7 +86,7 @@ class ShardScorer:
                 except UsageError as failure:
                     return Failure(index, str(failure), usage=True)
                 except Exception as failure:
-                    if isinstance(failure, OSError) and storage.is_exhausted(failure):
+                    if isinstance(failure, OSError) and failure.errno in (*storage.FULL, errno.EROFS):
                         return Failure(index, f"cannot write to {job.output}: {failure.strerror}", fatal=True)
                     reason = f"{type(failure).__name__}: {one_line(failure)}"
                     outcome = Failure(index, reason, traceback=traceback.format_exc())
@@ -167,14 +168,10 @@ class ShardScorer:
         batch_tokens = teacher.batch_tokens
         while True:
             try:
-                if rows:
-                    scores = teacher.score_positions(ids_NL, rows.positions_NK, batch_tokens)
-                else:
-                    scores = teacher.score(ids_NL, batch_tokens)
+                scores = teacher.score(ids_NL, rows.positions_NK if rows else None, batch_tokens)
                 break
             except (RuntimeError, MemoryError) as failure:
-                memory = isinstance(failure, torch.OutOfMemoryError | MemoryError)
-                if (not memory and "can't allocate memory" not in str(failure)) or batch_tokens // 2 < MIN_BATCH_TOKENS:
+                if not _out_of_memory(failure) or batch_tokens // 2 < MIN_BATCH_TOKENS:
                     raise
                 batch_tokens //= 2
                 costs["batch_tokens"] = batch_tokens  # marks a shard whose bytes another machine may not reproduce
@@ -215,6 +212,10 @@ class ShardScorer:
         teacher = Teacher(job.manifest, directory, compile=compile, trust_remote_code=job.trust_remote_code)
         teacher.stopped = self.stopped
         return teacher
+
+
+def _out_of_memory(failure: BaseException) -> bool:
+    return isinstance(failure, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(failure)
 
 
 class _Deadlines:

@@ -48,11 +48,10 @@ def run(main: Callable[[], int | None]) -> None:
         code, message = 2, f"error: {error}"
     except RunError as error:
         code, message = 1, f"failed: {error}"
-    except PermissionError as error:
-        code, message = 2, f"error: {one_line(error)}; give this user permission, or name another path"
     except OSError as error:
         failure = error.errno in FAILURES or isinstance(error, ConnectionError | TimeoutError)
-        code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}")
+        fix = "; give this user permission, or name another path" if isinstance(error, PermissionError) else ""
+        code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}{fix}")
     except KeyboardInterrupt as error:
         code, message = ENDINGS[signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT]
     handle_signals(_end_now)

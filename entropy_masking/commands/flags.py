@@ -120,18 +120,18 @@ class Parser(argparse.ArgumentParser):
 
     def _texts(self, file: str, name: str, value: object) -> list[str]:
         """An entry of a YAML file as on a command line."""
-        own = self._option_string_actions.get(flag(name))
+        own = {action.dest: action for action in self._actions}.get(name.replace("-", "_"))
         if own is None or name == "config":
             raise UsageError(f"--config {file}: {self.unknown(flag(name))}")
-        values = value if isinstance(value, list) else [value]
+        values: list[Any] = value if isinstance(value, list) else [value]
         several = isinstance(own, argparse._AppendAction) or own.nargs
         if not all(isinstance(text, str) for text in values) or (len(values) != 1 and not several):
             raise UsageError(f"--config {file}: {name} is not {'a list of values' if several else 'a value'}")
         if own.nargs == 0 and values[0].lower() in ("true", "false"):  # a switch
             return [flag(name)] * (values[0].lower() == "true")
-        if own.nargs in (None, 0):  # one value each time
+        if own.nargs in (None, 0) and own.option_strings:  # one value each time
             return [f"{flag(name)}={text}" for text in values]
-        return [flag(name), *values]
+        return [*own.option_strings[:1], *values]
 
     def to_yaml(self) -> str:
         """The flags of the last ``parse_args`` as a file for --config.

@@ -33,6 +33,13 @@ def copy(scored: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(scored, tmp_path / "copy"))
 
 
+def verified(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """What verify.py prints in this process; it must end with this exit code."""
+    capsys.readouterr()
+    assert pipeline.verify.main([str(argument) for argument in arguments]) == code
+    return capsys.readouterr().out
+
+
 def edit(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
@@ -90,11 +97,16 @@ DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
 
 @pytest.mark.parametrize(("damage", "named", "refusal"), DAMAGES, ids=[damage.__name__ for damage, *_ in DAMAGES])
 def test_a_damage_is_named_and_not_trained_on(
-    copy: Path, tmp_path: Path, damage: Callable[[Path], None], named: str, refusal: str
+    copy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    named: str,
+    refusal: str,
 ) -> None:
     damage(copy)
-    output = run(*VERIFY, copy, code=1)
-    assert named in output and "Traceback" not in output
+    output = verified(capsys, copy, code=1)
+    assert named in output
     faulty = {line.partition(": ")[0] for line in output.splitlines() if "part-0" in line and line[0] in "p_"}
     assert all("part-00002" in name or "part-00003" in name for name in faulty), output
     with pytest.raises(UsageError) as caught:
@@ -210,12 +222,12 @@ def test_what_is_not_finished_is_not_verified(scored: Path, copy: Path, tmp_path
     assert "manifest.json is not a shard directory" in refused(*VERIFY, scored / "manifest.json")
 
 
-def test_the_manifest_is_checked_against_the_records(copy: Path) -> None:
+def test_the_manifest_is_checked_against_the_records(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     totals = json.loads((copy / "manifest.json").read_text())["totals"]
     edit(copy / "manifest.json", totals=totals | {"documents": 399, "worker_seconds": 1e9})
-    assert "manifest.json: its totals differ from the records' in documents" in run(*VERIFY, copy, code=1)
+    assert "manifest.json: its totals differ from the records' in documents" in verified(capsys, copy, code=1)
     edit(copy / "manifest.json", vocab_size=9999)
-    output = run(*VERIFY, copy, code=1)
+    output = verified(capsys, copy, code=1)
     assert "manifest.json: does not match its tokenizer in vocab_size; delete it and run pipeline/score.py" in output
 
 
@@ -238,7 +250,7 @@ def test_the_files_are_what_the_models_write(scored: Path, copy: Path) -> None:
 
 def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ["--teacher", str(work / "teacher"), "--sample", "200"]
-    assert "200 sequences with the teacher: no faults" in run(*VERIFY, copy, *teacher)
+    assert "200 sequences with the teacher: no faults" in verified(capsys, copy, *teacher)
     # the scores of another teacher in sound files: no checksum shows them
     manifest = manifests.read_manifest(str(copy))
     table = pq.read_table(copy / "part-00001.parquet")
@@ -253,10 +265,8 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path, capsys
     entries = [(entry if e.index == 1 else e).model_dump() for e in manifest.shards]
     totals = manifest.totals | {"bytes": sum(e["bytes"] for e in entries)}
     edit(copy / "manifest.json", shards=entries, totals=totals)
-    assert pipeline.verify.main([str(copy)]) == 0
-    capsys.readouterr()
-    assert pipeline.verify.main([str(copy), *teacher]) == 1
-    output = capsys.readouterr().out
+    verified(capsys, copy)
+    output = verified(capsys, copy, *teacher, code=1)
     assert "part-00001.parquet: has entropies up to 0.1" in output and "different most probable token" in output
     assert "has surprisals up to 0.2" in output and "has log-probabilities up to 0.2" in output
     assert "part-00002" not in output
