@@ -123,12 +123,9 @@ def read_bytes(uri: str) -> bytes:
 
 
 def check_links(directory: Path, within: Path) -> None:
-    """Check that no file directly in a directory is a link out of ``within``, and that none is a FIFO or a device.
+    """Raises UsageError for a link out of ``within``, a FIFO or a device directly in a directory.
 
     A snapshot in the cache of the Hub consists of links to files of the same repository, which are allowed.
-
-    Raises:
-        UsageError: names the first such file.
     """
     root = within.resolve()
     if snapshots := next((parent for parent in root.parents if parent.name == "snapshots"), None):
@@ -157,9 +154,15 @@ def write_bytes(uri: str, data: bytes) -> None:
     """Write ``data`` so that a reader sees either the old file or the whole new one."""
     filesystem, path = resolve(uri)
     if is_remote(uri):
+
+        def upload() -> None:
+            # one write of all bytes: if a part fails, the whole upload fails, and nothing becomes visible
+            with filesystem.open_output_stream(path, compression=None, buffer_size=0) as stream:
+                stream.write(data)
+
         # in another thread: in this one, Ctrl-C or SIGTERM would close the stream and so commit an incomplete object
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_upload, filesystem, path, data).result()
+            thread.submit(upload).result()
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -173,12 +176,6 @@ def write_bytes(uri: str, data: bytes) -> None:
         sync_directory(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _upload(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
-    # one write of all bytes: if a part fails, the whole upload fails, and nothing becomes visible
-    with filesystem.open_output_stream(path, compression=None, buffer_size=0) as stream:
-        stream.write(data)
 
 
 def sync_directory(path: Path) -> None:
@@ -205,11 +202,6 @@ def delete(uri: str) -> None:
     filesystem, path = resolve(uri)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(path)
-
-
-def is_exhausted(error: OSError) -> bool:
-    """Whether a write failed because the file system is full or read-only, so that every other write would fail too."""
-    return error.errno in (*FULL, errno.EROFS)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,32 +105,18 @@ def ray_records(
 
 
 class ScoreShard:
-    """``ShardScorer`` for Ray Data: one descriptor → one record or failure, both as JSON; counts tokens for Ray."""
+    """``ShardScorer`` for Ray Data: one descriptor → one record or failure, both as JSON."""
 
     def __init__(self, job: Job) -> None:
-        from ray.util.metrics import Counter, Gauge
-
         from pipeline.worker import ShardScorer
 
         self.scorer = ShardScorer(job)
-        tags = {"output": job.output, "worker": f"{os.uname().nodename}:{os.getpid()}"}
-        self.tokens = Counter("scoring_tokens", "tokens scored and committed", tuple(tags))
-        self.rate = Gauge("scoring_tokens_per_second", "tokens of the last shard over its seconds", tuple(tags))
-        self.tokens.set_default_tags(tags)
-        self.rate.set_default_tags(tags)
-        self.last = time.monotonic()
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         ranges = [FileRange(**fields) for fields in json.loads(batch["ranges"][0])]
         outcome = self.scorer(int(batch["index"][0]), ranges)
-        if isinstance(outcome, Failure):
-            return {"outcome": [json.dumps(asdict(outcome))]}
-        if tokens := outcome.scored_tokens or outcome.tokens:
-            now = time.monotonic()
-            self.tokens.inc(tokens)
-            self.rate.set(tokens / max(now - self.last, 1e-3))
-            self.last = now
-        return {"outcome": [json.dumps(outcome.to_json())]}
+        fields = asdict(outcome) if isinstance(outcome, Failure) else outcome.to_json()
+        return {"outcome": [json.dumps(fields)]}
 
 
 def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
@@ -164,8 +149,6 @@ def _check_visible(output: str, record: Record) -> None:
             if storage.size(uri) == record.bytes:
                 return
         if time.monotonic() > until:
-            raise UsageError(
-                f"{uri}, committed by {record.worker}, is not visible from the driver; "
-                "choose an --output on a path that all nodes share, or in an object store"
-            )
+            problem = f"{uri}, committed by {record.worker}, is not visible from the driver"
+            raise UsageError(f"{problem}; choose an --output on a path that all nodes share, or in an object store")
         time.sleep(0.5)

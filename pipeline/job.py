@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,15 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from entropy_masking import storage
 from entropy_masking.commands.mask_flags import check_scored
 from entropy_masking.errors import UsageError
-from entropy_masking.models.checkpoints import (
-    has_tokenizer,
-    load_config,
-    load_masked_lm,
-    load_tokenizer,
-    local_checkpoint,
-    resolve_dtype,
-    weights_hash,
-)
+from entropy_masking.models import checkpoints
 from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.fields import Fingerprint, Masks
@@ -90,11 +82,10 @@ def choose_tokenizer(tokenizer: str | None, teacher: str, corpus: Corpus) -> Pre
         return manifests.shard_tokenizer(corpus.from_shards.uri)
     if not tokenizer and teacher == "none":
         raise UsageError("--teacher none needs --tokenizer (make one with pipeline/tokenizer.py)")
-    loaded = load_tokenizer(tokenizer or teacher)
+    loaded = checkpoints.load_tokenizer(tokenizer or teacher)
     if missing := {"pad", "cls", "sep", "mask"} - manifests.special_ids(loaded).keys():
-        raise UsageError(
-            f"the tokenizer {tokenizer or teacher} has no {', '.join(sorted(missing))} token; use one of a masked LM"
-        )
+        problem = f"the tokenizer {tokenizer or teacher} has no {', '.join(sorted(missing))} token"
+        raise UsageError(f"{problem}; use one of a masked LM")
     return loaded
 
 
@@ -113,18 +104,20 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     }
     sequences = check_masks(args, corpus) if args.policy else None
     if sequences:
-        fingerprint |= {"masked": sequences.fingerprint_hash, "masks": describe_masks(args, length)}
+        masks: Masks = {"source": args.mask_source, "policy": asdict(args.policy), "variants": args.variants}
+        masks["positions"] = args.policy.max_masked(length)  # K, the most masked positions of a sequence
+        fingerprint |= {"masked": sequences.fingerprint_hash, "masks": masks}
     teacher = None
     if args.teacher != "none":
-        teacher = local_checkpoint(args.teacher)
+        teacher = checkpoints.local_checkpoint(args.teacher)
         check_teacher(teacher, args, tokenizer)
         fingerprint |= {
-            "teacher": weights_hash(teacher),
+            "teacher": checkpoints.weights_hash(teacher),
             "context": "targets" if sequences else args.context,
             "passes": min(args.passes, length) if args.context == "masked" and not sequences else 1,
             "top_k": args.top_k,
             "temperatures": args.temperatures,
-            "dtype": resolve_dtype(args.dtype),
+            "dtype": checkpoints.resolve_dtype(args.dtype),
             "batch_tokens": args.batch_tokens,
             "compile": args.torch_compile,
         }
@@ -157,13 +150,6 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
     return sequences.model_copy(update={"uri": storage.absolute(sequences.uri)})
 
 
-def describe_masks(args: argparse.Namespace, length: int) -> Masks:
-    """The masks of targets, for the manifest; ``positions`` is K, the most masked positions of a sequence."""
-    positions = args.policy.max_masked(length)
-    names = {"source": args.mask_source, "policy": args.policy.to_json(), "variants": args.variants}
-    return names | {"positions": positions}
-
-
 def sequence_length(asked: int | None, corpus: Corpus) -> int:
     given = corpus.from_shards.sequence_length if corpus.from_shards else None
     if given and asked not in (None, given):
@@ -176,26 +162,22 @@ def sequence_length(asked: int | None, corpus: Corpus) -> int:
 
 def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher that does not fit the tokenizer or the flags, by its configuration and tokenizer alone."""
-    config = load_config(teacher, args.trust_remote_code)
+    config = checkpoints.load_config(teacher, args.trust_remote_code)
     size = manifests.vocabulary_size(tokenizer)
     if size > config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {size} tokens, but {args.teacher} predicts only {config.vocab_size}; "
-            "use the tokenizer that the teacher was trained with"
-        )
+        problem = f"the tokenizer has {size} tokens, but {args.teacher} predicts only {config.vocab_size}"
+        raise UsageError(f"{problem}; use the tokenizer that the teacher was trained with")
     if not 0 <= args.top_k <= size:
         raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {size} tokens")
-    if has_tokenizer(teacher):
-        own = load_tokenizer(str(teacher))
+    if checkpoints.has_tokenizer(teacher):
+        own = checkpoints.load_tokenizer(str(teacher))
         if manifests.tokenizer_hash(own) != manifests.tokenizer_hash(tokenizer):
-            raise UsageError(
-                f"the tokenizer does not fit {args.teacher}, which was trained with another vocabulary; "
-                "use the teacher's own tokenizer"
-            )
+            problem = f"the tokenizer does not fit {args.teacher}, which was trained with another vocabulary"
+            raise UsageError(f"{problem}; use the teacher's own tokenizer")
 
 
 def check_teacher_runs(job: Job) -> None:
     """Load the teacher and run it on sequences of the job's length. Raises UsageError if it cannot be used."""
     if teacher := job.manifest.teacher:
-        model = load_masked_lm(local_checkpoint(teacher), job.trust_remote_code).eval()
+        model = checkpoints.load_masked_lm(checkpoints.local_checkpoint(teacher), job.trust_remote_code).eval()
         MaskedLM(model, job.manifest.sequence_length, teacher)

@@ -19,13 +19,9 @@ from entropy_masking.shards.targets import MaskedRows, input_crc32
 def mask_shard(sequences: Manifest, entry: ShardEntry, masks: Masks, masker: Masker) -> tuple[MaskedRows, np.ndarray]:
     """All variants of the sequences of a shard, in the order of a target file, and their inputs [N, L].
 
-    Args:
-        masks: as in the manifest of targets: source, policy, variants and positions.
-
-    Raises:
-        RunError: the shard cannot be read, or does not match its manifest.
+    Raises RunError if the shard cannot be read, or does not match its manifest.
     """
-    policy, K, L = MaskPolicy.from_json(masks["policy"]), masks["positions"], sequences.sequence_length
+    policy, K, L = MaskPolicy(**masks["policy"]), masks["positions"], sequences.sequence_length
     columns = columns_of(policy, masks["source"])
     none = MaskedRows(
         np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty((0, K), np.int64), np.empty(0, np.uint32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
@@ -24,7 +24,7 @@ GROUPS = {
     "text": "corpus text_column document limit_documents tokenizer sequence_length",
     "teacher and scores": "teacher context passes top_k dtype batch_tokens temperatures",
     "targets of distillation": "mask_source variants mask_seed",
-    "output and workers": "output shard_tokens dry_run backend workers gpus_per_worker max_failed_shards",
+    "output and workers": "output shard_tokens backend workers gpus_per_worker max_failed_shards",
 }
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
@@ -88,10 +88,7 @@ def add_flags(parser: Parser) -> None:
     add("--teacher", required=True, help="masked LM by path or Hub id; none writes tokens without scores")
     add("--output", required=True, help="shard directory to write, a path or an object-store URI")
     add("--tokenizer", help="path or Hub id (default: the teacher's, or that of a corpus which is a shard directory)")
-    add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
-    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
-    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+    add_text_flags(parser)
     add("--sequence-length", type=positive, help="tokens per sequence, special tokens included (default: 128)")
     add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")
     add("--passes", type=positive, help="with --context masked: P passes, each masks one position in P (default: 7)")
@@ -114,7 +111,21 @@ def add_flags(parser: Parser) -> None:
         help="seconds to read, score or write a shard, then its worker is ended",
     )
     add("--trust-remote-code", action="store_true", default=None, help="run model code from the checkpoint")
-    add("--dry-run", action="store_true", help="show what would be written, and stop")
+
+
+def add_text_flags(parser: Parser) -> None:
+    """The flags that say how to read a corpus of text."""
+    add = parser.add_argument
+    add("--text-column", help="column or key of the text (default: text)")
+    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
+    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
+    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+
+
+def text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of these flags, for ``plan_corpus``."""
+    names = ("text_column", "document", "limit_documents", "max_document_bytes")
+    return {name: getattr(args, name) for name in names}
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -135,9 +146,8 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.backend == "local":
         for name in ("workers", "gpus_per_worker"):
             if getattr(args, name) and not (name == "workers" and args.workers == 1):
-                raise UsageError(
-                    f"--backend local has one worker, this process; leave out {flag(name)} or use --backend ray"
-                )
+                problem = "--backend local has one worker, this process"
+                raise UsageError(f"{problem}; leave out {flag(name)} or use --backend ray")
         args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
     args.cpus_per_worker = args.cpus_per_worker or 1
     ray_cluster.check_kept("--output", args.output)

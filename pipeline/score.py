@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
 
 from entropy_masking.commands import console
-from pipeline.options import parse
+from pipeline.options import parse, text_options
 
 if __name__ == "__main__":
     console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
@@ -27,7 +27,6 @@ if __name__ == "__main__":
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit
-from entropy_masking.shards.faults import expected_schema
 from entropy_masking.shards.fields import Masks
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record
@@ -40,53 +39,32 @@ from pipeline.status import line, totals_lines
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
-    corpus = plan_corpus(
-        args.corpus,
-        text_column=args.text_column,
-        document=args.document,
-        shard_tokens=args.shard_tokens,
-        limit_documents=args.limit_documents,
-        max_document_bytes=args.max_document_bytes,
-        output=args.output,
-    )
+    corpus = plan_corpus(args.corpus, shard_tokens=args.shard_tokens, output=args.output, **text_options(args))
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
     job = new_job(args, corpus, tokenizer)
-    shards, run = len(corpus.shards), job.run
-    commit.check_directory(job.output, run.fingerprint)
-    records = commit.done_records(job.output, run)
+    commit.check_directory(job.output, job.run.fingerprint)
+    records = commit.done_records(job.output, job.run)
     # a shard without ranges has no file: the corpus is a shard directory that lacks it
     todo = [(index, ranges) for index, ranges in enumerate(corpus.shards) if ranges and index not in records]
-    if todo or args.dry_run:
+    if todo:
         check_teacher_runs(job)  # an error here comes before anything is written and before there are workers
-    if args.dry_run:
-        print_plan(job, shards, len(records))
-        return
-    commit.begin_run(job.output, run)
+    commit.begin_run(job.output, job.run)
     storage.write_bytes(storage.join(job.output, "flags.yaml"), args.as_yaml.encode())
-    failed: dict[int, str] = {}
+    failures: list[Failure] = []
     if todo:
         commit.save_tokenizer(tokenizer, storage.join(job.output, "tokenizer"))
         on_ray = args.backend == "ray"
         outcomes = ray_records(job, todo, args.workers, args.gpus_per_worker) if on_ray else local_records(job, todo)
-        failed = collect(job, corpus, outcomes, records, args.max_failed_shards)
-    finish(job, records, failed, args.max_failed_shards, scored_now=len(todo) - len(failed))
+        failures = collect(job, corpus, outcomes, records)
+    finish(job, records, failures, args.max_failed_shards, scored_now=len(todo) - len(failures))
 
 
 def collect(
-    job: Job,
-    corpus: Corpus,
-    outcomes: Generator[Record | Failure, None, None],
-    records: dict[int, Record],
-    max_failed: int,
-) -> dict[int, str]:
+    job: Job, corpus: Corpus, outcomes: Generator[Record | Failure, None, None], records: dict[int, Record]
+) -> list[Failure]:
     """Add the records that a backend yields to ``records``, and show progress in tokens or positions.
 
-    Raises:
-        UsageError: more than ``max_failed`` shards failed, one of them by a mistake of the user. The others are done.
-        RunError: nothing more can be written.
-
-    Returns:
-        Why shards failed, by index.
+    Returns the failures. Raises RunError if nothing more can be written.
     """
     shards, work = len(corpus.shards), work_of(corpus, job.manifest.masks)
     tokens = sum(record.tokens_or_positions for record in records.values())
@@ -107,18 +85,16 @@ def collect(
                 records[outcome.index] = outcome
                 tokens += outcome.tokens_or_positions
                 if corpus.from_shards:
-                    progress.total += outcome.tokens_or_positions - work[outcome.index]
+                    progress.bar.total += outcome.tokens_or_positions - work[outcome.index]
                 else:
-                    progress.total = round(tokens / len(records) * shards)  # better known with every shard
+                    progress.bar.total = round(tokens / len(records) * shards)  # better known with every shard
                 progress.advance(outcome.tokens_or_positions)
         except KeyboardInterrupt:
             outcomes.close()  # when all workers have ended, no other shard can follow
             done = commit.done_records(job.output, job.run)
             console.note(f"stopped: {len(done)} of {shards} shards are done; the same command resumes")
             raise
-    if len(failures) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
-        raise UsageError(f"{len(failures)} of {shards} shards failed; the first error: {usage[0]}")
-    return {failure.index: failure.error for failure in failures}
+    return failures
 
 
 def work_of(corpus: Corpus, masks: Masks | None) -> list[int]:
@@ -131,14 +107,17 @@ def work_of(corpus: Corpus, masks: Masks | None) -> list[int]:
     return work
 
 
-def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_failed: int, scored_now: int) -> None:
+def finish(job: Job, records: dict[int, Record], failures: list[Failure], max_failed: int, scored_now: int) -> None:
     """Write the manifest, and print the contents of the directory.
 
     Raises:
         RunError: more than ``max_failed`` shards failed; the others are kept.
-        UsageError: the corpus has no text, or no token to score.
+        UsageError: one of them failed by a mistake of the user; or the corpus has no text, or no token to score.
     """
+    failed = {failure.index: failure.error for failure in failures}
     named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
+    if len(failed) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):
+        raise UsageError(f"{len(failed)} of {job.run.shards} shards failed; the first error: {usage[0]}")
     if len(failed) > max_failed:
         raise RunError(
             f"{len(failed)} of {job.manifest.planned_shards} shards failed ({named}); the others are done. "
@@ -162,20 +141,6 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
     print("\n".join(totals_lines(totals)))
     if manifest.kind == "sequences" and (spread := entropy_spread(manifest)):
         print(line("entropies", spread_words(*spread)))
-
-
-def print_plan(job: Job, shards: int, done: int) -> None:
-    """Print what a run would do."""
-    manifest, masks = job.manifest, job.manifest.masks
-    inputs, scoring = f"{manifest.context} context, {manifest.passes} passes", "none: tokens only"
-    if masks:
-        inputs = f"{masks['variants']} masks of each sequence by --mask-source {masks['source']}"
-    if manifest.teacher:
-        scoring = f"{manifest.teacher}, {inputs}, top-{manifest.top_k}, {manifest.fingerprint['dtype']}"
-    print(f"would write {job.output}: {shards} shards, {done} of them done")
-    print(f"  teacher    {scoring}")
-    print(f"  sequences  of {manifest.sequence_length} tokens, vocabulary of {manifest.vocab_size}")
-    print(f"  columns    {', '.join(expected_schema(manifest).names)}")
 
 
 if __name__ == "__main__":

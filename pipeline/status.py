@@ -18,12 +18,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import Parser
-from entropy_masking.errors import RunError, UsageError, one_line
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit, costs, manifests
-from entropy_masking.shards.schema import Attempt, Record, Run
+from entropy_masking.shards.schema import Attempt, Run
 
-RECENT_SECONDS = 300.0  # the current rate covers the last five minutes, or twice the time of the slowest shard
-NAMED = 20  # most workers and shards that are listed
+NAMED = 20  # most shards that are listed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,56 +30,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("directory", help="shard directory of a run, a path or a URI")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    try:
-        report = status(storage.absolute(args.directory), time.time())
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise RunError(f"cannot read {args.directory}: {one_line(error)}") from None
+    report = status(storage.absolute(args.directory), time.time())
     print(json.dumps(report, indent=1) if args.json else to_text(report))
 
 
 def status(directory: str, now: float) -> dict[str, object]:
     """The progress according to the records at ``now`` (seconds of the epoch). Raises UsageError without a run."""
     manifest, run = manifests.find_manifest(directory), manifests.read_json_file(Run, manifests.run_uri(directory))
-    done = commit.done_records(directory, run) if run else {}
-    if manifest:
-        planned, shards_done, totals = manifest.planned_shards, len(manifest.shards), manifest.totals
-    elif run:
-        planned, shards_done, totals = run.shards, len(done), costs.totals(list(done.values()))
-    else:
+    if not manifest and not run:
         raise UsageError(f"{directory} is not a shard directory; name the --output of a pipeline/score.py run")
-    records = list(done.values())
-    rate = recent_rate(records, now)
+    records = list(commit.done_records(directory, run).values()) if run else []
+    planned = manifest.planned_shards if manifest else run.shards if run else 0
+    done, totals = (len(manifest.shards), manifest.totals) if manifest else (len(records), costs.totals(records))
     tokens, unit = amount(totals)
-    left = tokens / shards_done * (planned - shards_done) if shards_done else None
     return {
         "directory": directory,
         "finished": bool(manifest),
         "shards": planned,
-        "done": shards_done,
+        "done": done,
         "failed": manifest.failed if manifest else {},
         "unfinished_attempts": {} if manifest else unfinished_attempts(directory, {record.file for record in records}),
         "seconds_since_last_shard": round(max(0.0, now - max(r.ended for r in records)), 1) if records else None,
         "unit": unit,
         "tokens": tokens,
-        "mean_entropy": totals["entropy_sum"] / totals["scored_tokens"] if totals["entropy_sum"] else None,
-        "tokens_per_second_now": None if manifest else round(rate, 1),
         "tokens_per_second": round(tokens / max(totals["seconds"], 1e-3), 1),
-        "eta_seconds": round(left / rate) if left is not None and rate and not manifest else None,
+        "remaining_seconds": round(totals["seconds"] / done * (planned - done)) if done and not manifest else None,
         "totals": totals,
-        "workers": costs.worker_costs(records),
     }
-
-
-def recent_rate(records: list[Record], now: float) -> float:
-    """Tokens per second of recently committed shards, from the start of the first of them until now."""
-    if not records:
-        return 0.0
-    window = max(RECENT_SECONDS, 2 * max(record.seconds for record in records))
-    recent = [record for record in records if now - record.ended <= window]
-    started = max(now - window, min((record.ended - record.seconds for record in recent), default=now))
-    return sum(record.tokens_or_positions for record in recent) / max(now - started, 1e-3)
 
 
 def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
@@ -98,25 +74,16 @@ def unfinished_attempts(directory: str, done: set[str]) -> dict[str, int]:
 
 def to_text(report: dict[str, Any]) -> str:
     """The status as text."""
-    unit, ago, share = report["unit"], report["seconds_since_last_shard"], report["done"] / max(report["shards"], 1)
+    ago, share = report["seconds_since_last_shard"], report["done"] / max(report["shards"], 1)
     last = f", the last one {duration(ago)} ago" if ago is not None else ""
     state = "finished" if report["finished"] else "unfinished"
     lines = [f"{report['directory']}: {state}, {report['done']:,} of {report['shards']:,} shards ({share:.0%}){last}"]
     lines += [line("given up", f"{name}: {reason}") for name, reason in list(report["failed"].items())[:NAMED]]
     if attempts := [f"{name} ({n})" for name, n in report["unfinished_attempts"].items()]:
         lines.append(line("begun, attempt", ", ".join(attempts[:NAMED]) + " …" * (len(attempts) > NAMED)))
-    if not report["finished"]:
-        eta = report["eta_seconds"]
-        lines.append(line(f"{unit}/s now", f"{report['tokens_per_second_now']:,.0f}"))
-        lines.append(line("ETA", duration(eta) if eta is not None else "unknown: no shard lately"))
-    lines += totals_lines(report["totals"])
-    for name, cost in list(report["workers"].items())[:NAMED]:
-        busy = cost["forward_seconds"] / max(cost["seconds"], 1e-3)
-        speed = f"{cost['tokens_per_second']:,.0f} {unit}/s, {busy:.0%} in the model"
-        lines.append(f"  {name}: {cost['shards']:,} shards, {speed}")
-    if len(report["workers"]) > NAMED:
-        lines.append(f"  and {len(report['workers']) - NAMED} more workers")
-    return "\n".join(lines)
+    if (left := report["remaining_seconds"]) is not None:
+        lines.append(line("remaining", f"{duration(left)} of work at the rate of the finished shards"))
+    return "\n".join([*lines, *totals_lines(report["totals"])])
 
 
 def totals_lines(totals: dict[str, Any]) -> list[str]:

@@ -76,26 +76,20 @@ class Teacher:
         self.forward_seconds, self.flops = 0.0, 0
         self.stopped = threading.Event()
 
-    def score(self, input_ids_NL: np.ndarray, batch_tokens: int | None = None) -> Scores:
+    def score(
+        self, input_ids_NL: np.ndarray, positions_NK: np.ndarray | None = None, batch_tokens: int | None = None
+    ) -> Scores:
         """Score N sequences of L tokens; special tokens and padding stay NaN (top-k: id 0, NaN).
 
-        The batches are a function of (N, L, P) alone, so the same sequences always give the same bits on the same
+        With ``positions_NK``, which are negative where a row has fewer than K, the sequences are masked inputs, and
+        these positions are scored: [N, K]. The actual tokens are unknown then, and the surprisals those of token 0.
+
+        The batches are a function of the arrays' shapes and P, so the same input always gives the same bits on the same
         hardware.
         """
-        return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
-
-    def score_positions(
-        self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None = None
-    ) -> Scores:
-        """Score given positions of masked inputs.
-
-        Args:
-            positions_NK: negative where a row has fewer than K.
-
-        Returns:
-            Scores of shape [N, K]. The actual tokens are unknown here, so the surprisals are those of token 0.
-        """
-        return self._gather(self._given(inputs_NL, positions_NK, batch_tokens), positions_NK.shape)
+        if positions_NK is None:
+            return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
+        return self._gather(self._given(input_ids_NL, positions_NK, batch_tokens), positions_NK.shape)
 
     def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
         """The results of all batches, in their places."""

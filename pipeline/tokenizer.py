@@ -12,6 +12,7 @@ case and accents, unless you pass --lowercase or --strip-accents. See docs/scori
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,44 +30,36 @@ from entropy_masking.commands.flags import Parser, positive
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from pipeline.corpus.packing import pieces, text_tokenizer, tokenize
-from pipeline.corpus.plan import UNITS, Corpus, plan_corpus
-from pipeline.corpus.ranges import MAX_DOCUMENT_BYTES
+from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.corpus.readers import Document, Rejects, read_documents
+from pipeline.options import add_text_flags, text_options
 
 # by role, in the order of their ids; a byte-level BPE has no [UNK]
 SPECIAL_TOKENS = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+LAST_FILE = "tokenizer_config.json"  # of a tokenizer, whose files are written by name
 ALPHABET = 1000  # characters of a WordPiece vocabulary; rarer ones become [UNK]
 WORD_CHARACTERS = 100  # a longer word becomes [UNK]
 MUCH_UNKNOWN = 0.001  # share of [UNK] tokens that is worth a warning
-MUCH_OF_ONE = 0.15  # share of the most frequent token that is worth a warning; in prose it has about 0.05
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    corpus = plan_corpus(
-        args.corpus,
-        text_column=args.text_column,
-        document=args.document,
-        limit_documents=args.limit_documents,
-        max_document_bytes=args.max_document_bytes,
-        output=str(args.output),
-    )
+    corpus = plan_corpus(args.corpus, output=str(args.output), **text_options(args))
     if corpus.from_shards:
         raise UsageError(f"{args.corpus} holds tokens, not text, and has a tokenizer already; name the text corpus")
     settings = {name: getattr(args, name) for name in ("vocab_size", "kind", "lowercase", "strip_accents")}
     made_from = {"corpus": corpus.identity, **settings}
-    origin = args.output / "made_from.json"
+    origin = args.output / "made_from.json"  # written first, so that a killed run can be repeated
     if origin.exists():
-        try:
+        same = False
+        with contextlib.suppress(ValueError):
             same = storage.read_json(str(origin)) == made_from
-        except ValueError:
-            same = False
         if not same:
             raise UsageError(f"{args.output} holds a tokenizer with other settings; choose a new --output")
-        print(f"{args.output} is finished already")
-        return
-    started = args.output / "unfinished"  # left by a killed run, whose files may be overwritten
-    if args.output.exists() and any(args.output.iterdir()) and not started.exists():
+        if (args.output / LAST_FILE).exists():
+            print(f"{args.output} is finished already")
+            return
+    elif args.output.exists() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; choose a new --output")
     rejects = Rejects()
     documents, texts = list[Document](), list[str]()
@@ -78,10 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         reasons = "; ".join(sorted(rejects.reasons)) or "no documents"
         raise UsageError(f"the corpus holds no usable text ({reasons}); choose another --corpus")
     tokenizer = train(texts, **settings)
-    storage.write_bytes(str(started), b"")
+    storage.write_json(str(origin), made_from)
     commit.save_tokenizer(tokenizer, str(args.output))
-    storage.write_json(str(origin), made_from)  # it marks the tokenizer as complete
-    started.unlink()
     rejected = f"{rejects.reasons.total():,} rejected"
     for first in rejects.listed[:1]:
         after = f" after byte {first['from_byte']:,}" if "from_byte" in first else ""
@@ -100,10 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lowercase", action="store_true", help="lower-case the text")
     marks = "remove combining marks: accents, but also vowel signs of languages such as Hindi and Thai"
     add("--strip-accents", action="store_true", help=marks)
-    add("--text-column", help="column or key of the text (default: text)")
-    add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
-    add("--limit-documents", type=positive, help="only the first N documents of the corpus")
-    add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+    add_text_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -130,13 +118,6 @@ def print_coverage(tokenizer: PreTrainedTokenizerFast, documents: list[Document]
             "has no [UNK]",
             file=sys.stderr,
         )
-    elif (most := count_V.max() / max(tokens, 1)) > MUCH_OF_ONE:
-        print(
-            f"warning: {most:.0%} of the tokens are {tokenizer.convert_ids_to_tokens(int(count_V.argmax()))!r}, much "
-            "more than any token of ordinary text; if the text has tables or drawn lines, remove them, or use "
-            "--kind bpe, which joins repeated characters",
-            file=sys.stderr,
-        )
 
 
 def train(
@@ -154,14 +135,11 @@ def train(
     backend = KINDS[kind](texts, vocab_size, normalizers.Sequence([normalizers.NFC(), case_and_marks]))
     size = backend.get_vocab_size()
     if size > vocab_size:
-        raise UsageError(
-            f"--vocab-size {vocab_size} is too small: single characters and special tokens need {size}; "
-            "choose a larger one"
-        )
+        problem = f"--vocab-size {vocab_size} is too small: single characters and special tokens need {size}"
+        raise UsageError(f"{problem}; choose a larger one")
     if size < vocab_size:
-        raise UsageError(
-            f"the corpus is too small for --vocab-size {vocab_size}: it gives {size} tokens; choose at most {size}"
-        )
+        problem = f"the corpus is too small for --vocab-size {vocab_size}: it gives {size} tokens"
+        raise UsageError(f"{problem}; choose at most {size}")
     special_tokens = {role: token for role, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -178,7 +156,12 @@ def train_wordpiece(texts: list[str], vocab_size: int, normalizer: normalizers.N
     randomly seeded hash map, and resolves ties by number. So a first pass without merges collects the characters, and
     the second pass gets them in order, as special tokens.
     """
-    alphabet, special_tokens = most_frequent_characters(texts, normalizer), list(SPECIAL_TOKENS.values())
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(normalizer.normalize_str(text))
+    kept = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET]  # ties to the lower code
+    alphabet = sorted(character for character in kept if not character.isspace())
+    special_tokens = list(SPECIAL_TOKENS.values())
 
     def of(vocabulary: dict[str, int] | None = None) -> Tokenizer:
         model = models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=WORD_CHARACTERS)
@@ -202,15 +185,6 @@ def train_wordpiece(texts: list[str], vocab_size: int, normalizer: normalizers.N
 
     characters = sorted(vocabulary(1, special_tokens).keys() - set(special_tokens))
     return of(vocabulary(vocab_size, [*special_tokens, *characters]))
-
-
-def most_frequent_characters(texts: list[str], normalizer: normalizers.Normalizer) -> list[str]:
-    """The ``ALPHABET`` most frequent normalised characters, sorted; ties to the lower code point."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(normalizer.normalize_str(text))
-    kept = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET]
-    return sorted(character for character in kept if not character.isspace())
 
 
 def train_bpe(texts: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:

@@ -22,8 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the c
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import Parser, flag, positive
-from entropy_masking.errors import RunError, UsageError, one_line
-from entropy_masking.shards import commit, manifests
+from entropy_masking.errors import UsageError
+from entropy_masking.shards import manifests
 from entropy_masking.shards.faults import Depth, Fault, faults, repair, rescored_faults
 from entropy_masking.shards.schema import Manifest
 
@@ -36,22 +36,15 @@ SAMPLE = 8  # sequences to score again
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     directory = storage.absolute(args.directory)
-    try:
-        finished = manifests.find_manifest(directory)
-        manifest = finished or commit.unfinished_manifest(directory)
-        teacher = load_teacher(args, manifest) if args.teacher else None
-        print_harmless(manifest)
-        depth = Depth.VALUES if args.deep else Depth.TABLES
-        with console.Progress(sum(entry.bytes for entry in manifest.shards), "B", "verifying") as progress:
-            faulty = print_faults(manifest, faults(manifest, depth, progress.advance))
-        if teacher:
-            sound = [entry for entry in manifest.shards if entry.file not in faulty]
-            faulty += print_faults(manifest, rescored_faults(manifest, sound, teacher.score, args.sample))
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise RunError(f"cannot read {directory}: {one_line(error)}") from None
-    print(summary(manifest, bool(finished), len(faulty), args))
+    manifest = manifests.find_manifest(directory) or manifests.read_manifest(directory)  # the latter says why not
+    teacher = load_teacher(args, manifest) if args.teacher else None
+    depth = Depth.VALUES if args.deep else Depth.TABLES
+    with console.Progress(sum(entry.bytes for entry in manifest.shards), "B", "verifying") as progress:
+        faulty = print_faults(manifest, faults(manifest, depth, progress.advance))
+    if teacher:
+        sound = [entry for entry in manifest.shards if entry.file not in faulty]
+        faulty += print_faults(manifest, rescored_faults(manifest, sound, teacher.score, args.sample))
+    print(summary(manifest, len(faulty), args))
     return int(bool(faulty))
 
 
@@ -80,20 +73,9 @@ def load_teacher(args: argparse.Namespace, manifest: Manifest) -> Teacher:
         raise UsageError(f"{manifest.uri} holds no sequences with scores; leave out --teacher")
     directory = local_checkpoint(args.teacher)
     if weights_hash(directory) != manifest.fingerprint.get("teacher"):
-        raise UsageError(
-            f"the weights of --teacher {args.teacher} did not score {manifest.uri}; use the same checkpoint"
-        )
+        problem = f"the weights of --teacher {args.teacher} did not score {manifest.uri}"
+        raise UsageError(f"{problem}; use the same checkpoint")
     return Teacher(manifest, directory, trust_remote_code=args.trust_remote_code)
-
-
-def print_harmless(manifest: Manifest) -> None:
-    """Print oddities that do no harm."""
-    known = {entry.file for entry in manifest.shards}
-    for info in storage.list_files(manifest.uri):
-        if info.base_name.startswith("part-") and info.base_name not in known:
-            print(f"note: {info.base_name} belongs to no committed shard and is not read")
-    if not manifests.record_files(manifest.uri):
-        print("note: there are no records; the shards are checked against the manifest alone")
 
 
 def print_faults(manifest: Manifest, faults: Iterable[Fault]) -> list[str]:
@@ -105,11 +87,10 @@ def print_faults(manifest: Manifest, faults: Iterable[Fault]) -> list[str]:
     return faulty
 
 
-def summary(manifest: Manifest, finished: bool, count: int, args: argparse.Namespace) -> str:
+def summary(manifest: Manifest, count: int, args: argparse.Namespace) -> str:
     """One line about the checks and their outcome."""
     done, rows = len(manifest.shards), sum(entry.rows for entry in manifest.shards)
     state = f"{len(manifest.failed)} shards were given up; " if manifest.failed else ""
-    state = state if finished else f"unfinished, {done:,} of {manifest.planned_shards:,} shards; "
     checked = "every value" if args.deep else "files"
     checked += f" and {args.sample} sequences with the teacher" if args.teacher else ""
     outcome = f"{count:,} fault{'s' * (count != 1)}" if count else "no faults"

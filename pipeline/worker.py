@@ -6,6 +6,7 @@ Shapes: N rows, L tokens, K masked positions.
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import os
 import platform
@@ -64,11 +65,12 @@ class ShardScorer:
         """
         job = self.job
         try:
-            done, failed = self._earlier(index)
+            # if a worker died after the commit, Ray gives the shard to another worker
+            if done := commit.done_record(job.output, index, job.run):
+                return done
+            failed = commit.failed_attempts(job.output, index, job.run_id)
         except OSError as failure:
             return Failure(index, one_line(failure))
-        if done:
-            return done
         outcome = Failure(index, f"its worker died or hung {failed} times")
         # After a crash each shard of that process is retried alone: we do not know which one caused it. So a shard
         # whose process died in its first attempt has a second one.
@@ -84,7 +86,7 @@ class ShardScorer:
                 except UsageError as failure:
                     return Failure(index, str(failure), usage=True)
                 except Exception as failure:
-                    if isinstance(failure, OSError) and storage.is_exhausted(failure):
+                    if isinstance(failure, OSError) and failure.errno in (*storage.FULL, errno.EROFS):
                         return Failure(index, f"cannot write to {job.output}: {failure.strerror}", fatal=True)
                     reason = f"{type(failure).__name__}: {one_line(failure)}"
                     outcome = Failure(index, reason, traceback=traceback.format_exc())
@@ -101,22 +103,6 @@ class ShardScorer:
         finally:
             self.places.release(count)
 
-    def _earlier(self, index: int) -> tuple[Record | None, int]:
-        """The record of a shard that is done, and the number of its failed attempts.
-
-        If a worker died after the commit, Ray gives the shard to another worker. A failed request to an object store is
-        repeated.
-        """
-        for retry in range(self.job.max_attempts):
-            try:
-                done = commit.done_record(self.job.output, index, self.job.run)
-                return done, commit.failed_attempts(self.job.output, index, self.job.run_id)
-            except OSError:
-                if retry + 1 == self.job.max_attempts:
-                    raise
-                time.sleep(2.0**retry)
-        raise AssertionError
-
     def _score(self, index: int, ranges: list[FileRange], attempt: int) -> Record:
         job, manifest, started = self.job, self.job.manifest, time.monotonic()
         if self.stopped.is_set():
@@ -124,7 +110,10 @@ class ShardScorer:
         rejects, scores = Rejects(), None
         costs: dict[str, float] = {"forward_seconds": 0.0, "flops": 0}
         with self.deadlines.within(job.shard_timeout):
-            rows, ids_NL = self._masked(index) if manifest.masks else (None, self._sequences(ranges, rejects))
+            if job.sequences and manifest.masks:
+                rows, ids_NL = mask_shard(job.sequences, job.sequences.entry(index), manifest.masks, self.masker)
+            else:
+                rows, ids_NL = None, self._sequences(ranges, rejects)
         if manifest.teacher:
             with self.model:
                 teacher = self.teacher  # loading it does not count as time of the shard
@@ -168,12 +157,6 @@ class ShardScorer:
         token_lists = tokenize(read_documents(ranges, self.job.text_column, rejects), self.tokenizer, rejects)
         return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
 
-    def _masked(self, index: int) -> tuple[targets.MaskedRows, np.ndarray]:
-        """The masked positions of a shard of targets, and its inputs [N, L]."""
-        sequences, masks = self.job.sequences, self.job.manifest.masks
-        assert sequences and masks
-        return mask_shard(sequences, sequences.entry(index), masks, self.masker)
-
     def _in_the_model(
         self, teacher: Teacher, ids_NL: np.ndarray, rows: targets.MaskedRows | None, costs: dict[str, float]
     ) -> parquet.Scores:
@@ -185,11 +168,7 @@ class ShardScorer:
         batch_tokens = teacher.batch_tokens
         while True:
             try:
-                scores = (
-                    teacher.score_positions(ids_NL, rows.positions_NK, batch_tokens)
-                    if rows
-                    else teacher.score(ids_NL, batch_tokens)
-                )
+                scores = teacher.score(ids_NL, rows.positions_NK if rows else None, batch_tokens)
                 break
             except (RuntimeError, MemoryError) as failure:
                 if not _out_of_memory(failure) or batch_tokens // 2 < MIN_BATCH_TOKENS:

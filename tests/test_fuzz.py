@@ -20,7 +20,7 @@ from made_shards import write_shards
 import pipeline.status
 from entropy_masking import cards
 from entropy_masking.errors import RunError, UsageError
-from entropy_masking.shards import commit, manifests
+from entropy_masking.shards import commit, costs, manifests
 from entropy_masking.shards.schema import Run
 from glue import compare, report, tables
 from glue.results import read_regimes
@@ -92,14 +92,13 @@ def use_manifest(directory: Path) -> None:
     results.costs(manifest)
     parts = split.all_rows(manifest)
     assert all(part.tokens >= 0 for part in parts)
-    commit.with_shards(manifest, commit.read_records(str(directory)), {})
+    costs.totals(list(commit.read_records(str(directory)).values()))
 
 
 def use_records(directory: Path) -> None:
     if run := manifests.read_json_file(Run, manifests.run_uri(str(directory))):
         commit.done_records(str(directory), run)
     pipeline.status.to_text(pipeline.status.status(str(directory), 1e9))
-    commit.unfinished_manifest(str(directory))
 
 
 def use_results(directory: Path, drawn: bool = False) -> None:

@@ -149,10 +149,11 @@ def test_a_shard_with_a_wrong_record_is_not_done(copy: Path, change: Edit) -> No
 def test_an_unfinished_run_may_plan_any_number_of_shards(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copy / "manifest.json").unlink()
     edit(copy / "_records" / "run.json", lambda run: run.update(shards=1 << 30))
-    pipeline.verify.main([str(copy)])
+    pipeline.status.main([str(copy)])
     assert "unfinished, 2 of 1,073,741,824 shards" in capsys.readouterr().out
     edit(copy / "_records" / "run.json", lambda run: run.update(shards=10**12))
-    assert "run.json" in sentence(lambda: pipeline.verify.main([str(copy)]))
+    for command in (pipeline.status.main, pipeline.verify.main):
+        assert "run.json" in sentence(lambda command=command: command([str(copy)]))
 
 
 # --- shards ----------------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def test_code_runs_only_if_it_is_trusted(
         assert "\n" not in str(caught.value)
     assert not out.exists() and pipeline.verify.main([str(shards)]) == 1
     train.run.main([str(flag) for flag in (*student, "--shards", scored, "--model", plain, "--dry-run")])
-    pipeline.score.main([str(flag) for flag in (*text, "--teacher", plain, "--dry-run")])
+    small = ["--output", tmp_path / "by plain", "--limit-documents", 3]
+    pipeline.score.main([str(flag) for flag in (*text, "--teacher", plain, *small)])
     assert stdin.tell() == 0, "something asked"
     assert not ran.exists(), "code ran"
 

@@ -110,7 +110,7 @@ def open_targets(uri: str, manifest: Manifest, source: str) -> Manifest:
 
 def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
     """The policy of targets, with its seed. Raises UsageError if a mask flag or the recipe differs."""
-    policy = MaskPolicy.from_json((targets.masks or {})["policy"])
+    policy = MaskPolicy(**(targets.masks or {})["policy"])
     recipe, given = RECIPES["paper"] if options.recipe == "paper" else {}, given_masks(options)
     for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):

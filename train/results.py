@@ -35,7 +35,7 @@ FREE = [
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
     """All flags that decide what is learned. Runs with equal flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
-    masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
+    masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in asdict(inputs.policy).items()}
     run = {
         "shards": inputs.manifest.fingerprint_hash,
         "targets": inputs.targets and inputs.targets.fingerprint_hash,

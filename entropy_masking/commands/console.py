@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO, Any, Self, cast
 
 from tqdm import tqdm
@@ -21,6 +22,8 @@ LOG_SECONDS = 15.0  # between two progress lines without a terminal
 FAILURES = (*storage.FULL, errno.EIO)  # of the machine; other file errors are wrong paths
 ENDINGS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}  # exit code and message
 AGAIN_SECONDS = 1.0  # until a signal that a library has swallowed is raised again
+
+tqdm.monitor_interval = 0  # no thread, because loader workers are forks
 
 
 class Terminated(KeyboardInterrupt):
@@ -45,11 +48,10 @@ def run(main: Callable[[], int | None]) -> None:
         code, message = 2, f"error: {error}"
     except RunError as error:
         code, message = 1, f"failed: {error}"
-    except PermissionError as error:
-        code, message = 2, f"error: {one_line(error)}; give this user permission, or name another path"
     except OSError as error:
         failure = error.errno in FAILURES or isinstance(error, ConnectionError | TimeoutError)
-        code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}")
+        fix = "; give this user permission, or name another path" if isinstance(error, PermissionError) else ""
+        code, message = (1, f"failed: {one_line(error)}") if failure else (2, f"error: {one_line(error)}{fix}")
     except KeyboardInterrupt as error:
         code, message = ENDINGS[signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT]
     handle_signals(_end_now)
@@ -126,48 +128,35 @@ def note(text: str) -> None:
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a line every ``LOG_SECONDS`` and one at the end, with rate and ETA.
+    """A bar on a terminal; elsewhere a line every ``LOG_SECONDS`` and one at the end. Both are tqdm's.
 
     Args:
         total: amount of work in ``unit``; 0 if unknown.
-        unit: of the amounts, e.g. ``"tok"``.
-        label: names the work, e.g. ``"scoring"``.
         done: amount that was finished before this run; it counts as progress, but not for the rate.
     """
 
     def __init__(self, total: int, unit: str, label: str, done: int = 0) -> None:
-        self.total, self.unit, self.label = total, unit, label
-        self.initial = self.count = done
-        self.started = self.last_line = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            options = {"initial": done, "unit_scale": True, "dynamic_ncols": True}
-            self.bar = tqdm(total=total or None, unit=unit, desc=label, **options)
+        self.terminal, self.last_line = sys.stderr.isatty(), time.monotonic()
+        place = {"file": sys.stderr if self.terminal else io.StringIO(), "dynamic_ncols": True}
+        every = 0.1 if self.terminal else LOG_SECONDS
+        names = {"unit": unit, "unit_scale": True, "desc": label}
+        self.bar = tqdm(total=total or None, initial=done, mininterval=every, **names, **place)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        elif kind is None and self.count != self.initial:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bar.close()
+        if kind is None and self.bar.n != self.bar.initial:
             self._print_line()
 
     def advance(self, amount: int) -> None:
         """Count ``amount`` more units as done."""
-        self.count += amount
-        if self.bar is not None:
-            self.bar.total = self.total or None
-            self.bar.update(amount)
-        elif time.monotonic() - self.last_line >= LOG_SECONDS:
+        self.bar.update(amount)
+        if time.monotonic() - self.last_line >= LOG_SECONDS:
             self._print_line()
 
     def _print_line(self) -> None:
-        self.last_line = time.monotonic()
-        seconds = max(self.last_line - self.started, 1e-9)
-        rate = (self.count - self.initial) / seconds
-        share = f"/{self.total:,} {self.unit} ({self.count / self.total:.0%})" if self.total else f" {self.unit}"
-        text = f"{self.label}: {self.count:,}{share}, {rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s, {seconds:.0f} s"
-        if rate and self.count < self.total:
-            text += f", ETA {(self.total - self.count) / rate:.0f} s"
-        print(text, file=sys.stderr, flush=True)
+        if not self.terminal:
+            self.last_line = time.monotonic()
+            print(self.bar, file=sys.stderr, flush=True)

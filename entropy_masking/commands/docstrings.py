@@ -97,18 +97,16 @@ def _docstrings(package: str) -> Iterator[tuple[str, str]]:
                 yield from ((name, text) for text in _docstrings_of(files[name].read_bytes()))
 
 
-def _docstrings_of(source: bytes) -> Iterator[str]:
+def _docstrings_of(source: bytes) -> list[str]:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about invalid escapes in these sources
         try:
-            tree = ast.parse(source)
+            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
         except (SyntaxError, ValueError, RecursionError):
-            return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) >= SHORTEST and not SURROGATE.search(text):
-                yield text
+            return []
+    texts = [ast.get_docstring(node) or "" for node in nodes]
+    return [text for text in texts if len(text) >= SHORTEST and not SURROGATE.search(text)]
 
 
 def _hash(text: str) -> int:

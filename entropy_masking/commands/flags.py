@@ -79,8 +79,8 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(flag(field.name), **settings)
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """Parse flags with dashes or underscores, after those of --config. Raises UsageError."""
-        texts = [self._with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
+        """Parse flags, after those of --config. Raises UsageError."""
+        texts = list(sys.argv[1:] if args is None else args)
         # file URIs and ~ become plain paths, also in --flag=~/a, name=~/a and b,~/a
         self.argv = [
             PLACE.sub(lambda place: storage.local_path(place[0]), text) for text in [*self.configured(texts), *texts]
@@ -118,31 +118,20 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"--config {given.config} is not a mapping of flags to values, such as top-k: 16")
         return [text for name, value in values.items() for text in self._texts(given.config, str(name), value)]
 
-    def _with_dashes(self, text: str) -> str:
-        name, equals, value = text.partition("=")
-        dashed = name.replace("_", "-")
-        return dashed + equals + value if dashed in self._option_string_actions else text
-
     def _texts(self, file: str, name: str, value: object) -> list[str]:
         """An entry of a YAML file as on a command line."""
-        if name == "config":
-            raise UsageError(f"--config {file}: config is not a flag of a file; leave it out")
         own = {action.dest: action for action in self._actions}.get(name.replace("-", "_"))
-        if own is None:
+        if own is None or name == "config":
             raise UsageError(f"--config {file}: {self.unknown(flag(name))}")
-        values = value if isinstance(value, list) else [value]
-        texts = [text for text in values if isinstance(text, str)]
-        repeats = isinstance(own, argparse._AppendAction)
-        if len(texts) < len(values) or (len(texts) != 1 and not (repeats or own.nargs)):
-            kind = "a list of values" if repeats or own.nargs else "a value"
-            raise UsageError(f"--config {file}: {name} is not {kind}")
-        if own.nargs == 0:  # a switch
-            if texts[0].lower() not in ("true", "false"):
-                raise UsageError(f"--config {file}: {name} is {texts[0]!r}; use true or false")
-            return [*own.option_strings[:1]] * (texts[0].lower() == "true")
-        if repeats:  # one value each time
-            return [text for one in texts for text in (own.option_strings[0], one)]
-        return [*own.option_strings[:1], *texts]
+        values: list[Any] = value if isinstance(value, list) else [value]
+        several = isinstance(own, argparse._AppendAction) or own.nargs
+        if not all(isinstance(text, str) for text in values) or (len(values) != 1 and not several):
+            raise UsageError(f"--config {file}: {name} is not {'a list of values' if several else 'a value'}")
+        if own.nargs == 0 and values[0].lower() in ("true", "false"):  # a switch
+            return [flag(name)] * (values[0].lower() == "true")
+        if own.nargs in (None, 0) and own.option_strings:  # one value each time
+            return [f"{flag(name)}={text}" for text in values]
+        return [*own.option_strings[:1], *values]
 
     def to_yaml(self) -> str:
         """The flags of the last ``parse_args`` as a file for --config.
@@ -230,23 +219,18 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def positive(text: str) -> int:
-    """argparse type of a whole number above zero."""
-    return _number(int, text, lambda value: value > 0, "a whole number above 0")
+def _number(kind: type[Number], allowed: Callable[[Number], bool], wanted: str) -> Callable[[str], Number]:
+    """The argparse type of a number."""
+
+    def parse(text: str) -> Number:
+        with contextlib.suppress(ValueError):
+            if allowed(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+
+    return parse
 
 
-def not_negative(text: str) -> int:
-    """argparse type of a whole number, zero included."""
-    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    """argparse type of a finite number above zero."""
-    return _number(float, text, lambda value: 0 < value < math.inf, "a finite number above 0")
-
-
-def _number(kind: type[Number], text: str, allowed: Callable[[Number], bool], wanted: str) -> Number:
-    with contextlib.suppress(ValueError):
-        if allowed(value := kind(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+positive = _number(int, lambda value: value > 0, "a whole number above 0")
+not_negative = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive_float = _number(float, lambda value: 0 < value < math.inf, "a finite number above 0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from entropy_masking.commands.flags import Rule, check_rules, flag, option
 from entropy_masking.errors import UsageError
@@ -13,7 +13,7 @@ from entropy_masking.shards.schema import Manifest
 MAX_SEED = (1 << 32) - 1
 
 # defaults of the mask flags that differ from MaskPolicy's, by recipe (docs/RECIPES.md has the measurements)
-RECIPES: dict[str, dict[str, object]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "default": {"warmup": 0.3, "ramp": 0.3},
     # MaskPolicy.paper(); only the ratio may be changed
     "paper": {"ratio": 0.15, "hard_share": 1.0, "temperature": 0.0, "warmup": 0.0, "ramp": 0.0, "by": "entropy"},
@@ -69,14 +69,10 @@ class TrainingMaskOptions(MaskOptions):
 
 
 def mask_policy(options: MaskOptions, source: str, seed: int, source_flag: str = "--entropy-source") -> MaskPolicy:
-    """The policy that the mask flags name. Without ``TrainingMaskOptions`` it has neither warm-up nor ramp.
+    """The policy that the mask flags name, with scores from ``source``: ``random`` (none), ``parquet`` or ``self``.
 
-    Args:
-        source: the source of the scores: ``random`` (there are none), ``parquet`` or ``self``.
-        source_flag: the flag that names the source, for messages.
-
-    Raises:
-        UsageError: flags that are out of range or contradict each other.
+    Without ``TrainingMaskOptions`` it has neither warm-up nor ramp. Raises UsageError for flags that are out of range
+    or contradict each other.
     """
     given = given_masks(options)
     _check_uses(given, options.recipe, source, source_flag)
@@ -84,7 +80,7 @@ def mask_policy(options: MaskOptions, source: str, seed: int, source_flag: str =
     if not isinstance(options, TrainingMaskOptions) or given.get("hard_share") == 0:
         fields = fields | {"warmup": 0.0, "ramp": 0.0}
     try:
-        return MaskPolicy.from_json(fields | given | {"seed": seed})
+        return MaskPolicy(**fields | given, seed=seed)
     except ValueError as error:
         name, _, problem = str(error).partition(" ")
         raise UsageError(f"{mask_flag(name)} {problem}") from None
@@ -112,7 +108,7 @@ def _check_uses(given: dict[str, object], recipe: str | None, source: str, sourc
     check_rules(given | {"recipe": recipe}, rules, mask_flag)
 
 
-def given_masks(options: MaskOptions) -> dict[str, object]:
+def given_masks(options: MaskOptions) -> dict[str, Any]:
     """The mask flags that were given, with the fields of MaskPolicy as keys."""
     given = {name: getattr(options, field, None) for name, field in FIELDS.items()}
     return {name: value for name, value in given.items() if value is not None}

@@ -17,7 +17,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
-TOKEN_FIX = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
+TOKEN_FIX = "unset RAY_AUTH_MODE, and set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
 
 
 def check_kept(flag: str, output: str) -> None:
@@ -34,9 +34,7 @@ def connect(*applications: str, cpus: int | None = None) -> None:
     Call it before ``import ray``, because Ray reads its environment when it is imported. ``address="auto"`` would also
     join a cluster that another run has started for itself, and end with it.
 
-    Args:
-        applications: packages that workers import besides the library.
-        cpus: a new cluster has at least this many.
+    Workers import ``applications`` besides the library. A new cluster has at least ``cpus``.
 
     Raises:
         UsageError: the cluster cannot be joined.
@@ -62,7 +60,9 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         try:
             start(address)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            raise UsageError(f"the Ray cluster at {address} {_refusal(error)}") from None
+            refused = f"the Ray cluster at {address} refuses the connection ({one_line(error)})"
+            fix = "run the command on one of its nodes, with the same versions of Ray and Python"
+            raise UsageError(f"{refused}; {fix}") from None
     else:
         console.note("starting Ray on this machine …")
         # listen on the loopback address only, as Ray does by default where it has no clusters of several machines
@@ -88,8 +88,7 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
         raise UsageError(f"RAY_ADDRESS {address} is not HOST:PORT; name the head node, such as HEAD:6379, or unset it")
-    mode = os.environ.get("RAY_AUTH_MODE")
-    if mode == "token" and not _has_token():
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not _has_token():
         raise UsageError(f"RAY_AUTH_MODE is token, but this user has no token; {TOKEN_FIX}")
     fix = "unset RAY_ADDRESS" if os.environ.get("RAY_ADDRESS") else "forget the last one with `ray stop`"
     try:
@@ -99,27 +98,10 @@ def _check_address(address: str) -> None:
     try:
         GcsClient(address=address)
     except ray.exceptions.AuthenticationError:
-        if not _has_token():
-            refusal = f"asks for a token, but this user has none; {TOKEN_FIX}"
-        elif mode == "token":
-            refusal = f"does not accept this user's token; {TOKEN_FIX}"
-        else:
-            refusal = f"asks for a token, but RAY_AUTH_MODE is {mode}; unset it"
-        raise UsageError(f"the Ray cluster at {address} {refusal}") from None
+        raise UsageError(f"the Ray cluster at {address} was not sent the token that it asks for; {TOKEN_FIX}") from None
     except ray.exceptions.RayError:
         reason = f"the service at {address} does not answer as the head of a Ray cluster"
         raise UsageError(f"{reason}; name the port of `ray start`, by default 6379") from None
-
-
-def _refusal(error: Exception) -> str:
-    """Why a cluster that answers and accepts the token cannot be joined, and how to fix it."""
-    from ray._private.services import find_node_ids
-
-    if "Version mismatch" in str(error):
-        return f"has another version of Ray or Python ({one_line(error)}); install the same versions on both sides"
-    if not find_node_ids():
-        return "has no node on this machine; run the command on one of its nodes, or submit it with `ray job submit`"
-    return f"refuses the connection ({one_line(error)})"
 
 
 def _has_token() -> bool:

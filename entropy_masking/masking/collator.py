@@ -118,9 +118,8 @@ class EntropyMaskingCollator(TrainerCallback):
 def _check_scores(rows: Sequence[Row], name: str) -> None:
     for row in rows:
         if name not in row:
-            raise ValueError(
-                f"a row has no {name}, only {', '.join(row)}; give Trainer's arguments remove_unused_columns=False"
-            )
+            problem = f"a row has no {name}, only {', '.join(row)}"
+            raise ValueError(f"{problem}; give Trainer's arguments remove_unused_columns=False")
         if len(row[name]) != len(row["input_ids"]):
             raise ValueError(f"a row has {len(row['input_ids'])} tokens and {len(row[name])} numbers of {name}")
 

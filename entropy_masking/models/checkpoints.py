@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -76,14 +69,14 @@ def weights_hash(directory: Path) -> str:
     return storage.sha256_json([config, *(storage.sha256(str(file)) for file in files)])
 
 
-def load_config(directory: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(directory: Path, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """The configuration of a masked LM.
 
     Raises:
         UsageError: it is unreadable, needs remote code that is not trusted, or has no masked-LM architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration of others may raise anything, such as RecursionError
         reason = one_line(error)
         if directory.is_dir() and not (directory / "config.json").exists():
@@ -101,20 +94,20 @@ def has_tokenizer(directory: Path) -> bool:
     return any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     """A fast tokenizer by local directory or Hub id. Its own code never runs.
 
     Raises:
         UsageError: there is none, or only a slow one or one with its own code.
     """
     directory = local_checkpoint(name)
-    # without these files AutoTokenizer builds a tokenizer of special tokens from config.json alone
+    # without these files transformers.AutoTokenizer builds a tokenizer of special tokens from config.json alone
     if not has_tokenizer(directory):
         names = ", ".join(TOKENIZER_FILES)
         raise UsageError(f"{name} holds no tokenizer ({names}); save the model's tokenizer there")
     try:
         # None, the default, asks on standard input whether to run the code
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = "it brings its own code" if "trust_remote_code" in str(error) else one_line(error)
         raise UsageError(f"cannot load the tokenizer in {name} ({reason}); save a fast tokenizer there") from None
@@ -123,7 +116,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """Load a masked LM in float32, from safetensors only.
 
     Raises:
@@ -134,14 +127,13 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> PreTrain
     logging.disable_progress_bar()  # a bar for each loaded model only fills the log
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+        loader = transformers.AutoModelForMaskedLM
+        model, info = loader.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # such as ZeroDivisionError for a configuration without attention heads
         raise UsageError(f"cannot load the weights in {directory}: {one_line(error)}") from None
     if missing := sorted(info["missing_keys"]):
-        raise UsageError(
-            f"{directory} has no trained MLM head: {len(missing)} weights are missing ({', '.join(missing[:2])}…); "
-            "use a checkpoint saved from a masked LM"
-        )
+        problem = f"{directory} has no trained MLM head: {len(missing)} weights are missing ({', '.join(missing[:2])}…)"
+        raise UsageError(f"{problem}; use a checkpoint saved from a masked LM")
     return model
 
 

@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -114,10 +114,8 @@ class MaskedLM:
             with torch.no_grad(), torch.random.fork_rng(devices=[ids_BL.device] if ids_BL.is_cuda else []):
                 self._run(ids_BL, torch.ones_like(ids_BL))
         except FORWARD_ERRORS as error:
-            raise UsageError(
-                f"{name} cannot be trained on sequences of {length} tokens ({one_line(error)[:200]}); use sequences of "
-                "another length, or another model"
-            ) from None
+            problem = f"{name} cannot be trained on sequences of {length} tokens ({one_line(error)[:200]})"
+            raise UsageError(f"{problem}; use sequences of another length, or another model") from None
         finally:
             self.model.train(was_training)
             with torch.no_grad():
@@ -140,24 +138,20 @@ class MaskedLM:
         try:
             logits_BLV = self._run(ids_BL, mask_BL)
         except FORWARD_ERRORS as error:
-            raise UsageError(
-                f"{name} cannot be run on sequences of {length} tokens ({one_line(error)[:200]}); use shorter "
-                "sequences, or another masked LM"
-            ) from None
+            problem = f"{name} cannot be run on sequences of {length} tokens ({one_line(error)[:200]})"
+            raise UsageError(f"{problem}; use shorter sequences, or another masked LM") from None
         if logits_BLV.shape != (2, length, V):
-            raise UsageError(
-                f"{name} does not give logits for each token of a batch (their shape is {list(logits_BLV.shape)}); use "
-                "another masked LM"
-            )
+            problem = f"{name} does not give logits for each token of a batch (their shape is {list(logits_BLV.shape)})"
+            raise UsageError(f"{problem}; use another masked LM")
         if not logits_BLV.isfinite().all():
             return  # they cannot be compared; the run that uses them ends with its own error
         for projection, selective in ((self.projection, True), (None, True), (None, False)):
             self.projection, self.selective = projection, selective
-            try:
-                if _same(self.logits(ids_BL, mask_BL, select), logits_BLV[select]):
+            with suppress(*FORWARD_ERRORS):
+                chosen_BKV, expected_BKV = self.logits(ids_BL, mask_BL, select), logits_BLV[select]
+                nearly = 1e-3 * float(expected_BKV.abs().max())
+                if chosen_BKV.shape == expected_BKV.shape and (chosen_BKV - expected_BKV).abs().max() <= nearly:
                     return
-            except FORWARD_ERRORS:
-                continue
         raise UsageError(f"{name} gives different logits each time for the same batch; use another masked LM")
 
 
@@ -176,8 +170,3 @@ def _as_if_trained(model: PreTrainedModel) -> Iterator[None]:
         for bias, values in zip(biases, before, strict=True):
             bias.copy_(values)
         model.train(was_training)
-
-
-def _same(logits: Tensor, expected: Tensor) -> bool:
-    nearly = 1e-3 * float(expected.abs().max())
-    return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=0, atol=nearly)

@@ -24,14 +24,8 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 28}  # logits computed at once 
 def with_masked_positions(model: PreTrainedModel, length: int, name: str = "") -> MaskedPositions:
     """Give a masked LM the forward of ``MaskedPositions``, and its adapter as ``masked_lm``.
 
-    The class keeps its name, so the model is saved as its original class.
-
-    Args:
-        length: L, tokens of a sequence.
-        name: of the model, for messages.
-
-    Raises:
-        UsageError: the model cannot be used on sequences of this length.
+    The class keeps its name, so the model is saved as its original class. Raises UsageError if the model, which
+    messages call ``name``, cannot be used on sequences of ``length`` tokens.
     """
     masked_lm = MaskedLM(model, length, name)
     masked_lm.check_training(length, name or type(model).__name__)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from entropy_masking import storage
 from entropy_masking.cards import dataset_card
-from entropy_masking.errors import UsageError, one_line
+from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests
 from entropy_masking.shards.costs import totals
 from entropy_masking.shards.fields import Fingerprint
@@ -99,10 +99,8 @@ def check_directory(directory: str, fingerprint: Fingerprint) -> None:
     elif differing := differences(previous.fingerprint, fingerprint):
         if any(text.startswith(("corpus.files", "corpus.sequences")) for text in differing):
             differing = ["another corpus", *(text for text in differing if not text.startswith("corpus."))]
-        raise UsageError(
-            f"{directory} was made with other settings ({'; '.join(differing)}); "
-            "choose a new --output, or delete this one, or repeat the old command"
-        )
+        problem = f"{directory} was made with other settings ({'; '.join(differing)})"
+        raise UsageError(f"{problem}; choose a new --output, or delete this one, or repeat the old command")
 
 
 def begin_run(directory: str, run: Run) -> None:
@@ -162,49 +160,22 @@ def done_records(directory: str, run: Run) -> dict[int, Record]:
     }
 
 
-def unfinished_manifest(uri: str) -> Manifest:
-    """The manifest of an unfinished scoring run: of its finished shards, without ``teacher``.
-
-    Raises:
-        UsageError: the directory has no run, no finished shard, or no tokenizer.
-    """
-    run = manifests.read_json_file(Run, run_uri(uri))
-    if run is None:
-        raise UsageError(f"{uri} is not a shard directory; name the --output of a pipeline/score.py run")
-    records = {index: record for index, record in read_records(uri).items() if run.has_made(record)}
-    if not records:
-        raise UsageError(f"{uri} is unfinished (none of {run.shards} shards); run the same command again")
-    try:
-        empty = manifests.new_manifest(uri, run, manifests.shard_tokenizer(uri))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UsageError(f"{uri} is unfinished and cannot be read ({one_line(error)}); run score.py again") from None
-    return with_shards(empty, records, failed={})
-
-
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """Write ``manifest.json``, which marks the directory as finished. For the arguments see ``with_shards``."""
-    manifest = with_shards(empty, records, failed)
+    """Write ``manifest.json``, which marks the directory as finished.
+
+    Args:
+        empty: the manifest without shards.
+        records: of the finished shards, by index.
+        failed: by index, why shards are missing, in addition to those that ``empty`` names.
+    """
+    ordered = [records[index] for index in sorted(records)]
+    lost = empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())}
+    shards = {"shards": [record.entry for record in ordered], "failed": lost, "totals": totals(ordered)}
+    manifest = empty.model_copy(update=shards)
     storage.write_bytes(storage.join(empty.uri, "README.md"), dataset_card(manifest).encode())
     storage.write_json(manifest_uri(empty.uri), manifest.model_dump())
     delete_leftovers(empty.uri)
     return manifest
-
-
-def with_shards(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:
-    """The manifest with the shards that have ``records``.
-
-    Args:
-        empty: the manifest without shards.
-        failed: by index, why shards are missing, in addition to those that ``empty`` names.
-    """
-    ordered = [records[index] for index in sorted(records)]
-    return empty.model_copy(
-        update={
-            "shards": [record.entry for record in ordered],
-            "failed": empty.failed | {shard_file(index): reason for index, reason in sorted(failed.items())},
-            "totals": totals(ordered),
-        }
-    )
 
 
 def delete_leftovers(uri: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from entropy_masking.shards.schema import Record
 
@@ -35,7 +36,7 @@ def worker_costs(records: list[Record]) -> dict[str, dict[str, float]]:
     return costs
 
 
-def totals(records: list[Record]) -> dict[str, object]:
+def totals(records: list[Record]) -> dict[str, Any]:
     """The sums in a manifest and in the summary of a run."""
     workers = worker_costs(records)
     worker_seconds = sum(cost["seconds"] for cost in workers.values())

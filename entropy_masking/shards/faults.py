@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,13 +42,8 @@ class Depth(IntEnum):
 def check_shards(manifest: Manifest, contents: bool = True) -> None:
     """Check that all shards exist, that all bytes are the committed ones, and that the tokenizer made the ids.
 
-    Several threads read every byte once: about a second per GB, or as long as the object store takes to send it.
-
-    Args:
-        contents: False checks only names, sizes and the tokenizer, for shards that were checked before.
-
-    Raises:
-        UsageError: names the first file that is missing, damaged, swapped, edited or unreadable.
+    Without ``contents``, only names, sizes and the tokenizer are checked, for shards that were checked before. Raises
+    UsageError, which names the first file that is missing, damaged, swapped, edited or unreadable.
     """
     if (fault := next(faults(manifest, Depth.BYTES if contents else Depth.NAMES), None)) is None:
         return
@@ -69,11 +63,7 @@ def repair(manifest: Manifest, fault: Fault) -> str:
 
 
 def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = lambda size: None) -> Iterator[Fault]:
-    """All faults of a directory. Quick checks come first.
-
-    Args:
-        advance: called with the size of every shard whose content has been checked.
-    """
+    """All faults of a directory, quick checks first. Calls ``advance`` with the size of every shard that was read."""
     sizes = {info.base_name: info.size for info in storage.list_files(manifest.uri)}
     present = [entry for entry in manifest.shards if entry.file in sizes]
     yield from ((entry.file, "is missing") for entry in manifest.shards if entry.file not in sizes)
@@ -89,10 +79,6 @@ def faults(manifest: Manifest, depth: Depth, advance: Callable[[int], None] = la
         for entry, texts in zip(present, texts_of, strict=True):
             yield from ((entry.file, text) for text in texts)
             advance(entry.bytes)
-
-
-def differing_fields(manifest: Manifest, expected: dict[str, Any]) -> str:
-    return ", ".join(name for name, value in expected.items() if getattr(manifest, name) != value)
 
 
 def record_faults(manifest: Manifest, depth: Depth) -> Iterator[Fault]:
@@ -127,8 +113,8 @@ def tokenizer_faults(manifest: Manifest) -> Iterator[Fault]:
         return
     if expected["tokenizer_hash"] != manifest.tokenizer_hash:
         yield "tokenizer", "is not the tokenizer that made the ids"
-    elif wrong := differing_fields(manifest, expected):
-        yield "manifest.json", f"does not match its tokenizer in {wrong}"
+    elif wrong := [name for name, value in expected.items() if getattr(manifest, name) != value]:
+        yield "manifest.json", f"does not match its tokenizer in {', '.join(wrong)}"
 
 
 def content_faults(manifest: Manifest, entry: ShardEntry, size: int, depth: Depth) -> list[str]:

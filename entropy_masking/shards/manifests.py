@@ -57,9 +57,8 @@ def read_json_file(kind: type[AnyFile], uri: str) -> AnyFile | None:
         return None
     except ValidationError as error:
         title = kind.model_config["title"]
-        raise UsageError(
-            f"{uri} cannot be read: it is not a {title} ({first_fault(error)}); restore it or make it again"
-        ) from None
+        problem = f"{uri} cannot be read: it is not a {title} ({first_fault(error)})"
+        raise UsageError(f"{problem}; restore it or make it again") from None
 
 
 def find_manifest(uri: str) -> Manifest | None:

@@ -22,7 +22,7 @@ from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.manifests import read_table, shard_tokenizer
 from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
 from entropy_masking.shards.schema import Manifest, ShardEntry
-from entropy_masking.shards.targets import MaskedRows, predictions_of, row_group, rows_of
+from entropy_masking.shards.targets import predictions_of, row_group, rows_of
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,12 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
         RunError: the file cannot be read, or holds different rows.
     """
     assert targets.masks
+    K, lse = targets.masks["positions"], [T] if T != 1 else []
+    columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
     with _matching(targets, entry):
-        rows, predictions = _targets(targets, entry, row_group(block, variant, targets.masks["variants"]), T)
+        table = read_table(targets, entry, columns, [row_group(block, variant, targets.masks["variants"])])
+        rows, predictions = rows_of(table, K), predictions_of(table, K, targets.top_k, lse)
+        _check_ids(targets, predictions["topk_ids"])
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
         raise RunError(f"{targets.shard_uri(entry)} does not match its sequences; make it again")
     joined = {
@@ -121,17 +125,6 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
         "teacher_logprobs": predictions["topk_logprobs"],
     }
     return joined if T == 1 else joined | {"temperature_lse": predictions[temperature_column(T)]}
-
-
-def _targets(targets: Manifest, entry: ShardEntry, group: int, T: float) -> tuple[MaskedRows, dict[str, np.ndarray]]:
-    """A row group of targets. Raises ValueError or KeyError if it does not match the manifest."""
-    assert targets.masks
-    K, lse = targets.masks["positions"], [T] if T != 1 else []
-    columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
-    table = read_table(targets, entry, columns, [group])
-    predictions = predictions_of(table, K, targets.top_k, lse)
-    _check_ids(targets, predictions["topk_ids"])
-    return rows_of(table, K), predictions
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:

@@ -12,22 +12,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from entropy_masking import storage
-from entropy_masking.shards.fields import (
-    STRICT,
-    Count,
-    Fingerprint,
-    Flops,
-    Index,
-    Length,
-    Masks,
-    Seconds,
-    Sum,
-    Temperature,
-    TokenId,
-    Totals,
-    VocabSize,
-    from_fingerprint,
-)
+from entropy_masking.shards import fields
+from entropy_masking.shards.fields import STRICT, Count, Fingerprint, Index, Masks, Sum, Totals, from_fingerprint
 from entropy_masking.shards.parquet import ROW_GROUP, SCHEMA_VERSION, shard_file
 
 ROW_GROUP_BYTES = 64  # a row group takes more than this in the footer of its file
@@ -116,15 +102,15 @@ class Record(ShardEntry, title="record of a shard"):
 
     fingerprint_hash: str
     attempt: Count
-    forward_seconds: Seconds  # inside the model
-    flops: Flops
+    forward_seconds: fields.Seconds  # inside the model
+    flops: fields.Flops
     batch_tokens: Count | None = None  # only if the memory required smaller batches
     device: str
     worker: str
     documents: Count
     longest_document: Count | None = None  # its tokens; None without documents
     rejected: Rejected
-    seconds: Seconds  # from the first work on the shard until ``finished_at``
+    seconds: fields.Seconds  # from the first work on the shard until ``finished_at``
     finished_at: Annotated[str, AfterValidator(_check_time)]
 
     @property
@@ -153,13 +139,13 @@ class Manifest(JsonFile, title="shard manifest"):
     uri: str = Field("", exclude=True)  # the directory; not in the file
     schema_version: Literal[2] = SCHEMA_VERSION
     kind: Literal["sequences", "targets"]  # tokens, with scores if there was a teacher; or targets (``shards.targets``)
-    sequence_length: Length
-    vocab_size: VocabSize
-    special_ids: dict[str, TokenId]  # by role
-    special_token_ids: list[TokenId]  # all ids that are never masked
+    sequence_length: fields.Length
+    vocab_size: fields.VocabSize
+    special_ids: dict[str, fields.TokenId]  # by role
+    special_token_ids: list[fields.TokenId]  # all ids that are never masked
     scored: bool
     top_k: Count  # of the teacher, like the next four fields; 0 without a teacher
-    temperatures: list[Temperature]
+    temperatures: list[fields.Temperature]
     context: str | None
     passes: int | None
     teacher: str | None

@@ -16,15 +16,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from entropy_masking.shards.parquet import (
-    ROW_GROUP,
-    TOP_K_COLUMNS,
-    Scores,
-    list_of,
-    table_of,
-    temperature_column,
-    top_k_fields,
-)
+from entropy_masking.shards import parquet
+from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, Scores
 
 NO_POSITION = -1  # fills the positions of a row that masks fewer than K
 
@@ -54,8 +47,8 @@ def input_crc32(inputs_NL: np.ndarray) -> np.ndarray:
 
 def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
     """Arrow schema of a target shard; top-k columns hold position after position of ``positions``."""
-    columns = {"sequence_id": pa.uint64(), "variant": pa.uint16(), "positions": list_of(pa.uint16())}
-    columns |= top_k_fields(vocab_size, temperatures) | {"input_crc32": pa.uint32()}
+    columns = {"sequence_id": pa.uint64(), "variant": pa.uint16(), "positions": parquet.list_of(pa.uint16())}
+    columns |= parquet.top_k_fields(vocab_size, temperatures) | {"input_crc32": pa.uint32()}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
@@ -63,7 +56,7 @@ def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int, temperature
     """Arrow table of a target shard; ``scores`` are those of the masked positions [N, K]."""
     columns = {"sequence_id": rows.sequence_id_N, "variant": rows.variant_N, "input_crc32": rows.crc32_N}
     columns |= {"positions": rows.positions_NK, **scores}
-    return table_of(columns, rows.positions_NK != NO_POSITION, targets_schema(vocab_size, temperatures))
+    return parquet.table_of(columns, rows.positions_NK != NO_POSITION, targets_schema(vocab_size, temperatures))
 
 
 def rows_of(table: pa.Table, max_positions: int) -> MaskedRows:
@@ -83,7 +76,7 @@ def predictions_of(table: pa.Table, max_positions: int, top_k: int, temperatures
     """
     fills = {"topk_ids": 0, "topk_logprobs": np.nan}
     columns = {name: _padded(table, name, max_positions, fills[name], top_k) for name in TOP_K_COLUMNS}
-    lse = [temperature_column(temperature) for temperature in temperatures if temperature != 1]
+    lse = [parquet.temperature_column(temperature) for temperature in temperatures if temperature != 1]
     return columns | {name: _padded(table, name, max_positions, np.nan) for name in lse}
 
 

@@ -1,20 +1,17 @@
 """The values of a file or a part of it, with their lines, for every file format.
 
-In text and JSON lines, a line ends with LF or CR LF. If a file has no LF at all, it ends with CR.
+In text and JSON lines, a line ends with LF or CR LF.
 """
 
 from __future__ import annotations
 
 import codecs
-import io
 import json
-import re
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import islice
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import UsageError, one_line
 from pipeline.corpus.ranges import BLOCK, Broken, FileRange, decode, open_binary
 from pipeline.corpus.tables import csv_values, parquet_values
 
@@ -34,7 +31,9 @@ def values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]
     elif file_range.kind == "line":
         yield from ((line, decode(raw, most)) for line, raw in _own_lines(file_range) if not is_blank(raw, most))
     elif file_range.kind == "paragraph":
-        yield from ((line, _on_one_line(decode(raw, most))) for line, raw in _paragraphs(file_range))
+        for line, raw in _paragraphs(file_range):
+            text = decode(raw, most)
+            yield line, text if isinstance(text, Broken) else " ".join(map(str.strip, text.split("\n")))
     elif file_range.kind in ("csv", "tsv"):
         yield from csv_values(file_range, text_column)
     else:
@@ -61,14 +60,11 @@ def _lines(file_range: FileRange) -> Iterator[tuple[int, bytes]]:
             if file_range.stop is not None and position >= file_range.stop:
                 return
         while raw := stream.readline(most):
-            ended = raw.endswith(b"\n")
-            if len(raw) == most and not ended:
+            if len(raw) == most and not raw.endswith(b"\n"):
                 yield position, raw
                 position += _skip_line(stream)
-            elif position or ended:
+            else:
                 yield position, raw.rstrip(b"\r\n")
-            else:  # a file without LF: the first range has all of its lines
-                yield from ((0, line) for line in raw.rstrip(b"\r").split(b"\r"))
             position += len(raw)
 
 
@@ -115,24 +111,6 @@ def is_blank(line: bytes, max_bytes: int) -> bool:
     return len(line) <= max_bytes and not line.removeprefix(codecs.BOM_UTF8).decode(errors="replace").strip()
 
 
-def _on_one_line(text: str | Broken) -> str | Broken:
-    return text if isinstance(text, Broken) else " ".join(line.strip() for line in text.split("\n"))
-
-
-@lru_cache(maxsize=64)
-def lines_before(file_range: FileRange) -> int:
-    """Number of lines (rows) of the file before the range; reads the file up to the range."""
-    if file_range.kind == "parquet":
-        return file_range.start
-    position, lines, ends_line = 0, 0, True
-    with open_binary(file_range) as stream:
-        while position < file_range.start and (block := stream.read(min(BLOCK, file_range.start - position))):
-            position += len(block)
-            lines += block.count(b"\n")
-            ends_line = block.endswith(b"\n")
-    return lines if ends_line else lines + 1
-
-
 def json_keys(file_range: FileRange, objects: int) -> list[str]:
     """The keys of the first ``objects`` objects of JSON lines or of a JSON array."""
     found = [value for _, value in islice(_objects(file_range), objects) if isinstance(value, dict)]
@@ -140,60 +118,27 @@ def json_keys(file_range: FileRange, objects: int) -> list[str]:
 
 
 def _objects(file_range: FileRange) -> Iterator[tuple[int, object]]:
-    """(line, object) of JSON lines or of a JSON array; ``Broken`` if there is no object, "" for a blank line."""
+    """(line, object) of JSON lines or (number, object) of a JSON array; ``Broken`` if there is none, "" if blank."""
     if file_range.kind == "json":
-        yield from _array(file_range)
+        for number, value in enumerate(_array(file_range), start=1):
+            yield number, value if isinstance(value, dict) else Broken("not a JSON object")
     else:
         lines = _own_lines(file_range)
         yield from ((line, _json_object(decode(raw, file_range.max_bytes))) for line, raw in lines)
 
 
-def _array(file_range: FileRange) -> Iterator[tuple[int, object]]:
-    path, most, white_space = file_range.path, file_range.max_bytes, re.compile(r"[\s,]*")
-    with open_binary(file_range) as stream:
-        source = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        text = _read_text(source, path)
-        place = text.index("[") + 1
-        line = 1 + text.count("\n", 0, place)
-        while True:
-            start = cast(re.Match[str], white_space.match(text, place)).end()
-            line += text.count("\n", place, start)
-            if text.startswith("]", start):
-                break
-            value, place = _value_at(text, start)
-            # what was read may end within a value, even within a number that is a value already
-            if place >= len(text) and (more := _read_text(source, path, len(text) - start)):
-                if len(text) - start > most:
-                    raise UsageError(
-                        f"{path} has an object of more than {most:,} bytes, or broken JSON, from line {line} on; "
-                        "correct it, or raise --max-document-bytes"
-                    )
-                text, place = text[start:] + more, 0
-                continue
-            if place > len(text):
-                raise UsageError(f"{path} has broken JSON from line {line} on; correct it")
-            yield line, value if isinstance(value, dict) else Broken("not a JSON object")
-            line += text.count("\n", start, place)
-        rest = text[start + 1 :]
-        while not rest.strip():
-            if not (rest := _read_text(source, path)):
-                return
-    raise UsageError(f"{path} has more after its JSON array, from line {line} on; make it one array")
-
-
-def _value_at(text: str, start: int) -> tuple[object, int]:
-    """A JSON value and its end, which is beyond the text if there is no value in it."""
+def _array(file_range: FileRange) -> list[object]:
+    """A JSON array, which is read as a whole. Raises UsageError if it is broken or longer than ``max_bytes``."""
+    path, most = file_range.path, file_range.max_bytes
+    raw = _start_of(file_range, most + 1)
+    if len(raw) > most:
+        fix = "convert it to JSON lines (.jsonl), or raise --max-document-bytes"
+        raise UsageError(f"{path} is a JSON array of more than {most:,} bytes; {fix}")
     try:
-        return json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None, len(text) + 1
-
-
-def _read_text(source: io.TextIOWrapper, path: str, size: int = 0) -> str:
-    try:
-        return source.read(max(size, BLOCK))
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8; convert it") from None
+        found: list[object] = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} has broken JSON ({one_line(error)}); correct it") from None
+    return found
 
 
 def has_blank_line(file_range: FileRange) -> bool:

@@ -130,10 +130,8 @@ def pack(documents: Iterable[np.ndarray], length: int, cls_id: int, sep_id: int,
     for ids in documents:
         packed += ids.astype(np.uint32).tobytes() + separator
         if len(packed) > MAX_SHARD_TOKENS * len(separator):
-            raise UsageError(
-                f"a shard has more than {MAX_SHARD_TOKENS:,} tokens; decompress its files, split them into several, or "
-                "lower --shard-tokens"
-            )
+            problem = f"a shard has more than {MAX_SHARD_TOKENS:,} tokens"
+            raise UsageError(f"{problem}; decompress its files, split them into several, or lower --shard-tokens")
     stream = np.frombuffer(packed, np.uint32)[:-1]
     width = length - 2
     N = -(-len(stream) // width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,13 +66,7 @@ def plan_corpus(
     """Plan the shards of a corpus.
 
     Args:
-        spec: ``docstrings``; ``hf:NAME[:CONFIG[:SPLIT]]``; a shard directory; or files, directories and globs, several
-            separated by commas, local or as URIs.
-        text_column: column or key of the text in Parquet, CSV and JSON (default: text).
-        document: the unit of a document in plain-text files: ``paragraph`` (default), ``line`` or ``file``.
-        shard_tokens: approximate tokens per shard (default: 262144).
-        limit_documents: use only this many documents from the start, rejected ones included.
-        max_document_bytes: a longer document is rejected (default: ``MAX_DOCUMENT_BYTES``).
+        spec: a corpus as ``pipeline/score.py --corpus`` takes it; the next five are its flags, None if not given.
         output: the directory to write, which must be outside of the corpus.
 
     Raises:
@@ -86,9 +81,8 @@ def plan_corpus(
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
         flags |= {"limit-documents": limit_documents, "max-document-bytes": max_document_bytes}
         if given := [name for name, value in flags.items() if value is not None]:
-            raise UsageError(
-                f"--{given[0]} only applies to text; {spec} is a shard directory, so leave out --{given[0]}"
-            )
+            problem = f"--{given[0]} only applies to text"
+            raise UsageError(f"{problem}; {spec} is a shard directory, so leave out --{given[0]}")
         return _plan_shard_directory(spec)
     if spec == "docstrings":
         files = [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
@@ -98,7 +92,9 @@ def plan_corpus(
         parts = [spec] if _is_path(spec) else spec.split(",")
         found = [find_files(part.strip(), output) for part in parts]
         files = [file for known, _ in found for file in known]
-        _print_unread([name for _, unknown in found for name in unknown])
+        if unread := [name for _, unknown in found for name in unknown]:
+            more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
+            console.note(f"note: {', '.join(unread[:5])}{more} not read: unknown endings")
     kinds = {file_kind(path) for path, _ in files}
     if document and "text" not in kinds:
         raise UsageError(f"{spec} holds no plain-text files; leave out --document")
@@ -211,17 +207,11 @@ def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tupl
             count = min(rows, documents)
             yield replace(file_range, stop=file_range.start + count), size * count // rows
         else:
-            count = _count_documents(file_range, documents)
+            rejects = Rejects()
+            deque(read_documents([replace(file_range, limit=documents)], "", rejects), maxlen=0)
+            count = rejects.documents
             yield replace(file_range, limit=count), size
         documents -= count
-
-
-def _count_documents(file_range: FileRange, most: int) -> int:
-    """Number of documents in a range of a text file, at most ``most``."""
-    rejects = Rejects()
-    for _ in read_documents([replace(file_range, limit=most)], "", rejects):
-        pass
-    return rejects.documents
 
 
 def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[tuple[FileRange, int]]]:
@@ -240,12 +230,6 @@ def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[t
 def _is_path(spec: str) -> bool:
     """Whether the whole specification is an existing path, whatever characters it has."""
     return bool(spec.strip()) and not storage.is_remote(spec) and storage.exists(spec)
-
-
-def _print_unread(names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        console.note(f"note: {', '.join(names[:5])}{more} not read: unknown endings")
 
 
 def _is_shard_directory(spec: str) -> bool:

@@ -10,11 +10,10 @@ import pyarrow as pa
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from pipeline.corpus.formats import lines_before, values
+from pipeline.corpus.formats import values
 from pipeline.corpus.ranges import Broken, FileRange, too_long
 
 LISTED = 100  # rejected documents that a record names; all are counted
-COUNTED_BYTES = 1 << 28  # a line number needs a count of all lines before it; this bounds the count in a huge file
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,15 @@ class Rejects:
         self.listed: list[dict[str, str | int]] = []
 
     def add(self, file_range: FileRange, line: int, reason: str) -> None:
-        """Reject the document at ``line`` of ``file_range``; it is listed with its line in the file.
+        """Reject the document at ``line`` of ``file_range``.
 
-        Far into a large file, the line is counted from the byte ``from_byte``.
+        Within a text file, the line is counted from the byte ``from_byte``: the lines before the range are not read.
         """
         self.reasons[reason] += 1
-        if len(self.listed) == LISTED:
-            return
-        far = file_range.kind != "parquet" and file_range.start > COUNTED_BYTES
-        where = {"from_byte": file_range.start, "line": line} if far else {"line": line + lines_before(file_range)}
-        self.listed.append({"file": file_range.path, **where, "reason": reason})
+        if len(self.listed) < LISTED:
+            start, counted = file_range.start, file_range.kind == "parquet" or not file_range.start
+            where = {"line": start + line} if counted else {"from_byte": start, "line": line}
+            self.listed.append({"file": file_range.path, **where, "reason": reason})
 
     def report(self) -> dict[str, object]:
         """``count``, ``reasons`` with their counts, and the first hundred as ``listed``."""

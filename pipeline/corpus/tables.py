@@ -152,9 +152,6 @@ def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[in
 
 def _as_bytes(column: pa.Array) -> Iterator[bytes | None]:
     """The texts of a column as bytes, because one bad text must not make its batch fail."""
-    dictionary = column.dictionary if pa.types.is_dictionary(column.type) else None
-    texts = column if dictionary is None else dictionary
-    texts = texts.cast(pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary())
-    if dictionary is not None:  # decoded one by one: many rows may have the same long text
-        texts = pa.DictionaryArray.from_arrays(column.indices, texts)
-    return (value.as_py() for value in texts)
+    texts = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    binary = pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary()
+    return (value.as_py() for value in texts.cast(binary))

@@ -47,7 +47,7 @@ def test_flags_of_a_dataclass() -> None:
         "dry_run": False,
         "workers": 2,
     }
-    assert parsed("--bf16", "false", "--dry_run")["bf16"] is False
+    assert parsed("--bf16", "false", "--dry-run")["bf16"] is False
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_file_of_flags_and_the_command_line_which_wins(tmp_path: Path) -> None
         ("models: [[a]]", "models is not a list of values"),
         ("steps: [", "cannot be read: "),
         ("steps: ''", "--steps is empty"),
-        ("dry-run: maybe", "dry-run is 'maybe'; use true or false"),
-        ("config: other.yaml", "config is not a flag of a file"),
+        ("dry-run: maybe", "argument --dry-run: ignored explicit argument 'maybe'"),
+        ("config: other.yaml", "--config is not a flag of some/command.py"),
     ],
 )
 def test_wrong_files_of_flags(tmp_path: Path, text: str, sentence: str) -> None:

@@ -129,7 +129,7 @@ def test_given_positions_are_scored_in_the_given_inputs(tmp_path: Path) -> None:
     positions_NK = np.array([[1, 2, 6], [3, 9, -1], [22, -1, -1], [-1, -1, -1], [4, 5, 13]])
     for row, positions in enumerate(positions_NK):
         inputs_NL[row, positions[positions >= 0]] = MASK
-    targets = teacher(directory, batch_tokens=2 * LENGTH).score_positions(inputs_NL, positions_NK)
+    targets = teacher(directory, batch_tokens=2 * LENGTH).score(inputs_NL, positions_NK)
     model = AutoModelForMaskedLM.from_pretrained(directory).double().eval()
     ids_NL = torch.from_numpy(inputs_NL.astype(np.int64))
     with torch.no_grad():

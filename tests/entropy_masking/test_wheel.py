@@ -26,7 +26,7 @@ batch = {"input_ids": torch.randint(5, 50, (2, 40)), "entropy": torch.rand(2, 40
 print(masker(batch | {"epoch": torch.zeros(2, dtype=torch.long)}, MaskPolicy())["positions_BP"].shape)
 for module in pkgutil.walk_packages(entropy_masking.__path__, "entropy_masking."):
     importlib.import_module(module.name)
-print(len(entropy_masking.shards.commit.unfinished_manifest(sys.argv[1]).shards))
+print(len(entropy_masking.read_manifest(sys.argv[1]).shards))
 """
 
 

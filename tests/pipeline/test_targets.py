@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def progress(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     class Noted(console.Progress):
         def advance(self, amount: int) -> None:
             super().advance(amount)
-            shown.append((self.total, self.count))
+            shown.append((self.bar.total, self.bar.n))
 
     monkeypatch.setattr(console, "Progress", Noted)
     return shown
@@ -47,7 +48,7 @@ def test_targets_are_for_the_masks_of_a_run(sharp: Path, sharp_targets: Path) ->
     sequences = manifests.read_manifest(str(sharp))
     policy = MaskPolicy.paper(ratio=0.3, temperature=1.0, seed=SEED)
     assert manifest.masks == {
-        **{"source": "parquet", "policy": policy.to_json()},
+        **{"source": "parquet", "policy": asdict(policy)},
         **{"variants": 4, "positions": policy.max_masked(LENGTH)},
     }
     assert manifest.sequences_hash == sequences.sequences_hash
@@ -87,7 +88,7 @@ def test_there_are_as_many_variants_as_differ(sharp: Path, sharp_teacher: Path, 
         manifest = small_targets(sharp, sharp_teacher, tmp_path / name, *flags)
         assert manifest.masks and manifest.masks["variants"] == variants
         json.loads((tmp_path / name / "manifest.json").read_text(), parse_constant=pytest.fail)  # no Infinity
-    assert MaskPolicy.from_json(manifest.masks["policy"]) == MaskPolicy.random(seed=42)
+    assert MaskPolicy(**manifest.masks["policy"]) == MaskPolicy.random(seed=42)
 
 
 def test_an_interrupted_run_resumes(

@@ -24,10 +24,10 @@ from pipeline.tokenizer import KINDS, main, parse
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
 
 
-def test_it_loads_and_is_reproducible(work: Path, tmp_path: Path) -> None:
-    flags = ["--corpus", work / "corpus.jsonl", "--lowercase", "--vocab-size", 250]
+def test_it_loads_and_is_reproducible(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--corpus", str(work / "corpus.jsonl"), "--lowercase", "--vocab-size", "250"]
     assert "250 tokens from 400 documents" in run(*COMMAND, *flags, "--output", tmp_path / "one")
-    run(*COMMAND, *flags, "--output", tmp_path / "two")
+    main([*flags, "--output", str(tmp_path / "two")])
     assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     assert tokenizer.is_fast and len(tokenizer) == 250
@@ -37,33 +37,33 @@ def test_it_loads_and_is_reproducible(work: Path, tmp_path: Path) -> None:
     assert encoded[0] == 2 and encoded.count(3) == 2 and encoded[-1] == 3
     assert tokenizer.decode(tokenizer("Abcde fghab").input_ids, skip_special_tokens=True) == "abcde fghab"
 
-    assert "finished already" in run(*COMMAND, *flags, "--output", tmp_path / "one")
-    flags[-1] = 260
-    assert "with other settings" in refused(*COMMAND, *flags, "--output", tmp_path / "one")
+    main([*flags, "--output", str(tmp_path / "one")])
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="with other settings"):
+        main([*flags[:-1], "260", "--output", str(tmp_path / "one")])
 
 
 def test_the_same_command_goes_on_after_a_kill(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--corpus", str(work / "corpus.jsonl"), "--vocab-size", "250", "--output", str(tmp_path / "out")]
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.tokenizer.storage.write_json", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            main(flags)
+
+    def killed(_: object, directory: str) -> None:
+        (Path(directory) / "tokenizer.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.tokenizer.commit.save_tokenizer", killed)
+        main(flags)
     main(flags)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 250
-    assert not (tmp_path / "out" / "unfinished").exists()
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:
-    flags = ["--corpus", work / "corpus.jsonl", "--output", tmp_path / "out", "--vocab-size"]
-    assert "too small" in refused(*COMMAND, *flags, 10)
-    message = refused(*COMMAND, *flags, 1_000_000)
-    assert "choose at most" in message
-    most = int(message.rpartition("choose at most ")[2])
-    run(*COMMAND, *flags, most)
+    flags = ["--corpus", str(work / "corpus.jsonl"), "--output", str(tmp_path / "out"), "--vocab-size"]
+    with pytest.raises(UsageError, match="too small"):
+        main([*flags, "10"])
+    with pytest.raises(UsageError, match="choose at most") as refusal:
+        main([*flags, "1000000"])
+    main([*flags, str(refusal.value).rpartition("choose at most ")[2]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,20 +113,10 @@ def test_a_bpe_tokenizer_has_no_unknown_tokens(tmp_path: Path, capsys: pytest.Ca
     assert len(heads) == 7, "four words and three special tokens"
 
 
-def test_a_text_of_tables_and_what_is_rejected_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A WordPiece tokenizer makes a token of each character of a drawn line."""
-    words = "the first table of the text has some words and a line\n\n"
+def test_the_first_rejected_document_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' + '{"text": "some words and a line"}\n' * 9)
-    for name, text in (("prose", words), ("tables", words + "-" * 60 + "\n\n")):
-        (tmp_path / f"{name}.txt").write_text(text * 9)
-        for kind, size in (("wordpiece", "50"), ("bpe", "265")):
-            corpus = f"{tmp_path / name}.txt,{tmp_path / 'a.jsonl'}"
-            output = str(tmp_path / f"{name} {kind}")
-            main(["--corpus", corpus, "--kind", kind, "--vocab-size", size, "--output", output])
-            printed = capsys.readouterr()
-            assert "1 rejected, the first in " in printed.out and "a.jsonl, line 1: empty text)" in printed.out
-            warns = "of the tokens are '-'" in printed.err
-            assert warns == (name == "tables" and kind == "wordpiece")
+    main(["--corpus", str(tmp_path / "a.jsonl"), "--vocab-size", "30", "--output", str(tmp_path / "out")])
+    assert "1 rejected, the first in " in (printed := capsys.readouterr().out) and "a.jsonl, line 1: empty" in printed
 
 
 def test_home_and_file_uris_are_understood_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def write_forms(root: Path) -> dict[str, Path]:
     """The same documents in every form: in plain text as paragraphs, some of several lines."""
     lines = "\n \n\n".join(text.replace(" wörd", "\n   wörd") for text in TEXTS).encode()
     bom, array = b"\xef\xbb\xbf", json.dumps([{"text": text} for text in TEXTS], indent=1).encode()
-    data = {"a.txt": lines, "a.md": bom + lines, "cr.txt": lines.replace(b"\n", b"\r"), "a.jsonl": bom + jsonl(TEXTS)}
+    data = {"a.txt": lines, "a.md": bom + lines, "a.jsonl": bom + jsonl(TEXTS)}
     data |= {"a.json": jsonl(TEXTS), "array.json": bom + array}
     forms = {name: root / name for name in (*data, "a.txt.gz", "a.jsonl.zst")}
     for name, content in data.items():

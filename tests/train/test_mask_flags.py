@@ -72,7 +72,7 @@ def test_a_run_and_targets_mask_the_words_of_the_shards_surprisals(
     masks = ["--mask-source", "parquet", *WORDS_BY_SURPRISAL, "--mask-seed", SEED]
     directory = score_here(scored, work / "teacher", tmp_path / "targets", *masks)
     manifest = read_manifest(str(directory), kind="targets")
-    assert manifest.masks and MaskPolicy.from_json(manifest.masks["policy"]) == policy
+    assert manifest.masks and MaskPolicy(**manifest.masks["policy"]) == policy
     targets = pa.concat_tables(pq.read_table(file) for file in sorted(directory.glob("part-*.parquet")))
     for row in targets.to_pylist():
         assert masked_of.get(row["sequence_id"], set(row["positions"])) == set(row["positions"])
