@@ -7,6 +7,7 @@ chunk, H width of the head's input, V vocabulary, T temperatures.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -22,11 +23,12 @@ from torch.nn import functional as F
 from entropy_masking import entropy
 from entropy_masking.models.checkpoints import load_masked_lm
 from entropy_masking.models.flops import forward_flops
-from entropy_masking.models.masked_lm import MaskedLM, Select
+from entropy_masking.models.masked_lm import MaskedLM
 from entropy_masking.shards.parquet import SCORE_COLUMNS, Scores, temperature_column
 from entropy_masking.shards.schema import Manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BATCHES_IN_FLIGHT = 2  # on a GPU: one at work, one whose results the CPU takes over
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at once: enough for full speed
 
 
@@ -108,6 +110,7 @@ class Teacher:
         ids_NL = input_ids_NL.astype(np.int64)
         candidates_NL = ~np.isin(ids_NL, self.special_ids)
         size = max(1, (batch_tokens or self.batch_tokens) // L)
+        most = math.ceil(L / self.passes) if self.context == "masked" else L
         for pairs_R in _cut(N * self.passes, size):
             sequences_R, passes_R = pairs_R // self.passes, pairs_R % self.passes
             ids_RL, scored_RL = ids_NL[sequences_R], candidates_NL[sequences_R]
@@ -117,7 +120,7 @@ class Teacher:
             actual = ids_RL[rows, columns]
             if self.context == "masked":
                 ids_RL[rows, columns] = self.mask_id
-            yield Batch(ids_RL, rows, columns, actual, (sequences_R[rows], columns), size)
+            yield Batch(ids_RL, rows, columns, actual, (sequences_R[rows], columns), size, size * most)
 
     def _given(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
         N, L = inputs_NL.shape
@@ -126,68 +129,82 @@ class Teacher:
             ids_RL = inputs_NL[rows_R].astype(np.int64)
             rows, places = np.nonzero(positions_NK[rows_R] >= 0)
             columns = positions_NK[rows_R][rows, places]
-            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), (rows_R[rows], places), size)
+            place = rows_R[rows], places
+            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), place, size, size * positions_NK.shape[1])
 
     def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, entropy.Reduced]]:
-        """Results of each batch as arrays. On a GPU the next batch starts before they are fetched."""
-        ahead, pending = int(self.device.type != "cpu"), deque[tuple[Place, list[entropy.Reduced]]]()
+        """Results of each batch, on the CPU. A GPU works on one batch while the CPU takes over the one before it."""
+        in_flight = 1 if self.device.type == "cpu" else BATCHES_IN_FLIGHT
+        pending = deque[tuple[Place, entropy.Reduced, torch.cuda.Event | None]]()
         for batch in batches:
             if self.stopped.is_set():
                 raise Stopped
             if not len(batch.rows):
                 continue
             started = time.monotonic()
-            pending.append((batch.place, self._forward(batch)))
+            pending.append((batch.place, *self._forward(batch)))
             self.forward_seconds += time.monotonic() - started
             encoder, head = self._flops
             self.flops += len(batch.ids_RL) * encoder + len(batch.rows) * head
-            if len(pending) > ahead:
-                yield self._fetch(*pending.popleft())
-        for place, parts in pending:
-            yield self._fetch(place, parts)
+            if len(pending) == in_flight:
+                yield self._wait(*pending.popleft())
+        for last in pending:
+            yield self._wait(*last)
 
-    def _fetch(self, place: Place, parts: list[entropy.Reduced]) -> tuple[Place, entropy.Reduced]:
-        """The chunks of a batch joined, on the CPU; waits for the device."""
-        started = time.monotonic()
-        reduced = entropy.Reduced(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
-        self.forward_seconds += time.monotonic() - started
+    def _wait(
+        self, place: Place, reduced: entropy.Reduced, copied: torch.cuda.Event | None
+    ) -> tuple[Place, entropy.Reduced]:
+        """The results of a batch, when they are on the CPU."""
+        if copied:
+            started = time.monotonic()
+            copied.synchronize()
+            self.forward_seconds += time.monotonic() - started
         return place, reduced
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch) -> list[entropy.Reduced]:
-        """Entropy, surprisal, top-k ids and log-probabilities of the batch's positions, in chunks, on the device."""
-        ids_RL = batch.ids_RL
-        if self.compiled and len(ids_RL) < batch.size:  # one shape, so that all batches run the same code
+    def _forward(self, batch: Batch) -> tuple[entropy.Reduced, torch.cuda.Event | None]:
+        """The batch's scores in the memory of the CPU, and on a GPU the event after which they are there."""
+        ids_RL, chunk = batch.ids_RL, self._chunk
+        if self.compiled:  # one shape of all batches, and one of all chunks, so that they all run the same code
             ids_RL = np.concatenate([ids_RL, np.repeat(ids_RL[-1:], batch.size - len(ids_RL), axis=0)])
+            chunk = math.ceil(batch.most / math.ceil(batch.most / chunk))
         ids = self._to_device(ids_RL)
         padding_RL = ids_RL == self.pad_id
         attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
         actual_N = self._to_device(batch.actual)
-        select = self._to_device(batch.rows), self._to_device(batch.columns)
         parts = []
-        for start, logits_CV in self._logits(ids, attention, select):
-            actual_C = actual_N[start : start + self._chunk]
-            if missing := (self._chunk - len(actual_C)) * self.compiled:
+        for start, logits_CV in self._logits(ids, attention, batch, chunk):
+            actual_C = actual_N[start : start + chunk]
+            if missing := (chunk - len(actual_C)) * self.compiled:
                 logits_CV, actual_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(actual_C, (0, missing))
             reduced = self._reduce(logits_CV, actual_C, self.top_k, self.temperatures)
             parts.append(entropy.Reduced(*(column[: len(actual_N) - start] for column in reduced)))
-        return parts
+        joined = [torch.cat(column) for column in zip(*parts, strict=True)]
+        if self.device.type == "cpu":
+            return entropy.Reduced(*joined), None
+        # these copies follow this forward at once, so they do not wait for the next one
+        columns, copied = [column.to("cpu", non_blocking=True) for column in joined], torch.cuda.Event()
+        copied.record()
+        return entropy.Reduced(*columns), copied
 
-    def _logits(self, ids_RL: Tensor, attention_RL: Tensor | None, select: Select) -> Iterator[tuple[int, Tensor]]:
+    def _logits(
+        self, ids_RL: Tensor, attention_RL: Tensor | None, batch: Batch, chunk: int
+    ) -> Iterator[tuple[int, Tensor]]:
         """(start, float32 logits over the tokenizer's vocabulary) of chunks of the chosen positions."""
-        rows_N, columns_N = select
+        starts = range(0, len(batch.rows), chunk)
         if self.projection is None:  # without autocast: logits in half precision would tie in the top k
-            for start in range(0, len(rows_N), self._chunk):
-                rows_C, columns_C = rows_N[start : start + self._chunk], columns_N[start : start + self._chunk]
-                first, last = int(rows_C[0]), int(rows_C[-1]) + 1  # the rows ascend
+            for start in starts:
+                rows_C, columns_C = batch.rows[start : start + chunk], batch.columns[start : start + chunk]
+                first, last = rows_C[0], rows_C[-1] + 1  # the rows ascend
                 attention = None if attention_RL is None else attention_RL[first:last]
-                logits_CV = self.masked_lm.logits(ids_RL[first:last], attention, (rows_C - first, columns_C))
-                yield start, logits_CV[:, : self.vocab_size].float()
+                select = self._to_device(rows_C - first), self._to_device(columns_C)
+                yield start, self.masked_lm.logits(ids_RL[first:last], attention, select)[:, : self.vocab_size].float()
             return
         with self.autocast():
+            select = self._to_device(batch.rows), self._to_device(batch.columns)
             features_NH = self.masked_lm.features(ids_RL, attention_RL, select)
-        for start in range(0, len(rows_N), self._chunk):
-            yield start, self._project(features_NH[start : start + self._chunk], self.projection.bias)
+        for start in starts:
+            yield start, self._project(features_NH[start : start + chunk], self.projection.bias)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -217,7 +234,7 @@ class Stopped(BaseException):
 class Batch(NamedTuple):
     """One forward: inputs, positions to score, the actual tokens there, and the places of the results.
 
-    ``size`` is the number of rows of a full batch.
+    ``size`` is the number of rows of a full batch, and ``most`` the most positions that it scores.
     """
 
     ids_RL: np.ndarray
@@ -226,6 +243,7 @@ class Batch(NamedTuple):
     actual: np.ndarray
     place: Place
     size: int
+    most: int
 
 
 @contextlib.contextmanager
