@@ -9,18 +9,18 @@ A trunk is a student trained with random masks at a constant learning rate. From
 table is the mean over trunks of (recipe - baseline), with its 95 % interval by the paired t. Baselines mask at random.
 One row reads shuffled scores: if it differs from random by more than its interval, suspect the screen.
 
-Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). The same line skips what is done, so it
-resumes a screen. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
+Every step is a command of this project; its log in OUTPUT/logs begins with the command. The same line skips what is
+done, so it resumes a screen. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 import polars as pl
 
-from bench.commands import Commands, new_parser
+from bench.commands import new_parser, run_logged
 from bench.recipes import LENGTH, RECIPES, ROWS, SIZES
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
@@ -45,7 +45,7 @@ from train.flags import MUON
 
 TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 COMMON_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)  # of trunks and of the reference
-RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
+TUNING = ("--learning-rate", 1e-3, "--epochs", 3, "--drop-overlap")  # as for the results in docs/RECIPES.md
 COLUMNS = {  # heading of the table: measures whose mean it shows
     "all tokens": ["loss"],
     "easiest 10 %": ["decile_1"],
@@ -71,11 +71,9 @@ def main() -> None:
         list(pool.map(lambda run: screen.train_and_test(*run), runs))
         if args.glue:
             screen.split_tasks()
-            rate = screen.choose_rate()
-            list(pool.map(lambda run: screen.tune(*run, rate=rate), runs))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        screen.commands.stop()
+            list(pool.map(lambda run: screen.tune(*run), runs))
+    finally:  # what is running ends
+        pool.shutdown(cancel_futures=True)
     screen.report()
 
 
@@ -100,21 +98,14 @@ def parse() -> argparse.Namespace:
     for name in list(args.rows):
         while (name := RECIPES[name].baseline) not in args.rows:
             args.rows.insert(0, name)
-    check_paths(args)
-    return args
-
-
-def check_paths(args: argparse.Namespace) -> None:
-    """Make the paths absolute, because commands run in another directory. Raises UsageError for a wrong one."""
-    if args.reference:
-        args.reference = local_checkpoint(args.reference)
+    # absolute, because commands run in another directory
+    args.reference = args.reference and local_checkpoint(args.reference)
+    args.blimp, args.glue = (path and Path(path).absolute() for path in (args.blimp, args.glue))
     if args.blimp:
-        args.blimp = Path(args.blimp).absolute()
         find_file(args.blimp / "blimp", "blimp")
-    if args.glue:
-        args.glue = Path(args.glue).absolute()
-        for name in TUNED:
-            training_file(args.glue, name)
+    for name in TUNED if args.glue else ():
+        training_file(args.glue, name)
+    return args
 
 
 def training_file(data: Path, name: str) -> Path:
@@ -128,7 +119,7 @@ class Screen:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size = args, SIZES[args.size]
         self.output = Path(args.output).absolute()
-        self.commands = Commands(self.output)
+        self.run = partial(run_logged, self.output)
 
     def split_articles(self) -> None:
         """Write the texts of each part. Raises UsageError for a file that cannot be read, or lacks ids or articles."""
@@ -146,15 +137,11 @@ class Screen:
         parts = {"heldout": articles.filter(pl.col("id").is_in(held_out)), "articles": training}
         parts |= {"branches": training[:first], "trunks": training[first:]}
         for name, part in parts.items():
-            path, text = self.output / f"{name}.jsonl", part.write_ndjson()
-            if not path.exists():
-                storage.write_bytes(str(path), text.encode())
-            elif path.read_text(encoding="utf-8") != text:
-                raise UsageError(f"{path} was made from other articles or ids; use another --output")
+            storage.write_bytes(str(self.output / f"{name}.jsonl"), part.write_ndjson().encode())
 
     def prepare(self) -> None:
         """Tokenizer, tokens, the reference and its scores."""
-        of, run = self.output.joinpath, self.commands.run
+        of, run = self.output.joinpath, self.run
         vocabulary = ("--vocab-size", self.size.vocab_size, "--output", of("tokenizer"))
         uncased = ("--lowercase", "--strip-accents")  # as for the results in docs/RECIPES.md
         run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *uncased, *vocabulary)
@@ -177,7 +164,7 @@ class Screen:
         """Run train/run.py, which evaluates at the end only. A ``--seed`` in the flags wins over ``seed``."""
         settings = ("--max-steps", steps, "--per-device-train-batch-size", self.size.batch, "--eval-strategy", "no")
         seeds, output = ("--data-seed", seed, "--seed", seed), ("--output-dir", self.output / name)
-        self.commands.run(name.replace("/", "-"), "train/run.py", *settings, *seeds, *flags, *output)
+        self.run(name.replace("/", "-"), "train/run.py", *settings, *seeds, *flags, *output)
 
     def train_trunk(self, trunk: int) -> None:
         shards = ("--shards", self.output / "trunks-tokens", "--eval-shards", self.output / "heldout")
@@ -203,32 +190,23 @@ class Screen:
 
     def glue(self, kind: str, name: str, trunk: int, *flags: object) -> None:
         model, output = self.output / f"branches-{trunk}" / name, self.output / f"{kind}-{trunk}" / name
-        self.commands.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
+        self.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
 
     def split_tasks(self) -> None:
         """Split the training rows into training and dev rows, so that the real dev rows stay unseen."""
         for name, ending in TUNED.items():
             task, wanted = TASKS[name], self.size.train_rows + self.size.dev_rows
             directory = self.output / "glue-data" / task.directory
-            if (directory / f"dev{ending}.parquet").exists():
+            if (directory / f"dev{ending}.jsonl").exists():
                 continue
             rows = read_file(training_file(self.args.glue, name))
             rows = rows.sample(min(wanted, len(rows)), shuffle=True, seed=0)
             # the dev rows come last, because they mark the task as done
             for part, own in (("train", rows[self.size.dev_rows :]), (f"dev{ending}", rows[: self.size.dev_rows])):
-                own.write_parquet(buffer := io.BytesIO())
-                storage.write_bytes(str(directory / f"{part}.parquet"), buffer.getvalue())
+                storage.write_bytes(str(directory / f"{part}.jsonl"), own.write_ndjson().encode())
 
-    def choose_rate(self) -> float:
-        """The learning rate of fine-tuning that is best for the baseline's first trunk."""
-        baseline = RECIPES[self.args.rows[0]].baseline
-        for rate in RATES:
-            self.tune(baseline, 1, rate, f"rate-{rate:g}")
-        return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / baseline))
-
-    def tune(self, name: str, trunk: int, rate: float, kind: str = "glue") -> None:
-        data = ("--data", self.output / "glue-data", "--drop-overlap")
-        self.glue(kind, name, trunk, "--tasks", ",".join(TUNED), *data, "--learning-rate", rate, "--epochs", 3)
+    def tune(self, name: str, trunk: int) -> None:
+        self.glue("glue", name, trunk, "--tasks", ",".join(TUNED), "--data", self.output / "glue-data", *TUNING)
 
     def report(self) -> None:
         """Print the table and write it."""
