@@ -50,7 +50,7 @@ def run_logged(output: Path, name: str, script: str, *flags: object) -> None:
     command = [sys.executable, script, *map(str, flags)]
     print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
     log = output / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as file:
         print(f"python {shlex.join(command[1:])}", file=file, flush=True)
         code = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file).returncode

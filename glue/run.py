@@ -16,6 +16,7 @@ Existing results are skipped, so the same command continues an interrupted run, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -46,7 +47,7 @@ from glue.batches import encode_task
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import Result, read_result
 from glue.tasks import ZERO_SHOT, Task, TaskData, load
-from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
+from glue.trials import Trial, TrialTokens, run_on_ray, run_trial
 
 MAX_NAMED = 5  # of the trials that failed
 
@@ -92,9 +93,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             outcomes = ((trial, run_trial(trial, tokens_of(trial), progress.advance)) for trial in todo)
         for trial, outcome in outcomes:
-            if outcome.failure:
-                failures[str(trial)] = outcome.failure
-                console.note(f"{trial} failed: {outcome.failure}")
+            if isinstance(outcome, str):
+                failures[str(trial)] = outcome
+                console.note(f"{trial} failed: {outcome}")
             else:
                 storage.write_json(trial.file, result := result_fields(trial, outcome, models[trial.model]))
                 console.note(f"{trial}: {summary_line(result)}")
@@ -161,8 +162,8 @@ def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pa
         key |= {"protocol": blimp.PROTOCOL, "pll": args.pll, "limit_pairs": data.limit}
         rows, file = 2 * len(data.frame), f"{task.name}.json"
     else:
-        changes = {name: getattr(args, name) for name in ("learning_rate", "epochs", "batch_size", "max_length")}
-        changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task.name)}
+        names = ("learning_rate", "epochs", "batch_size", "max_length", "limit_train")
+        changes = {name: getattr(args, name) for name in names} | {"dtype": checkpoints.resolve_dtype(args.dtype)}
         grid = grid_of(args.protocol, task.name, changes)
         key |= {"settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)}}
         key |= {"recipe": RECIPE, "train_split": data.train_split}
@@ -211,19 +212,19 @@ def shared_tokens(models: Mapping[str, Model], data: Data, pll: str) -> Callable
     return tokens_of
 
 
-def result_fields(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
+def result_fields(trial: Trial, outcome: dict[str, object], model: Model) -> dict[str, object]:
     """The contents of the result file."""
     return {
         "task": trial.task.name,
         "seed": trial.seed,
         "protocol": trial.key["protocol"],
-        "seconds": round(outcome.seconds, 2),
-        "device": outcome.device,
+        "seconds": outcome.pop("seconds"),
+        "device": outcome.pop("device"),
         "model": {"path": str(model.path), "hash": model.hash},
         "training": model.training,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        **outcome.result,
+        **outcome,
     }
 
 
@@ -269,8 +270,8 @@ def print_results(output: str, results: list[Result]) -> None:
             print(f"    {field:<18} {100 * value:5.1f}")
     raw_metrics = {task: {seed: result.metrics for seed, result in own.items()} for task, own in by_task.items()}
     for name in metrics.AVERAGES:
-        if averages := metrics.averages_by_seed(name, raw_metrics):
-            print_scores(name, list(averages.values()))
+        with contextlib.suppress(metrics.IncompleteAverage):
+            print_scores(name, list(metrics.averages_by_seed(name, raw_metrics).values()))
     work = "fine-tuning" if set(by_task) - set(ZERO_SHOT) else "scoring"
     print(f"  {sum(result.seconds for result in results):,.0f} s of {work}")
 
