@@ -2,7 +2,7 @@
 """Which masking recipe helps: short paired runs from common trunks, and a table of their differences.
 
     python bench/screen.py --shards runs/scored --eval-shards runs/heldout --output runs/screen
-    python bench/screen.py … --student mini --rows random,parquet,self --trunks 5 --blimp DATA --glue GLUE
+    python bench/screen.py … --student mini --rows random,parquet,self --trunks 5 --blimp DATA
 
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
@@ -34,23 +34,19 @@ from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError
-from glue.files import find_file, read_file
+from glue.files import find_file
 from glue.intervals import estimate
 from glue.tables import difference, markdown
-from glue.tasks import TASKS
 from train.arguments import LEARNING_RATES
 from train.flags import MUON
 
-TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
 TRUNK_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)
-TUNING = ("--learning-rate", 1e-3, "--epochs", 3, "--drop-overlap")  # as for the results in docs/RECIPES.md
 COLUMNS = {  # heading of the table: measures whose mean it shows
     "all tokens": ["loss"],
     "easiest 10 %": ["decile_1"],
     "hardest 10 %": ["decile_10"],
     "hardest 30 %": ["decile_8", "decile_9", "decile_10"],
     "BLiMP": ["blimp"],
-    "GLUE": ["glue"],
 }
 
 Row = dict[str, dict[int, float]]  # measures of a recipe, by trunk
@@ -67,9 +63,6 @@ def main() -> None:
             list(pool.map(screen.train_trunk, range(1, args.trunks + 1)))
         runs = [(name, trunk) for trunk in range(1, args.trunks + 1) for name in args.rows]
         list(pool.map(lambda run: screen.train_and_test(*run), runs))
-        if args.glue:
-            screen.split_tasks()
-            list(pool.map(lambda run: screen.tune(*run), runs))
     finally:  # what is running ends
         pool.shutdown(cancel_futures=True)
     screen.report()
@@ -92,8 +85,6 @@ def parse() -> argparse.Namespace:
     add("--jobs", type=positive, default=2, help="runs at once (default: 2)")
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
     add("--pairs", type=positive, default=100, help="of each phenomenon of BLiMP (default: 100)")
-    add("--train-rows", type=positive, default=4000, help="of a GLUE task; half as many are dev rows (default: 4000)")
-    add("--glue", help=f"directory of GLUE tasks: fine-tune every run on some training rows of {', '.join(TUNED)}")
     args = parser.parse_args()
     args.rows = list(dict.fromkeys(args.rows.split(",")))
     if unknown := [name for name in args.rows if name not in RECIPES]:
@@ -103,19 +94,12 @@ def parse() -> argparse.Namespace:
             args.rows.insert(0, name)
     # absolute, because commands run in another directory
     args.trunk_shards = args.trunk_shards or args.shards
-    for name in ("shards", "eval_shards", "trunk_shards", "output", "blimp", "glue"):
+    for name in ("shards", "eval_shards", "trunk_shards", "output", "blimp"):
         if value := getattr(args, name):
             setattr(args, name, storage.absolute(value))
     if args.blimp:
         find_file(Path(args.blimp, "blimp"), "blimp")
-    for name in TUNED if args.glue else ():
-        training_file(args.glue, name)
     return args
-
-
-def training_file(data: str, name: str) -> Path:
-    """The training rows of a task. Raises UsageError if there is no such file."""
-    return find_file(Path(data, TASKS[name].directory), "train", "train_subset")
 
 
 class Screen:
@@ -149,26 +133,9 @@ class Screen:
         steps = args.scratch_steps if recipe.scratch else args.branch_steps
         self.train(f"branches-{trunk}/{name}", trunk, steps, *flags, "--save-strategy", "no")
         if args.blimp:
-            self.glue("blimp", name, trunk, "--tasks", "blimp", "--data", args.blimp, "--limit-pairs", args.pairs)
-
-    def glue(self, kind: str, name: str, trunk: int, *flags: object) -> None:
-        model, output = self.output / f"branches-{trunk}" / name, self.output / f"{kind}-{trunk}" / name
-        self.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
-
-    def split_tasks(self) -> None:
-        """Split the training rows into training and dev rows, so that the real dev rows stay unseen."""
-        for name, ending in TUNED.items():
-            directory, dev = self.output / "glue-data" / TASKS[name].directory, self.args.train_rows // 2
-            if (directory / f"dev{ending}.jsonl").exists():
-                continue
-            rows = read_file(training_file(self.args.glue, name))
-            rows = rows.sample(min(self.args.train_rows + dev, len(rows)), shuffle=True, seed=0)
-            # the dev rows come last, because they mark the task as done
-            for part, own in (("train", rows[dev:]), (f"dev{ending}", rows[:dev])):
-                storage.write_bytes(str(directory / f"{part}.jsonl"), own.write_ndjson().encode())
-
-    def tune(self, name: str, trunk: int) -> None:
-        self.glue("glue", name, trunk, "--tasks", ",".join(TUNED), "--data", self.output / "glue-data", *TUNING)
+            model, output = (self.output / f"{kind}-{trunk}" / name for kind in ("branches", "blimp"))
+            flags = ["--tasks", "blimp", "--data", args.blimp, "--limit-pairs", args.pairs]
+            self.run(f"blimp-{trunk}-{name}", "glue/run.py", "--model", model, "--output", output, *flags)
 
     def report(self) -> None:
         """Print the table and write it."""
@@ -187,17 +154,12 @@ class Screen:
             values["flops"] = summary["training_flops"] + summary["scoring_flops"]
             deciles = summary["eval_loss_by_entropy_decile"] or []
             values |= {f"decile_{number}": loss for number, loss in enumerate(deciles, 1)}
-            for kind in ("blimp", "glue"):
-                if getattr(self.args, kind):
-                    values[kind] = mean_score(self.output / f"{kind}-{trunk}" / name)
+            if self.args.blimp:
+                result = self.output / f"blimp-{trunk}" / name / "blimp.json"
+                values["blimp"] = json.loads(result.read_text())["score"]
             for measure, value in values.items():
                 row.setdefault(measure, {})[trunk] = value
         return row
-
-
-def mean_score(directory: Path) -> float:
-    """Mean of the scores in a directory of glue/run.py, in percent."""
-    return float(np.mean([json.loads(file.read_text())["score"] for file in sorted(directory.glob("*.json"))]))
 
 
 def table(rows: dict[str, Row]) -> str:
