@@ -105,11 +105,10 @@ def own_tasks(texts: list[str]) -> list[Task]:
         if name in tasks or name in ("glue", *TASKS, *metrics.AVERAGES):
             raise UsageError(f"--task-file {text}: there is another task or average {name}; choose another name")
         scores = tuple(dict.fromkeys(named[0].split("+"))) if named else ()
-        if not any(set(scores) <= set(kind) for kind in (metrics.OF_CLASSES, metrics.OF_NUMBERS)):
-            kinds = [", ".join(kind) for kind in (metrics.OF_CLASSES, metrics.OF_NUMBERS)]
-            raise UsageError(
-                f"--task-file {text}: {named[0]} is no metric; use {kinds[0]} for classes, or {kinds[1]} for numbers"
-            )
+        kinds = (metrics.OF_CLASSES, metrics.OF_NUMBERS)
+        if not any(set(scores) <= set(kind) for kind in kinds):
+            known = "{} for classes, or {} for numbers".format(*map(", ".join, kinds))
+            raise UsageError(f"--task-file {text}: {named[0]} is no metric; use {known}")
         tasks[name] = Task(name, (), (), scores, files=(Path(train), Path(dev)))
     return list(tasks.values())
 
@@ -119,11 +118,10 @@ def named_models(texts: list[str]) -> dict[str, str]:
     models: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        has_name = bool(equals) and "/" not in name and not Path(text).exists()
-        if has_name and not (name and path):
-            raise UsageError(f"--model {text} is not NAME=MODEL, such as random=runs/random")
-        if not has_name:
+        if not equals or "/" in name or Path(text).exists():
             name, path = (Path(text).absolute().name if len(texts) > 1 else ""), text
+        elif not (name and path):
+            raise UsageError(f"--model {text} is not NAME=MODEL, such as random=runs/random")
         if name in models:
             raise UsageError(f"two models have the name {name}; give them names, as in --model a=PATH b=PATH")
         models[name] = path

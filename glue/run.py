@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tune models on GLUE or on tasks of your own, or score minimal pairs without fine-tuning.
 
-There is one result file per task, seed and model. Minimal pairs (BLiMP, or pairs made from docstrings, which need no
-data) have one result file per model, for any seeds.
+There is one result file per task, seed and model; of minimal pairs one per model, for any seeds.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
@@ -104,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         print_results(model.output, [read_result(file) for file in done])
     if failures:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MAX_NAMED])
-        more = f"; and {len(failures) - MAX_NAMED} more" if len(failures) > MAX_NAMED else ""
-        raise RunError(f"{len(failures)} of {len(todo)} failed: {named}{more}; the same command tries them again")
+        named += f"; and {len(failures) - MAX_NAMED} more" if len(failures) > MAX_NAMED else ""
+        raise RunError(f"{len(failures)} of {len(todo)} failed: {named}; the same command tries them again")
 
 
 def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
@@ -236,9 +235,9 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
         lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
     for name, own in data.items():
         if isinstance(own, TaskData) and own.task.files:
-            kind = f"{len(own.task.labels)} classes" if own.task.labels else "a regression"
-            names = f" ({', '.join(own.task.labels[:MAX_NAMED])}{', …' * (len(own.task.labels) > MAX_NAMED)})"
-            lines.append(f"{name}: {kind}{names * bool(own.task.labels)}, by {' and '.join(own.task.metrics)}")
+            classes = ", ".join(own.task.labels[:MAX_NAMED]) + ", …" * (len(own.task.labels) > MAX_NAMED)
+            kind = f"{len(own.task.labels)} classes ({classes})" if classes else "a regression"
+            lines.append(f"{name}: {kind}, by {' and '.join(own.task.metrics)}")
         if isinstance(own, TaskData) and own.overlap:
             rows = sum(map(len, own.evaluations.values()))
             lines.append(

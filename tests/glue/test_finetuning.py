@@ -140,6 +140,10 @@ def test_the_grid_is_told_and_every_raw_metric_kept(
     flags = ["--model", work / "teacher", "--tasks", "mrpc", "--data", data, "--protocol", "bert-grid"]
     (result,) = glue_here(tmp_path, *flags, "--max-length", 16).values()
     assert "bert-grid: a grid of 8 settings; each trial reports the setting with the best" in capfd.readouterr().err
+    assert {(tried["learning_rate"], tried["epochs"]) for tried in result["grid"]} == {
+        (rate, epochs) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)
+    }
+    assert result["score"] == max(tried["score"] for tried in result["grid"])
     assert len(result["grid"]) == 8 and all(set(tried["metrics"]) == {"accuracy", "f1"} for tried in result["grid"])
     first = next(tried for tried in result["grid"] if tried["score"] == result["score"])
     assert {name: first[name] for name in result["settings"]} == result["settings"]

@@ -76,7 +76,7 @@ def test_all_nine_tasks(results: Path, data: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("task", ["sst2", "stsb", "mnli"])
+@pytest.mark.parametrize("task", ["stsb", "mnli"])
 def test_a_task_that_can_be_learned_is_learned(work: Path, words: list[str], tmp_path: Path, task: str) -> None:
     write_rows(make_rows(GLUE[task], words, 512, 1), tmp_path / "data" / task / "train.jsonl")
     for suffix in GLUE[task].evaluations:
@@ -127,15 +127,6 @@ def test_a_killed_run_goes_on(work: Path, data: Path, results: Path, tmp_path: P
     whole = read(results)
     for name, result in read(tmp_path).items():
         assert {**result, "seconds": 0} == {**whole[name], "seconds": 0}
-
-
-def test_grid_takes_the_best_of_the_dev_scores(work: Path, data: Path, tmp_path: Path) -> None:
-    flags = ["--tasks", "wnli", "--data", data, "--protocol", "bert-grid", "--max-length", 16]
-    (result,) = glue_here(work / "teacher", tmp_path, *flags).values()
-    assert {(tried["learning_rate"], tried["epochs"]) for tried in result["grid"]} == {
-        (rate, epochs) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)
-    }
-    assert result["score"] == max(tried["score"] for tried in result["grid"])
 
 
 def test_limits_of_a_protocol_and_of_the_user(work: Path, words: list[str], tmp_path: Path) -> None:
