@@ -108,11 +108,11 @@ def break_even(table: Comparison) -> dict[str, Figure]:
 
 
 def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
-    """Curves of the held-out loss by heading; none unless all runs logged it on the same text."""
-    histories = {name: [history(run) for run in runs] for name, runs in summaries.items()}
+    """Curves of the held-out loss by heading, of the runs that logged it; none if their texts differ."""
+    histories = {name: [frame for run in runs if len(frame := history(run)) > 1] for name, runs in summaries.items()}
     every = [frame for frames in histories.values() for frame in frames]
     texts = {evaluated_on(run) for runs in summaries.values() for run in runs}
-    if len(texts) != 1 or any(len(frame) < 2 for frame in every):
+    if not every or len(texts) > 1:
         return {}
     lasts = [frame["step"][-1] for frame in every]
     waits = {name: (cost or {}).get("scoring_seconds") or 0.0 for name, cost in table["training"].items()}

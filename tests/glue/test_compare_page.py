@@ -113,6 +113,9 @@ def test_curves_show_the_losses_of_every_seed_and_their_means(tmp_path: Path) ->
     assert sorted(line.get_alpha() or 1 for line in axes.lines) == [0.35] * 4 + [1, 1], "seeds are faint, means are not"
     for line in axes.lines:
         assert list(zip(*line.get_data(), strict=True)) == [(step * 1.5, 9 / step) for step in (1, 2, 3)]
+    untrained = write_results(tmp_path / "untrained", {"rte": {1: 0.6}}, summary("random", 1, history=[]))
+    compare_here(tmp_path / "more", *names, f"untrained={untrained}")
+    assert "held-out loss at equal seconds" in (tmp_path / "more" / "page.html").read_text(), "it has no curve"
 
 
 def test_curves_of_a_longer_run_begin_where_the_others_do(tmp_path: Path) -> None:
