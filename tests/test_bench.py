@@ -65,10 +65,11 @@ def test_training(scored: Path) -> None:
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
-class Finder:
-    def find_spec(name, path=None, target=None):
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         hidden = name.partition(".")[0] in ("ray", "datasets", "matplotlib", "polars")
-        return None if hidden else PathFinder.find_spec(name, path, target)
+        return None if hidden else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
