@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,39 +45,14 @@ def measure_in_child(*flags: object) -> Any:
     return json.loads(run_script(*sys.argv, *flags).splitlines()[-1])
 
 
-class Commands:
-    """Runs scripts of this project, several at once: lines of ``output/commands.sh``, with logs in ``output/logs``."""
-
-    def __init__(self, output: Path) -> None:
-        self.output, self.stopped = output, False
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.lock = threading.Lock()
-
-    def run(self, name: str, script: str, *flags: object) -> None:
-        """Run a script, which skips what is done, to its end. For any thread. Raises RunError if it fails."""
-        command = [sys.executable, script, *map(str, flags)]
-        line = f"python {shlex.join(command[1:])}"
-        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
-        log = self.output / "logs" / f"{name}.log"
-        log.parent.mkdir(exist_ok=True)
-        with self.lock, open(log, "a") as file, open(self.output / "commands.sh", "a+") as commands:
-            if self.stopped:
-                raise RunError(f"{name} was not started, because another command failed or was interrupted")
-            commands.seek(0)
-            if line not in commands.read().splitlines():
-                commands.write(f"{line}\n")
-            process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file)
-            self.running.add(process)
-        code = process.wait()
-        self.running.discard(process)
-        if code:
-            raise RunError(f"{name} failed with exit code {code}; see {log}")
-
-    def stop(self) -> None:
-        """End all that is running, which has saved its work or does so now, and start nothing more."""
-        with self.lock:
-            self.stopped = True
-            running = list(self.running)
-        for process in running:
-            process.terminate()
-            process.wait()
+def run_logged(output: Path, name: str, script: str, *flags: object) -> None:
+    """Run a script of this project to its end, with its log in ``output/logs``. Raises RunError if it fails."""
+    command = [sys.executable, script, *map(str, flags)]
+    print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+    log = output / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        print(f"python {shlex.join(command[1:])}", file=file, flush=True)
+        code = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=file, stderr=file).returncode
+    if code:
+        raise RunError(f"{name} failed with exit code {code}; see {log}")

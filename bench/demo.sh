@@ -51,6 +51,6 @@ Done in $SECONDS s. What was produced, under $out/:
   scored/                 shards of tokens, entropies and top-k log-probabilities (try polars.read_parquet)
   entropy.html            text coloured by entropy, with the masks: open it in a browser
   random/ parquet/ …      the students; each loads with AutoModelForMaskedLM and has a summary.json
-  comparison/             page.html, table.md, table.json, table.csv and chart.png: the students side by side
+  comparison/             page.html, table.md, table.json and table.csv: the students side by side
 A run this small shows the machinery. It proves nothing about quality.
 EOF

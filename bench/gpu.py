@@ -52,8 +52,8 @@ from train.trainer import MaskedLMTrainer
 SECONDS = 520.0  # of all parts
 SAVE_STEPS, STEPS = 10, 30  # of the run that is killed
 SPECIAL = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
-# the first warms the process up; of the others the most wanted come first
-CONTESTANTS = ["random", "random", "parquet_kd", "self", "parquet", "random_kd", "self_kd", "stock", "muon"]
+# the most wanted come first
+CONTESTANTS = ["random", "parquet_kd", "self", "parquet", "random_kd", "self_kd", "stock", "muon"]
 POLICIES = (
     MaskPolicy.random(),
     MaskPolicy(),
@@ -127,8 +127,8 @@ def parts(name: str, work: Path) -> dict[str, tuple[float, list[object]]]:
     own = [__file__, "--size", name, "--work", work, "--part"]
     common = ["--teacher", work / "teacher", "--dtype", size.dtype, "--batch-tokens", size.batch_tokens]
     score = [ROOT / "pipeline" / "score.py", *common, "--corpus", work / "text.jsonl", "--backend", "local"]
-    scoring = [ROOT / "bench" / "scoring.py", *common, "--scan", shards, "--tokens", size.tokens, "--rounds", 3]
-    training = [ROOT / "bench" / "training.py", "--shards", shards, "--dtype", size.dtype, "--one-process"]
+    scoring = [ROOT / "bench" / "scoring.py", *common, "--shards", shards, "--tokens", size.tokens, "--rounds", 3]
+    training = [ROOT / "bench" / "training.py", "--shards", shards, "--dtype", size.dtype, "--rounds", 1]
     training += ["--steps", size.steps, "--contestants", *CONTESTANTS]
     students = {model: [*training, "--model", model, "--batch", batch] for model, batch in size.students.items()}
     return {

@@ -1,36 +1,9 @@
-"""The screen as data: its sizes, and its rows as flags of train/run.py."""
+"""The rows of the screen as flags of train/run.py."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-LENGTH = 128  # tokens of a sequence
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a screen is."""
-
-    student: str  # a preset of train/run.py, as the reference
-    reference: str
-    vocab_size: int  # of the tokenizer
-    reference_steps: int
-    trunk_steps: int
-    branch_steps: int
-    scratch_steps: int
-    batch: int  # sequences of a step
-    branch_documents: int  # that the reference scores and the branches read; trunks read the others
-    pairs: int  # of each phenomenon of BLiMP
-    train_rows: int  # of each task of GLUE, as the dev rows
-    dev_rows: int
-
-
-SIZES = {
-    "trial": Size("tiny", "tiny", 128, 4, 4, 4, 4, 4, 40, 1, 32, 16),  # shows that the screen runs, no more
-    "tiny": Size("tiny", "mini", 8192, 3200, 1500, 400, 732, 32, 850, 100, 4000, 2000),
-    "mini": Size("mini", "small", 8192, 6400, 1500, 400, 732, 32, 850, 100, 4000, 2000),
-}
 
 
 @dataclass(frozen=True)

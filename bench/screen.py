@@ -1,58 +1,52 @@
 #!/usr/bin/env python3
 """Which masking recipe helps: short paired runs from common trunks, and a table of their differences.
 
-    python bench/screen.py --articles articles.parquet --held-out ids.txt --output runs/screen
-    python bench/screen.py … --size mini --rows random,parquet,self --trunks 5 --blimp DATA --glue GLUE
+    python bench/screen.py --shards runs/scored --eval-shards runs/heldout --output runs/screen
+    python bench/screen.py … --student mini --rows random,parquet,self --trunks 5 --blimp DATA
 
 A trunk is a student trained with random masks at a constant learning rate. From each trunk every recipe
 (bench/recipes.py) goes on for some steps while the rate falls to 0, on the same data in the same order. A row of the
 table is the mean over trunks of (recipe - baseline), with its 95 % interval by the paired t. Baselines mask at random.
 One row reads shuffled scores: if it differs from random by more than its interval, suspect the screen.
 
-Every step is a command of this project (OUTPUT/commands.sh, OUTPUT/logs). The same line skips what is done, so it
-resumes a screen. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
+Every run is a command of this project, the first line of its log in OUTPUT/logs. The same line skips what is done, so
+it resumes a screen. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import polars as pl
 
-from bench.commands import Commands, new_parser
-from bench.recipes import LENGTH, RECIPES, ROWS, SIZES
+from bench.commands import new_parser, run_logged
+from bench.recipes import RECIPES, ROWS
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
-from entropy_masking.errors import UsageError, one_line
-from entropy_masking.models.checkpoints import local_checkpoint
-from glue.files import find_file, read_file
+from entropy_masking.errors import UsageError
+from glue.files import find_file
 from glue.intervals import estimate
 from glue.tables import difference, markdown
-from glue.tasks import TASKS
 from train.arguments import LEARNING_RATES
 from train.flags import MUON
 
-TUNED = {"sst2": "", "qqp": "", "mnli_matched": "_matched", "qnli": ""}  # with the ending of their dev file
-COMMON_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)  # of trunks and of the reference
-RATES = (1e-4, 3e-4, 1e-3)  # learning rates of fine-tuning; the baseline's first trunk chooses one
+TRUNK_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)
 COLUMNS = {  # heading of the table: measures whose mean it shows
     "all tokens": ["loss"],
     "easiest 10 %": ["decile_1"],
     "hardest 10 %": ["decile_10"],
     "hardest 30 %": ["decile_8", "decile_9", "decile_10"],
     "BLiMP": ["blimp"],
-    "GLUE": ["glue"],
 }
 
 Row = dict[str, dict[int, float]]  # measures of a recipe, by trunk
@@ -63,36 +57,34 @@ def main() -> None:
     screen = Screen(args)
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        screen.split_articles()
-        screen.prepare()
+        if any(RECIPES[name].shuffled for name in args.rows):
+            shuffle_scores(args.shards, str(screen.output / "shuffled"))
         if not all(RECIPES[name].scratch for name in args.rows):
             list(pool.map(screen.train_trunk, range(1, args.trunks + 1)))
         runs = [(name, trunk) for trunk in range(1, args.trunks + 1) for name in args.rows]
         list(pool.map(lambda run: screen.train_and_test(*run), runs))
-        if args.glue:
-            screen.split_tasks()
-            rate = screen.choose_rate()
-            list(pool.map(lambda run: screen.tune(*run, rate=rate), runs))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        screen.commands.stop()
+    finally:  # what is running ends
+        pool.shutdown(cancel_futures=True)
     screen.report()
 
 
 def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--articles", required=True, help="Parquet file of the texts, with the columns id and text")
-    add("--held-out", required=True, help="file with the ids of the held-out articles, one per line")
+    add("--shards", required=True, help="scored shards, which the branches read")
+    add("--eval-shards", required=True, help="scored shards of held-out text, for the losses")
+    add("--trunk-shards", help="shards that the trunks read (default: --shards)")
     add("--output", required=True, help="directory for all results")
-    add("--size", choices=SIZES, default="tiny", help="(default: tiny)")
+    add("--student", choices=LEARNING_RATES[MUON], default="tiny", help="preset of train/run.py (default: tiny)")
+    add("--batch", type=positive, default=32, help="sequences of a step (default: 32)")
+    add("--trunk-steps", type=positive, default=1500, help="(default: 1500)")
+    add("--branch-steps", type=positive, default=400, help="(default: 400)")
+    add("--scratch-steps", type=positive, default=732, help="of a row from random weights (default: 732)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
     add("--trunks", type=positive, default=3, help="number of trunks, each with its own seed (default: 3)")
     add("--jobs", type=positive, default=2, help="runs at once (default: 2)")
-    reference = "model with the screen's tokenizer that scores the text (default: one is trained on the same articles)"
-    add("--reference", help=reference)
     add("--blimp", help="directory with blimp/blimp.parquet: zero-shot accuracy of every run")
-    add("--glue", help=f"directory of GLUE tasks: fine-tune every run on some training rows of {', '.join(TUNED)}")
+    add("--pairs", type=positive, default=100, help="of each phenomenon of BLiMP (default: 100)")
     args = parser.parse_args()
     args.rows = list(dict.fromkeys(args.rows.split(",")))
     if unknown := [name for name in args.rows if name not in RECIPES]:
@@ -100,143 +92,57 @@ def parse() -> argparse.Namespace:
     for name in list(args.rows):
         while (name := RECIPES[name].baseline) not in args.rows:
             args.rows.insert(0, name)
-    check_paths(args)
+    # absolute, because commands run in another directory
+    args.trunk_shards = args.trunk_shards or args.shards
+    for name in ("shards", "eval_shards", "trunk_shards", "output", "blimp"):
+        if value := getattr(args, name):
+            setattr(args, name, storage.absolute(value))
+    if args.blimp:
+        find_file(Path(args.blimp, "blimp"), "blimp")
     return args
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """Make the paths absolute, because commands run in another directory. Raises UsageError for a wrong one."""
-    if args.reference:
-        args.reference = local_checkpoint(args.reference)
-    if args.blimp:
-        args.blimp = Path(args.blimp).absolute()
-        find_file(args.blimp / "blimp", "blimp")
-    if args.glue:
-        args.glue = Path(args.glue).absolute()
-        for name in TUNED:
-            training_file(args.glue, name)
-
-
-def training_file(data: Path, name: str) -> Path:
-    """The training rows of a task. Raises UsageError if there is no such file."""
-    return find_file(data / TASKS[name].directory, "train", "train_subset")
-
-
 class Screen:
-    """The steps of a screen, in their order."""
+    """The runs of a screen, in their order."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.size = args, SIZES[args.size]
-        self.output = Path(args.output).absolute()
-        self.commands = Commands(self.output)
-
-    def split_articles(self) -> None:
-        """Write the texts of each part. Raises UsageError for a file that cannot be read, or lacks ids or articles."""
-        try:
-            articles = pl.read_parquet(self.args.articles, glob=False, columns=["id", "text"]).cast({"id": pl.String})
-            held_out = Path(self.args.held_out).read_text().split()
-        except (OSError, UnicodeError, pl.exceptions.PolarsError) as error:
-            raise UsageError(f"--articles or --held-out cannot be read: {one_line(error)}") from None
-        if missing := sorted(set(held_out) - set(articles["id"])):
-            raise UsageError(f"--held-out names {missing[0]!r}, which is not an id in --articles")
-        training = articles.filter(~pl.col("id").is_in(held_out))
-        first = self.size.branch_documents
-        if not held_out or len(training) <= first:
-            raise UsageError(f"--held-out must name at least one article and leave more than {first} for training")
-        parts = {"heldout": articles.filter(pl.col("id").is_in(held_out)), "articles": training}
-        parts |= {"branches": training[:first], "trunks": training[first:]}
-        for name, part in parts.items():
-            path, text = self.output / f"{name}.jsonl", part.write_ndjson()
-            if not path.exists():
-                storage.write_bytes(str(path), text.encode())
-            elif path.read_text(encoding="utf-8") != text:
-                raise UsageError(f"{path} was made from other articles or ids; use another --output")
-
-    def prepare(self) -> None:
-        """Tokenizer, tokens, the reference and its scores."""
-        of, run = self.output.joinpath, self.commands.run
-        vocabulary = ("--vocab-size", self.size.vocab_size, "--output", of("tokenizer"))
-        uncased = ("--lowercase", "--strip-accents")  # as for the results in docs/RECIPES.md
-        run("tokenizer", "pipeline/tokenizer.py", "--corpus", of("articles.jsonl"), *uncased, *vocabulary)
-        score = ("pipeline/score.py", "--backend", "local", "--cpus-per-worker", 1, "--sequence-length", LENGTH)
-        score += ("--shard-tokens", 1 << 18 if self.size.vocab_size > 1000 else 1 << 12)
-        for name in ("trunks", "articles"):
-            files = ("--corpus", of(f"{name}.jsonl"), "--output", of(f"{name}-tokens"))
-            run(f"{name}-tokens", *score, *files, "--teacher", "none", "--tokenizer", of("tokenizer"))
-        reference = self.args.reference or of("reference")
-        if not self.args.reference:
-            flags = ("--shards", of("articles-tokens"), "--model", self.size.reference, "--eval-fraction", 0)
-            self.train("reference", 1, self.size.reference_steps, *flags, *COMMON_MASKS)
-        for name in ("heldout", "branches"):
-            files = ("--corpus", of(f"{name}.jsonl"), "--output", of(name))
-            run(f"{name}-scores", *score, *files, "--teacher", reference)
-        if any(RECIPES[name].shuffled for name in self.args.rows):
-            shuffle_scores(str(of("branches")), str(of("shuffled")))
+        self.args, self.output = args, Path(args.output)
+        self.run = partial(run_logged, self.output)
 
     def train(self, name: str, seed: int, steps: int, *flags: object) -> None:
         """Run train/run.py, which evaluates at the end only. A ``--seed`` in the flags wins over ``seed``."""
-        settings = ("--max-steps", steps, "--per-device-train-batch-size", self.size.batch, "--eval-strategy", "no")
+        settings = ("--max-steps", steps, "--per-device-train-batch-size", self.args.batch, "--eval-strategy", "no")
         seeds, output = ("--data-seed", seed, "--seed", seed), ("--output-dir", self.output / name)
-        self.commands.run(name.replace("/", "-"), "train/run.py", *settings, *seeds, *flags, *output)
+        self.run(name.replace("/", "-"), "train/run.py", *settings, *seeds, *flags, *output)
 
     def train_trunk(self, trunk: int) -> None:
-        shards = ("--shards", self.output / "trunks-tokens", "--eval-shards", self.output / "heldout")
-        flags = ("--model", self.size.student, "--lr-scheduler-type", "constant_with_warmup")
-        self.train(f"trunks/{trunk}", trunk, self.size.trunk_steps, *shards, *flags, *COMMON_MASKS)
+        shards = ("--shards", self.args.trunk_shards, "--eval-shards", self.args.eval_shards)
+        flags = ("--model", self.args.student, "--lr-scheduler-type", "constant_with_warmup")
+        self.train(f"trunks/{trunk}", trunk, self.args.trunk_steps, *shards, *flags, *TRUNK_MASKS)
 
     def train_and_test(self, name: str, trunk: int) -> None:
         """One recipe from one trunk, and its zero-shot accuracy."""
-        recipe, student = RECIPES[name], self.size.student
-        shards = self.output / ("shuffled" if recipe.shuffled else "branches")
-        flags = ["--shards", shards, "--eval-shards", self.output / "heldout", *recipe.flags.split()]
-        steps = self.size.branch_steps
+        recipe, args = RECIPES[name], self.args
+        shards = self.output / "shuffled" if recipe.shuffled else args.shards
+        flags = ["--shards", shards, "--eval-shards", args.eval_shards, *recipe.flags.split()]
         if recipe.scratch:
-            flags += ["--model", f"bert-{student}" if recipe.bert else student]
-            steps = self.size.scratch_steps
+            flags += ["--model", f"bert-{args.student}" if recipe.bert else args.student]
         else:  # a model by path would get AdamW's defaults
             flags += ["--model", self.output / "trunks" / str(trunk), "--optim", MUON]
-            flags += ["--learning-rate", LEARNING_RATES[MUON][student], "--warmup-steps", 0.05]
+            flags += ["--learning-rate", LEARNING_RATES[MUON][args.student], "--warmup-steps", 0.05]
+        steps = args.scratch_steps if recipe.scratch else args.branch_steps
         self.train(f"branches-{trunk}/{name}", trunk, steps, *flags, "--save-strategy", "no")
-        if self.args.blimp:
-            blimp = ("--tasks", "blimp", "--data", self.args.blimp, "--limit-pairs", self.size.pairs)
-            self.glue("blimp", name, trunk, *blimp)
-
-    def glue(self, kind: str, name: str, trunk: int, *flags: object) -> None:
-        model, output = self.output / f"branches-{trunk}" / name, self.output / f"{kind}-{trunk}" / name
-        self.commands.run(f"{kind}-{trunk}-{name}", "glue/run.py", "--model", model, *flags, "--output", output)
-
-    def split_tasks(self) -> None:
-        """Split the training rows into training and dev rows, so that the real dev rows stay unseen."""
-        for name, ending in TUNED.items():
-            task, wanted = TASKS[name], self.size.train_rows + self.size.dev_rows
-            directory = self.output / "glue-data" / task.directory
-            if (directory / f"dev{ending}.parquet").exists():
-                continue
-            rows = read_file(training_file(self.args.glue, name))
-            rows = rows.sample(min(wanted, len(rows)), shuffle=True, seed=0)
-            # the dev rows come last, because they mark the task as done
-            for part, own in (("train", rows[self.size.dev_rows :]), (f"dev{ending}", rows[: self.size.dev_rows])):
-                own.write_parquet(buffer := io.BytesIO())
-                storage.write_bytes(str(directory / f"{part}.parquet"), buffer.getvalue())
-
-    def choose_rate(self) -> float:
-        """The learning rate of fine-tuning that is best for the baseline's first trunk."""
-        baseline = RECIPES[self.args.rows[0]].baseline
-        for rate in RATES:
-            self.tune(baseline, 1, rate, f"rate-{rate:g}")
-        return max(RATES, key=lambda rate: mean_score(self.output / f"rate-{rate:g}-1" / baseline))
-
-    def tune(self, name: str, trunk: int, rate: float, kind: str = "glue") -> None:
-        data = ("--data", self.output / "glue-data", "--drop-overlap")
-        self.glue(kind, name, trunk, "--tasks", ",".join(TUNED), *data, "--learning-rate", rate, "--epochs", 3)
+        if args.blimp:
+            model, output = (self.output / f"{kind}-{trunk}" / name for kind in ("branches", "blimp"))
+            flags = ["--tasks", "blimp", "--data", args.blimp, "--limit-pairs", args.pairs]
+            self.run(f"blimp-{trunk}-{name}", "glue/run.py", "--model", model, "--output", output, *flags)
 
     def report(self) -> None:
         """Print the table and write it."""
         rows = {name: self.row(name) for name in self.args.rows}
         text = table(rows)
         (self.output / "table.md").write_text(text, encoding="utf-8")
-        settings = {"size": asdict(self.size), "trunks": self.args.trunks}
-        report = {"settings": settings, "recipes": {name: RECIPES[name].flags for name in rows}, "rows": rows}
+        report = {"settings": vars(self.args), "recipes": {name: RECIPES[name].flags for name in rows}, "rows": rows}
         storage.write_json(str(self.output / "table.json"), report)
         print(f"{text}\n{json.dumps(report)}")
 
@@ -248,17 +154,12 @@ class Screen:
             values["flops"] = summary["training_flops"] + summary["scoring_flops"]
             deciles = summary["eval_loss_by_entropy_decile"] or []
             values |= {f"decile_{number}": loss for number, loss in enumerate(deciles, 1)}
-            for kind in ("blimp", "glue"):
-                if getattr(self.args, kind):
-                    values[kind] = mean_score(self.output / f"{kind}-{trunk}" / name)
+            if self.args.blimp:
+                result = self.output / f"blimp-{trunk}" / name / "blimp.json"
+                values["blimp"] = json.loads(result.read_text())["score"]
             for measure, value in values.items():
                 row.setdefault(measure, {})[trunk] = value
         return row
-
-
-def mean_score(directory: Path) -> float:
-    """Mean of the scores in a directory of glue/run.py, in percent."""
-    return float(np.mean([json.loads(file.read_text())["score"] for file in sorted(directory.glob("*.json"))]))
 
 
 def table(rows: dict[str, Row]) -> str:

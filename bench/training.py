@@ -3,24 +3,19 @@
 
     python bench/training.py --shards runs/scored
 
-The shards need entropies and top-k log-probabilities. Every contestant trains the same model on the same shards in a
-process of its own, with one dtype, number of threads and malloc. Each runs beside `random`, and a ratio compares the
-two; on a GPU they run one after the other. Prints a table with the budgets, and as the last line the same as one JSON
-object. With --one-process all train in this process, and both are printed after each contestant.
+The shards need entropies and top-k log-probabilities. Every contestant trains the same model on the same shards, with
+one dtype, number of threads and malloc, in turns in one process; a ratio compares it with `random` in the same round.
+Prints a JSON object after each contestant, at the end a table with the budgets, and the same as one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import itertools
-import json
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +27,12 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 import train.run
-from bench.commands import keep_buffers, measure_in_child, new_parser
+from bench.commands import keep_buffers, new_parser
 from bench.recipes import AT_ONCE
-from bench.table import GOAL, Row, device_name, now, peak_bytes, peak_flops, print_table, reset_peak, row
+from bench.table import GOAL, Row, device_name, now, peak_bytes, peak_flops, print_table, reset_peak, row, to_json
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
-from entropy_masking.errors import one_line
+from entropy_masking.errors import RunError, one_line
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.models.flops import forward_flops, training_flops
@@ -68,50 +63,36 @@ TRAINING_STEP = Trainer.training_step
 def main() -> None:
     args = parse()
     keep_buffers()
-    if args.child:
-        print(json.dumps(train_once(args.child, args)))
-        return
-    settings = {name: value for name, value in vars(args).items() if name != "child"}
-    settings |= {"device": device_name(), "failed": {}}
-    if args.one_process:
-        return in_one_process(args, settings)
-    # at the same time, so that other work on the machine slows both; a GPU has room for one
-    pool = ThreadPoolExecutor(1 if torch.cuda.is_available() else 2)
+    settings = vars(args) | {"device": device_name(), "failed": {}}
+    flops, tokens = size_of_step(args)
+    seconds: dict[str, dict[int, float]] = {}  # by contestant and round
     rows: dict[str, Row] = {}
-    for name in [name for name in args.contestants if name != "random"]:
-        pair = "random", name
-        rounds = [list(pool.map(functools.partial(measure_in_child, "--child"), pair)) for _ in range(args.rounds)]
-        random, results = zip(*rounds, strict=True)
-        rows |= rows_of("random", random, random, args) | rows_of(name, results, random, args)
-    print_table(rows, settings)
-
-
-def in_one_process(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Train each contestant once, and print the table after each."""
-    results: dict[str, dict[str, Any]] = {}
-    rows: dict[str, Row] = {}
-    for name in args.contestants:
+    rounds = [(number, name) for number in range(args.rounds) for name in args.contestants]
+    for number, name in [(0, "random"), *rounds]:  # the first warms the process up; its result is replaced
         torch.compiler.reset()  # else a new model counts as a recompilation of the previous one
         reset_peak()
         try:
-            results[name] = train_once(name, args)
-            rows |= rows_of(name, [results[name]], [results.get("random", results[name])], args)
+            seconds.setdefault(name, {})[number] = train_once(name, args)
+            rows |= rows_of(name, seconds, flops, tokens, args)
         except RuntimeError as error:  # such as a lack of memory; the others may fit
+            if name == "random":
+                raise RunError(f"training with random masks failed: {one_line(error)}") from None
             settings["failed"][name] = one_line(error)
-        print_table(rows, settings)
+        print(to_json(rows, settings), flush=True)
+    print_table(rows, settings)
 
 
 def rows_of(
-    name: str, results: Sequence[dict[str, Any]], random: Sequence[dict[str, Any]], args: argparse.Namespace
+    name: str, times: dict[str, dict[int, float]], flops: int, tokens: int, args: argparse.Namespace
 ) -> dict[str, Row]:
     """The rounds of a contestant, and its time beside that of ``random`` in the same rounds."""
-    seconds, beside = (np.array([result["seconds"] for result in own]) for own in (results, random))
-    flops, peak = results[0]["flops"], peak_flops(args.dtype)
-    rows = {name: row(results[0]["tokens"] / seconds, "tokens/s")}
-    rows[f"{name}_peak_memory"] = row(results[0]["peak_bytes"] / 2**20, "MiB")
+    seconds, beside = (np.array([times[own][number] for number in times[name]]) for own in (name, "random"))
+    rows = {name: row(tokens / seconds, "tokens/s")}
+    if torch.cuda.is_available():
+        rows[f"{name}_peak_memory"] = row(peak_bytes() / 2**20, "MiB")
     if name not in UNCOUNTED:
         rows[f"{name}_flops"] = row(flops, "FLOPs a step")
-        if peak:
+        if peak := peak_flops(args.dtype):
             goal = GOAL if args.model == "base" else None
             rows[f"{name}_share_of_peak"] = row(flops / seconds / peak, "of the peak", at_least=goal)
     if name != "random":
@@ -133,16 +114,24 @@ def parse() -> argparse.Namespace:
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of every contestant's autocast")
     add("--torch-compile", action="store_true", help="compile the model of every contestant")
     names = list(CONTESTANTS)
-    add("--contestants", nargs="+", choices=names, default=names, help="which to train, random first (default: all)")
-    add("--one-process", action="store_true", help="train all in this process, one round: takes less time")
-    add("--child", help=argparse.SUPPRESS)
+    add("--contestants", nargs="+", choices=names, default=names, help="which to train beside random (default: all)")
     args = parser.parse_args()
+    args.contestants = list(dict.fromkeys(["random", *args.contestants]))
     args.dtype = resolve_dtype(args.dtype)
     return args
 
 
-def train_once(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train some steps: seconds, tokens and FLOPs of a step, and the peak of memory in bytes."""
+def size_of_step(args: argparse.Namespace) -> tuple[int, int]:
+    """FLOPs and tokens of a step."""
+    manifest = read_manifest(args.shards)
+    length = manifest.sequence_length
+    encoder, head = forward_flops(build_student(args.model, manifest, seed=0).masked_lm, length)
+    predicted = MaskPolicy().max_masked(length)
+    return training_flops(encoder, head, sequences=args.batch, predicted=predicted), args.batch * length
+
+
+def train_once(name: str, args: argparse.Namespace) -> float:
+    """Train some steps: seconds of a step."""
     torch.set_num_threads(args.threads)
     times = clock(args.steps)
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
@@ -153,21 +142,7 @@ def train_once(name: str, args: argparse.Namespace) -> dict[str, Any]:
         flags += ["--bf16", args.dtype == "bfloat16"] + ["--torch-compile"] * args.torch_compile
         line = [str(flag) for flag in flags] + CONTESTANTS[name].split()
         train_stock(line) if name == "stock" else train.run.main(line)
-    length = read_manifest(args.shards).sequence_length
-    return {
-        "seconds": (times[1] - times[0]) / args.steps,
-        "tokens": args.batch * length,
-        "peak_bytes": peak_bytes(),
-        "flops": step_flops(args.shards, args.model, args.batch),
-    }
-
-
-@functools.cache
-def step_flops(shards: str, model: str, batch: int) -> int:
-    manifest = read_manifest(shards)
-    length = manifest.sequence_length
-    encoder, head = forward_flops(build_student(model, manifest, seed=0).masked_lm, length)
-    return training_flops(encoder, head, sequences=batch, predicted=MaskPolicy().max_masked(length))
+    return (times[1] - times[0]) / args.steps
 
 
 def train_stock(line: list[str]) -> None:

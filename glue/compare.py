@@ -6,8 +6,8 @@ python glue/compare.py random=runs/glue/random-1,runs/glue/random-2 self=runs/gl
     --baseline random --average local6 --output runs/comparison
 
 A directory holds the results of one pretrained model (glue/run.py). Directories of one name are pretraining seeds of a
-regime, and each is paired with the same seed of the baseline. Writes table.md, table.json, table.csv, page.html and
-chart.png. Refuses results of different settings or data.
+regime, and each is paired with the same seed of the baseline. Writes table.md, table.json, table.csv and page.html.
+Refuses results of different settings or data.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import break_evens, cost
 from glue.intervals import Scores, estimate, paired_difference, seed_means
-from glue.metrics import AVERAGES, IncompleteAverage, average, averages_by_seed, tasks_of
+from glue.metrics import AVERAGES, IncompleteAverage, averages_by_seed, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
 from glue.tasks import TASKS, ZERO_SHOT
-from glue.verdict import Comparison, Estimates, weak_teachers
+from glue.verdict import Comparison, Estimates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> None:
         "table.md": markdown.encode(),
         "table.csv": tables.to_csv(table).encode(),
         "page.html": report.page(table, summaries_of(regimes)).encode(),
-        "chart.png": report.chart(table),
     }
     storage.write_json(storage.join(args.output, "table.json"), table)
     for name, data in files.items():
@@ -64,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--output", required=True, help="directory of the comparison")
     add("--baseline", metavar="NAME", help="the regime to compare the others with (default: the first)")
-    required = "average that must be computed, or the command fails; the first is plotted"
+    required = "average that must be computed, or the command fails; the verdict uses the first"
     add("--average", action="append", choices=AVERAGES, default=[], help=required)
     add("--teacher", metavar="MODEL", help="the teacher, trained by train/run.py: adds its training to the costs")
     args = parser.parse_args(argv)
@@ -143,7 +142,6 @@ def compare(regimes: Regimes, baseline: str, required: list[str], teacher: Summa
                 row["with_teacher_flops"] = row["total_flops"] + flops
             row["eval_loss"] = (table["eval_loss"] or {}).get(name, {}).get("mean")
     table["break_even"] = break_evens(table["training"])
-    table["weak_teachers"] = weak_teachers(summaries, teacher)
     return table
 
 
@@ -160,10 +158,7 @@ def scores(task: str, run: Run) -> dict[int, float]:
 def averages(name: str, run: Run) -> dict[int, float]:
     """A named average of one model, by the fine-tuning seeds that all of its tasks have. Raises IncompleteAverage."""
     metrics = {task: {seed: result.metrics for seed, result in own.items()} for task, own in run.results.items()}
-    average(name, {task: next(iter(own.values())) for task, own in metrics.items()})
-    if by_seed := averages_by_seed(name, metrics):
-        return by_seed
-    raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
+    return averages_by_seed(name, metrics)
 
 
 def losses(regimes: Regimes, baseline: str) -> Estimates | None:

@@ -89,22 +89,21 @@ def tasks_of(name: str) -> list[str]:
 
 
 def average(name: str, results: Mapping[str, Mapping[str, float]]) -> float:
-    """A named average, in percent, of metrics by task. Raises IncompleteAverage."""
+    """A named average, in percent, of metrics by task."""
     parts = [part.partition(":") for part in AVERAGES[name]]
-    missing = [task for task in tasks_of(name) if task not in results]
-    missing = missing or [f"{task} {metric}" for task, _, metric in parts if metric and metric not in results[task]]
-    if missing:
-        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
     scores = [100 * results[task][metric] if metric else score(results[task]) for task, _, metric in parts]
     return sum(scores) / len(scores)
 
 
 def averages_by_seed(name: str, results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[int, float]:
-    """A named average, in percent, for each seed that all of its tasks have; empty if there is none.
+    """A named average, in percent, for each seed that all of its tasks have. Raises IncompleteAverage.
 
     Args:
         results: metrics by task and seed.
     """
     tasks = tasks_of(name)
-    shared = sorted(set.intersection(*(set(results.get(task, {})) for task in tasks)))
+    if missing := [task for task in tasks if task not in results]:
+        raise IncompleteAverage(f"the average {name} needs {', '.join(missing)}")
+    if not (shared := sorted(set.intersection(*(set(results[task]) for task in tasks)))):
+        raise IncompleteAverage(f"the average {name} needs a seed that all of its tasks share")
     return {seed: average(name, {task: results[task][seed] for task in tasks}) for seed in shared}

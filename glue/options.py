@@ -10,9 +10,9 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.flags import Parser, Rule, check_rules, positive, positive_float
 from entropy_masking.errors import UsageError
 from glue import metrics
-from glue.files import formats
+from glue.files import FORMATS
 from glue.protocols import FORMS, PROTOCOLS
-from glue.tasks import GROUPS, TASKS, ZERO_SHOT, Task, choose
+from glue.tasks import TASKS, ZERO_SHOT, Task, choose
 
 # what --help shows; --help-all shows the other flags too
 GROUPS_OF_FLAGS = {
@@ -22,12 +22,12 @@ GROUPS_OF_FLAGS = {
     "workers": "num_workers gpus_per_worker",
 }
 # flags that only change fine-tuning, each with its value if it is not given
-TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length"))
-TUNING |= {"limit_train": {}, "drop_overlap": False, "protocol": "cramming", "dtype": "auto"}
+TUNING: dict[str, object] = dict.fromkeys(("learning_rate", "epochs", "batch_size", "max_length", "limit_train"))
+TUNING |= {"drop_overlap": False, "protocol": "cramming", "dtype": "auto"}
 
 
 def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace:
-    """The flags, with ``models`` (paths by name), ``tasks``, ``seeds`` and ``limit_train`` (rows by task) parsed.
+    """The flags, with ``models`` (paths by name), ``tasks`` and ``seeds`` parsed.
 
     Raises UsageError if a flag is wrong, or flags contradict each other.
     """
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--tasks", help="comma-separated names, glue (all nine), blimp, or pairs (made from docstrings)")
     own = "a task of your own: two files with the columns text, or text_a and text_b, and label; see docs/glue.md"
     add("--task-file", action="append", default=[], metavar="NAME=TRAIN,DEV[,METRIC]", help=own)
-    add("--data", help=f"hub, or a directory with TASK/train and TASK/dev as {formats()}")
+    add("--data", help=f"hub, or a directory with TASK/train and TASK/dev as {FORMATS}")
     add("--seeds", default="1", help="comma-separated seeds (default: 1)")
     add("--protocol", choices=PROTOCOLS, default="cramming", help="settings of fine-tuning (default: cramming)")
     add("--output", required=True, help="directory of the result files; those of named models go to OUTPUT/NAME")
@@ -49,10 +49,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     add("--epochs", type=positive, help="epochs (default: those of the protocol)")
     add("--batch-size", type=positive, help="rows per batch (default: that of the protocol)")
     add("--max-length", type=positive, help="tokens of a text or pair (default: 128)")
-    add(
-        "--limit-train",
-        help="maximum number of training rows, the same rows for every seed: N, or by task as in sst2=10000,qnli=5000",
-    )
+    add("--limit-train", type=positive, help="maximum number of training rows of a task, the same for every seed")
     add(
         "--pll",
         choices=FORMS,
@@ -71,7 +68,6 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
     args.tasks = (choose(args.tasks) if args.tasks else []) + own_tasks(args.task_file)
     args.models = named_models(args.model)
     args.seeds = parse_seeds(args.seeds)
-    args.limit_train = parse_limits(args.limit_train, args.tasks)
     if args.data and all(task.name == "pairs" or task.files for task in args.tasks):
         raise UsageError("no task of this run reads --data; leave it out")
     tuned = [task.name for task in args.tasks if task.name not in ZERO_SHOT]
@@ -106,14 +102,13 @@ def own_tasks(texts: list[str]) -> list[Task]:
             raise UsageError(
                 f"--task-file {text} is not NAME=TRAIN,DEV or NAME=TRAIN,DEV,METRIC, such as mood=train.tsv,dev.tsv,f1"
             )
-        if name in tasks or name in (*TASKS, *GROUPS, *metrics.AVERAGES):
+        if name in tasks or name in ("glue", *TASKS, *metrics.AVERAGES):
             raise UsageError(f"--task-file {text}: there is another task or average {name}; choose another name")
         scores = tuple(dict.fromkeys(named[0].split("+"))) if named else ()
-        if not any(set(scores) <= set(kind) for kind in (metrics.OF_CLASSES, metrics.OF_NUMBERS)):
-            kinds = [", ".join(kind) for kind in (metrics.OF_CLASSES, metrics.OF_NUMBERS)]
-            raise UsageError(
-                f"--task-file {text}: {named[0]} is no metric; use {kinds[0]} for classes, or {kinds[1]} for numbers"
-            )
+        kinds = (metrics.OF_CLASSES, metrics.OF_NUMBERS)
+        if not any(set(scores) <= set(kind) for kind in kinds):
+            known = "{} for classes, or {} for numbers".format(*map(", ".join, kinds))
+            raise UsageError(f"--task-file {text}: {named[0]} is no metric; use {known}")
         tasks[name] = Task(name, (), (), scores, files=(Path(train), Path(dev)))
     return list(tasks.values())
 
@@ -123,11 +118,10 @@ def named_models(texts: list[str]) -> dict[str, str]:
     models: dict[str, str] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        has_name = bool(equals) and "/" not in name and not Path(text).exists()
-        if has_name and not (name and path):
-            raise UsageError(f"--model {text} is not NAME=MODEL, such as random=runs/random")
-        if not has_name:
+        if not equals or "/" in name or Path(text).exists():
             name, path = (Path(text).absolute().name if len(texts) > 1 else ""), text
+        elif not (name and path):
+            raise UsageError(f"--model {text} is not NAME=MODEL, such as random=runs/random")
         if name in models:
             raise UsageError(f"two models have the name {name}; give them names, as in --model a=PATH b=PATH")
         models[name] = path
@@ -144,17 +138,3 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {text} has a seed twice; remove one")
     return seeds
-
-
-def parse_limits(text: str | None, tasks: list[Task]) -> dict[str, int]:
-    """Training rows by task: of ``10000``, which applies to all tasks, or of ``sst2=10000,qnli=5000``."""
-    limits: dict[str, int] = {}
-    names = [task.name for task in tasks]
-    for part in text.split(",") if text else []:
-        name, equals, number = part.strip().rpartition("=")
-        if not number.isdecimal() or int(number) < 1 or (not equals and part != text):
-            raise UsageError(f"--limit-train {text} is not a number of rows such as 10000 or sst2=10000,qnli=5000")
-        if equals and (name not in names or name in ZERO_SHOT):
-            raise UsageError(f"--limit-train {text}: there is no task {name!r} to train on in --tasks; leave it out")
-        limits |= dict.fromkeys([name] if equals else names, int(number))
-    return limits

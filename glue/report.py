@@ -1,4 +1,4 @@
-"""The comparison as a page and as one PNG. Tables are in tables.py.
+"""The comparison as a page. Tables are in tables.py.
 
 ``table`` comes from ``glue.compare.compare``; ``summaries`` are the models' summaries by regime.
 """
@@ -12,7 +12,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
-from entropy_masking.commands.figures import Line, Panel, Row
+from entropy_masking.commands.figures import Line, Row
 from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import ONLINE
@@ -21,8 +21,6 @@ from glue.verdict import Comparison, Estimates, primary, verdict
 
 STUDENTS, MAX_STUDENTS = 64, 10_000  # the axis ends between these
 EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
-
-LOSSES = ("training loss", "distilled training loss")
 
 Summaries = Mapping[str, Sequence[Summary]]
 
@@ -39,20 +37,11 @@ def page(table: Comparison, summaries: Summaries) -> str:
         warnings=warnings(summaries),
         tables=tables.all_tables(table),
         differences=differences(table),
-        scores={panel.title: figures.intervals([panel]) for panel in scores(table)},
+        scores=scores(table),
         costs=costs(table),
         break_even=break_even(table),
         curves=curves(table, summaries),
     )
-
-
-def chart(table: Comparison) -> bytes:
-    """PNG of the scores of all averages and tasks."""
-    caption = (
-        f"Score (%), {table['protocol']} protocol. Bar: 95 % interval over n pretraining seeds; hollow: no interval; "
-        f"line: {table['baseline']}; dashed: best constant prediction."
-    )
-    return figures.png(figures.intervals(scores(table), caption))
 
 
 def differences(table: Comparison) -> dict[str, Figure]:
@@ -63,16 +52,17 @@ def differences(table: Comparison) -> dict[str, Figure]:
         for style, name in enumerate(table["regimes"])
         if (d := row[name]["difference"])
     ]
-    return {f"{label}, percentage points": figures.intervals([Panel(label, rows, line=0.0)])} if rows else {}
+    return {f"{label}, percentage points": figures.intervals(rows, line=0.0)} if rows else {}
 
 
-def scores(table: Comparison) -> list[Panel]:
-    """A panel for each average and task, with a line at the mean of the baseline."""
+def scores(table: Comparison) -> dict[str, Figure]:
+    """A figure for each average and task, with a line at the mean of the baseline."""
     rows = table["averages"] | {task: row["scores"] for task, row in table["tasks"].items()}
     constants = {task: row["constant_score"] for task, row in table["tasks"].items()}
-    return [
-        Panel(name, score_rows(row), row[table["baseline"]]["mean"], constants.get(name)) for name, row in rows.items()
-    ]
+    return {
+        name: figures.intervals(score_rows(row), row[table["baseline"]]["mean"], constants.get(name))
+        for name, row in rows.items()
+    }
 
 
 def score_rows(row: Estimates) -> list[Row]:
@@ -118,50 +108,31 @@ def break_even(table: Comparison) -> dict[str, Figure]:
 
 
 def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
-    """Curves of losses by heading: held-out losses if all runs logged them on the same text, else training losses.
-
-    The training loss of a distilled run is not a cross-entropy, so it is drawn apart.
-    """
-    histories = {name: [frame for run in runs if len(frame := history(run))] for name, runs in summaries.items()}
+    """Curves of the held-out loss by heading, of the runs that logged it; none if their texts differ."""
+    histories = {name: [frame for run in runs if len(frame := history(run)) > 1] for name, runs in summaries.items()}
     every = [frame for frames in histories.values() for frame in frames]
-    if not every:
+    texts = {evaluated_on(run) for runs in summaries.values() for run in runs}
+    if not every or len(texts) > 1:
         return {}
-    held_out = all(frame["eval_loss"].count() > 1 for frame in every)
-    held_out &= len({evaluated_on(run) for runs in summaries.values() for run in runs}) == 1
     lasts = [frame["step"][-1] for frame in every]
     waits = {name: (cost or {}).get("scoring_seconds") or 0.0 for name, cost in table["training"].items()}
     panels = {"at equal steps": "step", "at equal seconds": "seconds"}
     panels |= {"scoring included": "with_scoring"} if any(waits.values()) else {}
-    drawn: dict[str, list[Line]] = {}
-    for label in ("held-out loss",) if held_out else LOSSES:
-        for panel in panels:
-            drawn[f"{label} {panel}"] = []
+    drawn: dict[str, list[Line]] = {panel: [] for panel in panels}
     for style, name in enumerate(table["regimes"]):
-        label = "held-out loss" if held_out else LOSSES[is_distilled(summaries[name])]
-        loss = pl.col("eval_loss" if held_out else "loss")
-        columns = {"loss": loss, "with_scoring": pl.col("seconds") + waits[name]}
-        runs = [frame.with_columns(**columns).drop_nulls("loss") for frame in histories.get(name, [])]
+        runs = [frame.with_columns(with_scoring=pl.col("seconds") + waits[name]) for frame in histories.get(name, [])]
         runs = [frame.filter(pl.col("step") >= EARLY * min(lasts)) for frame in runs]
-        if runs := [frame for frame in runs if len(frame) > 1]:
-            means = pl.concat(runs).group_by("step").agg(pl.len(), pl.col("loss", "seconds", "with_scoring").mean())
+        if runs:
+            means = pl.concat(runs).group_by("step").agg(pl.len(), pl.exclude("step").mean())
             mean = means.filter(pl.col("len") == len(runs)).sort("step")  # only at steps that all seeds have
             for panel, by in panels.items():
-                points, *seeds = [frame.select(by, "loss").rows() for frame in (mean, *runs)]
-                line = Line(style, name, points, faint=seeds if len(seeds) > 1 else ())
-                drawn[f"{label} {panel}"].append(line)
+                points, *seeds = [frame.select(by, "eval_loss").rows() for frame in (mean, *runs)]
+                drawn[panel].append(Line(style, name, points, faint=seeds if len(seeds) > 1 else ()))
     log = max(lasts) > 3 * min(lasts)
     return {
-        # a figure of one curve has no legend
-        heading + (f": {lines[0].name}" if len(lines) == 1 else ""): figures.lines(
-            lines, "steps" if heading.endswith("steps") else "seconds", "nats", log=log
-        )
-        for heading, lines in drawn.items()
-        if lines
+        f"held-out loss {panel}": figures.lines(lines, "steps" if by == "step" else "seconds", "nats", log=log)
+        for (panel, by), lines in zip(panels.items(), drawn.values(), strict=True)
     }
-
-
-def is_distilled(summaries: Sequence[Summary]) -> bool:
-    return any((summary.regime or "").endswith("+kd") for summary in summaries)
 
 
 def warnings(summaries: Summaries) -> dict[str, list[str]]:
@@ -175,7 +146,6 @@ def warnings(summaries: Summaries) -> dict[str, list[str]]:
 
 
 def history(summary: Summary) -> pl.DataFrame:
-    """The training curve of a summary; empty for a run of one step."""
-    columns = {"step": pl.Float64, "seconds": pl.Float64, "loss": pl.Float64, "eval_loss": pl.Float64}
-    frame = pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls(["step", "seconds"])
-    return frame if frame["step"].n_unique() > 1 else frame.clear()
+    """The held-out losses of a run: step, seconds and eval_loss."""
+    columns = {"step": pl.Float64, "seconds": pl.Float64, "eval_loss": pl.Float64}
+    return pl.DataFrame(summary.history or [], columns, strict=False).drop_nulls()

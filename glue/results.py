@@ -9,6 +9,7 @@ from typing import Annotated, Self
 from pydantic import Field, ValidationError, model_validator
 
 from entropy_masking import storage
+from entropy_masking.commands.flags import flag
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.fields import Count, Seconds, first_fault, valid
@@ -131,18 +132,13 @@ def read_run(name: str, directory: str) -> Run:
 
 def check_regime(name: str, runs: list[Run]) -> None:
     """Raises UsageError if runs of a regime differ in more than their pretraining seed, and names two directories."""
-    first, *others = runs
-    if others and (lacking := [run.directory for run in runs if run.training is None]):
-        raise UsageError(
-            f"{lacking[0]} ({name}) does not say how its model was pretrained, so it cannot be one seed of several; "
-            "give it another name"
-        )
+    first = runs[0]
     by_seed: dict[int, Run] = {}
     for run in runs:
         if (same := by_seed.setdefault(run.seed, run)) is not run:
             raise UsageError(
-                f"{same.directory} and {run.directory} ({name}) are both of pretraining seed {run.seed}; "
-                "name one directory per seed, and give another regime another name"
+                f"{same.directory} and {run.directory} ({name}) are both of pretraining seed {run.seed}, or do not say "
+                "how their models were pretrained; name one directory per seed, and give another regime another name"
             )
         if differing := differences(pretraining(first), pretraining(run)):
             raise UsageError(
@@ -207,7 +203,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
     # entries of a summary's flags that are no flags of train/run.py
     words = {"steps": "steps", "global_batch": "global batch", "muon": "Muon", "held_out_by": "held out by"}
     words |= {"ordered_by": "data ordered by"}
-    apart = [f"{words.get(name, '--' + name.replace('_', '-'))} {new[name]}" for name in differing]
+    apart = [f"{words.get(name, flag(name))} {new[name]}" for name in differing]
     if targets := own.targets:
         apart.append(f"targets of {targets.variants} variants of {targets.source} masks")
     shards, others = own.shards or Directory(), other.shards or Directory()
@@ -215,8 +211,7 @@ def set_apart(run: Run, baseline: Run) -> list[str] | None:
         apart.append(f"shards of context {shards.context}")
     if shards.sequences_hash != others.sequences_hash:
         apart.append("other texts")
-    models = [(summary.flags or {}).get("model") for summary in (own, other)]
-    if run.seed == baseline.seed and models[0] != models[1]:
+    if run.seed == baseline.seed and (own.flags or {}).get("model") != (other.flags or {}).get("model"):
         apart.append(f"--model {own.model}")
     return apart
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Fine-tune models on GLUE or on tasks of your own, or score minimal pairs without fine-tuning.
 
-There is one result file per task, seed and model. Minimal pairs (BLiMP, or pairs made from docstrings, which need no
-data) have one result file per model, for any seeds.
+There is one result file per task, seed and model; of minimal pairs one per model, for any seeds.
 
 python glue/run.py --model runs/student --tasks glue --data hub --seeds 1,2,3,4,5 --output runs/glue/student
 python glue/run.py --model runs/random runs/parquet --tasks cola,rte,stsb --data glue_data --output runs/glue
@@ -16,6 +15,7 @@ Existing results are skipped, so the same command continues an interrupted run, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ from glue.batches import encode_task
 from glue.protocols import RECIPE, Settings, grid_of
 from glue.results import Result, read_result
 from glue.tasks import ZERO_SHOT, Task, TaskData, load
-from glue.trials import Outcome, Trial, TrialTokens, run_on_ray, run_trial
+from glue.trials import Trial, TrialTokens, run_on_ray, run_trial
 
 MAX_NAMED = 5  # of the trials that failed
 
@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             outcomes = ((trial, run_trial(trial, tokens_of(trial), progress.advance)) for trial in todo)
         for trial, outcome in outcomes:
-            if outcome.failure:
-                failures[str(trial)] = outcome.failure
-                console.note(f"{trial} failed: {outcome.failure}")
+            if isinstance(outcome, str):
+                failures[str(trial)] = outcome
+                console.note(f"{trial} failed: {outcome}")
             else:
                 storage.write_json(trial.file, result := result_fields(trial, outcome, models[trial.model]))
                 console.note(f"{trial}: {summary_line(result)}")
@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         print_results(model.output, [read_result(file) for file in done])
     if failures:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MAX_NAMED])
-        more = f"; and {len(failures) - MAX_NAMED} more" if len(failures) > MAX_NAMED else ""
-        raise RunError(f"{len(failures)} of {len(todo)} failed: {named}{more}; the same command tries them again")
+        named += f"; and {len(failures) - MAX_NAMED} more" if len(failures) > MAX_NAMED else ""
+        raise RunError(f"{len(failures)} of {len(todo)} failed: {named}; the same command tries them again")
 
 
 def open_model(args: argparse.Namespace, name: str, path: str) -> Model:
@@ -161,8 +161,8 @@ def plan_trial(args: argparse.Namespace, model: Model, data: TaskData | blimp.Pa
         key |= {"protocol": blimp.PROTOCOL, "pll": args.pll, "limit_pairs": data.limit}
         rows, file = 2 * len(data.frame), f"{task.name}.json"
     else:
-        changes = {name: getattr(args, name) for name in ("learning_rate", "epochs", "batch_size", "max_length")}
-        changes |= {"dtype": checkpoints.resolve_dtype(args.dtype), "limit_train": args.limit_train.get(task.name)}
+        names = ("learning_rate", "epochs", "batch_size", "max_length", "limit_train")
+        changes = {name: getattr(args, name) for name in names} | {"dtype": checkpoints.resolve_dtype(args.dtype)}
         grid = grid_of(args.protocol, task.name, changes)
         key |= {"settings": {str(number): asdict(settings) for number, settings in enumerate(grid, 1)}}
         key |= {"recipe": RECIPE, "train_split": data.train_split}
@@ -211,19 +211,19 @@ def shared_tokens(models: Mapping[str, Model], data: Data, pll: str) -> Callable
     return tokens_of
 
 
-def result_fields(trial: Trial, outcome: Outcome, model: Model) -> dict[str, object]:
+def result_fields(trial: Trial, outcome: dict[str, object], model: Model) -> dict[str, object]:
     """The contents of the result file."""
     return {
         "task": trial.task.name,
         "seed": trial.seed,
         "protocol": trial.key["protocol"],
-        "seconds": round(outcome.seconds, 2),
-        "device": outcome.device,
+        "seconds": outcome.pop("seconds"),
+        "device": outcome.pop("device"),
         "model": {"path": str(model.path), "hash": model.hash},
         "training": model.training,
         "key": trial.key,
         "versions": {name: version(name) for name in ("torch", "transformers", "scikit-learn")},
-        **outcome.result,
+        **outcome,
     }
 
 
@@ -235,9 +235,9 @@ def notes(args: argparse.Namespace, data: Data, trials: list[Trial], done: int) 
         lines.append(f"{args.protocol}: {grid if size > 1 else 'one setting'}")
     for name, own in data.items():
         if isinstance(own, TaskData) and own.task.files:
-            kind = f"{len(own.task.labels)} classes" if own.task.labels else "a regression"
-            names = f" ({', '.join(own.task.labels[:MAX_NAMED])}{', …' * (len(own.task.labels) > MAX_NAMED)})"
-            lines.append(f"{name}: {kind}{names * bool(own.task.labels)}, by {' and '.join(own.task.metrics)}")
+            classes = ", ".join(own.task.labels[:MAX_NAMED]) + ", …" * (len(own.task.labels) > MAX_NAMED)
+            kind = f"{len(own.task.labels)} classes ({classes})" if classes else "a regression"
+            lines.append(f"{name}: {kind}, by {' and '.join(own.task.metrics)}")
         if isinstance(own, TaskData) and own.overlap:
             rows = sum(map(len, own.evaluations.values()))
             lines.append(
@@ -269,8 +269,8 @@ def print_results(output: str, results: list[Result]) -> None:
             print(f"    {field:<18} {100 * value:5.1f}")
     raw_metrics = {task: {seed: result.metrics for seed, result in own.items()} for task, own in by_task.items()}
     for name in metrics.AVERAGES:
-        if averages := metrics.averages_by_seed(name, raw_metrics):
-            print_scores(name, list(averages.values()))
+        with contextlib.suppress(metrics.IncompleteAverage):
+            print_scores(name, list(metrics.averages_by_seed(name, raw_metrics).values()))
     work = "fine-tuning" if set(by_task) - set(ZERO_SHOT) else "scoring"
     print(f"  {sum(result.seconds for result in results):,.0f} s of {work}")
 

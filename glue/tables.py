@@ -48,7 +48,7 @@ def all_tables(table: Comparison) -> dict[str, Table]:
 
 
 def to_markdown(table: Comparison) -> str:
-    parts = [inline(text) for text in (verdict(table), *table["weak_teachers"]) if text]
+    parts = [inline(verdict(table))] if verdict(table) else []
     for own in all_tables(table).values():
         parts += [f"### {inline(own.title)}", markdown(own.columns, own.rows, own.words), *map(inline, own.notes)]
     return "\n\n".join(parts) + "\n"

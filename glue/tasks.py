@@ -12,7 +12,7 @@ import polars as pl
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
 from glue import metrics
-from glue.files import check_table, find_file, formats, read_file
+from glue.files import FORMATS, check_table, find_file, read_file
 
 HUB_NAME = "nyu-mll/glue"
 HIGHEST_SIMILARITY = 5  # of STS-B, the only regression
@@ -71,7 +71,6 @@ ZERO_SHOT = {name: Task(name, ("sentence_good", "sentence_bad"), ()) for name in
 # MNLI without its mismatched evaluation
 MATCHED = {"mnli_matched": replace(GLUE["mnli"], name="mnli_matched", evaluations=("_matched",))}
 TASKS = GLUE | MATCHED | ZERO_SHOT
-GROUPS = {"glue": tuple(GLUE)}
 # the text columns of a task of one's own
 TEXTS = (("text",), ("sentence",), ("text_a", "text_b"), PAIR)
 
@@ -110,10 +109,10 @@ class TaskData:
 
 
 def choose(names: str) -> list[Task]:
-    """Tasks by comma-separated names of tasks or ``GROUPS``. Raises UsageError for an unknown name."""
-    chosen = [task for name in names.split(",") for task in GROUPS.get(name.strip(), (name.strip(),))]
+    """Tasks by comma-separated names; ``glue`` names all of GLUE. Raises UsageError for an unknown name."""
+    chosen = [task for name in names.split(",") for task in (GLUE if name.strip() == "glue" else [name.strip()])]
     if unknown := [name for name in chosen if name not in TASKS]:
-        raise UsageError(f"there is no task {unknown[0]!r}; the tasks are {', '.join([*GROUPS, *TASKS])}")
+        raise UsageError(f"there is no task {unknown[0]!r}; the tasks are glue, {', '.join(TASKS)}")
     return [TASKS[name] for name in dict.fromkeys(chosen)]
 
 
@@ -131,7 +130,7 @@ def load(task: Task, data: str | None) -> TaskData:
     elif data is None:
         raise UsageError(
             f"the task {task.name} needs --data: hub, or a directory with {task.directory}/train.* and "
-            f"{task.directory}/dev{task.evaluations[0]}.* as {formats()}"
+            f"{task.directory}/dev{task.evaluations[0]}.* as {FORMATS}"
         )
     elif data == "hub":
         splits = ["train", *(f"validation{suffix}" for suffix in task.evaluations)]

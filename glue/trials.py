@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from glue.tasks import Task
 THREADS = torch.get_num_threads()  # read at import: 1 inside a Ray worker
 
 TrialTokens = TaskTokens | blimp.Sentences
+Outcome = dict[str, object] | str  # of a trial: its part of the result file, or the reason of its failure
 
 
 @dataclass(frozen=True)
@@ -48,33 +49,23 @@ class Trial:
         return f"{self.model} {self.task.name}{f' seed {self.seed}' if self.grid else ''}".strip()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a trial: its part of the result file, or the reason of its failure."""
-
-    result: dict[str, object] = field(default_factory=dict)
-    seconds: float = 0.0
-    device: str = ""
-    failure: str = ""
-
-
 def run_trial(trial: Trial, tokens: TrialTokens, advance: Callable[[int], None] = lambda rows: None) -> Outcome:
-    """Fine-tune, or score sentences. An error is an outcome too, so that the other trials continue."""
+    """Fine-tune, or score sentences. A failure does not stop the other trials."""
     started = time.monotonic()
+    result: dict[str, object]
     try:
         if isinstance(tokens, blimp.Sentences):
             torch.set_num_threads(THREADS)
-            settings = {name: trial.key[name] for name in ("pll", "limit_pairs")}
-            found = blimp.evaluate(trial.directory, tokens, advance, trial.trust_remote_code)
-            result = {"settings": settings, **found}
+            result = {"settings": {name: trial.key[name] for name in ("pll", "limit_pairs")}}
+            result |= blimp.evaluate(trial.directory, tokens, advance, trial.trust_remote_code)
         else:
             torch.set_num_threads(1)  # several threads slow such small steps down, and round sums differently
             result = search(trial, tokens, advance)
     except Exception as error:
         kind = "" if isinstance(error, UsageError | RunError) else f"{type(error).__name__}: "
-        return Outcome(failure=kind + one_line(error))
+        return kind + one_line(error)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return Outcome(result, time.monotonic() - started, device)
+    return {"seconds": round(time.monotonic() - started, 2), "device": device, **result}
 
 
 def search(trial: Trial, tokens: TaskTokens, advance: Callable[[int], None]) -> dict[str, object]:
@@ -137,7 +128,7 @@ def run_on_ray(
             try:
                 outcome = ray.get(ended)
             except ray.exceptions.RayError as error:
-                outcome = Outcome(failure=f"its worker died ({one_line(error)})")
+                outcome = f"its worker died ({one_line(error)})"
             advance(trial.rows)
             yield trial, outcome
     finally:

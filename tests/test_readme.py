@@ -135,7 +135,6 @@ def test_the_demo_compares_four_students_with_an_untrained_one(demo: Path) -> No
     assert all(row["regime"] == name for name, row in students)
     assert len({(row["steps"], row["tokens"]) for _, row in students}) == 1
     assert "scored" in (demo / "entropy.html").read_text()
-    assert (demo / "comparison" / "chart.png").stat().st_size > 10_000
 
 
 def test_the_demos_shards_are_what_the_documents_say(demo: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of the pages and of chart.png: numbers in, a matplotlib ``Figure`` out; ``svg`` and ``png`` write it.
+"""Figures of the pages: numbers in, a matplotlib ``Figure`` out; ``svg`` writes it.
 
 A figure is 360 units wide, about as wide as a phone in pixels, so its text there is as large as that of the page. It is
 drawn in the colours of ``LIGHT``; in an SVG these become CSS variables, which base.html defines for light and dark.
@@ -8,7 +8,6 @@ matplotlib is slow to import, so commands import this module only when they draw
 from __future__ import annotations
 
 import io
-import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 LIGHT = {
@@ -65,16 +63,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """Rows, a vertical line, and a dashed one that may lie outside of the figure."""
-
-    title: str
-    rows: Sequence[Row]
-    line: float
-    dashed: float | None = None
-
-
-@dataclass(frozen=True)
 class Line:
     """A curve; ``faint`` are the curves of which it is the mean."""
 
@@ -86,29 +74,24 @@ class Line:
 
 
 @matplotlib.rc_context(STYLE)
-def intervals(panels: Sequence[Panel], caption: str = "") -> Figure:
-    """Panels of dots with their intervals; a hollow dot has none. Panels have titles only if there is a caption."""
-    columns = min(3, len(panels))
-    down = math.ceil(len(panels) / columns)
-    wrapped = textwrap.wrap(caption, 55 * columns)
-    height = (0.6 if caption else 0.3) + 0.46 * max(len(panel.rows) for panel in panels)
-    size = WIDTH * columns, height * down + 0.2 * len(wrapped)
-    figure = Figure(size, layout=ConstrainedLayoutEngine(w_pad=0.12 if caption else 0.04))
-    figure.supxlabel("\n".join(wrapped), color=DIM)
-    for number, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(down, columns, number)
-        axes.set(xlim=_limits(panel.rows, panel.line), ylim=(len(panel.rows) - 0.5, -0.65), yticks=[])
-        axes.set_title(panel.title if caption else "", fontweight="bold")
-        axes.locator_params(axis="x", nbins=5)
-        axes.axvline(panel.line, color=DIM, linewidth=1)
-        if panel.dashed is not None:
-            axes.axvline(panel.dashed, color=INK, linewidth=1, linestyle="--")
-        for place, row in enumerate(panel.rows):
-            axes.errorbar(row.mean, place, xerr=_error(row), **_look(row.style, hollow=row.low is None))
-            box = {"facecolor": CARD, "linewidth": 0, "pad": 1}  # text stays legible where a line crosses it
-            write = partial(axes.text, y=place - 0.2, transform=axes.get_yaxis_transform(), va="bottom", bbox=box)
-            write(0, s=row.name if len(row.name) < 25 else f"{row.name[:12]}…{row.name[-11:]}")
-            write(1, s=row.text, ha="right")
+def intervals(rows: Sequence[Row], line: float, dashed: float | None = None) -> Figure:
+    """Dots with their intervals, a vertical line, and a dashed one that may lie outside of the figure.
+
+    A hollow dot has no interval.
+    """
+    figure = Figure((WIDTH, 0.3 + 0.46 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=_limits(rows, line), ylim=(len(rows) - 0.5, -0.65), yticks=[])
+    axes.locator_params(axis="x", nbins=5)
+    axes.axvline(line, color=DIM, linewidth=1)
+    if dashed is not None:
+        axes.axvline(dashed, color=INK, linewidth=1, linestyle="--")
+    for place, row in enumerate(rows):
+        axes.errorbar(row.mean, place, xerr=_error(row), **_look(row.style, hollow=row.low is None))
+        box = {"facecolor": CARD, "linewidth": 0, "pad": 1}  # text stays legible where a line crosses it
+        write = partial(axes.text, y=place - 0.2, transform=axes.get_yaxis_transform(), va="bottom", bbox=box)
+        write(0, s=row.name if len(row.name) < 25 else f"{row.name[:12]}…{row.name[-11:]}")
+        write(1, s=row.text, ha="right")
     return figure
 
 
@@ -192,14 +175,6 @@ def svg(figure: Figure, label: str) -> str:
     text = re.sub(r"<[^>]*>", lambda tag: _themed(tag[0]), text)
     width, height = (72 * inches for inches in figure.get_size_inches())
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">{text}'
-
-
-@matplotlib.rc_context(STYLE)
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG in light colours."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor=CARD, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _themed(tag: str) -> str:

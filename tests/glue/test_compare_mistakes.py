@@ -75,7 +75,7 @@ def test_results_that_cannot_be_compared(tmp_path: Path) -> None:
         ([str(tmp_path)], "is not NAME=DIR"),
         (["a=b,"], "is not NAME=DIR"),
         ([one, "--baseline", "two"], "--baseline two is not one of the regimes one"),
-        ([one, case("one/again")], "does not say how its model was pretrained"),
+        ([one, case("one/again")], "are both of pretraining seed 0, or do not say how their models were pretrained"),
         ([seeded, case("seeded/2", training=summary("parquet", 1))], "are both of pretraining seed 1"),
         ([seeded, case("seeded/3", training=other)], r"pretrained differently \(learning_rate: 0.001 → 0.002\)"),
         (

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
 from entropy_masking.commands import figures
-from entropy_masking.commands.figures import Line, Panel, Row
+from entropy_masking.commands.figures import Line, Row
 from entropy_masking.summary import Summary
 from glue import costs
 from glue.intervals import estimate, paired_difference, seed_means
@@ -139,7 +139,7 @@ def test_ticks_are_few_and_have_room(low: float, high: float) -> None:
     found = ticks(figures.lines([Line(0, "a", [(low, 1), (high, 2)])], "x", "y"))
     assert 2 <= len(found) <= 10 and apart(found, 4)
     rows = [Row(0, "a", low, None, None, ""), Row(1, "b", high, None, None, "")]
-    found = ticks(figures.intervals([Panel("", rows, low)]))
+    found = ticks(figures.intervals(rows, low))
     assert 2 <= len(found) <= 7 and apart(found, 4)
 
 
@@ -152,7 +152,7 @@ def test_ticks_of_an_axis_by_decades_have_room(low: float, high: float) -> None:
 def test_an_interval_that_is_too_wide_leaves_the_figure() -> None:
     """It has no end there, and the others can be seen."""
     rows = [Row(0, "a", 1.0, 0.0, 2.0, ""), Row(1, "b", 2.0, -60.0, 64.0, "")]
-    (axes,) = figures.intervals([Panel("", rows, 0.0)]).axes
+    (axes,) = figures.intervals(rows, 0.0).axes
     low, high = axes.get_xlim()
     (_, ends, narrow), (_, beyond, wide) = axes.containers
     assert [x for x, _ in narrow[0].get_segments()[0]] == [0, 2] and (high - low) / 3 < 2
@@ -201,8 +201,6 @@ def test_what_costs_next_to_nothing_leaves_room_for_the_rest() -> None:
 def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page() -> None:
     one, two = (figures.svg(figures.lines([Line(0, "a", [(1, 2), (3, 4)])], "x", "y"), "a line") for _ in range(2))
     assert one == two and "var(--c0)" in one and ": #" not in one
-    one, two = (figures.png(figures.lines([Line(0, "a", [(1, 2), (3, 4)])], "x", "y")) for _ in range(2))
-    assert one == two
 
 
 @pytest.mark.parametrize(
@@ -212,7 +210,7 @@ def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page(
         ({"a": (1.24, 0.3, 2.1, 3)}, "On rte, a is 1.2 [0.3, 2.1] percentage points above random (n = 3)."),
         ({"a": (-1.2, -2.1, -0.3, 4)}, "On rte, a is 1.2 [0.3, 2.1] percentage points below random (n = 4)."),
         ({"a": (0.2, -0.3, 0.7, 3)}, "On rte, a is not told apart from random."),
-        ({"a": (0.2, -0.3, 0.7, 3), "b": (0.0, None, None, 2)}, "On rte, no regime is told apart from random."),
+        ({"a": (0.2, -0.3, 0.7, 3), "b": (0.0, None, None, 2)}, "On rte, a and b are not told apart from random."),
         ({"a": (4.0, None, None, 2)}, "On rte, a differs from random by +4.0 percentage points in every seed."),
         (
             {"a": (1.0, 0.5, 1.5, 2), "b": (0.2, -0.3, 0.7, 2), "c": (0.2, -0.3, 0.7, 2)},
@@ -221,8 +219,8 @@ def test_a_figure_is_the_same_bytes_each_time_and_takes_the_colours_of_the_page(
         ),
         (
             {"a": (1.23, None, None, 1), "b": (-0.4, None, None, 1), "c": None},
-            "On rte, a +1.2 and b -0.4 percentage points against random, with one pretraining seed (an anecdote); c "
-            "is not compared: no pretraining seed in common with random.",
+            "On rte, c is not compared: no pretraining seed in common with random; a +1.2 and b -0.4 percentage points "
+            "against random, with one pretraining seed (an anecdote).",
         ),
     ],
 )

@@ -76,7 +76,7 @@ def test_all_nine_tasks(results: Path, data: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("task", ["sst2", "stsb", "mnli"])
+@pytest.mark.parametrize("task", ["stsb", "mnli"])
 def test_a_task_that_can_be_learned_is_learned(work: Path, words: list[str], tmp_path: Path, task: str) -> None:
     write_rows(make_rows(GLUE[task], words, 512, 1), tmp_path / "data" / task / "train.jsonl")
     for suffix in GLUE[task].evaluations:
@@ -129,15 +129,6 @@ def test_a_killed_run_goes_on(work: Path, data: Path, results: Path, tmp_path: P
         assert {**result, "seconds": 0} == {**whole[name], "seconds": 0}
 
 
-def test_grid_takes_the_best_of_the_dev_scores(work: Path, data: Path, tmp_path: Path) -> None:
-    flags = ["--tasks", "wnli", "--data", data, "--protocol", "bert-grid", "--max-length", 16]
-    (result,) = glue_here(work / "teacher", tmp_path, *flags).values()
-    assert {(tried["learning_rate"], tried["epochs"]) for tried in result["grid"]} == {
-        (rate, epochs) for rate in (5e-5, 4e-5, 3e-5, 2e-5) for epochs in (3, 4)
-    }
-    assert result["score"] == max(tried["score"] for tried in result["grid"])
-
-
 def test_limits_of_a_protocol_and_of_the_user(work: Path, words: list[str], tmp_path: Path) -> None:
     for name in ("qqp", "rte"):
         write_rows(make_rows(GLUE[name], words, 64, 1), tmp_path / "data" / name / "train.parquet")
@@ -148,8 +139,6 @@ def test_limits_of_a_protocol_and_of_the_user(work: Path, words: list[str], tmp_
     flags = ["--tasks", "qqp,rte", "--data", tmp_path / "data", *QUICK]
     found = glue_here(model, tmp_path / "all", *flags, "--limit-train", 16)
     assert [result["train_rows"] for result in found.values()] == [16, 16]
-    found = glue_here(model, tmp_path / "one", *flags, "--limit-train", "rte=24,qqp=8")
-    assert {result["task"]: result["train_rows"] for result in found.values()} == {"qqp": 8, "rte": 24}
 
 
 def test_rows_that_are_trained_and_evaluated_on(
@@ -310,9 +299,7 @@ def test_mistakes(work: Path, data: Path, tmp_path: Path) -> None:
         (["--model", diverged, *cola], "diverged has weights that are not finite .bert.embeddings.LayerNorm.bias."),
         (["--model", generator, *cola], "is a gpt2 model, which has no masked-LM head"),
         (["--model", swapped, *cola], "has 300 tokens .padding: .PAD.., but the model has 200"),
-        ([*model, *cola, "--limit-train", "rte"], "is not a number of rows"),
-        ([*model, *cola, "--limit-train", "sst3=10"], "there is no task 'sst3'"),
-        ([*model, *cola, "--limit-train", "rte=10"], "there is no task 'rte' to train on in --tasks"),
+        ([*model, *cola, "--limit-train", "rte=10"], "argument --limit-train: 'rte=10' is not a whole number above 0"),
         (["--model", work / "teacher", work / "teacher", *cola], "two models have the name teacher"),
         (["--model", "=x", *cola], "not NAME=MODEL"),
         (["--model", tuned, "--tasks", "cola", "--data", data], "is already fine-tuned"),

@@ -72,7 +72,7 @@ def test_an_own_task_is_run_and_compared_as_those_of_glue(
     """With the rows of RTE it has the numbers of RTE; no average has it."""
     files = f"{data / 'rte' / 'train.tsv'},{data / 'rte' / 'dev.tsv'}"
     flags = ["--model", f"a={work / 'teacher'}", f"b={work / 'teacher'}", "--seeds", "1,2", *QUICK]
-    flags += ["--tasks", "rte", "--data", data, "--task-file", f"Ähnlich={files}", "--limit-train", "rte=32,Ähnlich=32"]
+    flags += ["--tasks", "rte", "--data", data, "--task-file", f"Ähnlich={files}", "--limit-train", 32]
     found = glue_here(tmp_path / "out", *flags)
     assert "Ähnlich: 2 classes (0, 1), by accuracy" in capfd.readouterr().err
     glue.run.main(["--config", str(tmp_path / "out" / "flags.yaml")])
@@ -160,14 +160,13 @@ def test_wrong_flags(text: str, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("own.tsv", "text\tlabel\na\tb\na\tb\tc\n", r"own.tsv has 3 fields in line 3, but 2 columns; mend it"),
-        ("own.tsv", "text\tlabel\na\n", r"own.tsv has 1 fields in line 2, but 2 columns"),
-        ("own.csv", 'text,label\n"a\nb",c\n"a"\n', r"own.csv has 1 fields in line 4, but 2 columns"),
-        ("own.csv", "text,label,text\na,b,c\n", r"own.csv has two columns named 'text'; rename or remove one"),
+        ("own.tsv", "text\tlabel\na\tb\na\tb\tc\n", r"own.tsv: CSV parse error: Row #3: Expected 2 columns, got 3"),
+        ("own.tsv", "text\tlabel\na\n", r"own.tsv: CSV parse error: Row #2: Expected 2 columns, got 1"),
+        ("own.csv", 'text,label\n"a\nb",c\n"a"\n', r"own.csv: CSV parse error: Row #3: Expected 2 columns, got 1"),
+        ("own.csv", "text,label,text\na,b,c\n", r"own.csv: .*names must be unique.*text"),
         ("own.jsonl", '{"text": "a"}\n\n{"text": "b"\n', r"own.jsonl has no JSON object in line 3; mend or remove"),
         ("own.jsonl", "[1]\n", r"own.jsonl has no JSON object in line 1"),
-        ("own.jsonl", '{"text": "a", "text": "b"}\n', r"own.jsonl names a column twice in line 1; rename or remove"),
-        ("own.tsv", "", r"own.tsv is empty; its first line names the columns"),
+        ("own.tsv", "", r"own.tsv: Empty CSV file"),
         ("own.xlsx", "", r"its name does not end in .parquet, .tsv, .csv or .jsonl"),
     ],
 )
@@ -192,5 +191,5 @@ def test_a_mark_and_crlf_are_no_part_of_the_text(tmp_path: Path, ending: str) ->
     (tmp_path / f"own.{ending}").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_file(tmp_path / f"own.{ending}").rows() == [("ä", "1.0")]
     (tmp_path / f"own.{ending}").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UsageError, match=f"own.{ending} is not UTF-8; save it as UTF-8"):
+    with pytest.raises(UsageError, match=rf"cannot read .*own.{ending}: .*(UTF8|utf-8)"):
         read_file(tmp_path / f"own.{ending}")

@@ -34,8 +34,8 @@ def summary(regime: str, seed: int, loss: float = 4.0, **changes: Any) -> dict[s
         targets |= {"source": "parquet", "policy": {"ratio": 0.15, "temperature": 0.0, "seed": seed}}
     steps, seconds = 1000, 100.0 + seed
     history = [
-        {"step": step, "seconds": seconds * step / steps, "loss": loss + 4 * np.exp(-step / 200)}
-        for step in range(50, steps + 1, 50)
+        {"step": step, "seconds": seconds * step / steps, "eval_loss": loss + 4 * np.exp(-step / 200)}
+        for step in range(50, steps, 50)
     ]
     return {
         **{"regime": regime, "model": "tiny", "steps": steps, "tokens": TOKENS, "seconds": seconds, "seed": seed},
