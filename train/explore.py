@@ -86,13 +86,11 @@ def check_sample(sources: list[Source]) -> None:
     """Refuse sources without scores, or without common scores.
 
     Raises:
-        UsageError: one has no score in the sample, or two have different tokens or no common scored position.
+        UsageError: one has no score in the sample, or two have no common scored position.
     """
     for source in sources:
         if not source.frame["entropy"].count():
             raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
-        if not source.frame["token"].equals(sources[0].frame["token"]):
-            raise UsageError("the two directories hold different tokens; check both with pipeline/verify.py")
         if statistics.side_by_side(sources[0].frame, source.frame).is_empty():
             raise UsageError("the two directories have no scored position in common; name others")
 

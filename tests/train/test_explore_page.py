@@ -65,19 +65,18 @@ def test_the_page_shows_the_numbers(
     )
     assert f"mean {mean[1]} nats" in text and "30% of a sequence's tokens, whole words" in text
     lines = {line[2:14].strip(): line[15:] for line in printed.splitlines() if line.startswith("  ")}
-    assert {"entropy", "surprisal", "by frequency", "by position", "uncertain", "certain"} <= set(lines)
+    assert {"entropy", "surprisal", "by frequency", "uncertain", "certain"} <= set(lines)
     for line in lines.values():
         assert " ".join(line.split()) in " ".join(text.split()), "what the terminal says is on the page"
     drawn = browser.js(
         "[...document.querySelectorAll('svg')]"
         ".map(svg => [svg.ariaLabel, [...svg.querySelectorAll('text')].map(text => text.textContent)])"
     )
-    for title, name in (("By frequency", "by frequency"), ("By part of a word", "by word part")):
-        groups = [group.rpartition(" ")[::2] for group in lines[name].split(", ")]
-        words = dict(drawn)[f"{title}: entropy"]
-        shown = [word.rpartition(" (")[0] for word in words if word.endswith("%)")]
-        values = [word for word in words if re.fullmatch(r"\d+\.\d\d", word)][-len(shown) :]  # the axis' come first
-        assert len(groups) > 2 and list(zip(shown, values, strict=True)) == groups, "each group has its value"
+    groups = [group.rpartition(" ")[::2] for group in lines["by frequency"].split(", ")]
+    words = dict(drawn)["By frequency: entropy"]
+    shown = [word.rpartition(" (")[0] for word in words if word.endswith("%)")]
+    values = [word for word in words if re.fullmatch(r"\d+\.\d\d", word)][-len(shown) :]  # the axis' come first
+    assert len(groups) > 2 and list(zip(shown, values, strict=True)) == groups, "each group has its value"
 
 
 @needs_browser
@@ -160,7 +159,7 @@ def test_a_source_keeps_its_colour(sharp: Path, later: Path, tmp_path: Path) -> 
     """Where the first has no surprisals, those of the second are drawn as the second's."""
     explore_here(later, sharp, "--output", tmp_path / "page.html")
     drawn = re.findall(r"<h3>surprisal</h3>(<svg.*?</svg>)", (tmp_path / "page.html").read_text())
-    assert len(drawn) == 4 and all("var(--c1)" in chart and "var(--c0)" not in chart for chart in drawn)
+    assert len(drawn) == 2 and all("var(--c1)" in chart and "var(--c0)" not in chart for chart in drawn)
 
 
 @needs_browser

@@ -45,8 +45,6 @@ def of_source(source: Source, mask: MaskPolicy, label: Label) -> dict[str, str]:
     by_token = statistics.by_token(frame, statistics.often_enough(frame))
     return lines | {
         "by frequency": mean_words(statistics.by_frequency(frame)),
-        "by position": mean_words(statistics.by_third(frame)),
-        "by word part": mean_words(statistics.by_part(frame)),
         "uncertain": token_words(by_token, "entropy", label),
         "certain": token_words(by_token.reverse(), "entropy", label),
         "by mask": f"{mean_words(statistics.by_mask(frame))} ({mask_words(mask)})",
