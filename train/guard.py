@@ -98,12 +98,6 @@ class Guard(TrainerCallback):
         if not math.isfinite(loss := event["logs"].get("loss", 0.0)):
             raise _not_finite(f"the loss is {loss}", state.global_step, self.output)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Name the best checkpoint by its step, because the directory may have been moved. Trainer then loads it."""
-        best = resume.best_checkpoint(args, state)
-        if best and not self.stopped and (self.output / best).exists():
-            state.best_model_checkpoint = str(self.output / best)
-
 
 def _in_main_thread() -> bool:
     """False in Ray's workers, which cannot handle signals; there a file asks the run to stop."""

@@ -13,7 +13,6 @@ from train import resume
 from train.arguments import global_batch
 from train.flags import Options
 from train.inputs import Inputs
-from train.options import BY_METRIC
 
 FEW_STEPS, FEW_WARMUP_STEPS = 100, 5
 
@@ -36,7 +35,7 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     if options.muon:
         rate = f"learning rates {options.muon_learning_rate:g} (Muon) and {args.learning_rate:g} (AdamW)"
     warmup = args.get_warmup_steps(args.max_steps)
-    warms_up = args.lr_scheduler_type not in (*BY_METRIC, "constant")
+    warms_up = args.lr_scheduler_type != "constant"
     lines = [
         f"data    {tokens:,} tokens of {manifest.uri} to train on{evaluated}",
         f"model   {options.model}, {weights:,} weights, on {args.device.type} in {dtype}",

@@ -172,7 +172,7 @@ class ProgressReport(TrainerCallback):
         if self.progress:
             self.progress.advance(self.tokens_per_step)
         # a logged loss is a mean since the last log: with a log at every checkpoint, a resume does not change it
-        if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
+        if control.should_save or control.should_training_stop:
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:

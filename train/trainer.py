@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
@@ -82,12 +81,6 @@ class MaskedLMTrainer(Trainer):
         self.teacher_sample: TeacherSample | None = None
         if options.entropy_source == "self" and self.policy.uses_scores:
             self.teacher_sample = teacher_sample(self.manifest, inputs.training, self.score_name, args.device)
-
-    def check_flags(self) -> None:
-        """Build the loader, the optimizer and the schedule once, so that they refuse wrong flags early."""
-        self.get_train_dataloader()
-        self.create_optimizer_and_scheduler(self.args.max_steps)
-        self.optimizer = self.lr_scheduler = None
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the dataset, in its order. Workers use no random generator, so they need no seeds."""
@@ -215,15 +208,11 @@ class MaskedLMTrainer(Trainer):
         try:
             with on_all_ranks(rank), writing(name, self.output):
                 yield
-                self.state.best_model_checkpoint = None  # its step names it, because the directory may be moved
-                if self.args.should_save:
-                    self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
-                    if means:
-                        torch.save(means, unfinished / name / SELF_SCORES)
+                if means and self.args.should_save:
+                    torch.save(means, unfinished / name / SELF_SCORES)
             with on_all_ranks(rank), writing(name, self.output):
                 if self.args.should_save:
-                    best = resume.best_checkpoint(self.args, self.state)
-                    resume.complete(self.output, name, self.args.save_total_limit, best)
+                    resume.complete(self.output, name, self.args.save_total_limit)
         except RunError:
             shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
             raise

@@ -168,7 +168,6 @@ def test_the_log_has_the_rank_correlation_with_the_teacher(
     """A student that stays the teacher has its scores. Without a teacher there is no correlation."""
     sizes = ["--limit-documents", 40, "--shard-tokens", 800, "--sequence-length", LENGTH, "--context", "full"]
     shards = score_here(work / "corpus.jsonl", sharp_teacher, tmp_path / "shards", *sizes)
-    torch.set_num_threads(1)  # scoring has set more
     flags = ["--model", sharp_teacher, "--learning-rate", 0, "--max-steps", 8, "--logging-steps", 4]
     logged = {}
     for refresh in ("means", "step"):
