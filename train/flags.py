@@ -84,9 +84,6 @@ class TrainerFlags:
     tf32: bool | None = option("multiply float32 matrices in TF32")
     activation_checkpointing: bool | None = option("compute activations twice to save memory")
     torch_compile: bool = option("compile the model", False)
-    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
-        option("mode of the compiler")
-    )
 
     logging_steps: float = option("log every N steps; below 1 a share of all steps (default: 50)", 50)
     report_to: str = option("another place to log, e.g. tensorboard (default: none)", "none")

@@ -20,7 +20,6 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from entropy_masking import storage
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError, one_line
 from train import resume
@@ -124,18 +123,14 @@ def _last_good(output: Path) -> str:
 
 @contextmanager
 def writing(what: str, output: Path) -> Iterator[None]:
-    """Turn the error of a failed write into a RunError that names the reason and the last good checkpoint."""
+    """Turn the error of a failed write into a RunError that names the last good checkpoint."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if _lost_loader(error) or is_of_device(error):
             raise
-        # torch's writer says where the write stopped, not why
-        cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
-        reason = "it was cut short" if cut_short else one_line(error)
-        full = cut_short or any(os.strerror(code) in str(error) for code in storage.FULL)
-        fix = "make room, then run the command again" if full else f"run the command again when {output} is writable"
-        raise RunError(f"cannot write {what} ({reason}); {_last_good(output)}; {fix}") from None
+        fix = f"check that {output} is writable, and make room; then run the command again"
+        raise RunError(f"cannot write {what} ({one_line(error)}); {_last_good(output)}; {fix}") from None
 
 
 @contextmanager

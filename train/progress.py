@@ -19,14 +19,15 @@ from entropy_masking.commands import console
 from entropy_masking.masking.policy import SCORES, MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
-from train.flags import Options
 
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
 ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MAX_RATIO = 3  # to the concentration of the text, which is higher for a small vocabulary
-# names in a log that the console shows too
-SHOWN = [*(prefix + name for name in SCORES for prefix in ("", "masked_")), "teacher_correlation"]
+REMEDY = "let scores choose fewer tokens (--hard-share, --mask-warmup, --predict-by)"
+# a loss has other causes too
+IF_BETTER = f"if a run with --entropy-source random does better, {REMEDY}; otherwise lower the learning rate"
+SHOWN = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # in a log, also on the console
 MIN_TOKENS = 100  # fewer tokens do not give the concentration
 
 
@@ -79,12 +80,11 @@ class CollapseWarnings(TrainerCallback):
     """Warns if masking may make a run worse, once per sign. ``warnings`` holds the warnings so far.
 
     Args:
-        remedy: how to use the scores less.
         concentration: of the training text, see ``type_concentration``; masks concentrate if theirs is much higher.
     """
 
-    def __init__(self, policy: MaskPolicy, vocab_size: int, remedy: str, concentration: float = 0.0) -> None:
-        self.policy, self.vocab_size, self.remedy, self.concentration = policy, vocab_size, remedy, concentration
+    def __init__(self, policy: MaskPolicy, vocab_size: int, concentration: float = 0.0) -> None:
+        self.policy, self.vocab_size, self.concentration = policy, vocab_size, concentration
         self.by_sign: dict[str, str] = {}
 
     @property
@@ -98,23 +98,9 @@ class CollapseWarnings(TrainerCallback):
         warmup = self.policy.warmup * state.max_steps
         for sign, sentence in collapse_signs(state.log_history, warmup, self.vocab_size, self.concentration):
             if sign not in self.by_sign:
-                # a loss has other causes too
-                otherwise = "otherwise use a lower learning rate or less training"
-                unsure = f"if a run with --entropy-source random does better, {self.remedy}; {otherwise}"
-                self.by_sign[sign] = f"{sentence}; {self.remedy if sign == 'concentration' else unsure}"
+                self.by_sign[sign] = f"{sentence}; {REMEDY if sign == 'concentration' else IF_BETTER}"
                 if state.is_world_process_zero:
                     print(f"warning: {self.by_sign[sign]}", file=sys.stderr, flush=True)
-
-
-def remedy(options: Options, policy: MaskPolicy) -> str:
-    """How to use the scores less, by flags that this run may change."""
-    if options.targets:
-        return "make targets with a smaller --hard-share"
-    if options.recipe == "paper":
-        return "leave out --recipe paper"
-    if policy.uniform:
-        return "use --predict-by random"
-    return "use a smaller --hard-share or a longer --mask-warmup"
 
 
 def collapse_signs(

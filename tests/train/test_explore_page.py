@@ -63,7 +63,7 @@ def test_the_page_shows_the_numbers(
     assert mean and float(mean[1]) == pytest.approx(
         manifest.totals["entropy_sum"] / manifest.totals["scored_tokens"], abs=0.006
     )
-    assert f"mean {mean[1]} nats" in text and "30% of a sequence's tokens, whole words" in text
+    assert f"mean {mean[1]} nats" in text and "30% of the tokens, in whole words" in text
     lines = {line[2:14].strip(): line[15:] for line in printed.splitlines() if line.startswith("  ")}
     assert {"entropy", "surprisal", "by frequency", "uncertain", "certain"} <= set(lines)
     for line in lines.values():

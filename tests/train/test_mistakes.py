@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,6 @@ def refusal(shards: Path, output: object, *flags: object) -> str:
         (["--save-strategy", "epoch"], "--save-strategy: invalid choice: 'epoch'"),
         (["--eval-strategy", "epoch"], "--eval-strategy: invalid choice: 'epoch'"),
         (["--eval-on-start", "true", "--eval-fraction", 0], "--eval-on-start needs held-out text"),
-        (["--torch-compile-mode", "foo"], "--torch-compile-mode: invalid choice: 'foo' (choose from 'default'"),
         (["--targets", ""], "--targets is empty"),
         (["--eval-shards", ""], "--eval-shards is empty"),
         (["--num-workers", 0], "--num-workers 0 is out of range; use at least 1"),
@@ -127,19 +125,17 @@ def test_apple_gpus_make_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "error, sentence",
+    "error",
     [
-        (OSError(errno.ENOSPC, "No space left on device", "x"), "No space left on device.*make room"),
-        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "make room"),
-        (guard.SafetensorError("I/O error: File too large (os error 27)"), "make room"),
-        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos"), "cut short.*make room"),
-        (RuntimeError("basic_ios::clear: iostream error"), "cut short.*make room"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), r"x: Permission denied\).*again when .* is writable"),
+        OSError(errno.ENOSPC, "No space left on device", "x"),
+        guard.SafetensorError("I/O error: File too large (os error 27)"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
 )
-def test_room_is_made_where_there_is_none(tmp_path: Path, error: Exception, sentence: str) -> None:
-    with pytest.raises(RunError, match=f"cannot write it .*{sentence}"), guard.writing("it", tmp_path):
-        raise error
+def test_room_is_made_where_there_is_none(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(RunError, match=r"cannot write it \(.*\); there was no checkpoint yet; .* make room"):  # noqa: SIM117
+        with guard.writing("it", tmp_path):
+            raise error
 
 
 def test_a_device_out_of_memory_is_no_file_that_cannot_be_written(tmp_path: Path) -> None:

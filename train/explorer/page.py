@@ -15,7 +15,7 @@ from entropy_masking.commands import figures, pages
 from entropy_masking.masking.policy import MaskPolicy
 from train.explorer import statistics
 from train.explorer.sample import Source, Token
-from train.explorer.summary import mask_words
+from train.outline import mask_words
 
 HERE = Path(__file__).parent
 BIN = 0.25  # nats, of a distribution
