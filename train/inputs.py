@@ -114,8 +114,8 @@ def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
     recipe, given = RECIPES["paper"] if options.recipe == "paper" else {}, given_masks(options)
     for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):
-            origin, cause = ("", mask_flag(name)) if name in given else (" of --recipe paper", "--recipe")
-            said = f"{mask_flag(name)} {value}{origin} differs from {of_targets} in --targets {targets.uri}"
+            cause = mask_flag(name) if name in given else "--recipe"
+            said = f"{mask_flag(name)} {value} differs from {of_targets} in --targets {targets.uri}"
             raise UsageError(f"{said}; leave {cause} out")
     return policy
 

@@ -70,31 +70,27 @@ def check_ranges(flags: Mapping[str, Any]) -> None:
 def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     """The flags that contradict others or have no effect with them."""
     paper = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
-    of_self = "{flag} only applies to --entropy-source self; leave it out"
-    at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
-    of_muon = "{flag} only applies to --optim muon; leave it out"
     two_places = "{flag} and --eval-shards both choose the text to evaluate on; use one"
-    held_out = "{flag} needs held-out text; set --eval-fraction above 0, or --eval-shards"
-    evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
-    checkpoints = "{flag} needs checkpoints; leave out --save-strategy no"
-    two_lengths = "{flag} has no effect with --max-steps; leave one out"
-    no_warmup = "{flag} has no effect with --lr-scheduler-type constant; leave it out"
-    distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
+    held_out = "without held-out text (--eval-fraction above 0, or --eval-shards)"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
+    no_effect: list[tuple[bool, str, dict[str, object]]] = [
+        (options.entropy_source != "self", "without --entropy-source self", {"self_refresh": None}),
+        (options.hard_share == 0, "with --hard-share 0", {"self_refresh": None}),
+        (not options.muon, "without --optim muon", {"muon_learning_rate": None, "muon_weight_decay": None}),
+        (not evaluates, held_out, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None}),
+        (not evaluates, held_out, {"eval_only": False} | _defaults("per_device_eval_batch_size")),
+        (flags.eval_strategy == "no", "with --eval-strategy no", {"eval_steps": None}),
+        (flags.save_strategy == "no", "with --save-strategy no", _defaults("save_steps", "save_total_limit")),
+        (options.dry_run, "with --dry-run", {"num_workers": 1}),
+        (bool(flags.max_steps), "with --max-steps", _defaults("num_train_epochs")),
+        (flags.lr_scheduler_type == "constant", "with --lr-scheduler-type constant", _defaults("warmup_steps")),
+        (not options.distill_weight, "without --distill-weight", {"targets": None, "distill_temperature": 1}),
+        (not options.distill_weight, "without --distill-weight", {"distill_positions": 1}),
+    ]
     return [
         (options.recipe == "paper", {"self_refresh": "step"}, paper),
-        (options.entropy_source != "self", {"self_refresh": None}, of_self),
-        (options.hard_share == 0, {"self_refresh": None}, at_random),
-        (not options.muon, {"muon_learning_rate": None, "muon_weight_decay": None}, of_muon),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
-        (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None}, held_out),
-        (not evaluates, {"eval_only": False} | _defaults("per_device_eval_batch_size"), held_out),
-        (flags.eval_strategy == "no", {"eval_steps": None}, evaluations),
-        (flags.save_strategy == "no", _defaults("save_steps", "save_total_limit"), checkpoints),
-        (options.dry_run, {"num_workers": 1}, "{flag} has no effect with --dry-run; leave one out"),
-        (bool(flags.max_steps), _defaults("num_train_epochs"), two_lengths),
-        (flags.lr_scheduler_type == "constant", _defaults("warmup_steps"), no_warmup),
-        (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
+        *((holds, allowed, f"{{flag}} has no effect {case}; leave it out") for holds, case, allowed in no_effect),
     ]
 
 

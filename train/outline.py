@@ -14,7 +14,7 @@ from train.arguments import global_batch
 from train.flags import Options
 from train.inputs import Inputs
 
-FEW_STEPS, FEW_WARMUP_STEPS = 100, 5
+FEW_STEPS = 100
 
 
 def outline(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> list[str]:
@@ -34,14 +34,14 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     rate = f"learning rate {args.learning_rate:g}"
     if options.muon:
         rate = f"learning rates {options.muon_learning_rate:g} (Muon) and {args.learning_rate:g} (AdamW)"
-    warmup = args.get_warmup_steps(args.max_steps)
-    warms_up = args.lr_scheduler_type != "constant"
+    if args.lr_scheduler_type != "constant":
+        rate += f", warm-up of {args.get_warmup_steps(args.max_steps)} steps"
     distils = f"distils with weight {options.distill_weight:g}" if options.distill_weight else "no distillation"
     lines = [
         f"data    {tokens:,} tokens of {manifest.uri} to train on{evaluated}",
         f"model   {options.model}, {weights:,} weights, on {args.device.type} in {dtype}",
         f"steps   {args.max_steps:,} of {batch} sequences ({batch * manifest.sequence_length:,} tokens), "
-        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}" + f", warm-up of {warmup} steps" * warms_up,
+        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}",
         f"masks   {mask_words(inputs.policy, options.entropy_source)}; {distils}",
         *scores(inputs, options),
         f"output  {args.output_dir}{'' if options.overwrite else progress(Path(str(args.output_dir)))}",
@@ -51,8 +51,6 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     if args.max_steps < FEW_STEPS:
         fix = "use more text, more epochs or a smaller --per-device-train-batch-size"
         lines.append(f"warning: {args.max_steps} steps are few for a masked LM; {fix}")
-    elif warms_up and warmup < FEW_WARMUP_STEPS:
-        lines.append(f"warning: the learning rate rises within {FEW_WARMUP_STEPS} steps; use a larger --warmup-steps")
     return lines
 
 

@@ -57,7 +57,7 @@ class MaskedLMTrainer(Trainer):
         in_text = 0.0
         if self.policy.uses_scores:
             in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.training)))
-        self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, in_text)
+        self.collapse = CollapseWarnings(self.policy, in_text)
         self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
             model=model,
@@ -68,8 +68,8 @@ class MaskedLMTrainer(Trainer):
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
         self.remove_callback(PrinterCallback)
-        private.save_within(self, self.saving)
-        private.load_within(self, lambda: reading(self.output))
+        private.save_within(self, self.saving())
+        private.load_within(self, reading(self.output))
         model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
         self.logged_means = RunningMeans()

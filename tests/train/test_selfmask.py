@@ -166,12 +166,12 @@ def test_a_run_masks_the_tokens_that_the_student_is_least_sure_of(
 def said(policy: MaskPolicy, losses: list[float], concentration: list[float], capsys: Any) -> tuple[list[str], str]:
     """The warnings on a history, and what was printed while it came about."""
     state = SimpleNamespace(log_history=[], max_steps=100, is_world_process_zero=True)
-    warner = CollapseWarnings(policy, 1000)
+    warner = CollapseWarnings(policy)
     for step, values in enumerate(zip(losses, concentration, strict=True), start=1):
         for name, value in zip(("eval_loss", "mask_concentration"), values, strict=True):
             state.log_history.append({"step": 10 * step, name: value})
             warner.on_log(None, state, None)  # type: ignore[arg-type]
-    resumed = CollapseWarnings(policy, 1000)
+    resumed = CollapseWarnings(policy)
     resumed.on_log(None, state, None)  # type: ignore[arg-type]
     assert resumed.warnings == warner.warnings
     return warner.warnings, capsys.readouterr().err
@@ -180,8 +180,8 @@ def said(policy: MaskPolicy, losses: list[float], concentration: list[float], ca
 def test_the_second_evaluation_of_the_last_step_does_not_count() -> None:
     losses = [(60, 5.0), (80, 5.2), (90, 5.2), (100, 5.2)]
     history = [{"step": step, "eval_loss": loss} for step, loss in losses]
-    assert not list(collapse_signs([*history[:3], history[2]], 0, 1000))
-    assert [name for name, _ in collapse_signs(history, 0, 1000)] == ["rise"]
+    assert not list(collapse_signs([*history[:3], history[2]], 0))
+    assert [name for name, _ in collapse_signs(history, 0)] == ["rise"]
 
 
 def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,13 +193,11 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
         (paper(warmup=0.35), rising, spread, ["5.00 nats, at 3 evaluations in a row up to step 60"]),
         (paper(warmup=0.35), [6.8, 5.0, 5.0, 6.8, 6.8, 6.8], spread[:6], ["5.00 nats, at 3 evaluations in a row"]),
         (paper(), [6.0, 5.0, 5 + up, 5.0, 5 + up, 5 + up, 5 + up, 5 + up], spread, ["up to step 70"]),
-        (paper(), [min(loss, 6.9) for loss in falling], spread, []),
+        (paper(), falling, spread, []),
         (paper(), slow, spread, []),
         (paper(), rising[:3] * 2, spread[:6], []),
         (MaskPolicy.random(), rising, [0.5] * 8, []),
         (MaskPolicy.random(predict_ratio=0.1, predict_by="surprisal"), rising, spread, ["up to step 40"]),
-        (paper(), falling, spread, ["step 10, 9.00 nats, is worse than a uniform guess, 6.91"]),
-        (paper(warmup=0.31), falling, spread, []),
         (paper(), falling[3:], [0.01, 0.2, 0.3, 0.1, 0.1], ["at step 20 two masked tokens had the same type"]),
         (paper(), rising, [0.2] * 8, ["at step 10 two masked tokens", "evaluations in a row up to step 40"]),
     ):
@@ -214,7 +212,7 @@ def test_what_collapses_is_said_once(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_masks_of_a_small_vocabulary_are_as_concentrated_as_its_text() -> None:
     history = [{"step": 10, "mask_concentration": 0.25}, {"step": 20, "mask_concentration": 0.8}]
-    assert [sentence[:10] for _, sentence in collapse_signs(history, 0, 4, 0.25)] == ["at step 20"]
+    assert [sentence[:10] for _, sentence in collapse_signs(history, 0, 0.25)] == ["at step 20"]
 
 
 def test_hard_masks_from_random_weights_collapse_and_the_defaults_do_not(

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import polars as pl
 from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
@@ -44,7 +43,7 @@ def render(
         high=high,
         look=partial(look, low=low, high=high),
         distribution=by_measure(distribution, sources),
-        frequency=by_measure(partial(bars, [statistics.by_frequency(frame) for frame in frames]), sources),
+        frequency=by_measure(frequency, sources),
     )
 
 
@@ -75,7 +74,8 @@ def distribution(sources: list[Source], measure: str) -> Figure:
     return figures.histogram([BIN * edge for edge in range(bins + 1)], shares, "nats", "% of tokens")
 
 
-def bars(means: list[pl.DataFrame], sources: list[Source], measure: str) -> Figure:
+def frequency(sources: list[Source], measure: str) -> Figure:
+    means = [statistics.by_frequency(source.frame) for source in sources]
     groups = dict(max(means, key=len).select("label", "share").iter_rows())
     values = [dict(table.select("label", measure).iter_rows()) for table in means]
     series = {source.name: [own.get(name) for name in groups] for source, own in zip(sources, values, strict=True)}
