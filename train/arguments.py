@@ -87,10 +87,9 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     if options.muon:
         flags.optim = None  # AdamW, for the other parameters
         _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
-    _set_missing(flags, optim=TrainingArguments.optim)
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
     _set_missing(flags, learning_rate=PRETRAINED_RATE if pretrained and not options.muon else rates[size])
-    _set_missing(flags, per_device_train_batch_size=BATCH_SIZES[size])
+    _set_missing(flags, optim=TrainingArguments.optim, per_device_train_batch_size=BATCH_SIZES[size])
     _set_missing(flags, bf16=not flags.fp16 and resolve_dtype("auto") == "bfloat16")
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)

@@ -101,8 +101,6 @@ class TrainerFlags:
     full_determinism: bool = option("use deterministic kernels only, which are slower", False)
     use_cpu: bool | None = option("train on the CPU (default: without CUDA and XPU)")
     dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
-    # all ranks wait while one process per machine checks every byte of the shards, about 2 TB per hour; a cluster waits
-    # as long for a rank that hangs
     ddp_timeout: int = option("seconds that a process waits for the others (default: 3600)", 3_600)
 
 

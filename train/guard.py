@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,6 @@ from train import resume
 from train.arguments import is_of_device
 
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
-STOP_SECONDS = 1.0  # between two checks for it
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 T = TypeVar("T")
 
@@ -46,7 +44,7 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, output: Path) -> None:
-        self.output, self.last_check = output, 0.0
+        self.output = output
         self.asked: int = 0
         self.stopped: int = 0
         self.group: dist.ProcessGroup | None = None
@@ -81,10 +79,8 @@ class Guard(TrainerCallback):
             self.group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        now = time.monotonic()
-        if not _in_main_thread() and state.is_world_process_zero and now - self.last_check > STOP_SECONDS:
-            self.last_check = now
-            self.asked = self.asked or signal.SIGTERM * (self.output / STOP).exists()
+        if not _in_main_thread() and state.is_world_process_zero and (self.output / STOP).exists():
+            self.asked = signal.SIGTERM
         asked = torch.tensor(self.asked)
         if self.group is not None:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)

@@ -76,7 +76,7 @@ def type_concentration(count_V: Tensor) -> float:
 
 
 class CollapseWarnings(TrainerCallback):
-    """Warns if masking may make a run worse, once per sign. ``warnings`` holds the warnings so far.
+    """Warns if masking may make a run worse, once per sign. ``by_sign`` holds the warnings so far.
 
     Args:
         concentration: of the training text, see ``type_concentration``; masks concentrate if theirs is much higher.
@@ -85,10 +85,6 @@ class CollapseWarnings(TrainerCallback):
     def __init__(self, policy: MaskPolicy, concentration: float = 0.0) -> None:
         self.policy, self.concentration = policy, concentration
         self.by_sign: dict[str, str] = {}
-
-    @property
-    def warnings(self) -> list[str]:
-        return list(self.by_sign.values())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Check the whole history, which includes that before a resume."""

@@ -102,7 +102,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         targets=costs(targets, **targets.masks or {}) if targets else None,
         eval_shards=costs(inputs.eval_shards) if inputs.eval_shards else None,
         seed=args.seed,
-        warnings=trainer.collapse.warnings,
+        warnings=list(trainer.collapse.by_sign.values()),
         history=curve(log),
         flags=flags,
         versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},

@@ -97,7 +97,8 @@ def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
         if 0 < (getattr(args, name) or 0) < 1:  # a share; Trainer would warn on a resume that it has another number
             setattr(args, name, math.ceil(getattr(args, name) * args.max_steps))
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        decay = min(round(DECAY_SHARE * args.max_steps), args.max_steps - args.get_warmup_steps(args.max_steps))
+        left = max(0, args.max_steps - args.get_warmup_steps(args.max_steps))
+        decay = min(round(DECAY_SHARE * args.max_steps), left)
         args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
 
 

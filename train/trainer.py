@@ -161,7 +161,6 @@ class MaskedLMTrainer(Trainer):
         self.log_seconds()
         evaluated, args = self.inputs.evaluated, self.args
         model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
         model.eval()
         read = Columns(entropy=evaluated.scored)
         batches = evaluation.batches(evaluated, self.inputs.held_out, read, args.eval_batch_size)
@@ -169,7 +168,7 @@ class MaskedLMTrainer(Trainer):
             evaluation.outcomes(model, self.masker, batch, self.compute_loss_context_manager)
             for batch in islice(batches, args.process_index, None, args.world_size)
         ]
-        model.train(was_training)
+        model.train()
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
         metrics = {f"eval_{name}": v for name, v in evaluation.metrics(columns, evaluated.scored).items()}
         metrics["eval_seconds"] = round(time.monotonic() - started, 3)

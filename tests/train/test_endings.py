@@ -149,20 +149,6 @@ def test_a_loader_worker_that_is_killed_ends_the_run(flags: list[object], tmp_pa
     assert resume.last_checkpoint(tmp_path / "out")
 
 
-def test_a_checkpoint_that_was_damaged_is_passed_over(
-    flags: list[object], whole: dict[int, tuple[float, float]], tmp_path: Path
-) -> None:
-    argv = [*flags, "--output-dir", tmp_path / "out"]
-    assert Run(tmp_path / "log", *argv, kill_at=7).end() == [-9]
-    weights = tmp_path / "out" / "checkpoint-6" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1000] ^= 1
-    weights.write_bytes(data)
-    again = Run(tmp_path / "again", *argv)
-    assert again.end() == [0] and f"resuming from {tmp_path}/out/checkpoint-3" in again.output()
-    assert history(tmp_path / "out", STEPS) == whole
-
-
 def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / resume.LOCK).touch()  # of a run that was killed before it had begun

@@ -173,8 +173,8 @@ def said(policy: MaskPolicy, losses: list[float], concentration: list[float], ca
             warner.on_log(None, state, None)  # type: ignore[arg-type]
     resumed = CollapseWarnings(policy)
     resumed.on_log(None, state, None)  # type: ignore[arg-type]
-    assert resumed.warnings == warner.warnings
-    return warner.warnings, capsys.readouterr().err
+    assert resumed.by_sign == warner.by_sign
+    return list(warner.by_sign.values()), capsys.readouterr().err
 
 
 def test_the_second_evaluation_of_the_last_step_does_not_count() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TRAIN, refused
 from in_process import RANDOM, SELF, train_here, weights
 from transformers import BertConfig, BertForMaskedLM, FunnelConfig, FunnelForMaskedLM
 
@@ -111,9 +110,3 @@ def test_mistakes_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[obj
     with pytest.raises(UsageError, match=sentence) as caught:
         train_here(tokens, tmp_path / "out", "--max-steps", 1, *flags)
     assert "\n" not in str(caught.value)
-
-
-def test_mistakes_end_with_exit_code_2(work: Path, tmp_path: Path) -> None:
-    flags = [*RANDOM, "--output-dir", tmp_path / "out", "--max-steps", 1]
-    assert "not a shard directory" in refused(*TRAIN, "--shards", work, *flags)
-    assert not (tmp_path / "out").exists()

@@ -68,20 +68,15 @@ def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
     return means(scored.join(counts.with_row_index("rank", 1), on="token"), group)
 
 
-def by_token(frame: pl.DataFrame, least: int) -> pl.DataFrame:
-    """``means`` of the tokens that occur at least ``least`` times, the most uncertain first."""
-    frequent = means(frame, pl.col("token")).filter(pl.col("count") >= least)
+def by_token(frame: pl.DataFrame) -> pl.DataFrame:
+    """``means`` of the tokens that occur 10 times and once in 20,000 tokens, the most uncertain first."""
+    frequent = means(frame, pl.col("token")).filter(pl.col("count") >= max(10, len(frame) // 20_000))
     return frequent.sort("entropy", "label", descending=[True, False])
 
 
-def often_enough(frame: pl.DataFrame) -> int:
-    """How often a token must occur for a reliable mean: 10 times, and once in 20,000 tokens."""
-    return max(10, len(frame) // 20_000)
-
-
 def side_by_side(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
-    """The positions that both frames have scored: ``sequence``, ``token``, and ``first``, ``second`` (entropies)."""
-    columns = first.select("sequence", "token", pl.col("entropy").alias("first"))
+    """The positions that both frames have scored: ``sequence``, and ``first``, ``second`` (entropies)."""
+    columns = first.select("sequence", pl.col("entropy").alias("first"))
     return columns.with_columns(second["entropy"].alias("second")).drop_nulls()
 
 
@@ -95,15 +90,3 @@ def agreement(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
     masks = first.select("sequence", "masked", pl.Series("other", second["masked"])).group_by("sequence")
     overlap = (pl.col("masked") & pl.col("other")).sum() / pl.col("masked").sum()
     return masks.agg(overlap=overlap.fill_nan(None)).join(ranks, on="sequence", how="left").sort("sequence")
-
-
-def movements(first: pl.DataFrame, second: pl.DataFrame, least: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Tokens (``label``) whose mean entropy rises from first to second, and tokens whose mean entropy falls.
-
-    The largest changes come first. Only tokens that occur at least ``least`` times count.
-    """
-    both = side_by_side(first, second).group_by(pl.col("token").alias("label"))
-    moved = both.agg(pl.len().alias("count"), pl.col("first", "second").cast(pl.Float64).mean())
-    moved = moved.filter(pl.col("count") >= least).with_columns(rise=pl.col("second") - pl.col("first"))
-    moved = moved.sort("rise", "label", descending=[True, False])
-    return moved.filter(pl.col("rise") > 0), moved.filter(pl.col("rise") < 0).reverse()

@@ -21,10 +21,7 @@ def summarise(sources: list[Source], mask: MaskPolicy, label: Label) -> dict[str
     summary = {f"{source.manifest.uri}: {describe(source)}": of_source(source, mask, label) for source in sources}
     if len(sources) > 1:
         first, second = (source.frame for source in sources)
-        rose, fell = statistics.movements(first, second, statistics.often_enough(first))
-        lines = {"agreement": agreement_words(first, second)}
-        lines |= {"rose most": token_words(rose, "rise", label), "fell most": token_words(fell, "rise", label)}
-        summary[f"{sources[0].name} → {sources[1].name}"] = lines
+        summary[f"{sources[0].name} → {sources[1].name}"] = {"agreement": agreement_words(first, second)}
     return {title: {name: text for name, text in lines.items() if text} for title, lines in summary.items()}
 
 
@@ -36,11 +33,11 @@ def of_source(source: Source, mask: MaskPolicy, label: Label) -> dict[str, str]:
                 f"mean {numbers['mean']:.2f} nats, median {numbers['median']:.2f}, "
                 f"{spread_words(numbers['low'], numbers['high'], measure)}"
             )
-    by_token = statistics.by_token(frame, statistics.often_enough(frame))
+    by_token = statistics.by_token(frame)
     return lines | {
         "by frequency": mean_words(statistics.by_frequency(frame)),
-        "uncertain": token_words(by_token, "entropy", label),
-        "certain": token_words(by_token.reverse(), "entropy", label),
+        "uncertain": token_words(by_token, label),
+        "certain": token_words(by_token.reverse(), label),
         "by mask": f"{mean_words(statistics.by_mask(frame))} ({mask_words(mask)})",
     }
 
@@ -49,8 +46,8 @@ def mean_words(means: pl.DataFrame) -> str:
     return ", ".join(f"{name} {entropy:.2f}" for name, entropy in means.select("label", "entropy").iter_rows())
 
 
-def token_words(tokens: pl.DataFrame, column: str, label: Label) -> str:
-    rows = tokens.select("label", column).head(MAX_TOKENS).iter_rows()
+def token_words(tokens: pl.DataFrame, label: Label) -> str:
+    rows = tokens.select("label", "entropy").head(MAX_TOKENS).iter_rows()
     return ", ".join(f"{label(token)[1]} {value:.2f}" for token, value in rows)
 
 
