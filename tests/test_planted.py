@@ -134,7 +134,7 @@ def test_a_checkpoint_holds_plain_files_only(tmp_path: Path, secret: Path) -> No
         written = output / resume.UNFINISHED / name
         written.mkdir(parents=True)
         (written / "model").write_text("{}")
-        resume.complete(output, name, None, None)
+        resume.complete(output, name, None)
         return output / name
 
     whole = write("checkpoint-1")
@@ -172,7 +172,7 @@ STATE = {"global_step": 1, "max_steps": 2, "log_history": [{"step": 1, "loss": 2
         *({name: value} for name in ("global_step", "max_steps") for value in ("1", -1, 10**400, None, 1e999)),
         *({"log_history": value} for value in (None, [1], [{"loss": 1.0}], [{"step": 1, "loss": "x"}], [[]])),
         *({"stateful_callbacks": value} for value in ([], {"TrainerControl": 5})),
-        *({name: "x"} for name in ("best_metric", "epoch", "unknown", "train_batch_size")),
+        *({name: "x"} for name in ("best_model_checkpoint", "epoch", "unknown", "train_batch_size")),
     ],
     ids=str,
 )

@@ -23,7 +23,6 @@ LEARNING_RATES = {
 PRETRAINED_RATE = 5e-5  # AdamW's, to train a checkpoint further
 BATCH_SIZES = {"tiny": 32, "mini": 64, "small": 128, "medium": 128, "base": 256}  # per device
 EVAL_FRACTION, EVAL_STEPS = 0.01, 0.2  # the share of the documents to hold out, and of the steps between evaluations
-SAVE_STEPS = 500
 # settings of transformers that a run cannot vary
 FIXED = {
     "disable_tqdm": True,  # the trainer draws its own bar
@@ -33,7 +32,7 @@ FIXED = {
 # prefixes of flags that may change on resume; the global batch is checked separately
 FREE = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
-    *("run_name", "eval_", "save_", "dataloader_", "ddp_"),
+    *("eval_", "save_", "dataloader_", "ddp_"),
 )
 
 
@@ -86,23 +85,19 @@ def fill_in(options: Options, flags: TrainerFlags) -> None:
     """Set the defaults that depend on the model, on other flags and on the machine."""
     size, pretrained = nearest_size(options.model, options.trust_remote_code)
     if options.muon:
-        flags.optim = TrainingArguments.optim  # for the other parameters
+        flags.optim = None  # AdamW, for the other parameters
         _set_missing(options, muon_learning_rate=MUON_LEARNING_RATE, muon_weight_decay=MUON_WEIGHT_DECAY)
-    _set_missing(flags, optim=TrainingArguments.optim)  # of configurations and checkpoints too
     rates = LEARNING_RATES[MUON if options.muon else "adamw"]
     _set_missing(flags, learning_rate=PRETRAINED_RATE if pretrained and not options.muon else rates[size])
-    _set_missing(flags, per_device_train_batch_size=BATCH_SIZES[size])
+    _set_missing(flags, optim=TrainingArguments.optim, per_device_train_batch_size=BATCH_SIZES[size])
     _set_missing(flags, bf16=not flags.fp16 and resolve_dtype("auto") == "bfloat16")
     _set_missing(flags, use_cpu=not (torch.cuda.is_available() or torch.xpu.is_available()))
     _set_missing(flags, dataloader_num_workers=0 if flags.use_cpu else 2)
     _set_missing(options, eval_fraction=0.0 if options.eval_shards else EVAL_FRACTION)
-    if takes_best := flags.load_best_model_at_end:  # it compares checkpoints
-        _set_missing(flags, eval_steps=flags.save_steps)
-    if flags.eval_strategy is None and (options.eval_fraction or options.eval_shards):
-        # often enough to notice a collapse
-        _set_missing(flags, eval_strategy="steps", eval_steps=EVAL_STEPS, eval_on_start=True)
-    _set_missing(flags, eval_strategy="no", eval_on_start=False)
-    _set_missing(flags, save_steps=(flags.eval_steps or flags.logging_steps) if takes_best else SAVE_STEPS)
+    # often enough to notice a collapse
+    held_out = options.eval_fraction or options.eval_shards
+    _set_missing(flags, eval_strategy="steps" if held_out else "no", eval_steps=EVAL_STEPS)
+    _set_missing(flags, eval_on_start=flags.eval_strategy == "steps")
     if options.entropy_source == "self":
         _set_missing(options, self_refresh="step" if options.recipe == "paper" else "means")  # our reading of the paper
 

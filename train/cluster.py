@@ -57,12 +57,8 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
 
     previous = signal.signal(signal.SIGTERM, ask_to_stop)
     try:
-        config = {
-            "main": main,
-            "argv": [*options.argv, *_for_workers(options, directory)],
-            "log": log,
-            "overwrite": overwrite,
-        }
+        argv = [*options.argv, *_for_workers(options, directory)]
+        config = {"main": main, "argv": argv, "log": log, "overwrite": overwrite}
         code, message = _fit(config, options.num_workers, args.ddp_timeout)
     except KeyboardInterrupt:  # Ray raises it in place of Terminated
         if stop.exists():

@@ -6,8 +6,8 @@
     python train/explore.py runs/scored --mask-temperature 1 --mask-unit word --output entropy.html
     python train/explore.py runs/scored runs/self-entropies --output difference.html
 
-The page is one file that needs no network. Two directories must hold the same tokens, scored by a teacher and by a
-student, say, or by an early and a late student. See docs/explore.md.
+The page is one file that needs no network. Two directories must hold other scores of the same tokens, such as those of
+a teacher and a student. See docs/explore.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         Source(name, manifest, sample.frame_of(manifest, picks, view))
         for name, manifest in zip(names, manifests, strict=True)
     ]
-    check_sample(sources)
+    if statistics.side_by_side(sources[0].frame, sources[-1].frame).is_empty():
+        raise UsageError(f"{' and '.join(directories)} have no scored tokens in common; score a corpus that has text")
     summary = summarise(sources, mask, view.label)
     for title, lines in summary.items():
         print(title)
@@ -80,21 +81,6 @@ def open_directories(uris: list[str]) -> list[Manifest]:
                 "which keeps them"
             )
     return manifests
-
-
-def check_sample(sources: list[Source]) -> None:
-    """Refuse sources without scores, or without common scores.
-
-    Raises:
-        UsageError: one has no score in the sample, or two have different tokens or no common scored position.
-    """
-    for source in sources:
-        if not source.frame["entropy"].count():
-            raise UsageError(f"{source.manifest.uri} holds no scored tokens; score a corpus that has text")
-        if not source.frame["token"].equals(sources[0].frame["token"]):
-            raise UsageError("the two directories hold different tokens; check both with pipeline/verify.py")
-        if statistics.side_by_side(sources[0].frame, source.frame).is_empty():
-            raise UsageError("the two directories have no scored position in common; name others")
 
 
 if __name__ == "__main__":

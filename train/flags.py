@@ -43,9 +43,6 @@ class Options(TrainingMaskOptions):
     eval_fraction: float | None = option("share of the documents to hold out (default: 0.01); 0 for no evaluation")
     eval_shards: str | None = option("evaluate on this shard directory (default: on held-out documents)")
     trust_remote_code: bool = option("run model code from the checkpoint", False)
-    push_to_hub: bool = option("push the finished model with its card to the Hugging Face Hub", False)
-    hub_model_id: str | None = option("the repository on the Hub, OWNER/NAME (default: the name of --output-dir)")
-    hub_private_repo: bool = option("create a private repository", False)
     num_workers: int = option("train in N processes on a Ray cluster, one per GPU (default: in this process)", 1)
     dry_run: bool = option("print what the run would do, and stop", False)
     eval_only: bool = option("only evaluate the model, which is not changed", False)
@@ -66,18 +63,20 @@ class TrainerFlags:
     gradient_accumulation_steps: int = option("batches per step on each device (default: 1)", 1)
     per_device_eval_batch_size: int = option("sequences per batch in an evaluation (default: 64)", 64)
 
-    optim: str | None = option("muon (default for presets), or the name of an optimizer of transformers")
-    optim_args: str | None = option("arguments of the optimizer: name=value,…")
-    learning_rate: float | None = option(
-        f"peak learning rate of --optim; beside Muon, that of embeddings, norms and biases {BY_SIZE}"
+    optim: Literal["muon", "adamw_torch", "adamw_torch_fused"] | None = option(
+        "optimizer (default: muon for presets, otherwise AdamW)"
     )
-    weight_decay: float = option("weight decay of AdamW, or of --optim (default: 0.01)", 0.01)
+    learning_rate: float | None = option(
+        f"AdamW's peak learning rate; beside Muon, that of embeddings, norms and biases {BY_SIZE}"
+    )
+    weight_decay: float = option("AdamW's weight decay (default: 0.01)", 0.01)
     adam_beta1: float = option("AdamW's β1 (default: 0.9)", 0.9)
     adam_beta2: float = option("AdamW's β2 (default: 0.98)", 0.98)
     adam_epsilon: float = option("AdamW's ε (default: 1e-6)", 1e-6)
     max_grad_norm: float = option("clip gradients to this norm; 0 for no clipping (default: 1)", 1.0)
-    lr_scheduler_type: str = option("name of a learning-rate schedule of transformers (default: linear)", "linear")
-    lr_scheduler_kwargs: str | None = option("arguments of the schedule, as a JSON object")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup", "warmup_stable_decay"
+    ] = option("learning-rate schedule (default: linear)", "linear")
     warmup_steps: float = option("steps of learning-rate warm-up; below 1 a share of all steps (default: 0.06)", 0.06)
 
     bf16: bool | None = option("train in bfloat16 (default: if the hardware has it)")
@@ -85,43 +84,23 @@ class TrainerFlags:
     tf32: bool | None = option("multiply float32 matrices in TF32")
     activation_checkpointing: bool | None = option("compute activations twice to save memory")
     torch_compile: bool = option("compile the model", False)
-    torch_compile_backend: str | None = option("backend of the compiler")
-    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = (
-        option("mode of the compiler")
-    )
 
-    logging_strategy: Literal["no", "steps"] = option("whether to log the loss (default: steps)", "steps")
     logging_steps: float = option("log every N steps; below 1 a share of all steps (default: 50)", 50)
-    logging_first_step: bool = option("also log the first step", False)
     report_to: str = option("another place to log, e.g. tensorboard (default: none)", "none")
-    run_name: str | None = option("name of the run for --report-to")
     eval_strategy: Literal["no", "steps"] | None = option(
-        "whether to evaluate every --eval-steps (default: at the start and after each fifth of the run)"
+        "whether to evaluate during the run (default: steps, if there is held-out text)"
     )
-    eval_steps: float | None = option(
-        "evaluate every N steps; below 1 a share of all steps (default: 0.2; with --eval-strategy steps, as "
-        "--logging-steps)"
-    )
-    eval_delay: float = option("steps before the first evaluation (default: 0)", 0)
-    eval_on_start: bool | None = option("evaluate before the first step (default: yes, without --eval-strategy)")
+    eval_steps: float | None = option("evaluate every N steps; below 1 a share of all steps (default: 0.2)")
+    eval_on_start: bool | None = option("evaluate before the first step (default: as --eval-strategy)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
-    save_steps: float | None = option(
-        "save a checkpoint every N steps; below 1 a share of all steps (default: 500, or as --eval-steps with "
-        "--load-best-model-at-end)"
-    )
+    save_steps: float = option("save a checkpoint every N steps; below 1 a share of all steps (default: 500)", 500)
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
-    load_best_model_at_end: bool = option("end with the checkpoint of the best evaluation", False)
-    metric_for_best_model: Literal["loss", "accuracy"] | None = option("metric of the best evaluation (default: loss)")
 
     seed: int = option("seed of the weights and of the masks (default: 42)", 42)
     data_seed: int | None = option("seed of the order of the sequences (default: --seed)")
     full_determinism: bool = option("use deterministic kernels only, which are slower", False)
     use_cpu: bool | None = option("train on the CPU (default: without CUDA and XPU)")
     dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
-    dataloader_prefetch_factor: int | None = option("batches that each of these processes keeps ready (default: 2)")
-    ddp_backend: Literal["nccl", "gloo", "mpi", "xccl"] | None = option("communication backend (default: by device)")
-    # all ranks wait while one process per machine checks every byte of the shards, about 2 TB per hour; a cluster waits
-    # as long for a rank that hangs
     ddp_timeout: int = option("seconds that a process waits for the others (default: 3600)", 3_600)
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +19,12 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from entropy_masking import storage
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError, one_line
 from train import resume
 from train.arguments import is_of_device
 
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
-STOP_SECONDS = 1.0  # between two checks for it
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 T = TypeVar("T")
 
@@ -47,7 +44,7 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, output: Path) -> None:
-        self.output, self.last_check = output, 0.0
+        self.output = output
         self.asked: int = 0
         self.stopped: int = 0
         self.group: dist.ProcessGroup | None = None
@@ -82,10 +79,8 @@ class Guard(TrainerCallback):
             self.group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        now = time.monotonic()
-        if not _in_main_thread() and state.is_world_process_zero and now - self.last_check > STOP_SECONDS:
-            self.last_check = now
-            self.asked = self.asked or signal.SIGTERM * (self.output / STOP).exists()
+        if not _in_main_thread() and state.is_world_process_zero and (self.output / STOP).exists():
+            self.asked = signal.SIGTERM
         asked = torch.tensor(self.asked)
         if self.group is not None:
             dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
@@ -97,12 +92,6 @@ class Guard(TrainerCallback):
         # a mean over all ranks, so each of them raises
         if not math.isfinite(loss := event["logs"].get("loss", 0.0)):
             raise _not_finite(f"the loss is {loss}", state.global_step, self.output)
-
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Name the best checkpoint by its step, because the directory may have been moved. Trainer then loads it."""
-        best = resume.best_checkpoint(args, state)
-        if best and not self.stopped and (self.output / best).exists():
-            state.best_model_checkpoint = str(self.output / best)
 
 
 def _in_main_thread() -> bool:
@@ -130,18 +119,14 @@ def _last_good(output: Path) -> str:
 
 @contextmanager
 def writing(what: str, output: Path) -> Iterator[None]:
-    """Turn the error of a failed write into a RunError that names the reason and the last good checkpoint."""
+    """Turn the error of a failed write into a RunError that names the last good checkpoint."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if _lost_loader(error) or is_of_device(error):
             raise
-        # torch's writer says where the write stopped, not why
-        cut_short = any(sign in str(error) for sign in ("inline_container", "iostream error"))
-        reason = "it was cut short" if cut_short else one_line(error)
-        full = cut_short or any(os.strerror(code) in str(error) for code in storage.FULL)
-        fix = "make room, then run the command again" if full else f"run the command again when {output} is writable"
-        raise RunError(f"cannot write {what} ({reason}); {_last_good(output)}; {fix}") from None
+        fix = f"check that {output} is writable, and make room; then run the command again"
+        raise RunError(f"cannot write {what} ({one_line(error)}); {_last_good(output)}; {fix}") from None
 
 
 @contextmanager

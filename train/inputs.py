@@ -33,15 +33,11 @@ class Inputs:
     manifest: Manifest  # of --shards
     targets: Manifest | None  # of --targets
     eval_shards: Manifest | None  # of --eval-shards
+    evaluated: Manifest  # the directory of ``held_out``
     policy: MaskPolicy  # which positions to mask and to predict
     training: list[Part]  # the rows to train on
     held_out: list[Part]  # the rows to evaluate on
     cut: int  # held-out parts that are a passage of a longer document
-
-    @property
-    def evaluated(self) -> Manifest:
-        """The directory of ``held_out``."""
-        return self.eval_shards or self.manifest
 
 
 def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
@@ -61,7 +57,7 @@ def open_inputs(options: Options, args: TrainingArguments) -> Inputs:
     if held_out and not token_counts(evaluated, held_out).any():
         fix = "evaluate on other text with --eval-shards, or not at all with --eval-fraction 0"
         raise UsageError(f"the held-out text of {evaluated.uri} has only special tokens, such as [UNK]; {fix}")
-    return Inputs(manifest, targets, eval_shards, policy, rows.training, held_out, rows.cut)
+    return Inputs(manifest, targets, eval_shards, evaluated, policy, rows.training, held_out, rows.cut)
 
 
 def check_machine_and_scores(options: Options, args: TrainingArguments, teacher: Manifest) -> None:
@@ -114,8 +110,8 @@ def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
     recipe, given = RECIPES["paper"] if options.recipe == "paper" else {}, given_masks(options)
     for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):
-            origin, cause = ("", mask_flag(name)) if name in given else (" of --recipe paper", "--recipe")
-            said = f"{mask_flag(name)} {value}{origin} differs from {of_targets} in --targets {targets.uri}"
+            cause = mask_flag(name) if name in given else "--recipe"
+            said = f"{mask_flag(name)} {value} differs from {of_targets} in --targets {targets.uri}"
             raise UsageError(f"{said}; leave {cause} out")
     return policy
 

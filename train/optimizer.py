@@ -19,8 +19,7 @@ class MuonAdamW(Optimizer):
     Args:
         groups: parameter groups of Trainer; AdamW trains the parameters that Muon does not train.
         matrices: the parameters for Muon.
-        muon: Muon's arguments.
-        adamw: AdamW's arguments.
+        muon, adamw: the arguments of each optimizer.
     """
 
     def __init__(

@@ -13,10 +13,6 @@ from entropy_masking.commands.mask_flags import MAX_SEED
 from entropy_masking.errors import UsageError
 from train.flags import GROUPS, MUON, SIZES, Options, TrainerFlags
 
-ADAMW = ("adamw_torch", "adamw_torch_fused", None)  # None is the default, one of them
-WITHOUT_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor")  # optimizers that do not read AdamW's flags
-# schedules that follow the metric of evaluations
-BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 # ranges of numbers; a number outside would fail late or, worse, not at all
 MAX_STEPS, MAX_BATCH = 10**12, 10**6  # above them numbers overflow
 ABOVE_0, BELOW_1, MAX = sys.float_info.min, math.nextafter(1, 0), sys.float_info.max
@@ -27,14 +23,13 @@ RANGES: dict[str, tuple[float, float]] = {
         ("learning_rate weight_decay muon_learning_rate muon_weight_decay adam_epsilon max_grad_norm", 0, MAX),
         ("adam_beta1 adam_beta2 eval_fraction", 0, BELOW_1),
         ("logging_steps save_steps eval_steps", ABOVE_0, MAX_STEPS),
-        ("warmup_steps save_total_limit eval_delay", 0, MAX_STEPS),
+        ("warmup_steps save_total_limit", 0, MAX_STEPS),
         ("max_steps limit sequences", 1, MAX_STEPS),
         ("per_device_train_batch_size per_device_eval_batch_size", 1, MAX_BATCH),
         ("gradient_accumulation_steps num_workers", 1, MAX_BATCH),
         ("num_train_epochs", ABOVE_0, 10**9),
         ("ddp_timeout", 1, 10**9),
         ("dataloader_num_workers", 0, 1024),
-        ("dataloader_prefetch_factor", 1, 1024),
         ("distill_weight", 0, 1),
         ("distill_positions", ABOVE_0, 1),
         ("distill_temperature", ABOVE_0, MAX),
@@ -49,7 +44,6 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFla
     parser.usage = "%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …"
     parser.add_fields(Options)
     parser.add_fields(TrainerFlags)
-    parser.unknown = lambda text: _unsupported(text) or Parser.unknown(parser, text)  # type: ignore[method-assign]
     given = vars(parser.parse_args(argv))
     options = Options(**{own.name: given.pop(own.name) for own in fields(Options) if own.init})
     flags = TrainerFlags(**given)
@@ -60,15 +54,6 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFla
     options.muon = flags.optim == MUON or (flags.optim is None and options.model.removeprefix("bert-") in SIZES)
     check_rules(vars(options) | vars(flags), rules(options, flags))
     return options, flags
-
-
-def _unsupported(text: str) -> str | None:
-    from transformers import TrainingArguments
-
-    name = text.partition("=")[0]
-    if name.lstrip("-").replace("-", "_").removeprefix("no_") not in TrainingArguments.__dataclass_fields__:
-        return None
-    return f"{name} of transformers.TrainingArguments is not supported; --help-all lists the supported flags"
 
 
 def check_ranges(flags: Mapping[str, Any]) -> None:
@@ -85,52 +70,27 @@ def check_ranges(flags: Mapping[str, Any]) -> None:
 def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     """The flags that contradict others or have no effect with them."""
     paper = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
-    of_self = "{flag} only applies to --entropy-source self; leave it out"
-    at_random = "{flag} has no effect with --hard-share 0, which masks at random; leave it out"
-    of_muon = "{flag} only applies to --optim muon; leave it out"
-    of_adam = f"{{flag}} has no effect with --optim {flags.optim}; leave it out"
-    no_arguments = "{flag} has no effect with Muon or AdamW; leave it out, or use another --optim"
     two_places = "{flag} and --eval-shards both choose the text to evaluate on; use one"
-    held_out = "{flag} needs held-out text; set --eval-fraction above 0, or --eval-shards"
-    evaluations = "{flag} needs evaluations during the run; leave out --eval-strategy no"
-    checkpoints = "{flag} needs checkpoints; leave out --save-strategy no"
-    steps = "--load-best-model-at-end needs a checkpoint at each evaluation; set {flag} to {value:g}, or leave it out"
-    limit = "{flag} {given} keeps only the best checkpoint at the end of a run, not the last; use at least 2"
-    best = "{flag} only applies to --load-best-model-at-end; leave it out"
-    unlogged = "{flag} has no effect with --logging-strategy no; leave one out"
-    unreported = "{flag} names a run for --report-to; set it too, or leave {flag} out"
-    two_lengths = "{flag} has no effect with --max-steps; leave one out"
-    no_warmup = f"{{flag}} has no effect with --lr-scheduler-type {flags.lr_scheduler_type}; leave it out"
-    unpushed = "{flag} needs --push-to-hub; set it too, or leave {flag} out"
-    distillation = "{flag} needs distillation; set --distill-weight above 0, or leave it out"
+    held_out = "without held-out text (--eval-fraction above 0, or --eval-shards)"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
-    takes_best, by_metric = flags.load_best_model_at_end, flags.lr_scheduler_type in BY_METRIC
-    not_best, silent = {"load_best_model_at_end": False}, flags.logging_strategy == "no"
+    no_effect: list[tuple[bool, str, dict[str, object]]] = [
+        (options.entropy_source != "self", "without --entropy-source self", {"self_refresh": None}),
+        (options.hard_share == 0, "with --hard-share 0", {"self_refresh": None}),
+        (not options.muon, "without --optim muon", {"muon_learning_rate": None, "muon_weight_decay": None}),
+        (not evaluates, held_out, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None}),
+        (not evaluates, held_out, {"eval_only": False} | _defaults("per_device_eval_batch_size")),
+        (flags.eval_strategy == "no", "with --eval-strategy no", {"eval_steps": None}),
+        (flags.save_strategy == "no", "with --save-strategy no", _defaults("save_steps", "save_total_limit")),
+        (options.dry_run, "with --dry-run", {"num_workers": 1}),
+        (bool(flags.max_steps), "with --max-steps", _defaults("num_train_epochs")),
+        (flags.lr_scheduler_type == "constant", "with --lr-scheduler-type constant", _defaults("warmup_steps")),
+        (not options.distill_weight, "without --distill-weight", {"targets": None, "distill_temperature": 1}),
+        (not options.distill_weight, "without --distill-weight", {"distill_positions": 1}),
+    ]
     return [
         (options.recipe == "paper", {"self_refresh": "step"}, paper),
-        (options.entropy_source != "self", {"self_refresh": None}, of_self),
-        (options.hard_share == 0, {"self_refresh": None}, at_random),
-        (not options.muon, {"muon_learning_rate": None, "muon_weight_decay": None}, of_muon),
-        (options.muon or flags.optim in ADAMW, {"optim_args": None}, no_arguments),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
-        (not evaluates, {"eval_strategy": "no", "eval_on_start": False, "eval_steps": None, **not_best}, held_out),
-        (not evaluates, {"eval_only": False}, held_out),
-        (not evaluates, _defaults("eval_delay", "per_device_eval_batch_size"), held_out),
-        (flags.eval_strategy == "no", {"eval_steps": None, "eval_delay": 0, **not_best}, evaluations),
-        (flags.save_strategy == "no", not_best | _defaults("save_steps", "save_total_limit"), checkpoints),
-        (options.dry_run, {"num_workers": 1}, "{flag} has no effect with --dry-run; leave one out"),
-        (silent, {"logging_first_step": False}, unlogged),
-        (silent and flags.eval_strategy != "steps", _defaults("logging_steps"), unlogged),  # --eval-steps reads it too
-        (flags.report_to == "none", {"run_name": None}, unreported),
-        (bool(flags.max_steps), _defaults("num_train_epochs"), two_lengths),
-        (by_metric or flags.lr_scheduler_type == "constant", _defaults("warmup_steps"), no_warmup),
-        (flags.optim in WITHOUT_ADAM, _defaults("adam_beta1", "adam_beta2", "adam_epsilon"), of_adam),
-        (takes_best and flags.eval_steps is not None, {"save_steps": flags.eval_steps}, steps),
-        (takes_best and flags.save_total_limit == 1, {"save_total_limit": None}, limit),
-        (not (takes_best or by_metric), {"metric_for_best_model": None}, best),
-        (not options.push_to_hub, {"hub_model_id": None, "hub_private_repo": False}, unpushed),
-        (options.eval_only, {"push_to_hub": False}, "{flag} has no effect with --eval-only; leave one out"),
-        (not options.distill_weight, {"targets": None, "distill_temperature": 1, "distill_positions": 1}, distillation),
+        *((holds, allowed, f"{{flag}} has no effect {case}; leave it out") for holds, case, allowed in no_effect),
     ]
 
 

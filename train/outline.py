@@ -13,9 +13,8 @@ from train import resume
 from train.arguments import global_batch
 from train.flags import Options
 from train.inputs import Inputs
-from train.options import BY_METRIC
 
-FEW_STEPS, FEW_WARMUP_STEPS = 100, 5
+FEW_STEPS = 100
 
 
 def outline(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> list[str]:
@@ -35,14 +34,15 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     rate = f"learning rate {args.learning_rate:g}"
     if options.muon:
         rate = f"learning rates {options.muon_learning_rate:g} (Muon) and {args.learning_rate:g} (AdamW)"
-    warmup = args.get_warmup_steps(args.max_steps)
-    warms_up = args.lr_scheduler_type not in (*BY_METRIC, "constant")
+    if args.lr_scheduler_type != "constant":
+        rate += f", warm-up of {args.get_warmup_steps(args.max_steps)} steps"
+    distils = f"distils with weight {options.distill_weight:g}" if options.distill_weight else "no distillation"
     lines = [
         f"data    {tokens:,} tokens of {manifest.uri} to train on{evaluated}",
         f"model   {options.model}, {weights:,} weights, on {args.device.type} in {dtype}",
         f"steps   {args.max_steps:,} of {batch} sequences ({batch * manifest.sequence_length:,} tokens), "
-        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}" + f", warm-up of {warmup} steps" * warms_up,
-        f"masks   {masks(inputs.policy, options)}",
+        f"{args.max_steps * batch / sequences:.2f} epochs; {rate}",
+        f"masks   {mask_words(inputs.policy, options.entropy_source)}; {distils}",
         *scores(inputs, options),
         f"output  {args.output_dir}{'' if options.overwrite else progress(Path(str(args.output_dir)))}",
     ]
@@ -51,8 +51,6 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     if args.max_steps < FEW_STEPS:
         fix = "use more text, more epochs or a smaller --per-device-train-batch-size"
         lines.append(f"warning: {args.max_steps} steps are few for a masked LM; {fix}")
-    elif warms_up and warmup < FEW_WARMUP_STEPS:
-        lines.append(f"warning: the learning rate rises within {FEW_WARMUP_STEPS} steps; use a larger --warmup-steps")
     return lines
 
 
@@ -75,16 +73,17 @@ def scores(inputs: Inputs, options: Options) -> list[str]:
     return [f"scores  entropies of {inputs.manifest.teacher}, {spread_words(*spread)}"] if spread else []
 
 
-def masks(policy: MaskPolicy, options: Options) -> str:
-    """The recipe of a run in words."""
-    source = {"parquet": "the teacher's", "self": "the student's own"}.get(options.entropy_source)
-    how = "at random"
-    if not policy.uniform:
+def mask_words(policy: MaskPolicy, source: str = "parquet") -> str:
+    """The masks of a policy in words."""
+    units = "tokens, in whole words" if policy.unit == "word" else "tokens"
+    if policy.uniform:
+        how = "at random"
+    else:
+        whose = "the student's own" if source == "self" else "the teacher's"
         choice = "the highest" if policy.temperature == 0 else f"sampled with τ = {policy.temperature:g}"
-        how = f"{policy.hard_share:.0%} of them by {source} {policy.by} ({choice}), the others at random"
+        how = f"{policy.hard_share:.0%} of them by {whose} {policy.by} ({choice}), the others at random"
         if policy.warmup or policy.ramp:
             how += f"; all at random for {policy.warmup:.0%} of the steps, then a ramp over {policy.ramp:.0%}"
     if not policy.predicts_all:
         how += f"; {policy.predict_ratio:.0%} predicted, chosen by {policy.predict_by}"
-    teacher = f"distils with weight {options.distill_weight:g}" if options.distill_weight else "no distillation"
-    return f"{policy.ratio:.0%} of the tokens, {how}; {teacher}"
+    return f"{policy.ratio:.0%} of the {units}, {how}"

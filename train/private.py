@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ContextDecorator
 from typing import Any
 
-from torch import nn
 from transformers import Trainer
 
 
-def save_within(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+def save_within(trainer: Trainer, context: ContextDecorator) -> None:
     """Let a trainer save each of its checkpoints within a context.
 
     There is no public way: the event ``on_save`` comes after a save, so a rank would not learn that another one failed.
     """
-    save = trainer._save_checkpoint
-
-    def save_checkpoint(model: nn.Module, trial: object) -> None:
-        with context():
-            save(model, trial)
-
-    trainer._save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    trainer._save_checkpoint = context(trainer._save_checkpoint)  # type: ignore[method-assign]
 
 
-def load_within(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+def load_within(trainer: Trainer, context: ContextDecorator) -> None:
     """Let a trainer load each part of a checkpoint within a context. There is no event for it."""
     for name in ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"):
-        setattr(trainer, name, _within(context, getattr(trainer, name)))
-
-
-def _within(context: Callable[[], AbstractContextManager[None]], load: Callable[..., None]) -> Callable[..., None]:
-    def load_part(*args: object, **others: object) -> None:
-        with context():
-            load(*args, **others)
-
-    return load_part
+        setattr(trainer, name, context(getattr(trainer, name)))
 
 
 def leave_ctrl_c_alone(trainer: Any) -> None:

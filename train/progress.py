@@ -19,14 +19,14 @@ from entropy_masking.commands import console
 from entropy_masking.masking.policy import SCORES, MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from train.arguments import global_batch
-from train.flags import Options
 
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
-ABOVE_GUESS = 0.2  # nats above ln V; random weights start up to 0.16 above it
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MAX_RATIO = 3  # to the concentration of the text, which is higher for a small vocabulary
-# names in a log that the console shows too
-SHOWN = [*(prefix + name for name in SCORES for prefix in ("", "masked_")), "teacher_correlation"]
+REMEDY = "let scores choose fewer tokens (--hard-share, --mask-warmup, --predict-by)"
+# a loss has other causes too
+IF_BETTER = f"if a run with --entropy-source random does better, {REMEDY}; otherwise lower the learning rate"
+SHOWN = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # in a log, also on the console
 MIN_TOKENS = 100  # fewer tokens do not give the concentration
 
 
@@ -76,59 +76,38 @@ def type_concentration(count_V: Tensor) -> float:
 
 
 class CollapseWarnings(TrainerCallback):
-    """Warns if masking may make a run worse, once per sign. ``warnings`` holds the warnings so far.
+    """Warns if masking may make a run worse, once per sign. ``by_sign`` holds the warnings so far.
 
     Args:
-        remedy: how to use the scores less.
         concentration: of the training text, see ``type_concentration``; masks concentrate if theirs is much higher.
     """
 
-    def __init__(self, policy: MaskPolicy, vocab_size: int, remedy: str, concentration: float = 0.0) -> None:
-        self.policy, self.vocab_size, self.remedy, self.concentration = policy, vocab_size, remedy, concentration
+    def __init__(self, policy: MaskPolicy, concentration: float = 0.0) -> None:
+        self.policy, self.concentration = policy, concentration
         self.by_sign: dict[str, str] = {}
-
-    @property
-    def warnings(self) -> list[str]:
-        return list(self.by_sign.values())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Check the whole history, which includes that before a resume."""
         if not self.policy.uses_scores:
             return
         warmup = self.policy.warmup * state.max_steps
-        for sign, sentence in collapse_signs(state.log_history, warmup, self.vocab_size, self.concentration):
+        for sign, sentence in collapse_signs(state.log_history, warmup, self.concentration):
             if sign not in self.by_sign:
-                # a loss has other causes too
-                otherwise = "otherwise use a lower learning rate or less training"
-                unsure = f"if a run with --entropy-source random does better, {self.remedy}; {otherwise}"
-                self.by_sign[sign] = f"{sentence}; {self.remedy if sign == 'concentration' else unsure}"
+                self.by_sign[sign] = f"{sentence}; {REMEDY if sign == 'concentration' else IF_BETTER}"
                 if state.is_world_process_zero:
                     print(f"warning: {self.by_sign[sign]}", file=sys.stderr, flush=True)
 
 
-def remedy(options: Options, policy: MaskPolicy) -> str:
-    """How to use the scores less, by flags that this run may change."""
-    if options.targets:
-        return "make targets with a smaller --hard-share"
-    if options.recipe == "paper":
-        return "leave out --recipe paper"
-    if policy.uniform:
-        return "use --predict-by random"
-    return "use a smaller --hard-share or a longer --mask-warmup"
-
-
-def collapse_signs(
-    history: list[dict[str, float]], warmup: float, vocab_size: int, in_text: float = 0.0
-) -> Iterator[tuple[str, str]]:
+def collapse_signs(history: list[dict[str, float]], warmup: float, in_text: float = 0.0) -> Iterator[tuple[str, str]]:
     """Name and sentence of each sign of a collapse in Trainer's history after ``warmup`` steps, in the order of steps.
 
-    The held-out loss stays above its lowest value, which the warm-up may have reached, for several evaluations; it is
-    worse than a uniform guess; or the masks concentrate on a few token types, much more than the text does.
+    The held-out loss stays above its lowest value, which the warm-up may have reached, for several evaluations; or the
+    masks concentrate on a few token types, much more than the text does.
 
     Args:
         in_text: the concentration of the text.
     """
-    lowest, above, guess, evaluated = math.inf, 0, math.log(vocab_size), -1.0
+    lowest, above, evaluated = math.inf, 0, -1.0
     for entry in history:
         step, loss, concentration = entry["step"], entry.get("eval_loss"), entry.get("mask_concentration", 0.0)
         if loss is not None and step != evaluated:  # a run is evaluated once more at its end
@@ -138,9 +117,6 @@ def collapse_signs(
             if above == RISES:
                 where = f"{RISES} evaluations in a row up to step {step}"
                 yield "rise", f"the held-out loss was above its lowest value, {lowest:.2f} nats, at {where}"
-            if step and step >= warmup and loss > guess + ABOVE_GUESS:
-                loss_here = f"the held-out loss at step {step}, {loss:.2f} nats"
-                yield "guess", f"{loss_here}, is worse than a uniform guess, {guess:.2f}"
         if concentration > max(MAX_CONCENTRATION, MAX_RATIO * in_text) and step >= warmup:
             pairs = f"two masked tokens had the same type with a probability of {concentration:.0%}"
             yield "concentration", f"at step {step} {pairs}, so the masks concentrate on a few types"
@@ -172,7 +148,7 @@ class ProgressReport(TrainerCallback):
         if self.progress:
             self.progress.advance(self.tokens_per_step)
         # a logged loss is a mean since the last log: with a log at every checkpoint, a resume does not change it
-        if args.logging_strategy != "no" and (control.should_save or control.should_training_stop):
+        if control.should_save or control.should_training_stop:
             control.should_log = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:

@@ -20,7 +20,6 @@ from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES, token_counts, unigram_loss
 from train.flags import Options
 from train.inputs import Inputs
-from train.options import BY_METRIC
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
@@ -28,7 +27,7 @@ MAX_POINTS = 200  # of a curve in a summary
 # flags that do not decide what is learned
 FREE = [
     *("overwrite", "dry_run", "eval_only", "argv", "as_yaml", "trust_remote_code", "num_workers", "eval_shards"),
-    *("recipe", "push_to_hub", "hub_model_id", "hub_private_repo"),
+    "recipe",
 ]
 
 
@@ -46,8 +45,6 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
     }
     if options.eval_fraction:
         run["held_out_by"] = resume.DOCUMENTS
-    if args.load_best_model_at_end or args.lr_scheduler_type in BY_METRIC:
-        run["eval_shards"] = inputs.eval_shards and inputs.eval_shards.fingerprint_hash
     return own | masks | run | deciding_arguments(args)
 
 
@@ -106,7 +103,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         targets=costs(targets, **targets.masks or {}) if targets else None,
         eval_shards=costs(inputs.eval_shards) if inputs.eval_shards else None,
         seed=args.seed,
-        warnings=trainer.collapse.warnings,
+        warnings=list(trainer.collapse.by_sign.values()),
         history=curve(log),
         flags=flags,
         versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from entropy_masking import storage
@@ -103,12 +103,6 @@ def last_checkpoint(directory: Path, contents: bool = False) -> Path | None:
     return next((path for path in reversed(checkpoints(directory)) if _is_whole(path, contents)), None)
 
 
-def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The name of the best checkpoint if it becomes the model; None if the last checkpoint does."""
-    step = state.best_global_step if args.load_best_model_at_end else None
-    return f"checkpoint-{step}" if step else None
-
-
 def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
     """Keep other runs out of an output directory until the returned file is closed, or this process ends.
 
@@ -144,8 +138,8 @@ def check_visible(directory: Path, checkpoint: Path | None) -> None:
         time.sleep(0.5)
 
 
-def complete(directory: Path, name: str, limit: int | None, best: str | None) -> None:
-    """Give a checkpoint in ``UNFINISHED`` its name, and keep the last ``limit`` (0 or None: all) and the best."""
+def complete(directory: Path, name: str, limit: int | None) -> None:
+    """Give a checkpoint in ``UNFINISHED`` its name, and keep the last ``limit`` (0 or None: all)."""
     written, checkpoint = directory / UNFINISHED / name, directory / name
     files = sorted(path for path in written.rglob("*") if path.is_file())
     for file in files:
@@ -161,8 +155,7 @@ def complete(directory: Path, name: str, limit: int | None, best: str | None) ->
     storage.sync_directory(directory)
     if limit:
         for old in [path for path in checkpoints(directory) if _is_whole(path)][:-limit]:
-            if old.name != best:
-                _delete(old)
+            _delete(old)
 
 
 def _delete(checkpoint: Path) -> None:
@@ -220,9 +213,7 @@ class _State(BaseModel):
     num_input_tokens_seen: Count = 0
     total_flos: Annotated[float, Field(ge=0, le=1e36)] = 0
     log_history: list[_Logged]
-    best_metric: float | None = None
-    best_global_step: Count | None = None
-    best_model_checkpoint: str | None = None
+    best_model_checkpoint: None = None  # with one, Trainer may delete the other checkpoints
     stateful_callbacks: dict[str, dict[str, object] | list[object]]
 
 

@@ -34,10 +34,9 @@ from transformers.utils import logging
 
 from entropy_masking import storage
 from entropy_masking.cards import model_card
-from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import copy_tokenizer
 from entropy_masking.summary import Summary
-from train import cluster, hub, resume
+from train import cluster, resume
 from train.arguments import global_batch, refused_by_transformers, training_arguments
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
@@ -67,7 +66,6 @@ def main(argv: list[str] | None = None) -> None:
         console.note("\n".join(outline(student, options, args, inputs)))
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
         trainer = MaskedLMTrainer(student, args, options, inputs)
-        trainer.check_flags()
     if options.dry_run:
         return
     if options.eval_only:
@@ -77,8 +75,6 @@ def main(argv: list[str] | None = None) -> None:
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with on_all_ranks(rank):
-        repository = hub.create_repository(options, output) if options.push_to_hub and rank == 0 else ""
     if on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
         if rank == 0:
             storage.write_bytes(str(output / resume.GIVEN), options.as_yaml.encode())
@@ -90,8 +86,6 @@ def main(argv: list[str] | None = None) -> None:
             print_summary(output, summary, metrics)
     elif rank == 0:
         print(f"{output} is finished already; pass --overwrite to train again")
-    if repository:
-        hub.push(output, repository)
 
 
 def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
@@ -102,20 +96,10 @@ def set_steps(args: TrainingArguments, inputs: Inputs) -> None:
     for name in ("logging_steps", "eval_steps", "save_steps"):
         if 0 < (getattr(args, name) or 0) < 1:  # a share; Trainer would warn on a resume that it has another number
             setattr(args, name, math.ceil(getattr(args, name) * args.max_steps))
-    given = args.lr_scheduler_kwargs or {}
-    if not isinstance(given, dict):
-        raise UsageError(f"--lr-scheduler-kwargs {given} is not a JSON object; give one, such as {{}}")
     if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-        args.lr_scheduler_kwargs = {
-            "num_decay_steps": round(DECAY_SHARE * args.max_steps),
-            "decay_type": "linear",
-        } | given
-        decay, warmup = args.lr_scheduler_kwargs["num_decay_steps"], args.get_warmup_steps(args.max_steps)
-        if not isinstance(decay, int) or not 0 <= decay <= args.max_steps - warmup:
-            raise UsageError(
-                f"num_decay_steps {decay} in --lr-scheduler-kwargs does not fit into {args.max_steps} steps with a "
-                f"warm-up of {warmup}; use a whole number of at most {args.max_steps - warmup}"
-            )
+        left = max(0, args.max_steps - args.get_warmup_steps(args.max_steps))
+        decay = min(round(DECAY_SHARE * args.max_steps), left)
+        args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
 
 
 def train(trainer: MaskedLMTrainer) -> None:

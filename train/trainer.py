@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
@@ -27,14 +26,13 @@ from entropy_masking.masking.type_means import TypeMeans
 from entropy_masking.models.masked_positions import MaskedPositions, student_scores
 from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, private, resume
-from train.agreement import TeacherSample, teacher_sample
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.flags import Options
 from train.guard import Guard, check_finite, ignore_signals_of_group, on_all_ranks, reading, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
-from train.progress import CollapseWarnings, ProgressReport, RunningMeans, remedy, score_sums, type_concentration
+from train.progress import CollapseWarnings, ProgressReport, RunningMeans, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
 
@@ -59,7 +57,7 @@ class MaskedLMTrainer(Trainer):
         in_text = 0.0
         if self.policy.uses_scores:
             in_text = type_concentration(torch.from_numpy(evaluation.token_counts(self.manifest, inputs.training)))
-        self.collapse = CollapseWarnings(self.policy, self.manifest.vocab_size, remedy(options, self.policy), in_text)
+        self.collapse = CollapseWarnings(self.policy, in_text)
         self.sequences = training_sequences(args, options, inputs, self.masker)
         super().__init__(
             model=model,
@@ -70,8 +68,8 @@ class MaskedLMTrainer(Trainer):
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
         self.remove_callback(PrinterCallback)
-        private.save_within(self, self.saving)
-        private.load_within(self, lambda: reading(self.output))
+        private.save_within(self, self.saving())
+        private.load_within(self, reading(self.output))
         model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
         self.logged_means = RunningMeans()
@@ -79,15 +77,6 @@ class MaskedLMTrainer(Trainer):
         self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
             self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
-        self.teacher_sample: TeacherSample | None = None
-        if options.entropy_source == "self" and self.policy.uses_scores:
-            self.teacher_sample = teacher_sample(self.manifest, inputs.training, self.score_name, args.device)
-
-    def check_flags(self) -> None:
-        """Build the loader, the optimizer and the schedule once, so that they refuse wrong flags early."""
-        self.get_train_dataloader()
-        self.create_optimizer_and_scheduler(self.args.max_steps)
-        self.optimizer = self.lr_scheduler = None
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the dataset, in its order. Workers use no random generator, so they need no seeds."""
@@ -97,7 +86,6 @@ class MaskedLMTrainer(Trainer):
             collate_fn=whole_batch,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=ignore_signals_of_group,
         )
         return self.accelerator.prepare(loader)
@@ -134,8 +122,10 @@ class MaskedLMTrainer(Trainer):
         student_BL = torch.zeros_like(ids_BL, dtype=torch.float64)
         if self.type_means:
             self.type_means.update(before=self.state.global_step)
-        if self.type_means or not all_random:
-            student_BL = self.scores_by_student(batch)
+            student_BL = self.type_means.scores_of(ids_BL)
+        elif not all_random:
+            student, attention_BL = self.accelerator.unwrap_model(self.model), self.device_masker.attention_mask(batch)
+            student_BL = student_scores(student, ids_BL, attention_BL)[self.score_name].double()
         score_BL = student_BL - batch["reference"] if self.policy.by == "excess" else student_BL
         masked: dict[str, Any] = self.device_masker(batch | {"score": score_BL}, self.policy)
         # during the warm-up the sums are 0 but present, so that all ranks reduce the same names
@@ -143,29 +133,17 @@ class MaskedLMTrainer(Trainer):
         masked["score_sums"] = score_sums(self.score_name, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
-    def scores_by_student(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, L] float64: the running means, or the scores of an extra forward."""
-        if self.type_means:
-            return self.type_means.scores_of(batch["input_ids"])
-        student, attention_BL = self.accelerator.unwrap_model(self.model), self.device_masker.attention_mask(batch)
-        return student_scores(student, batch["input_ids"], attention_BL)[self.score_name].double()
-
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a loss with the seconds so far, the means of scores since then and the correlation with the teacher."""
+        """Log a loss with the seconds so far, and the means of scores and the concentration of masks since then."""
         if "loss" in logs:
             self.log_seconds()
             logs |= self.logged_means.take(self.sum_over_ranks)
             if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
             self.predicted_V.zero_()
-            if self.teacher_sample:
-                with self.compute_loss_context_manager():
-                    logs |= self.teacher_sample.correlation(
-                        self.scores_by_student({"input_ids": self.teacher_sample.ids_NL})
-                    )
         super().log(logs, start_time)
 
     def log_seconds(self) -> None:
@@ -183,7 +161,6 @@ class MaskedLMTrainer(Trainer):
         self.log_seconds()
         evaluated, args = self.inputs.evaluated, self.args
         model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
         model.eval()
         read = Columns(entropy=evaluated.scored)
         batches = evaluation.batches(evaluated, self.inputs.held_out, read, args.eval_batch_size)
@@ -191,7 +168,7 @@ class MaskedLMTrainer(Trainer):
             evaluation.outcomes(model, self.masker, batch, self.compute_loss_context_manager)
             for batch in islice(batches, args.process_index, None, args.world_size)
         ]
-        model.train(was_training)
+        model.train()
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
         metrics = {f"eval_{name}": v for name, v in evaluation.metrics(columns, evaluated.scored).items()}
         metrics["eval_seconds"] = round(time.monotonic() - started, 3)
@@ -215,15 +192,11 @@ class MaskedLMTrainer(Trainer):
         try:
             with on_all_ranks(rank), writing(name, self.output):
                 yield
-                self.state.best_model_checkpoint = None  # its step names it, because the directory may be moved
-                if self.args.should_save:
-                    self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
-                    if means:
-                        torch.save(means, unfinished / name / SELF_SCORES)
+                if means and self.args.should_save:
+                    torch.save(means, unfinished / name / SELF_SCORES)
             with on_all_ranks(rank), writing(name, self.output):
                 if self.args.should_save:
-                    best = resume.best_checkpoint(self.args, self.state)
-                    resume.complete(self.output, name, self.args.save_total_limit, best)
+                    resume.complete(self.output, name, self.args.save_total_limit)
         except RunError:
             shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
             raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -151,17 +151,6 @@ def histogram(edges: Sequence[float], series: Series, x_label: str, y_label: str
             percents = [100 * (value or 0) for value in values]
             legend[name] = axes.stairs(percents, edges, color=COLOURS[style], **look)
     axes.set(xlim=(edges[0], edges[-1]), ylim=(0, None))
-    return _finished(figure, axes, legend)
-
-
-@matplotlib.rc_context(STYLE)
-def density(squares: Iterable[tuple[float, float, float]], end: float, x_label: str, y_label: str) -> Figure:
-    """Shares at points (x, y) as squares of that area, with the diagonal; both axes end at ``end``."""
-    figure, axes, legend = _new(x_label, y_label, height=4.6)
-    x, y, shares = zip(*squares, strict=True)
-    axes.scatter(x, y, [150 * share / max(shares) for share in shares], color=COLOURS[0], marker="s", linewidths=0)
-    axes.plot([0, end], [0, end], "--", color=DIM, linewidth=1)
-    axes.set(xlim=(0, end), ylim=(0, end), aspect="equal")
     return _finished(figure, axes, legend)
 
 

@@ -9,8 +9,6 @@ Shapes: B rows, L tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-import string
-import unicodedata
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,27 +55,6 @@ def _word_marks(backend: Tokenizer) -> tuple[tuple[str, ...], bool]:
     if mark in BYTE_LEVEL_SPACES:
         return BYTE_LEVEL_SPACES, True
     return ((mark,) if mark else ()), True
-
-
-def non_word_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
-    """Which tokens belong to no word, bool [V]: special tokens, whitespace, punctuation.
-
-    If marks begin words, a token without a mark does not always continue a word: the comma in ``mat,`` does not, nor a
-    word after a bracket or a line break. WordPiece marks every token that continues a word, so it has no such tokens.
-    """
-    non_word_V = torch.zeros(vocab_size, dtype=torch.bool)
-    if getattr(tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
-        return non_word_V
-    special = set(tokenizer.all_special_ids)
-    for token, index in tokenizer.get_vocab().items():
-        if index < vocab_size:
-            text = tokenizer.convert_tokens_to_string([token])
-            non_word_V[index] = index in special or all(map(_is_space_or_punctuation, text))
-    return non_word_V
-
-
-def _is_space_or_punctuation(character: str) -> bool:
-    return character.isspace() or character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def word_heads(candidates_BL: Tensor, continues_BL: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +25,7 @@ def score_here(corpus: object, teacher: Path, output: Path, *flags: object) -> P
     """Run score.py's main; return its output directory."""
     named = ["--corpus", corpus, "--teacher", teacher, "--output", output, "--backend", "local", "--dtype", "float32"]
     pipeline.score.main([str(flag) for flag in (*named, "--batch-tokens", 2048, *flags)])
+    torch.set_num_threads(1)  # scoring sets more, which make the small steps of training slow
     return output
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from processes import Run, history
 from safetensors.torch import load_file
 from transformers import BertConfig
@@ -100,8 +99,8 @@ def test_nan_ends_a_run_and_becomes_no_checkpoint(flags: list[object], tmp_path:
 
 def test_nan_weights_are_not_the_model_of_a_run_that_saves_nothing(flags: list[object], tmp_path: Path) -> None:
     start = flags.index("--save-steps")
-    kept = flags[:start] + flags[start + 4 :]  # without --save-steps and --logging-steps
-    more = ["--learning-rate", 1e36, "--save-strategy", "no", "--logging-strategy", "no"]
+    kept = flags[:start] + flags[start + 2 :]  # without --save-steps
+    more = ["--learning-rate", 1e39, "--warmup-steps", 0, "--max-steps", 1, "--save-strategy", "no"]
     line = sentence(Run(tmp_path / "log", *kept, *more, "--output-dir", tmp_path / "out"), 1)
     assert "weights are NaN or infinite" in line
     assert not list(tmp_path.glob("out/*.safetensors"))
@@ -150,20 +149,6 @@ def test_a_loader_worker_that_is_killed_ends_the_run(flags: list[object], tmp_pa
     assert resume.last_checkpoint(tmp_path / "out")
 
 
-def test_a_checkpoint_that_was_damaged_is_passed_over(
-    flags: list[object], whole: dict[int, tuple[float, float]], tmp_path: Path
-) -> None:
-    argv = [*flags, "--output-dir", tmp_path / "out"]
-    assert Run(tmp_path / "log", *argv, kill_at=7).end() == [-9]
-    weights = tmp_path / "out" / "checkpoint-6" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1000] ^= 1
-    weights.write_bytes(data)
-    again = Run(tmp_path / "again", *argv)
-    assert again.end() == [0] and f"resuming from {tmp_path}/out/checkpoint-3" in again.output()
-    assert history(tmp_path / "out", STEPS) == whole
-
-
 def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / resume.LOCK).touch()  # of a run that was killed before it had begun
@@ -182,18 +167,3 @@ def test_what_asked_workers_of_a_cluster_to_stop_stops_no_other_run(flags: list[
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / guard.STOP).touch()
     assert Run(tmp_path / "log", *flags, "--output-dir", tmp_path / "out").end() == [0]
-
-
-def test_the_best_checkpoint_is_found_where_the_directory_lies_now(flags: list[object], tmp_path: Path) -> None:
-    steps = ["--eval-fraction", 0.2, "--eval-strategy", "steps", "--eval-steps", 2, "--save-steps", 2]
-    # the rate rises too far and the loss with it, so the first checkpoint is the best
-    rising = ["--learning-rate", 1, "--warmup-steps", STEPS]
-    argv = [*flags, *steps, *rising, "--load-best-model-at-end", "--save-total-limit", 2]
-    assert Run(tmp_path / "log", *argv, "--output-dir", tmp_path / "out", kill_at=5).end() == [-9]
-    (tmp_path / "out").rename(tmp_path / "moved")
-    again = Run(tmp_path / "again", *argv, "--output-dir", tmp_path / "moved")
-    assert again.end() == [0] and "checkpoint-4" in again.output() and "not exist" not in again.output()
-    names = [checkpoint.name for checkpoint in resume.checkpoints(tmp_path / "moved")]
-    assert names == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
-    ours, best = (load_file(tmp_path / "moved" / name / "model.safetensors") for name in ("", "checkpoint-2"))
-    assert all(torch.equal(ours[name], best[name]) for name in best)

@@ -50,6 +50,7 @@ def test_evaluation_on_shards_of_other_text(work: Path, scored: Path, tokens: Pa
 
     plain = tokenize_here(text, work / "tokenizer", tmp_path / "tokens", "--sequence-length", LENGTH)
     train_here(scored, tmp_path / "out", *flags, "--eval-shards", plain)  # the same run, which is finished
+    flags = [*PARQUET, "--max-steps", 2, "--eval-fraction", 0]
     summary = train_here(scored, tmp_path / "plain", *flags, "--eval-shards", plain)
     assert summary["eval_loss"] and summary["eval_loss_by_entropy_decile"] is None
 
@@ -121,11 +122,11 @@ def test_evaluations_by_default_and_as_asked() -> None:
     for more, expected in (
         ([], ("steps", 0.2, True)),
         (["--eval-shards", "E"], ("steps", 0.2, True)),
-        (["--eval-fraction", "0"], ("no", None, False)),
+        (["--eval-fraction", "0"], ("no", 0.2, False)),
         (["--eval-on-start", "false"], ("steps", 0.2, False)),
         (["--eval-steps", "7"], ("steps", 7, True)),
-        (["--eval-strategy", "no"], ("no", None, False)),
-        (["--eval-strategy", "steps", "--eval-steps", "7"], ("steps", 7, False)),
+        (["--eval-strategy", "no"], ("no", 0.2, False)),
+        (["--eval-strategy", "steps", "--eval-steps", "7"], ("steps", 7, True)),
     ):
         args = training_arguments(*parse([*needed, *more], None))
         assert (args.eval_strategy, args.eval_steps, args.eval_on_start) == expected, more

@@ -27,7 +27,7 @@ def made(seed: int) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
         arrays[name][:, 0] = np.nan
         arrays[name][3, 50:] = np.nan
     scores = {name: arrays[name] for name in statistics.MEASURES}
-    return statistics.tokens(ids, scores, arrays["masked"], np.arange(V) >= 12, np.arange(V) % 9 == 4), arrays
+    return statistics.tokens(ids, scores, arrays["masked"]), arrays
 
 
 def by(result: pl.DataFrame, column: str = "label") -> dict[Any, dict[str, float]]:
@@ -62,26 +62,12 @@ def test_a_frames_statistics_are_those_of_its_arrays() -> None:
         low, high = map(int, label.split("–"))
         check(row, np.isin(ids, [t for t, place in rank.items() if low <= place <= high]))
 
-    apart = ids % 9 == 4
-    continues = (ids >= 12) & ~apart & ~np.pad(apart[:, :-1], ((0, 0), (1, 0)))
-    followed = np.pad(continues[:, 1:], ((0, 0), (0, 1)))
-    result = by(statistics.by_part(frame))
-    check(result["continuation"], continues)
-    check(result["first token"], ~continues & followed)
-    check(result["whole word"], ~continues & ~followed)
-
-    result = by(statistics.by_position(frame))
-    assert len(result) <= statistics.MAX_POINTS and set(np.diff(list(result))) == {3}
-    for start, row in result.items():
-        check(row, (np.arange(L) // 3 == start // 3)[None].repeat(N, 0))
-    result = by(statistics.by_third(frame))
-    check(result["last"], (np.arange(L) >= 100)[None].repeat(N, 0))
     result = by(statistics.by_mask(frame))
     check(result["masked"], arrays["masked"])
 
-    result = statistics.by_token(frame, 20)
+    result = statistics.by_token(frame)
     assert result["entropy"].is_sorted(descending=True)
-    assert set(result["label"]) == {t for t in range(V) if np.sum((ids == t) & scored) >= 20}
+    assert set(result["label"]) == {t for t in range(V) if np.sum((ids == t) & scored) >= 10}
     for row in result.iter_rows(named=True):
         check(row, ids == row["label"])
 
@@ -97,20 +83,6 @@ def test_two_frames_are_compared_where_both_are_scored() -> None:
         rho = spearmanr(a["entropy"][row][both[row]], b["entropy"][row][both[row]]).statistic
         assert result[row]["correlation"] == pytest.approx(rho)
         assert result[row]["overlap"] == pytest.approx((a["masked"] & b["masked"])[row].sum() / a["masked"][row].sum())
-
-    rises = {t: b["entropy"][both & (a["ids"] == t)] - a["entropy"][both & (a["ids"] == t)] for t in range(V)}
-    expected = {t: rise.astype(np.float64).mean() for t, rise in rises.items() if len(rise) >= 20}
-    rose, fell = statistics.movements(first, second, 20)
-    moved = pl.concat([rose, fell])
-    assert dict(zip(moved["label"], moved["rise"], strict=True)) == pytest.approx(expected, abs=1e-6)
-    assert rose["rise"].is_sorted(descending=True) and rose["rise"].min() > 0  # type: ignore[operator]
-    assert fell["rise"].is_sorted() and fell["rise"].max() < 0  # type: ignore[operator]
-    higher = first.with_columns(pl.col("entropy") + 1)
-    assert statistics.movements(first, higher, 20)[1].is_empty(), "where all rise, none falls"
-
-    cells = np.histogram2d(*(x["entropy"][both].clip(0, 5.9) for x in (a, b)), bins=6, range=[(0, 6)] * 2)[0]
-    for x, y, share in statistics.joint(first, second, 1.0, 6).rows():
-        assert share == pytest.approx(cells[x, y] / both.sum())
 
 
 def test_a_sample_is_spread_over_row_groups_and_reads_few(scored: Path) -> None:

@@ -160,7 +160,7 @@ def test_mistakes_in_both_commands_are_one_sentence(work: Path, scored: Path, to
         ([*SELF, "--recipe", "paper", "--predict-ratio", 0.05], "--predict-ratio contradicts --recipe paper"),
         ([*SELF, "--recipe", "paper", "--self-refresh", "means"], "--self-refresh means contradicts --recipe paper"),
         ([*SELF, "--predict-ratio", 0.3, "--predict-by", "entropy"], "set --predict-ratio below the mask ratio"),
-        ([*RANDOM, "--self-refresh", "step"], "--self-refresh only applies to --entropy-source"),
+        ([*RANDOM, "--self-refresh", "step"], "--self-refresh has no effect without --entropy-source self"),
     ],
 )
 def test_mistakes_in_a_run_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[object], sentence: str) -> None:

@@ -61,14 +61,17 @@ def test_a_killed_run_resumes_to_the_same_weights(scored: Path, tmp_path: Path) 
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(scored: Path, student: Path, tmp_path: Path) -> None:
-    for damage in ("model.safetensors", "optimizer.pt"):
+    """So is one with a wrong byte, when a run reads it."""
+    for damage in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
         directory = tmp_path / damage
         shutil.copytree(student, directory)
         (directory / "summary.json").unlink()
         (directory / "checkpoint-best").mkdir()
         file = directory / "checkpoint-12" / damage
-        file.write_bytes(file.read_bytes()[:-100])
-        assert resume.last_checkpoint(directory) == directory / "checkpoint-6"
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data if damage == "scheduler.pt" else data[:-100])
+        assert resume.last_checkpoint(directory, contents=True) == directory / "checkpoint-6"
     train_here(scored, directory, *RANDOM, *STEPS)
     ours, theirs = weights(directory), weights(student)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -115,8 +118,8 @@ def test_a_run_file_without_flags_is_refused(scored: Path, tmp_path: Path) -> No
 
 def test_a_directory_with_other_files_is_refused(scored: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("…")
-    argv = ["--shards", scored, *RANDOM, "--output-dir", tmp_path]
-    assert "holds files but no training run" in refused(*TRAIN, *argv)
+    with pytest.raises(UsageError, match="holds files but no training run"):
+        train_here(scored, tmp_path, *RANDOM, "--max-steps", 1)
 
 
 # --- a run is overwritten --------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_a_finished_run_outlives_a_mistake_that_would_overwrite_it(flags: list[o
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "summary.json").write_text("{}")
     argv = [*flags, "--max-steps", 6, *SEVERAL, "--output-dir", tmp_path]
-    wrong = ["--overwrite", "--optim", "sgd", "--optim-args", "foo"]
+    wrong = ["--overwrite", "--report-to", "nowhere"]
     assert "transformers does not accept the flags" in refused(*TRAIN, *argv, *wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "run.json", "summary.json"]
 

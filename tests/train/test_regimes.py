@@ -152,7 +152,6 @@ def test_shards_where_nothing_is_scored_are_counted_and_trained_past(
     assert f"without scores      {len(bare)} shards ({bare[0]}" in capsys.readouterr().out
     masks = ["--mask-source", "parquet", "--top-k", 4]
     targets = score_here(directory, sharp_teacher, tmp_path / "targets", *masks)
-    torch.set_num_threads(1)  # scoring has set more
     one_epoch = ["--num-train-epochs", 1, "--eval-fraction", 0.4, "--eval-strategy", "no"]
     regimes = {
         "parquet+kd": REGIMES["parquet+kd"],

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TRAIN, refused
 from in_process import RANDOM, SELF, train_here, weights
 from transformers import BertConfig, BertForMaskedLM, FunnelConfig, FunnelForMaskedLM
 
@@ -72,9 +71,9 @@ def test_learning_rate_and_batch_follow_the_size_of_the_model(tmp_path: Path) ->
 
 def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
     """Some schedulers ask the optimizer for its rate. Muon gets no bias and no table, even if it is a matrix."""
-    for schedule in (["polynomial"], ["cosine_with_min_lr", "--lr-scheduler-kwargs", '{"min_lr": 1e-5}']):
-        flags = [*RANDOM, "--max-steps", 2, "--lr-scheduler-type", *schedule]
-        assert train_here(scored, tmp_path / schedule[0], *flags)["flags"]["muon"]
+    for schedule in ("polynomial", "warmup_stable_decay"):
+        flags = [*RANDOM, "--max-steps", 2, "--lr-scheduler-type", schedule]
+        assert train_here(scored, tmp_path / schedule, *flags)["flags"]["muon"]
     config = FunnelConfig(vocab_size=50, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
     model = FunnelForMaskedLM(config)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -88,8 +87,8 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
     "flags, sentence",
     [
         ([*RANDOM, "--distill-weight", 0.5], "needs top-k log-probabilities"),
-        ([*SELF, "--optim", "adamw_torch", "--muon-weight-decay", 0], "only applies to --optim"),
-        ([*SELF, "--distill-positions", 0.5], "--distill-positions needs distillation"),
+        ([*SELF, "--optim", "adamw_torch", "--muon-weight-decay", 0], "has no effect without --optim muon"),
+        ([*SELF, "--distill-positions", 0.5], "--distill-positions has no effect without"),
         ([*SELF, "--distill-weight", 2], "--distill-weight 2 is out of range"),
         ([*SELF, "--seed=-1"], "--seed -1 is out of range; use at least 0 and at most 4294967295"),
         ([*SELF, "--seed", 5_000_000_000], "--seed 5000000000"),
@@ -100,9 +99,8 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
         ([*SELF, "--per-device-train-batch-size", 0], "--per-device-train-batch-size 0"),
         ([*SELF, "--num-train-epochs", 0], "--num-train-epochs 0 is out of range; use more"),
         ([*SELF, "--max-steps", 0], "--max-steps 0 is out of range; use at least 1"),
-        ([*SELF, "--do-eval"], "--do-eval of transformers.TrainingArguments is not supported"),
         ([*SELF, "--eval-fraction", 1], "--eval-fraction"),
-        ([*SELF, "--eval-fraction", 0, "--eval-strategy", "steps"], "needs held-out text"),
+        ([*SELF, "--eval-fraction", 0, "--eval-strategy", "steps"], "no effect without held-out text"),
         ([*SELF, "--model", "huge"], "neither a preset"),
         ([*SELF, "--model", "./nowhere"], "nowhere"),
         ([*SELF, "--output-dir", ""], "--output-dir is empty; give it a value"),
@@ -112,9 +110,3 @@ def test_mistakes_are_one_sentence(tokens: Path, tmp_path: Path, flags: list[obj
     with pytest.raises(UsageError, match=sentence) as caught:
         train_here(tokens, tmp_path / "out", "--max-steps", 1, *flags)
     assert "\n" not in str(caught.value)
-
-
-def test_mistakes_end_with_exit_code_2(work: Path, tmp_path: Path) -> None:
-    flags = [*RANDOM, "--output-dir", tmp_path / "out", "--max-steps", 1]
-    assert "not a shard directory" in refused(*TRAIN, "--shards", work, *flags)
-    assert not (tmp_path / "out").exists()

@@ -8,17 +8,16 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import polars as pl
 from matplotlib.figure import Figure
 
 from entropy_masking.commands import figures, pages
 from entropy_masking.masking.policy import MaskPolicy
 from train.explorer import statistics
 from train.explorer.sample import Source, Token
-from train.explorer.summary import mask_words
+from train.outline import mask_words
 
 HERE = Path(__file__).parent
-BIN, WIDE_BIN = 0.25, 0.5  # nats, of a distribution and of the density of two sources
+BIN = 0.25  # nats, of a distribution
 
 
 def render(
@@ -30,7 +29,6 @@ def render(
     low, high = min(spread["low"] for spread in spreads), max(spread["high"] for spread in spreads)
     high = max(high, low + 0.5)
     names, vocab_size = [source.name for source in sources], sources[0].manifest.vocab_size
-    has_parts = frames[0]["part"].count() > 0
     return pages.render(
         HERE / "page.html",
         (HERE / "page.js").read_text(encoding="utf-8"),
@@ -45,10 +43,7 @@ def render(
         high=high,
         look=partial(look, low=low, high=high),
         distribution=by_measure(distribution, sources),
-        frequency=by_measure(partial(bars, [statistics.by_frequency(frame) for frame in frames]), sources),
-        part=by_measure(partial(bars, [statistics.by_part(frame) for frame in frames]), sources) if has_parts else {},
-        position=by_measure(partial(curves, [statistics.by_position(frame) for frame in frames]), sources),
-        two=two_sources(*sources) if len(sources) > 1 else {},
+        frequency=by_measure(frequency, sources),
     )
 
 
@@ -79,31 +74,9 @@ def distribution(sources: list[Source], measure: str) -> Figure:
     return figures.histogram([BIN * edge for edge in range(bins + 1)], shares, "nats", "% of tokens")
 
 
-def bars(means: list[pl.DataFrame], sources: list[Source], measure: str) -> Figure:
+def frequency(sources: list[Source], measure: str) -> Figure:
+    means = [statistics.by_frequency(source.frame) for source in sources]
     groups = dict(max(means, key=len).select("label", "share").iter_rows())
     values = [dict(table.select("label", measure).iter_rows()) for table in means]
     series = {source.name: [own.get(name) for name in groups] for source, own in zip(sources, values, strict=True)}
     return figures.bars([f"{name} ({share:.0%})" for name, share in groups.items()], series, "mean, nats")
-
-
-def curves(means: list[pl.DataFrame], sources: list[Source], measure: str) -> Figure:
-    points = [table.select("label", measure).drop_nulls().rows() for table in means]
-    lines = [figures.Line(style, source.name, points[style]) for style, source in enumerate(sources) if points[style]]
-    figure = figures.lines(lines, "position in the sequence", "mean, nats")
-    figure.axes[0].set_ylim(bottom=0)
-    return figure
-
-
-def two_sources(first: Source, second: Source) -> dict[str, Figure]:
-    """Figures of both entropies of the tokens, and of the rank correlation within sequences."""
-    bins = round(math.log(first.manifest.vocab_size) / WIDE_BIN) + 1
-    joint = statistics.joint(first.frame, second.frame, WIDE_BIN, bins)
-    squares = [(WIDE_BIN * (x + 0.5), WIDE_BIN * (y + 0.5), share) for x, y, share in joint.iter_rows()]
-    agreement = statistics.agreement(first.frame, second.frame)
-    shares = statistics.histogram(agreement, "correlation", 0.1, 20, start=-1.0)
-    edges = [edge / 10 for edge in range(-10, 11)]
-    names = f"{first.name}, nats", f"{second.name}, nats"
-    return {
-        "entropy by both": figures.density(squares, WIDE_BIN * bins, *names),
-        "rank correlation": figures.histogram(edges, {"": shares}, "within a sequence", "% of sequences"),
-    }

@@ -18,7 +18,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
-from entropy_masking.masking.words import continuing_tokens, non_word_tokens
+from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.parquet import ROW_GROUP
 from entropy_masking.shards.read import Columns, read_rows, to_tensors
 from entropy_masking.shards.schema import Manifest
@@ -39,7 +39,6 @@ class View:
     """How sequences are masked, and how their tokens are shown.
 
     Attributes:
-        continues_V, non_word_V: see ``masking.words``; None if the tokenizer does not mark words.
         label: token → its text and its label, in printable characters. A label begins with ``##`` if the token
             continues a word.
     """
@@ -47,11 +46,9 @@ class View:
     def __init__(self, masker: Masker, mask: MaskPolicy, tokenizer: PreTrainedTokenizerBase) -> None:
         self.masker, self.mask, self.tokenizer = masker, mask, tokenizer
         self.label = cache(self._label)
-        self.continues_V: np.ndarray | None = None
-        self.non_word_V: np.ndarray | None = None
-        with suppress(ValueError):
-            self.continues_V = continuing_tokens(tokenizer, len(masker.special_V)).numpy()
-            self.non_word_V = non_word_tokens(tokenizer, len(masker.special_V)).numpy()
+        self.continues_V = torch.zeros_like(masker.special_V)
+        with suppress(ValueError):  # the tokenizer does not mark words
+            self.continues_V = continuing_tokens(tokenizer, len(masker.special_V))
 
     def _label(self, token: int) -> tuple[str, str]:
         name = text = str(self.tokenizer.convert_ids_to_tokens(token) or f"#{token}")
@@ -60,8 +57,7 @@ class View:
             text = self.tokenizer.convert_tokens_to_string(["a", name])[1:].strip()
         if not text or not text.isprintable() or "\N{REPLACEMENT CHARACTER}" in text:
             text = name if name.isprintable() else name.encode("unicode_escape").decode()
-        continues = self.continues_V is not None and self.continues_V[token]
-        return text, f"##{text}" if continues else text
+        return text, f"##{text}" if self.continues_V[token] else text
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
     reads = [read(manifest, pick, view) for pick in picks]
     rows = {name: np.concatenate([columns[name] for columns in reads]) for name in reads[0]}
     scores = {name: rows[name] for name in MEASURES}
-    return statistics.tokens(rows["input_ids"], scores, rows["masked"], view.continues_V, view.non_word_V)
+    return statistics.tokens(rows["input_ids"], scores, rows["masked"])
 
 
 def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:

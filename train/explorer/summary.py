@@ -10,14 +10,9 @@ from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.spread import spread_words
 from train.explorer import statistics
 from train.explorer.sample import Source
+from train.outline import mask_words
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 MAX_TOKENS = 8
-CONTEXTS = {
-    "masked": "each position was masked when it was scored",
-    "full": "nothing was masked, so the model saw the tokens that it scored, and its entropies are too low",
-}
-
 Label = Callable[[int], tuple[str, str]]  # token → its text and its label
 
 
@@ -26,10 +21,7 @@ def summarise(sources: list[Source], mask: MaskPolicy, label: Label) -> dict[str
     summary = {f"{source.manifest.uri}: {describe(source)}": of_source(source, mask, label) for source in sources}
     if len(sources) > 1:
         first, second = (source.frame for source in sources)
-        rose, fell = statistics.movements(first, second, statistics.often_enough(first))
-        lines = {"agreement": agreement_words(first, second)}
-        lines |= {"rose most": token_words(rose, "rise", label), "fell most": token_words(fell, "rise", label)}
-        summary[f"{sources[0].name} → {sources[1].name}"] = lines
+        summary[f"{sources[0].name} → {sources[1].name}"] = {"agreement": agreement_words(first, second)}
     return {title: {name: text for name, text in lines.items() if text} for title, lines in summary.items()}
 
 
@@ -40,15 +32,12 @@ def of_source(source: Source, mask: MaskPolicy, label: Label) -> dict[str, str]:
             lines[measure] = (
                 f"mean {numbers['mean']:.2f} nats, median {numbers['median']:.2f}, "
                 f"{spread_words(numbers['low'], numbers['high'], measure)}"
-                f"   0 {sparkline(statistics.histogram(frame, measure, 0.5, 20))} 10"
             )
-    by_token = statistics.by_token(frame, statistics.often_enough(frame))
+    by_token = statistics.by_token(frame)
     return lines | {
         "by frequency": mean_words(statistics.by_frequency(frame)),
-        "by position": mean_words(statistics.by_third(frame)),
-        "by word part": mean_words(statistics.by_part(frame)),
-        "uncertain": token_words(by_token, "entropy", label),
-        "certain": token_words(by_token.reverse(), "entropy", label),
+        "uncertain": token_words(by_token, label),
+        "certain": token_words(by_token.reverse(), label),
         "by mask": f"{mean_words(statistics.by_mask(frame))} ({mask_words(mask)})",
     }
 
@@ -57,34 +46,19 @@ def mean_words(means: pl.DataFrame) -> str:
     return ", ".join(f"{name} {entropy:.2f}" for name, entropy in means.select("label", "entropy").iter_rows())
 
 
-def token_words(tokens: pl.DataFrame, column: str, label: Label) -> str:
-    rows = tokens.select("label", column).head(MAX_TOKENS).iter_rows()
+def token_words(tokens: pl.DataFrame, label: Label) -> str:
+    rows = tokens.select("label", "entropy").head(MAX_TOKENS).iter_rows()
     return ", ".join(f"{label(token)[1]} {value:.2f}" for token, value in rows)
-
-
-def sparkline(shares: list[float]) -> str:
-    most = max(shares) or 1.0
-    return "".join(BLOCKS[min(7, int(8 * share / most))] for share in shares)
 
 
 def describe(source: Source) -> str:
     """The teacher, its context, and the size of the sample."""
     manifest, frame = source.manifest, source.frame
     sampled, total = frame["sequence"].n_unique(), sum(entry.rows for entry in manifest.shards)
-    context = f"{manifest.context} ({CONTEXTS.get(str(manifest.context), 'unknown')})"
     return (
-        f"entropies by {manifest.teacher}, context {context}; {sampled:,} of {total:,} sequences of "
+        f"entropies by {manifest.teacher}, context {manifest.context}; {sampled:,} of {total:,} sequences of "
         f"{manifest.sequence_length} tokens, {frame['entropy'].count():,} scored"
     )
-
-
-def mask_words(mask: MaskPolicy) -> str:
-    """The masks of a policy as text."""
-    share = f"{mask.ratio:.0%} of a sequence's {'tokens, whole words' if mask.unit == 'word' else 'tokens'}"
-    if mask.uniform:
-        return f"{share}, any"
-    chosen = f"sampled by {mask.by} at τ = {mask.temperature:g}" if mask.temperature else f"those of highest {mask.by}"
-    return f"{share}, {chosen}" + (f", {1 - mask.hard_share:.0%} of them at random" if mask.hard_share < 1 else "")
 
 
 def agreement_words(first: pl.DataFrame, second: pl.DataFrame) -> str:
