@@ -12,6 +12,7 @@ The same command finishes a killed run: it does not score finished shards again.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -83,7 +84,7 @@ def collect(
 
     Raises:
         UsageError: more than ``max_failed`` shards failed, one of them by a mistake of the user. The others are done.
-        RunError: nothing more can be written.
+        RunError: nothing more can be written, or the directory was deleted.
 
     Returns:
         Why shards failed, by index.
@@ -98,6 +99,8 @@ def collect(
             console.note(f"{len(records)} of {shards} shards are done already")
         try:
             for outcome in outcomes:
+                with contextlib.suppress(OSError):  # an object store may answer the next time
+                    commit.check_kept(job.output, job.run)
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
                     console.note(outcome.traceback or f"shard {outcome.index} failed: {outcome.error}")
@@ -135,9 +138,12 @@ def finish(job: Job, records: dict[int, Record], failed: dict[int, str], max_fai
     """Write the manifest, and print the contents of the directory.
 
     Raises:
-        RunError: more than ``max_failed`` shards failed; the others are kept.
+        RunError: more than ``max_failed`` shards failed, and the others are kept; or files were deleted in mid-run.
         UsageError: the corpus has no text, or no token to score.
     """
+    commit.check_kept(job.output, job.run)
+    if lost := len(records) - len(commit.with_files(job.output, records)):
+        raise RunError(f"{lost} shards in {job.output} were deleted or replaced during the run; run the command again")
     named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
     if len(failed) > max_failed:
         raise RunError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from importlib.metadata import version
@@ -33,7 +34,7 @@ FREE = [
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
-    """All flags that decide what is learned. Runs with equal flags may share a directory."""
+    """All flags that decide what is learned, as JSON has them. Runs with equal flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in inputs.policy.to_json().items()}
     run = {
@@ -47,7 +48,7 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
         run["held_out_by"] = resume.DOCUMENTS
     if args.load_best_model_at_end or args.lr_scheduler_type in BY_METRIC:
         run["eval_shards"] = inputs.eval_shards and inputs.eval_shards.fingerprint_hash
-    return own | masks | run | deciding_arguments(args)
+    return json.loads(json.dumps(own | masks | run | deciding_arguments(args), default=str))
 
 
 def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> int:

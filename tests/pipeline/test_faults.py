@@ -205,6 +205,35 @@ def test_sigterm_ends_a_run_cleanly(work: Path, scored: Path, slow: Path, tmp_pa
     assert hashes(tmp_path / "local") == hashes(scored)
 
 
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.exhaustive)])
+def test_an_output_that_is_deleted_in_mid_run(
+    work: Path, scored: Path, slow: Path, tmp_path: Path, backend: str
+) -> None:
+    arguments = slowly(work, slow, tmp_path / "out", "--backend", backend)
+    process = start(arguments)
+    wait_for(process, lambda: len(records(tmp_path / "out")) >= 2)
+    subprocess.run(["rm", "-rf", tmp_path / "out"])
+    output = end_of(process, code=1)
+    line = next(line for line in output.splitlines() if line.startswith("failed: "))
+    assert "run.json was deleted or replaced during the run; run the command again" in line
+    assert "Traceback" not in output and not (tmp_path / "out" / "manifest.json").exists()
+    hurry(slow)
+    subprocess.run(["rm", "-rf", tmp_path / "out"])  # of what the shards in progress wrote
+    run(*arguments)
+    assert hashes(tmp_path / "out") == hashes(scored)
+
+
+def test_a_shard_that_is_deleted_in_mid_run(work: Path, scored: Path, slow: Path, tmp_path: Path) -> None:
+    arguments = slowly(work, slow, tmp_path / "out", "--backend", "local")
+    process = start(arguments)
+    wait_for(process, lambda: len(records(tmp_path / "out")) >= 2)
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    hurry(slow)
+    assert "1 shards" in end_of(process, code=1) and not (tmp_path / "out" / "manifest.json").exists()
+    assert "(1 scored now)" in run(*arguments)
+    assert hashes(tmp_path / "out") == hashes(scored)
+
+
 def test_a_full_disk_ends_the_run_at_once(work: Path, tmp_path: Path) -> None:
     """No other shard would fare better. (A limit on file size stands for the disk: both fail a write half-way.)"""
     arguments = command(work, tmp_path / "out", "--backend", "local", "--shard-tokens", "12000")
