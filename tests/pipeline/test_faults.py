@@ -205,6 +205,30 @@ def test_sigterm_ends_a_run_cleanly(work: Path, scored: Path, slow: Path, tmp_pa
     assert hashes(tmp_path / "local") == hashes(scored)
 
 
+WHILE_RAY_STARTS = """
+import os, runpy, sys
+import ray._raylet
+start_core = ray._raylet.CoreWorker
+def start_core_and_signal(*settings):
+    core = start_core(*settings)
+    os.kill(os.getpid(), int(sys.argv.pop()))
+    return core
+ray._raylet.CoreWorker = start_core_and_signal
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)]
+)
+def test_a_signal_when_ray_has_replaced_the_handlers(work: Path, tmp_path: Path, number: int, code: int) -> None:
+    python, *arguments = command(work, tmp_path / "out", "--workers", "1")
+    output = end_of(start([python, "-c", WHILE_RAY_STARTS, *arguments, str(int(number))]), code)
+    assert output.splitlines()[-1] in ("terminated", "interrupted") and "Traceback" not in output
+    assert not records(tmp_path / "out")
+
+
 @pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.exhaustive)])
 def test_an_output_that_is_deleted_in_mid_run(
     work: Path, scored: Path, slow: Path, tmp_path: Path, backend: str
