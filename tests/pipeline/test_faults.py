@@ -211,10 +211,10 @@ import ray._raylet
 start_core = ray._raylet.CoreWorker
 def start_core_and_signal(*settings):
     core = start_core(*settings)
-    os.kill(os.getpid(), int(sys.argv.pop()))
+    os.kill(os.getpid(), number)
     return core
 ray._raylet.CoreWorker = start_core_and_signal
-sys.argv = sys.argv[1:]
+number, sys.argv = int(sys.argv[1]), sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -224,7 +224,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 )
 def test_a_signal_when_ray_has_replaced_the_handlers(work: Path, tmp_path: Path, number: int, code: int) -> None:
     python, *arguments = command(work, tmp_path / "out", "--workers", "1")
-    output = end_of(start([python, "-c", WHILE_RAY_STARTS, *arguments, str(int(number))]), code)
+    output = end_of(start([python, "-c", WHILE_RAY_STARTS, str(int(number)), *arguments]), code)
     assert output.splitlines()[-1] in ("terminated", "interrupted") and "Traceback" not in output
     assert not records(tmp_path / "out")
 
