@@ -17,10 +17,13 @@ from typing import Any
 import psutil
 import pytest
 from harness import LENGTH, SCORE, TOP_K, command, run
+from in_process import score_here
 from ray.cluster_utils import Cluster
 from trap import save_trap
 
-from entropy_masking.shards import manifests
+from entropy_masking.errors import RunError
+from entropy_masking.shards import commit, manifests
+from entropy_masking.shards.schema import Record
 
 PATIENCE = 240  # seconds
 
@@ -247,15 +250,22 @@ def test_an_output_that_is_deleted_in_mid_run(
     assert hashes(tmp_path / "out") == hashes(scored)
 
 
-def test_a_shard_that_is_deleted_in_mid_run(work: Path, scored: Path, slow: Path, tmp_path: Path) -> None:
-    arguments = slowly(work, slow, tmp_path / "out", "--backend", "local")
-    process = start(arguments)
-    wait_for(process, lambda: len(records(tmp_path / "out")) >= 2)
-    (tmp_path / "out" / "part-00000.parquet").unlink()
-    hurry(slow)
-    assert "1 shards" in end_of(process, code=1) and not (tmp_path / "out" / "manifest.json").exists()
-    assert "(1 scored now)" in run(*arguments)
-    assert hashes(tmp_path / "out") == hashes(scored)
+def test_a_shard_that_is_deleted_in_mid_run(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit_shard = commit.commit_shard
+
+    def delete_another(directory: str, index: int, *others: Any) -> Record:
+        if index == 5:
+            (tmp_path / "out" / "part-00000.parquet").unlink()
+        return commit_shard(directory, index, *others)
+
+    monkeypatch.setattr(commit, "commit_shard", delete_another)
+    sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 1500]
+    with pytest.raises(RunError, match="1 shards in .* were deleted or replaced during the run; run the command again"):
+        score_here(work / "corpus.jsonl", work / "teacher", tmp_path / "out", *sizes)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    score_here(work / "corpus.jsonl", work / "teacher", tmp_path / "out", *sizes)
+    assert (tmp_path / "out" / "part-00000.parquet").exists() and (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_full_disk_ends_the_run_at_once(work: Path, tmp_path: Path) -> None:
