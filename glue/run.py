@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         for model in models.values()
     ]
     todo = [trial for trial in trials if args.overwrite or not is_done(trial)]
-    storage.write_bytes(storage.join(args.output, "flags.yaml"), args.as_yaml.encode())
+    storage.write_bytes(flags := storage.join(args.output, "flags.yaml"), args.as_yaml.encode())
     tokens_of = shared_tokens(models, data, args.pll)
     failures: dict[str, str] = {}
     tunes = set(data) - set(ZERO_SHOT)
@@ -98,8 +98,11 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 storage.write_json(trial.file, result := result_fields(trial, outcome, models[trial.model]))
                 console.note(f"{trial}: {summary_line(result)}")
+    finished = [trial for trial in trials if str(trial) not in failures]
+    if lost := [file for file in (flags, *(trial.file for trial in finished)) if not storage.exists(file)]:
+        raise RunError(f"{lost[0]} was deleted during the run; run the command again")
     for model in models.values():
-        done = [trial.file for trial in trials if trial.model == model.name and str(trial) not in failures]
+        done = [trial.file for trial in finished if trial.model == model.name]
         print_results(model.output, [read_result(file) for file in done])
     if failures:
         named = "; ".join(f"{name} ({reason})" for name, reason in list(failures.items())[:MAX_NAMED])

@@ -132,7 +132,7 @@ def run_on_ray(
             advance(trial.rows)
             yield trial, outcome
     finally:
-        ray.shutdown()
+        ray_cluster.disconnect()
 
 
 def run_on_worker(trial: Trial, tokens: TrialTokens) -> Outcome:

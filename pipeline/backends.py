@@ -18,6 +18,7 @@ from entropy_masking import storage
 from entropy_masking.commands import console, ray_cluster
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
+from entropy_masking.shards.manifests import run_uri
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.ranges import FileRange
 from pipeline.job import Failure, Job
@@ -99,7 +100,7 @@ def ray_records(
                 yield record
     finally:
         below = psutil.Process().children(recursive=True)  # processes of a cluster that this run started
-        ray.shutdown()
+        ray_cluster.disconnect()
         psutil.wait_procs(below, timeout=STOP_SECONDS)
         commit.delete_leftovers(job.output)  # of workers that ended during a shard
 
@@ -146,7 +147,7 @@ def _check_visible(output: str, record: Record) -> None:
     until = time.monotonic() + VISIBLE_SECONDS
     while True:
         with contextlib.suppress(OSError):  # an object store may answer the next time
-            if storage.size(uri) == record.bytes:
+            if storage.size(uri) == record.bytes or not storage.exists(run_uri(output)):  # then all was deleted
                 return
         if time.monotonic() > until:
             problem = f"{uri}, committed by {record.worker}, is not visible from the driver"

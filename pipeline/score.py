@@ -12,6 +12,7 @@ The same command finishes a killed run: it does not score finished shards again.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -64,7 +65,7 @@ def collect(
 ) -> list[Failure]:
     """Add the records that a backend yields to ``records``, and show progress in tokens or positions.
 
-    Returns the failures. Raises RunError if nothing more can be written.
+    Returns the failures. Raises RunError if nothing more can be written, or the directory was deleted.
     """
     shards, work = len(corpus.shards), work_of(corpus, job.manifest.masks)
     tokens = sum(record.tokens_or_positions for record in records.values())
@@ -76,6 +77,8 @@ def collect(
             console.note(f"{len(records)} of {shards} shards are done already")
         try:
             for outcome in outcomes:
+                with contextlib.suppress(OSError):  # an object store may answer the next time
+                    commit.check_kept(job.output, job.run)
                 if isinstance(outcome, Failure):
                     failures.append(outcome)
                     console.note(outcome.traceback or f"shard {outcome.index} failed: {outcome.error}")
@@ -111,9 +114,12 @@ def finish(job: Job, records: dict[int, Record], failures: list[Failure], max_fa
     """Write the manifest, and print the contents of the directory.
 
     Raises:
-        RunError: more than ``max_failed`` shards failed; the others are kept.
-        UsageError: one of them failed by a mistake of the user; or the corpus has no text, or no token to score.
+        RunError: more than ``max_failed`` shards failed, and the others are kept; or files were deleted in mid-run.
+        UsageError: a shard failed by a mistake of the user; or the corpus has no text, or no token to score.
     """
+    commit.check_kept(job.output, job.run)
+    if lost := len(records) - len(commit.with_files(job.output, records)):
+        raise RunError(f"{lost} shards in {job.output} were deleted or replaced during the run; run the command again")
     failed = {failure.index: failure.error for failure in failures}
     named = "; ".join(f"{shard_file(index)}: {reason}" for index, reason in sorted(failed.items())[:5])
     if len(failed) > max_failed and (usage := [failure.error for failure in failures if failure.usage]):

@@ -82,7 +82,7 @@ def interrupt(line: list[str], seconds: float, number: signal.Signals, mark: str
     out, _ = process.communicate(timeout=2 * ENDS_WITHIN)
     took = time.monotonic() - started
     print(f"{line[1].rpartition('/')[2]} {number.name} after {seconds:.2f} s: {process.returncode} in {took:.2f} s")
-    if process.returncode in (0, -number) and number != signal.SIGKILL and is_done():  # only the interpreter had to end
+    if process.returncode in (0, -number) and number != signal.SIGKILL and is_done():  # only Ray and Python had to end
         return False
     early = {-number} if seconds < IMPORTS else set()
     assert process.returncode in {CODES[number], *early}, f"{number.name} after {seconds:.2f} s\n{out}"
@@ -108,11 +108,12 @@ def test_signals_at_random_moments(
     assert expected
     moments = [(generator.random(), number) for number in CODES for _ in range(MOMENTS // len(CODES))]
     generator.shuffle(moments)
-    for first in range(0, len(moments), IN_A_ROW):
-        output = tmp_path / f"out{first}"
-        for number, (share, sent) in enumerate(moments[first : first + IN_A_ROW]):
+    while moments:
+        output = tmp_path / f"out{len(moments)}"
+        for _ in range(min(IN_A_ROW, len(moments))):
+            share, sent = moments.pop()
             done = lambda output=output: outcome(output) == expected  # noqa: E731
-            if not interrupt(line(output), share * length, sent, f"{tmp_path}/{first}/{number}", done):
+            if not interrupt(line(output), share * length, sent, f"{output}/{len(moments)}", done):
                 break
         run(*line(output))
         assert outcome(output) == expected

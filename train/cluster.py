@@ -48,7 +48,6 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
-    import ray
 
     def ask_to_stop(*_: object) -> None:
         stop.touch()
@@ -66,7 +65,7 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-        ray.shutdown()
+        ray_cluster.disconnect()
         stop.unlink(missing_ok=True)
         overwrite.unlink(missing_ok=True)
     if code == TERMINATED:

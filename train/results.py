@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict
 from importlib.metadata import version
@@ -32,7 +33,7 @@ FREE = [
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
-    """All flags that decide what is learned. Runs with equal flags may share a directory."""
+    """All flags that decide what is learned, as JSON has them. Runs with equal flags may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in asdict(inputs.policy).items()}
     run = {
@@ -45,7 +46,7 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
     }
     if options.eval_fraction:
         run["held_out_by"] = resume.DOCUMENTS
-    return own | masks | run | deciding_arguments(args)
+    return json.loads(json.dumps(own | masks | run | deciding_arguments(args), default=str))
 
 
 def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> int:

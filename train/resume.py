@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from entropy_masking import storage
-from entropy_masking.errors import UsageError, one_line
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards.commit import differences
 from entropy_masking.shards.fields import Count, Seconds, first_fault
 from entropy_masking.shards.schema import Manifest
@@ -42,7 +41,6 @@ def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     """
     if _is_foreign(directory):
         raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
-    flags = json.loads(json.dumps(flags, default=str))
     previous = _read_flags(directory)
     if previous is None:
         raise UsageError(f"{directory / FLAGS} is damaged or not written by train/run.py; choose another --output-dir")
@@ -64,6 +62,13 @@ def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     storage.write_json(str(directory / FLAGS), flags)
     (directory / OVERWRITE).unlink(missing_ok=True)
     return True
+
+
+def check_kept(directory: Path, flags: dict[str, object]) -> None:
+    """Raises RunError if a directory no longer belongs to the run with these flags, as after ``rm -rf`` in mid-run."""
+    if _read_flags(directory) != flags:
+        fix = "run the command again with an empty --output-dir"
+        raise RunError(f"{directory / FLAGS} was deleted or replaced during the run; {fix}")
 
 
 def _read_flags(directory: Path) -> dict[str, object] | None:

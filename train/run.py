@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         console.note("\n".join(outline(student, options, args, inputs)))
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
-        trainer = MaskedLMTrainer(student, args, options, inputs)
+        trainer = MaskedLMTrainer(student, args, options, inputs, flags)
     if options.dry_run:
         return
     if options.eval_only:
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         train(trainer)
         metrics = trainer.evaluate() if inputs.held_out else {}
         check_finite(student, trainer.state.global_step, output)
+        on_first_rank(rank, lambda: resume.check_kept(output, flags))
         if rank == 0:
             save(trainer, summary := summarise(trainer, flags, flops, metrics))
             print_summary(output, summary, metrics)

@@ -46,8 +46,15 @@ class MaskedLMTrainer(Trainer):
     # the loss of a batch is a mean over a constant number of positions, so gradient accumulation has to average
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: MaskedPositions, args: TrainingArguments, options: Options, inputs: Inputs) -> None:
-        self.options, self.inputs = options, inputs
+    def __init__(
+        self,
+        model: MaskedPositions,
+        args: TrainingArguments,
+        options: Options,
+        inputs: Inputs,
+        flags: dict[str, object],  # in ``run.json``
+    ) -> None:
+        self.options, self.inputs, self.flags = options, inputs, flags
         self.manifest, self.policy = inputs.manifest, inputs.policy
         self.score_name = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
@@ -181,7 +188,7 @@ class MaskedLMTrainer(Trainer):
         """Save in another directory, and rename the checkpoint when it is whole on all ranks.
 
         Raises:
-            AllRanksFailed: the weights are not finite, or the checkpoint cannot be written.
+            AllRanksFailed: the weights are not finite, the checkpoint cannot be written, or the directory was deleted.
         """
         rank, unfinished = self.args.process_index, self.output / resume.UNFINISHED
         name = f"checkpoint-{self.state.global_step}"
@@ -196,6 +203,7 @@ class MaskedLMTrainer(Trainer):
                     torch.save(means, unfinished / name / SELF_SCORES)
             with on_all_ranks(rank), writing(name, self.output):
                 if self.args.should_save:
+                    resume.check_kept(self.output, self.flags)
                     resume.complete(self.output, name, self.args.save_total_limit)
         except RunError:
             shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk

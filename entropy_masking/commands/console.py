@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import IO, Any, Self, cast
 
@@ -90,6 +91,21 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in (*ENDINGS, signal.SIGALRM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Hold these signals back until the block ends, and set their handlers again, which the block may replace."""
+    held: list[int] = []
+    numbers = (*ENDINGS, signal.SIGALRM)
+    handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for arrived in held:
+            signal.raise_signal(arrived)
 
 
 def _end_now(number: int, frame: FrameType | None) -> None:

@@ -47,7 +47,8 @@ def connect(*applications: str, cpus: int | None = None) -> None:
 
     # Ray's own handlers of SIGTERM would end this process with another exit code and without cleaning up
     ray._private.utils.set_sigterm_handler = lambda _handler: None
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # the core of Ray also replaces them, and crashes at the exit if an exception comes before Ray has stored it
+    ray._private.worker.connect = console.hold_signals()(ray._private.worker.connect)
     # no public function finds a `ray start` here without also finding a cluster that another run started for itself
     from ray._private.services import find_bootstrap_address
 
@@ -74,7 +75,14 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         except Exception as error:  # of no class of its own, as where a busy machine lets it time out
             reason = f"Ray did not start on this machine ({one_line(error)})"
             raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None
-    signal.signal(signal.SIGTERM, on_sigterm)  # the core of Ray has replaced it
+
+
+def disconnect() -> None:
+    """Leave the cluster, and end it if this process has started it."""
+    import ray
+
+    ray.shutdown()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # the core of Ray has set the default
 
 
 def _check_address(address: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from entropy_masking import storage
 from entropy_masking.cards import dataset_card
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import manifests
 from entropy_masking.shards.costs import totals
 from entropy_masking.shards.fields import Fingerprint
@@ -110,6 +110,13 @@ def begin_run(directory: str, run: Run) -> None:
         storage.write_json(run_uri(directory), run.model_dump())
 
 
+def check_kept(directory: str, run: Run) -> None:
+    """Raises RunError if a directory no longer belongs to a run, as after ``rm -rf`` in mid-run."""
+    if read_if_valid(Run, run_uri(directory)) != run:
+        fix = "run the command again with an empty --output"
+        raise RunError(f"{run_uri(directory)} was deleted or replaced during the run; {fix}")
+
+
 def differences(old: dict[str, object], new: dict[str, object], prefix: str = "") -> list[str]:
     """The differences between two fingerprints, as ``name: old → new``."""
     differing = []
@@ -152,12 +159,14 @@ def done_records(directory: str, run: Run) -> dict[int, Record]:
 
     A shard is done when its record is readable and of this run, and the file has the record's size.
     """
+    records = {index: record for index, record in sorted(read_records(directory).items()) if run.has_made(record)}
+    return with_files(directory, records)
+
+
+def with_files(directory: str, records: dict[int, Record]) -> dict[int, Record]:
+    """The records whose files exist with the size that they say."""
     sizes = {info.base_name: info.size for info in storage.list_files(directory)}
-    return {
-        index: record
-        for index, record in sorted(read_records(directory).items())
-        if run.has_made(record) and sizes.get(record.file) == record.bytes
-    }
+    return {index: record for index, record in records.items() if sizes.get(record.file) == record.bytes}
 
 
 def write_manifest(empty: Manifest, records: dict[int, Record], failed: dict[int, str]) -> Manifest:

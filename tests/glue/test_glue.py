@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from transformers import (
 
 import glue.run
 import glue.tasks
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import RunError, UsageError
 from glue.options import parse
 from glue.protocols import grid_of
 from glue.tasks import GLUE
@@ -111,6 +112,22 @@ def test_done_is_skipped_and_what_is_missing_comes_out_the_same(
             glue.run.main(again)
     glue_here(work / "teacher", copy, "--tasks", "cola", "--data", data, *QUICK, "--epochs", 2, "--overwrite")
     assert read(copy)["cola-seed1"]["settings"]["epochs"] == 2
+
+
+def test_results_that_are_deleted_in_mid_run(
+    work: Path, data: Path, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    flags = ["--tasks", "rte", "--data", data, "--seeds", "1,2", *QUICK]
+    monkeypatch.setattr(glue.run, "summary_line", lambda result: result["seed"] == 1 and shutil.rmtree(output))
+    with pytest.raises(RunError, match=r"flags.yaml was deleted during the run; run the command again"):
+        glue_here(work / "teacher", output, *flags)
+    monkeypatch.undo()
+    found = glue_here(work / "teacher", output, *flags)
+    expected = read(results)
+    assert {name: result["metrics"] for name, result in found.items()} == {
+        name: expected[name]["metrics"] for name in ("rte-seed1", "rte-seed2")
+    }
 
 
 def test_a_killed_run_goes_on(work: Path, data: Path, results: Path, tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ from typing import Any
 import psutil
 import pytest
 from harness import LENGTH, SCORE, TOP_K, command, run
+from in_process import score_here
 from ray.cluster_utils import Cluster
 from trap import save_trap
 
-from entropy_masking.shards import manifests
+from entropy_masking.errors import RunError
+from entropy_masking.shards import commit, manifests
+from entropy_masking.shards.schema import Record
 
 PATIENCE = 240  # seconds
 
@@ -203,6 +206,66 @@ def test_sigterm_ends_a_run_cleanly(work: Path, scored: Path, slow: Path, tmp_pa
     hurry(slow)
     run(*slowly(work, slow, tmp_path / "local", "--backend", "local"))
     assert hashes(tmp_path / "local") == hashes(scored)
+
+
+WHILE_RAY_STARTS = """
+import os, runpy, sys
+import ray._raylet
+start_core = ray._raylet.CoreWorker
+def start_core_and_signal(*settings):
+    core = start_core(*settings)
+    os.kill(os.getpid(), number)
+    return core
+ray._raylet.CoreWorker = start_core_and_signal
+number, sys.argv = int(sys.argv[1]), sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)]
+)
+def test_a_signal_when_ray_has_replaced_the_handlers(work: Path, tmp_path: Path, number: int, code: int) -> None:
+    python, *arguments = command(work, tmp_path / "out", "--workers", "1")
+    output = end_of(start([python, "-c", WHILE_RAY_STARTS, str(int(number)), *arguments]), code)
+    assert output.splitlines()[-1] in ("terminated", "interrupted") and "Traceback" not in output
+    assert not records(tmp_path / "out")
+
+
+@pytest.mark.parametrize("backend", ["local", pytest.param("ray", marks=pytest.mark.exhaustive)])
+def test_an_output_that_is_deleted_in_mid_run(
+    work: Path, scored: Path, slow: Path, tmp_path: Path, backend: str
+) -> None:
+    arguments = slowly(work, slow, tmp_path / "out", "--backend", backend)
+    process = start(arguments)
+    wait_for(process, lambda: len(records(tmp_path / "out")) >= 2)
+    subprocess.run(["rm", "-rf", tmp_path / "out"])
+    output = end_of(process, code=1)
+    line = next(line for line in output.splitlines() if line.startswith("failed: "))
+    assert "run.json was deleted or replaced during the run; run the command again" in line
+    assert "Traceback" not in output and not (tmp_path / "out" / "manifest.json").exists()
+    hurry(slow)
+    subprocess.run(["rm", "-rf", tmp_path / "out"])  # of what the shards in progress wrote
+    run(*arguments)
+    assert hashes(tmp_path / "out") == hashes(scored)
+
+
+def test_a_shard_that_is_deleted_in_mid_run(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit_shard = commit.commit_shard
+
+    def delete_another(directory: str, index: int, *others: Any) -> Record:
+        if index == 5:
+            (tmp_path / "out" / "part-00000.parquet").unlink()
+        return commit_shard(directory, index, *others)
+
+    monkeypatch.setattr(commit, "commit_shard", delete_another)
+    sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 1500]
+    with pytest.raises(RunError, match=r"1 shards in .* were deleted or replaced during the run"):
+        score_here(work / "corpus.jsonl", work / "teacher", tmp_path / "out", *sizes)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.undo()
+    score_here(work / "corpus.jsonl", work / "teacher", tmp_path / "out", *sizes)
+    assert (tmp_path / "out" / "part-00000.parquet").exists() and (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_full_disk_ends_the_run_at_once(work: Path, tmp_path: Path) -> None:

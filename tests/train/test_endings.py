@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -161,6 +162,30 @@ def test_two_runs_do_not_share_a_directory(flags: list[object], tmp_path: Path) 
     assert first.end() == [-9]
     third = Run(tmp_path / "third", *flags, "--output-dir", tmp_path / "out", "--overwrite")
     assert third.end() == [0], third.output()
+
+
+def test_a_directory_that_is_deleted_in_mid_run_ends_the_run(flags: list[object], tmp_path: Path) -> None:
+    argv = [*flags, "--output-dir", tmp_path / "out"]
+    run = Run(tmp_path / "log", *argv, "--max-steps", 100_000, "--save-steps", 40)
+    wait_for(run, tmp_path / "out" / "checkpoint-40")
+    subprocess.run(["rm", "-rf", tmp_path / "out"])
+    line = sentence(run, 1)
+    assert line.startswith(f"failed: {tmp_path}/out/run.json was deleted or replaced during the run; run the command")
+    assert Run(tmp_path / "again", *argv).end() == [0], "nothing that it has left is in the way"
+
+
+def test_a_run_notices_at_its_end_that_its_directory_was_deleted(flags: list[object], tmp_path: Path) -> None:
+    argv = [*flags, "--output-dir", tmp_path / "out", "--max-steps", 60, "--save-strategy", "no"]
+    start = argv.index("--save-steps")
+    run = Run(tmp_path / "log", *argv[:start], *argv[start + 2 :])
+    wait_for(run, tmp_path / "out" / resume.GIVEN)
+    subprocess.run(["rm", "-rf", tmp_path / "out"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / resume.FLAGS).write_text("{}")  # of another run
+    line = sentence(run, 1)
+    fix = "run the command again with an empty --output-dir"
+    assert line == f"failed: {tmp_path}/out/run.json was deleted or replaced during the run; {fix}"
+    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def test_what_asked_workers_of_a_cluster_to_stop_stops_no_other_run(flags: list[object], tmp_path: Path) -> None:
