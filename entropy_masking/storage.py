@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -16,13 +17,14 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pyarrow import ArrowInvalid, fs
 from pydantic_core import from_json
 
 from entropy_masking.errors import UsageError, one_line
 
+S3_ATTEMPTS = 11  # of one request, within about fifty seconds
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write to a full disk
 
 
@@ -58,15 +60,30 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         except UnicodeEncodeError:  # Arrow cannot open it
             raise UsageError(f"the name of {path!r} is not UTF-8; rename it") from None
         return fs.LocalFileSystem(), path
+    place, question_mark, query = uri.partition("?")
+    scheme, _, path = place.partition("://")
+    bucket, slash, key = path.partition("/")
     try:
-        return fs.FileSystem.from_uri(uri)
-    except (ArrowInvalid, OSError, ValueError) as error:
-        if uri.startswith(("s3://", "gs://", "gcs://")):  # of pyarrow; fsspec would only ask for another package
-            raise UsageError(f"cannot open {uri} ({one_line(error)}); check the URI and the connection") from None
-    try:  # abfs and other schemes that fsspec knows
+        if scheme in ("s3", "gs", "gcs"):
+            filesystem, root = _client(f"{scheme}://{bucket}{question_mark}{query}", os.getpid())
+            return filesystem, root + slash + unquote(key)
+        with contextlib.suppress(ArrowInvalid):  # a scheme that only fsspec knows
+            return fs.FileSystem.from_uri(uri)
         return fs.FileSystem.from_uri(f"fsspec+{uri}")
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"cannot open {uri} ({error}); use a path, or a URI that pyarrow or fsspec knows") from None
+    except (ImportError, OSError, ValueError) as error:
+        fix = "check the URI and the connection, or use one that pyarrow or fsspec knows"
+        raise UsageError(f"cannot open {uri} ({one_line(error)}); {fix}") from None
+
+
+@functools.cache
+def _client(bucket: str, process: int) -> tuple[fs.FileSystem, str]:
+    """The client of a bucket, and the bucket's path in it. It keeps its connections, which a fork must not share."""
+    filesystem, root = fs.FileSystem.from_uri(bucket)
+    if isinstance(filesystem, fs.S3FileSystem):  # it would give up after six seconds
+        known = {"region": filesystem.region, "endpoint_override": os.environ.get("AWS_ENDPOINT_URL")}
+        settings = {name: value for name, value in known.items() if value} | dict(parse_qsl(urlsplit(bucket).query))
+        filesystem = fs.S3FileSystem(**settings, retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=S3_ATTEMPTS))
+    return filesystem, root
 
 
 def absolute(uri: str) -> str:
