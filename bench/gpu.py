@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-NEEDED = ("accelerate", "numpy", "pyarrow", "pydantic", "scipy", "torch", "transformers")
+NEEDED = ("accelerate", "numpy", "pyarrow", "pydantic", "torch", "transformers")
 if missing := [name for name in NEEDED if not find_spec(name)]:
     print(f"error: bench/gpu.sh needs {' and '.join(missing)}; run pip install {' '.join(missing)}", file=sys.stderr)
     sys.exit(2)

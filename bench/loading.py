@@ -70,7 +70,7 @@ def main() -> None:
         for suffix, alone, together in zip(("", "_masked"), one, several, strict=True):
             rows[name + suffix] = row(alone, "tokens/s", at_least=None if suffix else BUDGETS[name])
             rows[f"{name}{suffix}_workers"] = row(together, "tokens/s")
-            budget = 0.9 * args.workers if suffix else None  # of what a run does
+            budget = 0.9 * args.workers if suffix else None  # for masked batches, as a run reads them
             rows[f"{name}{suffix}_workers_to_1"] = row(together / alone, "×", at_least=budget)
     once, tenfold = (measure_in_child("--child", "memory", "--groups", 3 * args.groups * times) for times in (1, 10))
     rows |= {"memory_1x": row(once / 2**20, "MiB"), "memory_10x": row(tenfold / 2**20, "MiB")}
@@ -86,7 +86,12 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--shards", required=True, help="shard directory on this machine")
     add("--batch", type=positive, default=64, help="sequences per batch (default: 64)")
-    add("--groups", type=positive, default=8, help=f"row groups per lane, of {LANES}, in each round (default: 8)")
+    add(
+        "--groups",
+        type=positive,
+        default=8,
+        help=f"row groups that each of the {LANES} lanes reads in a round (default: 8)",
+    )
     add("--workers", type=positive, default=2, help="processes to compare with one (default: 2)")
     add("--tokens", type=positive, default=10**9, help="tokens of the resumed run (default: 1,000,000,000)")
     add("--rounds", type=positive, default=3)
@@ -138,7 +143,7 @@ def read(sequences: TrainingSequences, first: int, step: int) -> int:
 def repeated(
     manifest: Manifest, times: int, columns: Columns, args: argparse.Namespace, prepare: Prepare
 ) -> TrainingSequences:
-    """One epoch of the shards, read so many times."""
+    """One epoch of the shards, repeated ``times`` times."""
     parts = all_rows(manifest) * times
     size = sum(part.rows for part in parts)
     return TrainingSequences(manifest, parts, columns, size=size, batch=args.batch, seed=0, prepare=prepare)

@@ -41,7 +41,8 @@ def main() -> None:
     if not scan.scored:
         raise UsageError(f"--shards {args.shards} has no scores; score it with pipeline/score.py first")
     ids_NL = whole_sequences(scan, args.tokens)
-    rows = speeds("masked", scan.passes, scan, ids_NL, args) | speeds("full", 1, scan, ids_NL, args)
+    passes = scan.passes if scan.context == "masked" else 7
+    rows = speeds("masked", passes, scan, ids_NL, args) | speeds("full", 1, scan, ids_NL, args)
     # of the job that wrote the shards
     rows["job_outside_model"] = row(1 - scan.totals["utilisation"], "of the workers' time", at_most=0.03)
     entry = scan.shards[0]
@@ -49,7 +50,7 @@ def main() -> None:
     plain_bytes = len(parquet.to_parquet(parquet.row_groups(plain)))
     rows["scan_bytes"] = row(plain_bytes / entry.tokens, "B/token", at_most=5.1)
     rows[f"scan_top_{scan.top_k}_bytes"] = row(entry.bytes / entry.tokens, "B/token")
-    print_table(rows, vars(args) | {"device": device_name(), "passes": scan.passes, "measured_tokens": ids_NL.size})
+    print_table(rows, vars(args) | {"device": device_name(), "passes": passes, "measured_tokens": ids_NL.size})
 
 
 def parse() -> argparse.Namespace:

@@ -63,7 +63,7 @@ def main() -> None:
             list(pool.map(screen.train_trunk, range(1, args.trunks + 1)))
         runs = [(name, trunk) for trunk in range(1, args.trunks + 1) for name in args.rows]
         list(pool.map(lambda run: screen.train_and_test(*run), runs))
-    finally:  # what is running ends
+    finally:  # waits for the runs in progress, and starts no other
         pool.shutdown(cancel_futures=True)
     screen.report()
 

@@ -46,11 +46,9 @@ class Directory(Tolerant):
     bytes: Number = None
     flops: Number = None
     worker_seconds: Number = None
-    context: object = None  # of shards, like the next four fields
+    context: object = None  # of shards, like the next two fields
     teacher: Known[str] = None
     scores_read: Known[bool] = None
-    entropy_p10: Number = None  # quantiles of the entropies, if the run reads them
-    entropy_p90: Number = None
     source: Known[str] = None  # of targets, like the next three fields
     policy: Known[dict[str, object]] = None
     variants: Known[int] = None

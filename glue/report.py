@@ -111,7 +111,7 @@ def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
     """Curves of the held-out loss by heading, of the runs that logged it; none if their texts differ."""
     histories = {name: [frame for run in runs if len(frame := history(run)) > 1] for name, runs in summaries.items()}
     every = [frame for frames in histories.values() for frame in frames]
-    texts = {evaluated_on(run) for runs in summaries.values() for run in runs}
+    texts = {evaluated_on(run) for runs in summaries.values() for run in runs if len(history(run)) > 1}
     if not every or len(texts) > 1:
         return {}
     lasts = [frame["step"][-1] for frame in every]
@@ -129,8 +129,9 @@ def curves(table: Comparison, summaries: Summaries) -> dict[str, Figure]:
                 points, *seeds = [frame.select(by, "eval_loss").rows() for frame in (mean, *runs)]
                 drawn[panel].append(Line(style, name, points, faint=seeds if len(seeds) > 1 else ()))
     log = max(lasts) > 3 * min(lasts)
+    whose = f": {drawn['at equal steps'][0].name}" if len(drawn["at equal steps"]) == 1 else ""  # there is no legend
     return {
-        f"held-out loss {panel}": figures.lines(lines, "steps" if by == "step" else "seconds", "nats", log=log)
+        f"held-out loss {panel}{whose}": figures.lines(lines, "steps" if by == "step" else "seconds", "nats", log=log)
         for (panel, by), lines in zip(panels.items(), drawn.values(), strict=True)
     }
 

@@ -147,7 +147,9 @@ def _check_visible(output: str, record: Record) -> None:
     until = time.monotonic() + VISIBLE_SECONDS
     while True:
         with contextlib.suppress(OSError):  # an object store may answer the next time
-            if storage.size(uri) == record.bytes or not storage.exists(run_uri(output)):  # then all was deleted
+            if storage.size(uri) == record.bytes or not storage.exists(
+                run_uri(output)
+            ):  # without run.json all was deleted, which the caller reports
                 return
         if time.monotonic() > until:
             problem = f"{uri}, committed by {record.worker}, is not visible from the driver"

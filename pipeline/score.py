@@ -114,7 +114,7 @@ def finish(job: Job, records: dict[int, Record], failures: list[Failure], max_fa
     """Write the manifest, and print the contents of the directory.
 
     Raises:
-        RunError: more than ``max_failed`` shards failed, and the others are kept; or files were deleted in mid-run.
+        RunError: more than ``max_failed`` shards failed, and the others are kept; or files were deleted during the run.
         UsageError: a shard failed by a mistake of the user; or the corpus has no text, or no token to score.
     """
     commit.check_kept(job.output, job.run)

@@ -28,7 +28,7 @@ from entropy_masking.shards.parquet import SCORE_COLUMNS, Scores, temperature_co
 from entropy_masking.shards.schema import Manifest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BATCHES_IN_FLIGHT = 2  # on a GPU: one at work, one whose results the CPU takes over
+BATCHES_IN_FLIGHT = 2  # on a GPU: it computes one while the CPU stores the results of the other
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 26}  # float32 logits at once: enough for full speed
 
 
@@ -86,8 +86,8 @@ class Teacher:
         With ``positions_NK``, which are negative where a row has fewer than K, the sequences are masked inputs, and
         these positions are scored: [N, K]. The actual tokens are unknown then, and the surprisals those of token 0.
 
-        The batches are a function of the arrays' shapes and P, so the same input always gives the same bits on the same
-        hardware.
+        The batches depend only on the shapes, ``passes`` and ``batch_tokens``. So the same input always gives the same
+        bits on the same hardware.
         """
         if positions_NK is None:
             return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
@@ -133,7 +133,7 @@ class Teacher:
             yield Batch(ids_RL, rows, columns, np.zeros_like(columns), place, size, size * positions_NK.shape[1])
 
     def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, entropy.Reduced]]:
-        """Results of each batch, on the CPU. A GPU works on one batch while the CPU takes over the one before it."""
+        """Results of each batch, on the CPU. While a GPU computes one batch, the CPU stores those of the one before."""
         in_flight = 1 if self.device.type == "cpu" else BATCHES_IN_FLIGHT
         pending = deque[tuple[Place, entropy.Reduced, torch.cuda.Event | None]]()
         for batch in batches:

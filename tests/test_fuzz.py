@@ -119,7 +119,7 @@ def use_state(directory: Path) -> None:
 
 
 STATE = {
-    **{"global_step": 2, "max_steps": 4, "epoch": 0.5, "total_flos": 0, "stateful_callbacks": {}, "best_metric": None},
+    **{"global_step": 2, "max_steps": 4, "epoch": 0.5, "total_flos": 0, "stateful_callbacks": {}},
     "log_history": [{"step": 1, "loss": 2.5}, {"step": 1, "train_seconds": 1.0}, {"step": 2, "eval_loss": 2.0}],
 }
 READERS: dict[str, tuple[str, Callable[[Path], None]]] = {

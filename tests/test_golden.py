@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 from pathlib import Path
@@ -24,13 +23,11 @@ from made_results import summary, write_results
 
 import glue.compare
 from entropy_masking.masking.masker import Masker
-from entropy_masking.masking.noise import hash_order, hashes
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.read import Columns
-from entropy_masking.shards.schema import Manifest
-from train.data import ORDER_STREAM, TrainingSequences, whole_batch
-from train.split import Split, all_rows
+from train.data import TrainingSequences, whole_batch
+from train.split import all_rows
 
 FILE = Path(__file__).with_name("golden.json")
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -73,24 +70,6 @@ def same(name: str, found: Any) -> None:
         FILE.write_text(json.dumps(kept | {"machine": machine(), name: found}, indent=1) + "\n")
     else:
         assert found == GOLDEN[name], f"{name} changed"
-
-
-def hold_out_whole_shards(manifest: Manifest, fraction: float) -> Split:
-    """The split of the time when golden.json was written."""
-    parts, first = all_rows(manifest), hashes(0, of_N=torch.arange(len(manifest.shards))).argsort(stable=True)
-    held_out = set(first[: math.ceil(fraction * len(parts))].tolist())
-    sides = [[part for part in parts if (part.entry.index in held_out) is side] for side in (False, True)]
-    return Split(*sides)
-
-
-def place_in_windows(data: TrainingSequences, index: int) -> tuple[int, int, int, int]:
-    """``TrainingSequences._locate`` of the time when the losses were written: one shuffle of up to 16 row groups."""
-    epoch, position = divmod(index, data.rows)
-    groups = hash_order(data.seed, ORDER_STREAM, epoch, size=len(data.groups)).tolist()
-    rows = [(group, row) for group in groups for row in range(data.sizes[group])]
-    group, row = rows[hash_order(data.seed, ORDER_STREAM, epoch, 0, size=len(rows))[position]]
-    shuffled = hash_order(data.seed, ORDER_STREAM, epoch, group, size=data.sizes[group]).tolist()
-    return epoch, group, group, shuffled.index(row)
 
 
 def digest(*parts: bytes) -> str:
@@ -136,11 +115,7 @@ def test_order(scored: Path) -> None:
 
 @pytest.mark.parametrize("distilled", [False, True], ids=["", "kd"])
 @pytest.mark.parametrize("source", SOURCES)
-def test_losses_and_gradient_norms(
-    source: str, distilled: bool, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("train.inputs.split", hold_out_whole_shards)
-    monkeypatch.setattr(TrainingSequences, "_locate", place_in_windows)
+def test_losses_and_gradient_norms(source: str, distilled: bool, scored: Path, tmp_path: Path) -> None:
     kd = ["--distill-weight", 0.5] if distilled else []
     steps = ["--max-steps", STEPS, "--logging-steps", 1, "--save-steps", STEPS, "--eval-strategy", "no"]
     train_here(scored, tmp_path, *SOURCES[source], *kd, *steps)

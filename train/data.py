@@ -1,11 +1,9 @@
 """Shards → batches: a shuffle that is a pure function of (seed, epoch, global batch), so a run resumes by index.
 
-Decoding Parquet is most of the work, so ranks and loader workers have to share it. Each of them prepares the same parts
-of the global batches again and again. The order therefore feeds each part of a batch from its own lane of the epoch,
-and a process decodes only its lanes. The alternative was to decode into memory that all processes of a node share: that
-keeps any order, but needs locks, must clean up after killed processes, and still decodes everything on every node.
+Decoding Parquet takes most of the time, so ranks and loader workers must share it. Each of them always prepares the
+same part of the global batches. So each part has its own lanes of the epoch, and a process decodes only its lanes.
 
-Shapes: B rows of a batch, L tokens, P predicted positions, N shards.
+Shapes: B rows of a batch, L tokens, P predicted positions of a row, T tokens that a teacher names.
 """
 
 from __future__ import annotations
@@ -43,12 +41,13 @@ ORDER_STREAM = 1
 class TrainingSequences(Dataset[dict[str, Tensor]]):
     """The sequences of a whole run, epoch after epoch, as a map from the position in the run to a sequence.
 
-    Order of an epoch: row groups are shuffled, then the rows within each. These rows in a line are cut into ``LANES``
-    lanes of equal length (up to one batch). Each eighth of a global batch takes the next rows of one lane. Four batches
-    in turn take from all lanes, so a batch has rows of eight row groups, and four batches have rows of 32.
+    Order of an epoch: row groups are shuffled, then the rows of each. This sequence of rows is cut into ``LANES``
+    lanes, whose lengths differ by at most an eighth of a batch. Each eighth of a global batch takes the next rows of
+    one lane, and four consecutive batches use all lanes. So a batch has rows of about eight row groups, and four
+    batches of about 32.
 
-    A row group is decoded when its first row is needed. When its lane has passed it, its memory is used again. So the
-    memory does not grow with the corpus: one row group for each lane that this process reads, and those of one batch.
+    A row group is decoded when its first row is needed, into the memory of one that its lane has passed. So memory does
+    not grow with the corpus: it holds one row group per lane that this process reads, and those of one batch.
 
     Args:
         parts: the rows to train on.
@@ -126,7 +125,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return cycles * (last - first) + min(max(rest - first, 0), last - first)
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
-        """(order of the row groups, first row of each, first row of each lane less what it fed before) of an epoch."""
+        """The order of the row groups, the first row of each, and each lane's first row less those it fed before."""
         if not self._order_of or self._order_of[0] != epoch:
             order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
             starts = np.cumsum([0, *(self.sizes[group] for group in order)])[:-1].tolist()
@@ -136,7 +135,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return self._order_of[1:]
 
     def _decode(self, places: list[tuple[int, int, int, int]]) -> None:
-        """Decode the row groups of these places, after those that no lane needs any more are forgotten."""
+        """Forget the row groups that no lane needs any more, then decode those of these places."""
         self._reading |= {lane: (epoch, group) for epoch, lane, group, _ in places}
         needed = {(epoch, group) for epoch, _, group, _ in places}
         kept = needed | set(self._reading.values())
@@ -161,7 +160,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         # new arrays for each row group would fragment the heap
         memory = memory or {name: np.empty((ROW_GROUP, *array.shape[1:]), array.dtype) for name, array in rows.items()}
         for name, array in rows.items():
-            array.take(shuffled, 0, out=memory[name][: len(shuffled)], mode="clip")  # "raise" would make a copy
+            array.take(
+                shuffled, 0, out=memory[name][: len(shuffled)], mode="clip"
+            )  # "raise" would write through a copy
         return memory
 
 

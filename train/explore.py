@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     view = View(masker_of(manifests[0], mask.unit), mask, shard_tokenizer(manifests[0].uri))
     picks = sample.pick(manifests, options.limit)
     if not picks:
-        raise UsageError(f"{' and '.join(directories)} have no sequences in common; finish the scoring of both")
+        raise UsageError(f"no sequence is in {' and '.join(directories)}; finish the scoring")
     ends = [storage.absolute(uri).rstrip("/").rpartition("/")[2] for uri in directories]
     names = ends if len(set(ends)) == len(ends) else directories
     sources = [
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, manifest in zip(names, manifests, strict=True)
     ]
     if statistics.side_by_side(sources[0].frame, sources[-1].frame).is_empty():
-        raise UsageError(f"{' and '.join(directories)} have no scored tokens in common; score a corpus that has text")
+        raise UsageError(f"no token of {' and '.join(directories)} has scores; score a corpus that has text")
     summary = summarise(sources, mask, view.label)
     for title, lines in summary.items():
         print(title)

@@ -91,7 +91,7 @@ class TrainerFlags:
         "whether to evaluate during the run (default: steps, if there is held-out text)"
     )
     eval_steps: float | None = option("evaluate every N steps; below 1 a share of all steps (default: 0.2)")
-    eval_on_start: bool | None = option("evaluate before the first step (default: as --eval-strategy)")
+    eval_on_start: bool | None = option("evaluate before the first step (default: yes, if --eval-strategy is steps)")
     save_strategy: Literal["no", "steps"] = option("whether to save checkpoints (default: steps)", "steps")
     save_steps: float = option("save a checkpoint every N steps; below 1 a share of all steps (default: 500)", 500)
     save_total_limit: int | None = option("checkpoints to keep; 0 for all (default: 2)", 2)
@@ -100,7 +100,9 @@ class TrainerFlags:
     data_seed: int | None = option("seed of the order of the sequences (default: --seed)")
     full_determinism: bool = option("use deterministic kernels only, which are slower", False)
     use_cpu: bool | None = option("train on the CPU (default: without CUDA and XPU)")
-    dataloader_num_workers: int | None = option("processes that mask the next batches (default: 2; 0 on a CPU)")
+    dataloader_num_workers: int | None = option(
+        "processes that read and mask the next batches (default: 2; 0 on a CPU)"
+    )
     ddp_timeout: int = option("seconds that a process waits for the others (default: 3600)", 3_600)
 
 

@@ -25,6 +25,7 @@ from train import resume
 from train.arguments import is_of_device
 
 STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
+AGREEMENT_STEPS = 4  # steps between two agreements of the ranks, each of which costs a round trip
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 T = TypeVar("T")
 
@@ -36,8 +37,9 @@ class AllRanksFailed(RunError):
 class Guard(TrainerCallback):
     """Ends a run after Ctrl-C or SIGTERM, with a checkpoint, and at a loss that is not finite, without one.
 
-    A signal may reach the ranks at different steps, or reach only one rank. So the ranks agree after each step, in a
-    separate process group that waits for no device. A repeated SIGTERM changes nothing, since launchers send it again.
+    A signal may reach the ranks at different steps, or reach only one rank. So the ranks agree after every fourth
+    step, in a separate process group that waits for no device. A repeated SIGTERM changes nothing, since launchers
+    send it again.
 
     Attributes:
         stopped: the signal that has ended the run; 0 if none has.
@@ -79,6 +81,8 @@ class Guard(TrainerCallback):
             self.group = dist.new_group(backend="gloo")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if (self.group or not _in_main_thread()) and state.global_step % AGREEMENT_STEPS:
+            return
         if not _in_main_thread() and state.is_world_process_zero and (self.output / STOP).exists():
             self.asked = signal.SIGTERM
         asked = torch.tensor(self.asked)

@@ -111,7 +111,8 @@ def policy_of(options: Options, targets: Manifest) -> MaskPolicy:
     for name, value in (recipe | given).items():
         if value != (of_targets := getattr(policy, name)):
             cause = mask_flag(name) if name in given else "--recipe"
-            said = f"{mask_flag(name)} {value} differs from {of_targets} in --targets {targets.uri}"
+            ours = f"{mask_flag(name)} {value}{'' if name in given else ' of --recipe paper'}"
+            said = f"{ours} differs from {of_targets} in --targets {targets.uri}"
             raise UsageError(f"{said}; leave {cause} out")
     return policy
 

@@ -39,7 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFlags]:
-    """The flags as they are given. Raises UsageError for unknown or unsupported flags and wrong values."""
+    """The flags as they are given. Raises UsageError for unknown flags and wrong values and wrong values."""
     parser = Parser("train/run.py", description, GROUPS)
     parser.usage = "%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …"
     parser.add_fields(Options)
@@ -90,7 +90,10 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     return [
         (options.recipe == "paper", {"self_refresh": "step"}, paper),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
-        *((holds, allowed, f"{{flag}} has no effect {case}; leave it out") for holds, case, allowed in no_effect),
+        *(
+            (holds, allowed, f"{{flag}} has no effect {case}; leave it out, or change the other flag")
+            for holds, case, allowed in no_effect
+        ),
     ]
 
 

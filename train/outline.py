@@ -81,7 +81,8 @@ def mask_words(policy: MaskPolicy, source: str = "parquet") -> str:
     else:
         whose = "the student's own" if source == "self" else "the teacher's"
         choice = "the highest" if policy.temperature == 0 else f"sampled with τ = {policy.temperature:g}"
-        how = f"{policy.hard_share:.0%} of them by {whose} {policy.by} ({choice}), the others at random"
+        how = f"{policy.hard_share:.0%} of the masks by {whose} {policy.by} ({choice})"
+        how += ", the others at random" if policy.hard_share < 1 else ""
         if policy.warmup or policy.ramp:
             how += f"; all at random for {policy.warmup:.0%} of the steps, then a ramp over {policy.ramp:.0%}"
     if not policy.predicts_all:

@@ -23,10 +23,10 @@ from train.arguments import global_batch
 RISES, MIN_RISE = 3, 0.1  # warn after RISES evaluations in a row that are MIN_RISE nats above the lowest loss
 MAX_CONCENTRATION = 0.1  # in text, two tokens have the same type with a probability of about 0.01
 MAX_RATIO = 3  # to the concentration of the text, which is higher for a small vocabulary
-REMEDY = "let scores choose fewer tokens (--hard-share, --mask-warmup, --predict-by)"
+REMEDY = "let scores choose fewer tokens: a smaller --hard-share, or a longer --mask-warmup"
 # a loss has other causes too
 IF_BETTER = f"if a run with --entropy-source random does better, {REMEDY}; otherwise lower the learning rate"
-SHOWN = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # in a log, also on the console
+SHOWN = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # logged values that the console shows too
 MIN_TOKENS = 100  # fewer tokens do not give the concentration
 
 

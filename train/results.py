@@ -14,7 +14,6 @@ from entropy_masking.commands.mask_flags import FIELDS
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
-from entropy_masking.shards.spread import entropy_spread
 from entropy_masking.summary import Directory, Summary
 from train import resume
 from train.arguments import deciding_arguments, global_batch
@@ -26,10 +25,10 @@ from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
 # flags that do not decide what is learned
-FREE = [
-    *("overwrite", "dry_run", "eval_only", "argv", "as_yaml", "trust_remote_code", "num_workers", "eval_shards"),
-    "recipe",
-]
+FREE = {
+    *("overwrite", "dry_run", "eval_only", "argv", "as_yaml", "trust_remote_code", "num_workers"),
+    *("eval_shards", "recipe"),
+}
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
@@ -42,7 +41,7 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
         "model": model_identity(options.model),
         "steps": args.max_steps,
         "global_batch": global_batch(args),
-        "ordered_by": resume.LANES,
+        "ordered_by": resume.BY_LANES,
     }
     if options.eval_fraction:
         run["held_out_by"] = resume.DOCUMENTS
@@ -75,7 +74,6 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
     reads_scores = read.entropy or read.surprisal or read.top_k
     scored = [manifest] * reads_scores + ([targets] if targets else [])
-    p10, p90 = (entropy_spread(manifest) if read.entropy else None) or (None, None)
     guess = unigram_loss(token_counts(manifest, inputs.training), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
         regime=options.entropy_source + ("+kd" if options.distill_weight else ""),
@@ -93,14 +91,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         training_flops=flops,
         scoring_seconds=sum((directory.totals["worker_seconds"] for directory in scored), 0.0),
         scoring_flops=sum(directory.totals["flops"] for directory in scored),
-        shards=costs(
-            manifest,
-            context=manifest.context,
-            teacher=manifest.teacher,
-            scores_read=reads_scores,
-            entropy_p10=p10,
-            entropy_p90=p90,
-        ),
+        shards=costs(manifest, context=manifest.context, teacher=manifest.teacher, scores_read=reads_scores),
         targets=costs(targets, **targets.masks or {}) if targets else None,
         eval_shards=costs(inputs.eval_shards) if inputs.eval_shards else None,
         seed=args.seed,
@@ -125,21 +116,20 @@ def costs(manifest: Manifest, **others: object) -> Directory:
 
 
 def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``loss`` or ``eval_loss``.
+    """The held-out losses of a Trainer's log as a curve: ``step``, ``seconds`` of training and ``eval_loss``.
 
-    At most ``MAX_POINTS`` points of each loss, spread evenly, with the last one.
+    At most ``MAX_POINTS`` points, spread evenly, with the last one.
     """
     seconds: dict[float, float] = {}
     for entry in log:
         if "train_seconds" in entry:
             seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # without those of an evaluation
-    points = []
-    for name in ("loss", "eval_loss"):
-        # the last step may have two evaluations
-        losses = {entry["step"]: entry[name] for entry in log if name in entry and entry["step"] in seconds}
-        stride = max(1, math.ceil(len(losses) / MAX_POINTS))
-        points += [{"step": step, "seconds": seconds[step], name: losses[step]} for step in list(losses)[::-stride]]
-    return sorted(points, key=lambda point: point["step"])
+    # the last step may have two evaluations
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] in seconds}
+    stride = max(1, math.ceil(len(losses) / MAX_POINTS))
+    return [
+        {"step": step, "seconds": seconds[step], "eval_loss": losses[step]} for step in sorted(losses)[::-stride][::-1]
+    ]
 
 
 def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> None:

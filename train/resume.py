@@ -25,7 +25,7 @@ from entropy_masking.shards.schema import Manifest
 FLAGS, SUMMARY = "run.json", "summary.json"
 GIVEN = "flags.yaml"  # the flags that were given, for --config
 WHOLE_SHARDS, DOCUMENTS = "whole shards", "documents"  # what --eval-fraction held out in old runs, and now
-WINDOWS, LANES = "windows", "lanes"  # what ordered the data of old runs, and now
+BY_WINDOWS, BY_LANES = "windows", "lanes"  # what ordered the data of old runs, and now
 UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
 FILES = "files.json"  # the last file of a checkpoint: size and CRC-32 of each other file
 LOCK = ".lock"
@@ -45,7 +45,7 @@ def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
     if previous is None:
         raise UsageError(f"{directory / FLAGS} is damaged or not written by train/run.py; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
-    previous = {"held_out_by": WHOLE_SHARDS, "ordered_by": WINDOWS} | previous if previous else {}
+    previous = {"held_out_by": WHOLE_SHARDS, "ordered_by": BY_WINDOWS} | previous if previous else {}
     # a flag that a library has added or removed since then does not make another run
     shared = {name: value for name, value in flags.items() if name in previous}
     differing = differences({name: previous[name] for name in shared}, shared)
@@ -65,7 +65,7 @@ def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
 
 
 def check_kept(directory: Path, flags: dict[str, object]) -> None:
-    """Raises RunError if a directory no longer belongs to the run with these flags, as after ``rm -rf`` in mid-run."""
+    """Raises RunError if a directory no longer belongs to the run with these flags, as after ``rm -rf``."""
     if _read_flags(directory) != flags:
         fix = "run the command again with an empty --output-dir"
         raise RunError(f"{directory / FLAGS} was deleted or replaced during the run; {fix}")

@@ -95,7 +95,7 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> None:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Hold these signals back until the block ends, and set their handlers again, which the block may replace."""
+    """Hold back SIGINT, SIGTERM and SIGALRM until the block ends. Then restore their handlers, which it may replace."""
     held: list[int] = []
     numbers = (*ENDINGS, signal.SIGALRM)
     handlers = {number: signal.signal(number, lambda number, frame: held.append(number)) for number in numbers}

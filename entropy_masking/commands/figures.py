@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
     **{"grid.color": LIGHT["rule"]},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.left": False},
     **{"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlelocation": "left"},
-    **{"axes.titlesize": 11.5, "figure.labelsize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11},
+    **{"axes.titlesize": 11.5, "xtick.labelsize": 11, "ytick.labelsize": 11},
     **{"errorbar.capsize": 4, "lines.linewidth": 2, "lines.markeredgewidth": 1.5, "lines.solid_capstyle": "butt"},
 }
 

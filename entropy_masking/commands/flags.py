@@ -127,9 +127,11 @@ class Parser(argparse.ArgumentParser):
         several = isinstance(own, argparse._AppendAction) or own.nargs
         if not all(isinstance(text, str) for text in values) or (len(values) != 1 and not several):
             raise UsageError(f"--config {file}: {name} is not {'a list of values' if several else 'a value'}")
-        if own.nargs == 0 and values[0].lower() in ("true", "false"):  # a switch
+        if own.nargs == 0:  # a switch
+            if values[0].lower() not in ("true", "false"):
+                raise UsageError(f"--config {file}: {name} is {values[0]!r}; use true or false")
             return [flag(name)] * (values[0].lower() == "true")
-        if own.nargs in (None, 0) and own.option_strings:  # one value each time
+        if own.nargs is None and own.option_strings:  # one value each time
             return [f"{flag(name)}={text}" for text in values]
         return [*own.option_strings[:1], *values]
 

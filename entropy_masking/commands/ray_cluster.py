@@ -17,7 +17,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # descriptors and records are small; Ray would reserve a third of the memory
 CONNECT_SECONDS = 10.0
-TOKEN_FIX = "unset RAY_AUTH_MODE, and set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
+TOKEN_FIX = "set RAY_AUTH_TOKEN to what `ray get-auth-token` prints on the head node"
 
 
 def check_kept(flag: str, output: str) -> None:
@@ -47,7 +47,8 @@ def connect(*applications: str, cpus: int | None = None) -> None:
 
     # Ray's own handlers of SIGTERM would end this process with another exit code and without cleaning up
     ray._private.utils.set_sigterm_handler = lambda _handler: None
-    # the core of Ray also replaces them, and crashes at the exit if an exception comes before Ray has stored it
+    # while it starts, the core of Ray replaces the handlers; if a signal raised an exception before Ray has stored the
+    # core, Ray would crash at the exit
     ray._private.worker.connect = console.hold_signals()(ray._private.worker.connect)
     # no public function finds a `ray start` here without also finding a cluster that another run started for itself
     from ray._private.services import find_bootstrap_address
@@ -82,7 +83,9 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # the core of Ray has set the default
+    signal.signal(
+        signal.SIGTERM, signal.getsignal(signal.SIGTERM)
+    )  # the core of Ray has replaced it without Python's knowledge
 
 
 def _check_address(address: str) -> None:
@@ -106,7 +109,8 @@ def _check_address(address: str) -> None:
     try:
         GcsClient(address=address)
     except ray.exceptions.AuthenticationError:
-        raise UsageError(f"the Ray cluster at {address} was not sent the token that it asks for; {TOKEN_FIX}") from None
+        refused = f"the Ray cluster at {address} asks for a token, and this user's is missing or wrong"
+        raise UsageError(f"{refused}; {TOKEN_FIX}, and unset RAY_AUTH_MODE unless it is token") from None
     except ray.exceptions.RayError:
         reason = f"the service at {address} does not answer as the head of a Ray cluster"
         raise UsageError(f"{reason}; name the port of `ray start`, by default 6379") from None

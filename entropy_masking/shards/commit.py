@@ -111,7 +111,7 @@ def begin_run(directory: str, run: Run) -> None:
 
 
 def check_kept(directory: str, run: Run) -> None:
-    """Raises RunError if a directory no longer belongs to a run, as after ``rm -rf`` in mid-run."""
+    """Raises RunError if a directory no longer belongs to a run, as after ``rm -rf`` during the run."""
     if read_if_valid(Run, run_uri(directory)) != run:
         fix = "run the command again with an empty --output"
         raise RunError(f"{run_uri(directory)} was deleted or replaced during the run; {fix}")

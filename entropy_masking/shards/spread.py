@@ -22,14 +22,9 @@ def entropy_spread(manifest: Manifest) -> tuple[float, float] | None:
     return (float(np.quantile(known, 0.1)), float(np.quantile(known, 0.9))) if len(known) else None
 
 
-def hardly_differ(low: float, high: float) -> bool:
-    """Whether entropies with these quantiles rank tokens poorly."""
-    return high - low < NARROW
-
-
 def spread_words(low: float, high: float, measure: str = "entropy") -> str:
     """The quantiles in words, with a warning if those of the entropy are near each other."""
     words = f"80 % between {low:.2f} and {high:.2f} nats"
-    if measure != "entropy" or not hardly_differ(low, high):
+    if measure != "entropy" or high - low >= NARROW:
         return words
     return f"{words}: they hardly differ, so they rank tokens poorly; check the teacher, and --context"

@@ -192,7 +192,7 @@ def test_the_command(checkpoints: dict[str, Path], data: Path, tmp_path: Path) -
     flags = ["--model", checkpoints["bert"], "--tasks", "blimp", "--data", data, "--seeds", "1,2,3"]
     command = [*GLUE_RUN, *flags, "--limit-pairs", 5, "--output", tmp_path]
     printed = run(*command)
-    assert "15/15" not in printed and "30/30 rows" in printed
+    assert "30.0/30.0" in printed and " 15.0/15.0" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blimp.json", "flags.yaml"]
     result = json.loads((tmp_path / "blimp.json").read_text())
     assert result["settings"] == {"pll": "within-word", "limit_pairs": 5} and result["eval_rows"] == 15

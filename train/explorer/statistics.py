@@ -69,7 +69,7 @@ def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_token(frame: pl.DataFrame) -> pl.DataFrame:
-    """``means`` of the tokens that occur 10 times and once in 20,000 tokens, the most uncertain first."""
+    """``means`` of the tokens that are not rare (10 times, and once per 20,000 tokens), the most uncertain first."""
     frequent = means(frame, pl.col("token")).filter(pl.col("count") >= max(10, len(frame) // 20_000))
     return frequent.sort("entropy", "label", descending=[True, False])
 
