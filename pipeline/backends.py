@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -16,16 +17,41 @@ import psutil
 
 from entropy_masking import storage
 from entropy_masking.commands import console, ray_cluster
-from entropy_masking.errors import UsageError
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.shards import commit
 from entropy_masking.shards.manifests import run_uri
-from entropy_masking.shards.schema import Record
+from entropy_masking.shards.schema import Record, Run
 from pipeline.corpus.ranges import FileRange
 from pipeline.job import Failure, Job
 
 STOP_SECONDS = 10.0
+START_SECONDS = 60.0  # until a free worker has started
+BUSY = "`ray status` shows who uses the cluster"
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 Shard = tuple[int, list[FileRange]]
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    """``--dtype``; for ``auto`` that of the unfinished output, else of a worker of the cluster, else of this machine.
+
+    Raises:
+        UsageError: no worker fits the cluster.
+        RunError: no worker starts.
+    """
+    run = commit.read_if_valid(Run, run_uri(storage.absolute(args.output)))
+    if args.dtype == "auto" and run and "dtype" in run.fingerprint:
+        return str(run.fingerprint["dtype"])
+    if args.dtype != "auto" or args.teacher == "none" or args.backend == "local" or not ray_cluster.address():
+        return resolve_dtype(args.dtype)
+    ray_cluster.connect("pipeline")
+    import ray
+
+    _, resources = _fit(args.cpus_per_worker, args.gpus_per_worker)
+    try:
+        return ray.get(ray.remote(**resources)(resolve_dtype).remote("auto"), timeout=START_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(f"no worker started within {START_SECONDS:.0f} seconds to choose a dtype; {BUSY}") from None
 
 
 def local_records(job: Job, todo: list[Shard]) -> Generator[Record | Failure, None, None]:
@@ -58,9 +84,7 @@ def ray_records(
     from pipeline.worker import SHARDS_AT_ONCE
 
     try:
-        fitting, resources = _fit(
-            [node["Resources"] for node in ray.nodes() if node["Alive"]], job.threads, gpus_per_worker
-        )
+        fitting, resources = _fit(job.threads, gpus_per_worker)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # ours counts tokens
         context.print_on_execution_start = False
@@ -120,12 +144,23 @@ class ScoreShard:
         return {"outcome": [json.dumps(fields)]}
 
 
-def _fit(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
-    """The number of workers that fit the nodes now, and the resources of one worker, which runs on one node.
+def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
+    """The number of workers that fit the cluster's nodes, and the resources of one worker, which runs on one node.
 
-    Raises:
-        UsageError: no worker fits.
+    Says so if all of them are in use. Raises UsageError if no worker fits.
     """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    count, resources = _shares(nodes, threads, gpus_per_worker)
+    free = ray.available_resources()
+    if any(free.get(name[len("num_") : -1].upper(), 0) < share for name, share in resources.items()):
+        console.note(f"all workers of the cluster are in use; {BUSY}")
+    return count, resources
+
+
+def _shares(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
+    """``_fit`` of these nodes."""
     gpus, cpus = ([node.get(name, 0) for node in nodes] for name in ("GPU", "CPU"))
     if gpus_per_worker and not any(gpus):
         raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")

@@ -117,7 +117,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
             "passes": min(args.passes, length) if args.context == "masked" and not sequences else 1,
             "top_k": args.top_k,
             "temperatures": args.temperatures,
-            "dtype": checkpoints.resolve_dtype(args.dtype),
+            "dtype": args.dtype,
             "batch_tokens": args.batch_tokens,
             "compile": args.torch_compile,
         }

@@ -32,7 +32,7 @@ from entropy_masking.shards.fields import Masks
 from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Record
 from entropy_masking.shards.spread import entropy_spread, spread_words
-from pipeline.backends import local_records, ray_records
+from pipeline.backends import dtype_of, local_records, ray_records
 from pipeline.corpus.plan import Corpus, plan_corpus
 from pipeline.job import Failure, Job, check_teacher_runs, choose_tokenizer, new_job
 from pipeline.status import line, totals_lines
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
     corpus = plan_corpus(args.corpus, shard_tokens=args.shard_tokens, output=args.output, **text_options(args))
     tokenizer = choose_tokenizer(args.tokenizer, args.teacher, corpus)
+    args.dtype = dtype_of(args)
     job = new_job(args, corpus, tokenizer)
     commit.check_directory(job.output, job.run.fingerprint)
     records = commit.done_records(job.output, job.run)

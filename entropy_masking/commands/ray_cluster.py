@@ -28,41 +28,50 @@ def check_kept(flag: str, output: str) -> None:
         raise UsageError(f"{flag} {output} {lost}; name an absolute path")
 
 
+def address() -> str | None:
+    """The cluster to join: that of RAY_ADDRESS, of the submitted job, or of a `ray start` here; None if there is none.
+
+    Call it before ``import ray``, because Ray reads its environment when it is imported.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if _has_token():  # then `ray start` asks for it, but Ray does not send it to an address that is given
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # no public function finds a `ray start` here without also finding a cluster that another run started for itself
+    from ray._private.services import find_bootstrap_address
+
+    return os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
+
+
 def connect(*applications: str, cpus: int | None = None) -> None:
-    """Join the cluster of RAY_ADDRESS, of the submitted job, or of a `ray start` here; else start one for this run.
+    """Join the cluster of ``address``, unless that is done; else start one for this run.
 
-    Call it before ``import ray``, because Ray reads its environment when it is imported. ``address="auto"`` would also
-    join a cluster that another run has started for itself, and end with it.
-
-    Workers import ``applications`` besides the library. A new cluster has at least ``cpus``.
+    Call it before ``import ray``. Workers import ``applications`` besides the library. A new cluster has at least
+    ``cpus``.
 
     Raises:
         UsageError: the cluster cannot be joined.
         RunError: Ray does not start here.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if _has_token():  # then `ray start` asks for it, but Ray does not send it to an address that is given
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    cluster = address()
     import ray
 
+    if ray.is_initialized():
+        return
     # Ray's own handlers of SIGTERM would end this process with another exit code and without cleaning up
     ray._private.utils.set_sigterm_handler = lambda _handler: None
     # while it starts, the core of Ray replaces the handlers; if a signal raised an exception before Ray has stored the
     # core, Ray would crash at the exit
     ray._private.worker.connect = console.hold_signals()(ray._private.worker.connect)
-    # no public function finds a `ray start` here without also finding a cluster that another run started for itself
-    from ray._private.services import find_bootstrap_address
-
     root = Path(__file__).resolve().parents[2]
     modules = [str(root / package) for package in ("entropy_masking", *applications)]
     start = partial(ray.init, runtime_env={"py_modules": modules}, log_to_driver=False, logging_level=logging.ERROR)
-    if address := os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None):
-        _check_address(address)
-        console.note(f"joining the Ray cluster at {address} …")
+    if cluster:
+        _check_address(cluster)
+        console.note(f"joining the Ray cluster at {cluster} …")
         try:
-            start(address)
+            start(cluster)
         except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            refused = f"the Ray cluster at {address} refuses the connection ({one_line(error)})"
+            refused = f"the Ray cluster at {cluster} refuses the connection ({one_line(error)})"
             fix = "run the command on one of its nodes, with the same versions of Ray and Python"
             raise UsageError(f"{refused}; {fix}") from None
     else:

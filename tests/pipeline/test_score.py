@@ -100,6 +100,15 @@ def test_lost_or_foreign_files_are_scored_again(work: Path, scored: Path, tmp_pa
     assert hashes(directory) == hashes(scored) and not list(directory.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_repeated_run_keeps_its_dtype(work: Path, tmp_path: Path, dtype: str) -> None:
+    run = work / "corpus.jsonl", work / "teacher", tmp_path, "--sequence-length", LENGTH, "--dtype"
+    score_here(*run, dtype)
+    (tmp_path / "part-00000.parquet").unlink()
+    score_here(*run, "auto")
+    assert manifests.read_manifest(str(tmp_path)).fingerprint["dtype"] == dtype
+
+
 def test_a_shard_directory_is_a_corpus(work: Path, scored: Path) -> None:
     """Tokens first, scores later: same tokens, ids and scores as in one go."""
     sizes = ["--sequence-length", LENGTH, "--shard-tokens", 1500]
