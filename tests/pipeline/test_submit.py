@@ -140,7 +140,7 @@ def test_why_a_cluster_cannot_be_joined(head: Head, tmp_path: Path) -> None:
     refused = f"the Ray cluster at {head.address}"
     assert "RAY_AUTH_MODE is token, but this user has no token" in refusal(head, tmp_path, RAY_AUTH_MODE="token")
     message = refusal(head, tmp_path, RAY_AUTH_TOKEN="7" * 64)
-    assert f"{refused} was not sent the token that it asks for; unset RAY_AUTH_MODE, and set RAY_AUTH_TOKEN" in message
+    assert f"{refused} asks for a token, and this user's is missing or wrong; set RAY_AUTH_TOKEN" in message
     message = refusal(head, head.home, "import ray\nray.__version__ = '2.59.0'", RAY_AUTH_MODE="token")
     assert f"{refused} refuses the connection (Version mismatch" in message and "the same versions" in message
     for address in "ray://127.0.0.1:10001", head.dashboard, "127.0.0.1":
