@@ -92,7 +92,7 @@ def test_a_file_of_flags_and_the_command_line_which_wins(tmp_path: Path) -> None
         ("models: [[a]]", "models is not a list of values"),
         ("steps: [", "cannot be read: "),
         ("steps: ''", "--steps is empty"),
-        ("dry-run: maybe", "argument --dry-run: ignored explicit argument 'maybe'"),
+        ("dry-run: maybe", "dry-run is 'maybe'; use true or false"),
         ("config: other.yaml", "--config is not a flag of some/command.py"),
     ],
 )

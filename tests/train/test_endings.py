@@ -67,12 +67,12 @@ def test_a_signal_saves_and_the_same_command_continues(
 
 def test_sigterm_at_one_rank_stops_all_at_the_same_step(flags: list[object], tmp_path: Path) -> None:
     stopped = Run(
-        tmp_path / "log", *flags, "--output-dir", tmp_path / "out", ranks=2, kill_at=4, kill_with=signal.SIGTERM
+        tmp_path / "log", *flags, "--output-dir", tmp_path / "out", ranks=2, kill_at=2, kill_with=signal.SIGTERM
     )
     assert stopped.end() == [143, 143], stopped.output()
-    assert stopped.output().count("stopped after step 5 of 8") == 1
+    assert stopped.output().count("stopped after step 4 of 8") == 1
     checkpoint = resume.last_checkpoint(tmp_path / "out")
-    assert checkpoint == tmp_path / "out" / "checkpoint-5"
+    assert checkpoint == tmp_path / "out" / "checkpoint-4"
     assert (checkpoint / "rng_state_1.pth").exists()
 
 
