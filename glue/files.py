@@ -33,7 +33,7 @@ def read_file(path: Path) -> pl.DataFrame:
             return pl.DataFrame(list(_objects(path)), infer_schema_length=None, strict=False)
         if path.suffix in (".tsv", ".csv"):
             return pl.DataFrame(_separated(path.read_bytes(), quoted=path.suffix == ".csv"))
-    except (OSError, ValueError, TypeError, pl.exceptions.PolarsError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError, pl.exceptions.PolarsError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from None
     raise UsageError(f"cannot read {path}: its name does not end in {FORMATS}")
 
@@ -55,7 +55,9 @@ def _separated(data: bytes, quoted: bool) -> pa.Table:
     heading = data.partition(b"\n")[0]
     separator = "\t" if not quoted else ";" if heading.count(b";") > heading.count(b",") else ","
     form = csv.ParseOptions(delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted)
-    whole = csv.ReadOptions(block_size=max(1 << 20, len(data)), use_threads=False)  # a row must fit into a block
+    whole = csv.ReadOptions(
+        block_size=min(max(1 << 20, len(data)), (1 << 31) - 1), use_threads=False
+    )  # a row must fit into a block
     names = csv.open_csv(pa.BufferReader(data), whole, form).schema.names
     text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
     return csv.read_csv(pa.BufferReader(data), whole, form, text)

@@ -26,7 +26,10 @@ Rule = tuple[bool, Mapping[str, object], str]
 # ~/… or file://… at the start of an argument, or after = or a comma
 PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")
 # a URI with user:password@, or with a key or a signature in its query
-SECRET = re.compile(r"://([^/?#@]*:[^/?#]*@|[^ ]*[?&][^=&]*(key|secret|token|sig|password)[^=&]*=)", re.IGNORECASE)
+SECRET = re.compile(
+    r"://([^/?#@]*:(?![0-9]+(/|$))[^ ]*@|[^ ]*[?&][^=&]*(key|secret|token|sig|auth|credential|password|pwd)[^=&]*=)",
+    re.IGNORECASE,
+)
 
 
 def flag(name: str) -> str:

@@ -80,8 +80,14 @@ def connect(*applications: str, cpus: int | None = None) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         cores = max(cpus, psutil.cpu_count() or 1) if cpus else None
+        before = psutil.Process().children()
         try:
             start("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, num_cpus=cores)
+        except KeyboardInterrupt:
+            begun = [child for child in psutil.Process().children() if child not in before]
+            for process in [below for child in begun for below in (child, *child.children(recursive=True))]:
+                process.kill()  # some of them would live for a minute
+            raise
         except Exception as error:  # of no class of its own, as where a busy machine lets it time out
             reason = f"Ray did not start on this machine ({one_line(error)})"
             raise RunError(f"{reason}; try again when it is less busy, or read /tmp/ray/session_latest/logs") from None

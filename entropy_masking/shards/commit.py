@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from entropy_masking import storage
 from entropy_masking.cards import dataset_card
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.shards import manifests
 from entropy_masking.shards.costs import totals
 from entropy_masking.shards.fields import Fingerprint
@@ -80,7 +80,10 @@ def read_if_valid(kind: type[AnyFile], uri: str) -> AnyFile | None:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
     """Write the tokenizer's files to a directory, each atomically."""
     with tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save_pretrained(temporary)
+        try:
+            tokenizer.save_pretrained(temporary)
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise RunError(f"cannot write to {temporary}: {one_line(error)}; make room, or set TMPDIR") from None
         for file in sorted(Path(temporary).iterdir()):
             storage.write_bytes(storage.join(directory, file.name), file.read_bytes())
 
