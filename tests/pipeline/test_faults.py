@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -96,9 +97,10 @@ def trapped(work: Path, tmp_path: Path, trap: str, *more: str, **settings: Any) 
     """Twelve documents in about as many shards, of which one springs the teacher's trap."""
     lines = (work / "corpus.jsonl").read_text().splitlines()[:12]
     lines[5] = json.dumps({"text": "abcd ü " * 20})
-    (tmp_path / "trapped.jsonl").write_text("\n".join(lines) + "\n")
+    # compressed, so that all shards are one item: the others must not be lost
+    (tmp_path / "trapped.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     teacher = save_trap(work / "teacher", tmp_path / "teacher", trap, **settings)
-    flags = ["--corpus", tmp_path / "trapped.jsonl", "--teacher", teacher, "--output", tmp_path / "out"]
+    flags = ["--corpus", tmp_path / "trapped.jsonl.gz", "--teacher", teacher, "--output", tmp_path / "out"]
     sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 60, "--dtype", "float32"]
     return [*SCORE, *map(str, flags + sizes), "--trust-remote-code", *more]
 
@@ -110,6 +112,8 @@ def test_a_shard_that_ends_its_process_is_given_up(work: Path, tmp_path: Path) -
     assert not (tmp_path / "out" / "manifest.json").exists()
     (note,) = tmp_path.glob("out/_attempts/*")
     assert json.loads(note.read_text())["attempts"] == 2
+    planned = json.loads((tmp_path / "out" / "_records" / "run.json").read_text())["shards"]
+    assert len(records(tmp_path / "out")) == planned - 1 > 5
 
 
 def test_a_shard_that_hangs_is_given_up(work: Path, tmp_path: Path) -> None:
