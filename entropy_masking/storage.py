@@ -128,14 +128,15 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> BinaryIO:
     return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "r+b")
 
 
-def _open(uri: str) -> Any:  # Arrow is typed in part
+def open_stream(uri: str) -> Any:  # Arrow is typed in part
+    """A stream of the bytes of a file. Raises FileNotFoundError, or another OSError if it is not a regular file."""
     filesystem, path = resolve(uri)
     return filesystem.open_input_stream(path, compression=None) if is_remote(uri) else open_regular(path)
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises FileNotFoundError, or another OSError if it is not a regular file."""
-    with _open(uri) as stream:
+    with open_stream(uri) as stream:
         return stream.read()
 
 
@@ -228,7 +229,7 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256(uri: str) -> str:
     """Hex SHA-256 of a file's content, read as a stream."""
-    with _open(uri) as stream:
+    with open_stream(uri) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -7,9 +7,10 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,23 @@ from entropy_masking.shards import commit
 from entropy_masking.shards.manifests import run_uri
 from entropy_masking.shards.schema import Record, Run
 from pipeline.corpus.ranges import FileRange
-from pipeline.job import Failure, Job
+from pipeline.job import Failure, Job, Shard
 
 STOP_SECONDS = 10.0
 START_SECONDS = 60.0  # until a free worker has started
 BUSY = "`ray status` shows who uses the cluster"
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
-Shard = tuple[int, list[FileRange]]
+
+
+def items_of(todo: list[Shard]) -> list[list[Shard]]:
+    """Units of work: single shards, except that those which go on in one sequential file are together, in order."""
+    items: list[list[Shard]] = []
+    for index, ranges in todo:
+        if items and ranges[0].continues(items[-1][-1][1][-1]):
+            items[-1].append((index, ranges))
+        else:
+            items.append([(index, ranges)])
+    return items
 
 
 def dtype_of(args: argparse.Namespace) -> str:
@@ -55,15 +66,29 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 
 def local_records(job: Job, todo: list[Shard]) -> Generator[Record | Failure, None, None]:
-    """Score shards in this process; yields their records or failures in order."""
+    """Score shards in this process; yields their records or failures as shards end."""
     from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
     scorer = ShardScorer(job)
+    outcomes = SimpleQueue[Record | Failure | BaseException]()
+
+    def work(item: list[Shard]) -> None:
+        try:
+            for outcome in scorer.outcomes(item):
+                outcomes.put(outcome)
+        except BaseException as error:
+            outcomes.put(error)
+
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         try:
-            yield from pool.map(lambda shard: scorer(*shard), todo)
+            pool.map(work, items_of(todo))
+            for _ in todo:
+                if isinstance(outcome := outcomes.get(), BaseException):
+                    raise outcome
+                yield outcome
         except BaseException:
             scorer.stop()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
@@ -72,8 +97,9 @@ def ray_records(
 ) -> Generator[Record | Failure, None, None]:
     """Score shards with an actor pool of Ray Data, on the cluster that ``ray_cluster.connect`` joins or starts.
 
-    The items of the dataset are shard descriptors. An actor commits its own file and returns only the record, so a
-    retried item does no harm. The pool grows onto nodes that join later. Yields records or failures as shards end.
+    The items of the dataset are lists of shard descriptors. An actor commits its own files and returns only the
+    records, so a retried item does no harm. The pool grows onto nodes that join later. Yields records or failures as
+    shards end.
 
     Raises:
         UsageError: no worker fits the cluster, or a committed shard is not visible from the driver.
@@ -91,12 +117,13 @@ def ray_records(
         context.execution_options.preserve_order = False
         # the pool grows, if there is room, only when every worker has as many shards as it may have at once
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+        context.target_max_block_size = 1  # pass each record on at once
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        most = min(workers or len(todo), len(todo))
         items = [
-            {"index": index, "ranges": json.dumps([asdict(file_range) for file_range in ranges])}
-            for index, ranges in todo
+            {"shards": json.dumps([(index, [asdict(file_range) for file_range in ranges]) for index, ranges in item])}
+            for item in items_of(todo)
         ]
+        most = min(workers or len(items), len(items))
         records = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ScoreShard,
             fn_constructor_kwargs={"job": job},
@@ -114,8 +141,12 @@ def ray_records(
         records.set_name(f"score {job.output.rstrip('/').rpartition('/')[2]}")
         what = "workers to load the teacher" if job.manifest.teacher else "workers"
         console.note(f"waiting for {what} … (Ray may log an error about constructor arguments: it is harmless)")
+        seen = set[int]()  # when a worker has died, another one repeats its item, with the shards that are done
         for row in records.iter_rows():
             fields = json.loads(row["outcome"])
+            if fields["index"] in seen:
+                continue
+            seen.add(fields["index"])
             if "error" in fields:
                 yield Failure(**fields)
             else:
@@ -130,18 +161,19 @@ def ray_records(
 
 
 class ScoreShard:
-    """``ShardScorer`` for Ray Data: one descriptor → one record or failure, both as JSON."""
+    """``ShardScorer`` for Ray Data: descriptors of shards → their records or failures, one by one, as JSON."""
 
     def __init__(self, job: Job) -> None:
         from pipeline.worker import ShardScorer
 
         self.scorer = ShardScorer(job)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        ranges = [FileRange(**fields) for fields in json.loads(batch["ranges"][0])]
-        outcome = self.scorer(int(batch["index"][0]), ranges)
-        fields = asdict(outcome) if isinstance(outcome, Failure) else outcome.to_json()
-        return {"outcome": [json.dumps(fields)]}
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
+        shards = json.loads(batch["shards"][0])
+        item = [(index, [FileRange(**fields) for fields in ranges]) for index, ranges in shards]
+        for outcome in self.scorer.outcomes(item):
+            fields = asdict(outcome) if isinstance(outcome, Failure) else outcome.to_json()
+            yield {"outcome": [json.dumps(fields)]}
 
 
 def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:

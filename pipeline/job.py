@@ -22,7 +22,9 @@ from entropy_masking.shards.fields import Fingerprint, Masks
 from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Manifest, Run
 from pipeline.corpus.plan import Corpus
+from pipeline.corpus.ranges import FileRange
 
+Shard = tuple[int, list[FileRange]]  # index and ranges
 PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "ray")  # whose versions the manifest names
 
 

@@ -120,11 +120,12 @@ def add_text_flags(parser: Parser) -> None:
     add("--document", choices=UNITS, help="unit of a document in plain-text files (default: paragraph)")
     add("--limit-documents", type=positive, help="only the first N documents of the corpus")
     add("--max-document-bytes", type=positive, help=f"reject a longer document (default: {MAX_DOCUMENT_BYTES:,})")
+    add("--hash-corpus", action="store_true", default=None, help="hash local files above 1 GiB as a whole, not samples")
 
 
 def text_options(args: argparse.Namespace) -> dict[str, Any]:
     """The values of these flags, for ``plan_corpus``."""
-    names = ("text_column", "document", "limit_documents", "max_document_bytes")
+    names = ("text_column", "document", "limit_documents", "max_document_bytes", "hash_corpus")
     return {name: getattr(args, name) for name in names}
 
 

@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # imports start at the checkout
@@ -31,7 +31,7 @@ from entropy_masking.errors import UsageError
 from entropy_masking.shards import commit
 from pipeline.corpus.packing import pieces, text_tokenizer, tokenize
 from pipeline.corpus.plan import Corpus, plan_corpus
-from pipeline.corpus.readers import Document, Rejects, read_documents
+from pipeline.corpus.readers import Document, Reader, Rejects, read_documents
 from pipeline.options import add_text_flags, text_options
 
 # by role, in the order of their ids; a byte-level BPE has no [UNK]
@@ -61,24 +61,20 @@ def main(argv: list[str] | None = None) -> None:
             return
     elif args.output.exists() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; choose a new --output")
-    rejects = Rejects()
-    documents, texts = list[Document](), list[str]()
-    for document in read_corpus(corpus, rejects):
-        if found := pieces(document, True, rejects):  # both kinds count the same words in pieces as in one go
-            documents.append(document)
-            texts += found
-    if not texts:
-        reasons = "; ".join(sorted(rejects.reasons)) or "no documents"
+    texts = Texts(corpus)
+    if next(iter(texts), None) is None:
+        reasons = "; ".join(sorted(texts.rejects.reasons)) or "no documents"
         raise UsageError(f"the corpus holds no usable text ({reasons}); choose another --corpus")
     tokenizer = train(texts, **settings)
     storage.write_json(str(origin), made_from)
     commit.save_tokenizer(tokenizer, str(args.output))
+    rejects = texts.rejects
     rejected = f"{rejects.reasons.total():,} rejected"
     for first in rejects.listed[:1]:
         after = f" after byte {first['from_byte']:,}" if "from_byte" in first else ""
         rejected += f", the first in {first['file']}, line {first['line']}{after}: {first['reason']}"
     print(f"{args.output}: {len(tokenizer):,} tokens from {rejects.documents:,} documents ({rejected})")
-    print_coverage(tokenizer, documents)
+    print_coverage(tokenizer, texts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -95,21 +91,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_corpus(corpus: Corpus, rejects: Rejects) -> Iterator[Document]:
-    """The documents of the whole corpus; shows progress by shard."""
-    with console.Progress(len(corpus.shards), "shards", "reading") as progress:
-        for ranges in corpus.shards:
-            yield from read_documents(ranges, corpus.text_column, rejects)
-            progress.advance(1)
+class Texts:
+    """The texts of a corpus. Each iteration reads its files again, so that memory holds only a few texts.
+
+    ``rejects`` are those of the last iteration.
+    """
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus, self.rejects = corpus, Rejects()
+
+    def documents(self) -> Iterator[Document]:
+        """The usable documents; shows progress by shard."""
+        self.rejects, reader = Rejects(), Reader(self.corpus.text_column)
+        with console.Progress(len(self.corpus.shards), "shards", "reading") as progress:
+            for ranges in self.corpus.shards:
+                documents = read_documents(ranges, reader, self.rejects)
+                yield from (document for document in documents if pieces(document, True, self.rejects))
+                progress.advance(1)
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self.documents():
+            yield from pieces(document, True, Rejects())  # both kinds count the same words in pieces as in one go
 
 
-def print_coverage(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> None:
+def print_coverage(tokenizer: PreTrainedTokenizerFast, texts: Texts) -> None:
     """Print how well the tokenizer fits its corpus: tokens per word (between spaces), and the share of [UNK]."""
-    count_V = np.zeros(len(tokenizer), np.int64)
-    for ids in tokenize(documents, text_tokenizer(tokenizer), Rejects()):
+    count_V, words = np.zeros(len(tokenizer), np.int64), 0
+
+    def counted() -> Iterator[Document]:
+        nonlocal words
+        for document in texts.documents():
+            words += len(document.text.split())
+            yield document
+
+    for ids in tokenize(counted(), text_tokenizer(tokenizer), Rejects()):
         np.add.at(count_V, ids, 1)
     tokens, unknown = int(count_V.sum()), int(count_V[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
-    words, share = sum(len(document.text.split()) for document in documents), unknown / max(tokens, 1)
+    share = unknown / max(tokens, 1)
     print(f"  {tokens / words:.2f} tokens per word, {share:.2%} of the tokens are [UNK]")
     if share > MUCH_UNKNOWN:
         print(
@@ -121,9 +139,11 @@ def print_coverage(tokenizer: PreTrainedTokenizerFast, documents: list[Document]
 
 
 def train(
-    texts: list[str], vocab_size: int, kind: str = "wordpiece", lowercase: bool = False, strip_accents: bool = False
+    texts: Iterable[str], vocab_size: int, kind: str = "wordpiece", lowercase: bool = False, strip_accents: bool = False
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of ``KINDS``, with the special tokens of BERT. The same texts give the same tokenizer.
+
+    ``texts`` are iterated several times.
 
     Raises:
         UsageError: the vocabulary is too small for the characters of the corpus, or the corpus too small for it.
@@ -151,7 +171,7 @@ def train(
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **special_tokens)
 
 
-def train_wordpiece(texts: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
+def train_wordpiece(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
     """The trainer alone does not always give the same vocabulary: it numbers single characters in the order of a
     randomly seeded hash map, and resolves ties by number. So a first pass without merges collects the characters, and
     the second pass gets them in order, as special tokens.
@@ -187,7 +207,7 @@ def train_wordpiece(texts: list[str], vocab_size: int, normalizer: normalizers.N
     return of(vocabulary(vocab_size, [*special_tokens, *characters]))
 
 
-def train_bpe(texts: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, normalizer: normalizers.Normalizer) -> Tokenizer:
     """Byte-level: all 256 bytes are tokens. A word is the same at the start of a text as after a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.ByteLevel(add_prefix_space=True)

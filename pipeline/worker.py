@@ -31,8 +31,8 @@ from entropy_masking.shards.read import masker_of
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.ranges import FileRange
-from pipeline.corpus.readers import Rejects, read_documents
-from pipeline.job import Failure, Job
+from pipeline.corpus.readers import Reader, Rejects, read_documents
+from pipeline.job import Failure, Job, Shard
 from pipeline.masking import mask_shard
 from pipeline.teacher import Stopped, Teacher
 
@@ -58,7 +58,13 @@ class ShardScorer:
         """Drop the shards in progress at the next forward. The next run scores them again."""
         self.stopped.set()
 
-    def __call__(self, index: int, ranges: list[FileRange]) -> Record | Failure:
+    def outcomes(self, item: list[Shard]) -> Iterator[Record | Failure]:
+        """Score and commit shards in their order, with one reader; yields the outcome of each."""
+        reader = Reader(self.job.text_column)
+        for index, ranges in item:
+            yield self(index, ranges, reader)
+
+    def __call__(self, index: int, ranges: list[FileRange], reader: Reader) -> Record | Failure:
         """Score and commit shard ``index``; returns its record, or why there is none.
 
         A shard that raises an error, or ends its process, is given up after ``max_attempts`` times.
@@ -79,7 +85,7 @@ class ShardScorer:
             with self._places(1 if attempt == 1 else SHARDS_AT_ONCE):
                 try:
                     commit.begin_attempt(job.output, index, job.run_id, attempt)
-                    record = self._score(index, ranges, attempt)
+                    record = self._score(index, ranges, reader, attempt)
                     with contextlib.suppress(OSError):  # an attempt that stays does no harm to a committed shard
                         storage.delete(commit.attempt_uri(job.output, index))
                     return record
@@ -103,7 +109,7 @@ class ShardScorer:
         finally:
             self.places.release(count)
 
-    def _score(self, index: int, ranges: list[FileRange], attempt: int) -> Record:
+    def _score(self, index: int, ranges: list[FileRange], reader: Reader, attempt: int) -> Record:
         job, manifest, started = self.job, self.job.manifest, time.monotonic()
         if self.stopped.is_set():
             raise Stopped
@@ -113,7 +119,7 @@ class ShardScorer:
             if job.sequences and manifest.masks:
                 rows, ids_NL = mask_shard(job.sequences, job.sequences.entry(index), manifest.masks, self.masker)
             else:
-                rows, ids_NL = None, self._sequences(ranges, rejects)
+                rows, ids_NL = None, self._sequences(ranges, reader, rejects)
         if manifest.teacher:
             with self.model:
                 teacher = self.teacher  # loading it does not count as time of the shard
@@ -143,7 +149,7 @@ class ShardScorer:
             }
             return commit.commit_shard(job.output, index, parquet.to_parquet(groups), fields, started)
 
-    def _sequences(self, ranges: list[FileRange], rejects: Rejects) -> np.ndarray:
+    def _sequences(self, ranges: list[FileRange], reader: Reader, rejects: Rejects) -> np.ndarray:
         """Token ids [N, L] of a shard: from text, or from the shard of another directory."""
         manifest = self.job.manifest
         if ranges[0].kind == "shard":
@@ -154,7 +160,7 @@ class ShardScorer:
                 raise UsageError(f"{path} has token ids outside the vocabulary; make it again")
             return ids_NL
         ids = manifest.special_ids
-        token_lists = tokenize(read_documents(ranges, self.job.text_column, rejects), self.tokenizer, rejects)
+        token_lists = tokenize(read_documents(ranges, reader, rejects), self.tokenizer, rejects)
         return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
 
     def _in_the_model(

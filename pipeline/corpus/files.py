@@ -1,4 +1,4 @@
-"""The files of a corpus: found by path, directory or glob, with their kind and their identity."""
+"""The files of a corpus: found by path, directory or glob, with their kind."""
 
 from __future__ import annotations
 
@@ -118,14 +118,3 @@ def compression_suffix(path: str) -> str | None:
 
 def _endings() -> str:
     return f"{' '.join(KINDS)}, the text forms also with {' '.join(COMPRESSIONS)}"
-
-
-def content_identity(path: str) -> str:
-    """For a local file the hash of its bytes, for a remote file its size and etag (or its time without an etag)."""
-    if not storage.is_remote(path):
-        return storage.sha256(path)
-    filesystem, name = storage.resolve(path)
-    with filesystem.open_input_stream(name, compression=None) as stream:
-        known = {str(key).lower(): str(value) for key, value in (stream.metadata() or {}).items()}
-    info = filesystem.get_file_info(name)
-    return f"{info.size}:{known.get('etag') or info.mtime_ns}"

@@ -1,4 +1,4 @@
-"""The values of a file or a part of it, with their lines, for every file format.
+"""The documents of a file or a part of it, with their places, for every file format.
 
 In text and JSON lines, a line ends with LF or CR LF.
 """
@@ -18,26 +18,36 @@ from pipeline.corpus.tables import csv_values, parquet_values
 LONG_PARAGRAPH = 1 << 16  # bytes; a longer one is rather a file with a document in each line
 
 
-def values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, Any]]:
-    """(line, text) of a range; instead of a text there may be ``Broken`` or any other value.
+def documents(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, Any]]:
+    """(position, line, what ``text_of`` makes a text of) of the documents from the start of a range on.
 
+    Where the file is not read from its start, the last document is the last of the range, or one of the next.
     Of a document with more than ``max_bytes``, only about as many are held in memory.
     """
     most = file_range.max_bytes
     if file_range.kind == "parquet":
         yield from parquet_values(file_range, text_column)
-    elif file_range.kind == "file":
-        yield 1, decode(_start_of(file_range, most + 1), most)
-    elif file_range.kind == "line":
-        yield from ((line, decode(raw, most)) for line, raw in _own_lines(file_range) if not is_blank(raw, most))
-    elif file_range.kind == "paragraph":
-        for line, raw in _paragraphs(file_range):
-            text = decode(raw, most)
-            yield line, text if isinstance(text, Broken) else " ".join(map(str.strip, text.split("\n")))
     elif file_range.kind in ("csv", "tsv"):
         yield from csv_values(file_range, text_column)
+    elif file_range.kind == "json":
+        yield from ((number, number + 1, value) for number, value in enumerate(array(file_range)))
+    elif file_range.kind == "file":
+        yield 0, 1, _start_of(file_range, most + 1)
+    elif file_range.kind == "paragraph":
+        yield from _paragraphs(file_range)
     else:
-        yield from ((line, _value_of(text_column, found)) for line, found in _objects(file_range))
+        lines = enumerate(_lines(file_range), start=1)
+        yield from ((position, line, raw) for line, (position, raw) in lines if not is_blank(raw, most))
+
+
+def text_of(file_range: FileRange, text_column: str, found: Any) -> Any:
+    """The text of a document; ``Broken`` or any other value if it has none."""
+    if file_range.kind in ("json", "jsonl"):
+        return _value_of(text_column, _object(found, file_range.max_bytes))
+    text = decode(found, file_range.max_bytes) if isinstance(found, bytes) else found
+    if file_range.kind == "paragraph" and isinstance(text, str):
+        return " ".join(map(str.strip, text.split("\n")))
+    return text
 
 
 def _start_of(file_range: FileRange, size: int) -> bytes:
@@ -76,34 +86,29 @@ def _skip_line(stream: BinaryIO, most: int | None = None) -> int:
     return skipped
 
 
-def _own_lines(file_range: FileRange) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of the lines that begin within the range."""
-    for number, (position, line) in enumerate(_lines(file_range), start=1):
-        if file_range.stop is not None and position >= file_range.stop:
-            return
-        yield number, line
+def _paragraphs(file_range: FileRange) -> Iterator[tuple[int, int, bytes]]:
+    """(position of the blank line before it, number of the first line, lines) of the paragraphs of the range.
 
-
-def _paragraphs(file_range: FileRange) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, lines) of the paragraphs of the range; the last one may end after the range."""
-    first, paragraph, after_blank, size = 1, list[bytes](), not file_range.start, 0
+    The last one may end after the range.
+    """
+    begin, first, paragraph, size = None if file_range.start else 0, 1, list[bytes](), 0
     for number, (position, line) in enumerate(_lines(file_range), start=1):
         outside = file_range.stop is not None and position >= file_range.stop
         if is_blank(line, file_range.max_bytes):
-            if paragraph:
-                yield first, b"\n".join(paragraph)
+            if paragraph and begin is not None:
+                yield begin, first, b"\n".join(paragraph)
             if outside:
                 return
-            paragraph, after_blank, size = [], True, 0
-        elif after_blank:
+            begin, paragraph, size = position, [], 0
+        elif begin is not None:
             first = first if paragraph else number
             if size <= file_range.max_bytes + 1:  # else it is rejected
                 paragraph.append(line)
                 size += len(line) + 1
         elif outside:  # the range has no blank line, so the paragraph belongs to an earlier range
             return
-    if paragraph:
-        yield first, b"\n".join(paragraph)
+    if paragraph and begin is not None:
+        yield begin, first, b"\n".join(paragraph)
 
 
 def is_blank(line: bytes, max_bytes: int) -> bool:
@@ -113,21 +118,11 @@ def is_blank(line: bytes, max_bytes: int) -> bool:
 
 def json_keys(file_range: FileRange, objects: int) -> list[str]:
     """The keys of the first ``objects`` objects of JSON lines or of a JSON array."""
-    found = [value for _, value in islice(_objects(file_range), objects) if isinstance(value, dict)]
-    return list(dict.fromkeys(key for value in found for key in value))
+    found = (_object(raw, file_range.max_bytes) for _, _, raw in islice(documents(file_range, ""), objects))
+    return list(dict.fromkeys(key for value in found if isinstance(value, dict) for key in value))
 
 
-def _objects(file_range: FileRange) -> Iterator[tuple[int, object]]:
-    """(line, object) of JSON lines or (number, object) of a JSON array; ``Broken`` if there is none, "" if blank."""
-    if file_range.kind == "json":
-        for number, value in enumerate(_array(file_range), start=1):
-            yield number, value if isinstance(value, dict) else Broken("not a JSON object")
-    else:
-        lines = _own_lines(file_range)
-        yield from ((line, _json_object(decode(raw, file_range.max_bytes))) for line, raw in lines)
-
-
-def _array(file_range: FileRange) -> list[object]:
+def array(file_range: FileRange) -> list[object]:
     """A JSON array, which is read as a whole. Raises UsageError if it is broken or longer than ``max_bytes``."""
     path, most = file_range.path, file_range.max_bytes
     raw = _start_of(file_range, most + 1)
@@ -154,17 +149,17 @@ def is_array(file_range: FileRange) -> bool:
         return stream.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _json_object(line: str | Broken) -> object:
-    """The object of a line; ``Broken`` if there is none, "" for a blank line."""
-    if isinstance(line, Broken):
-        return line
-    if not line.strip():
-        return ""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return Broken("broken JSON")
-    return value if isinstance(value, dict) else Broken("not a JSON object")
+def _object(found: object, max_bytes: int) -> object:
+    """The object of a line, or the element of an array; ``Broken`` if it is none."""
+    if isinstance(found, bytes):
+        found = decode(found, max_bytes)
+        if isinstance(found, Broken):
+            return found
+        try:
+            found = json.loads(found)
+        except (ValueError, RecursionError):
+            return Broken("broken JSON")
+    return found if isinstance(found, dict) else Broken("not a JSON object")
 
 
 def _value_of(key: str, value: object) -> object:

@@ -131,7 +131,7 @@ def pack(documents: Iterable[np.ndarray], length: int, cls_id: int, sep_id: int,
         packed += ids.astype(np.uint32).tobytes() + separator
         if len(packed) > MAX_SHARD_TOKENS * len(separator):
             problem = f"a shard has more than {MAX_SHARD_TOKENS:,} tokens"
-            raise UsageError(f"{problem}; decompress its files, split them into several, or lower --shard-tokens")
+            raise UsageError(f"{problem}; lower --shard-tokens, or --max-document-bytes if it has one document")
     stream = np.frombuffer(packed, np.uint32)[:-1]
     width = length - 2
     N = -(-len(stream) // width)

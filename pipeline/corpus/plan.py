@@ -1,7 +1,7 @@
-"""A corpus in any common form → a plan of shards: ranges of whole documents, from metadata alone.
+"""A corpus in any common form → a plan of shards: ranges of whole documents.
 
 Nothing is tokenized here. The plan reads file sizes, Parquet footers, first lines (to detect a wrong text column early)
-and, for the fingerprint, the bytes of local files.
+and the bytes of compressed files, for their decompressed size, and of local files, for the fingerprint.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from entropy_masking.errors import UsageError, one_line
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
 from entropy_masking.shards.schema import Manifest
-from pipeline.corpus.files import compression_suffix, content_identity, file_kind, find_files
-from pipeline.corpus.formats import LONG_PARAGRAPH, has_blank_line, is_array, json_keys
+from pipeline.corpus.content import read_contents
+from pipeline.corpus.files import compression_suffix, file_kind, find_files
+from pipeline.corpus.formats import LONG_PARAGRAPH, array, has_blank_line, is_array, json_keys
 from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, FileRange
-from pipeline.corpus.readers import Rejects, read_documents
+from pipeline.corpus.readers import Reader, Rejects, read_documents
 from pipeline.corpus.tables import check_footer, csv_rows, parquet_footer
 
 UNITS = ("line", "paragraph", "file")  # of a document in plain text
@@ -61,12 +62,13 @@ def plan_corpus(
     shard_tokens: int | None = None,
     limit_documents: int | None = None,
     max_document_bytes: int | None = None,
+    hash_corpus: bool | None = None,
     output: str | None = None,
 ) -> Corpus:
     """Plan the shards of a corpus.
 
     Args:
-        spec: a corpus as ``pipeline/score.py --corpus`` takes it; the next five are its flags, None if not given.
+        spec: a corpus as ``pipeline/score.py --corpus`` takes it; the next six are its flags, None if not given.
         output: the directory to write, which must be outside of the corpus.
 
     Raises:
@@ -80,6 +82,7 @@ def plan_corpus(
     if _is_shard_directory(spec):
         flags = {"text-column": text_column, "document": document, "shard-tokens": shard_tokens}
         flags |= {"limit-documents": limit_documents, "max-document-bytes": max_document_bytes}
+        flags |= {"hash-corpus": hash_corpus}
         if given := [name for name, value in flags.items() if value is not None]:
             problem = f"--{given[0]} only applies to text"
             raise UsageError(f"{problem}; {spec} is a shard directory, so leave out --{given[0]}")
@@ -102,15 +105,21 @@ def plan_corpus(
         raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
     text_column, shard_tokens = text_column or "text", shard_tokens or SHARD_TOKENS
     shard_bytes, most = shard_tokens * BYTES_PER_TOKEN, max_document_bytes or MAX_DOCUMENT_BYTES
-    ranges = [cut for path, _ in files for cut in _cut_file(path, text_column, document, shard_bytes, most)]
+    wholes = [_whole_file(path, text_column, document, most) for path, _ in files]
+    contents = read_contents([whole for whole, _ in wholes], bool(hash_corpus))
+    ranges, identities = list[tuple[FileRange, int]](), dict[str, str]()
+    for number, ((whole, texts), (content, size), (_, name)) in enumerate(zip(wholes, contents, files, strict=True), 1):
+        ranges += _cut(whole, size, texts or size, shard_bytes)
+        # numbered, because their order matters and two may have the same name; with the size, because older versions
+        # planned other shards of files that cannot be split by seeking
+        identities[f"{number} {name}"] = f"{content}:{size}" if whole.sequential else content
     if limit_documents:
         ranges = list(_limit(ranges, limit_documents))
     shards = _group(ranges, shard_bytes)
     if not shards:
         raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
     identity = {
-        # numbered, because their order matters and two may have the same name
-        "files": {f"{number} {name}": content_identity(path) for number, (path, name) in enumerate(files, 1)},
+        "files": identities,
         "text_column": text_column,
         "document": document or ("paragraph" if "text" in kinds else "line"),
         "shard_tokens": shard_tokens,
@@ -121,29 +130,35 @@ def plan_corpus(
     return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
-def _cut_file(
-    path: str, text_column: str, document: str | None, shard_bytes: int, max_bytes: int
-) -> Iterator[tuple[FileRange, int]]:
-    """(range, estimated bytes) of one file; a file that can be split has ranges of about ``shard_bytes``."""
+def _whole_file(path: str, text_column: str, document: str | None, max_bytes: int) -> tuple[FileRange, int]:
+    """A file as one range, and the bytes of the texts of a Parquet file (else 0).
+
+    ``stop`` is the number of rows or elements, or None where ranges are counted in bytes.
+    """
     kind, suffix = file_kind(path), compression_suffix(path)
-    if kind == "parquet":
-        yield from _cut_parquet(path, text_column, shard_bytes, max_bytes)
-        return
-    size = storage.size(path) or 0
     whole = FileRange(path, kind or "text", compression=COMPRESSIONS.get(suffix or ""), max_bytes=max_bytes)
+    if kind == "parquet":
+        schema, metadata = parquet_footer(path)
+        _check_parquet_column(path, schema, text_column)
+        return replace(whole, stop=metadata.num_rows), check_footer(path, metadata, text_column)
     try:
         whole = replace(whole, kind=_kind_of_range(whole, document))
         _check_text_column(whole, text_column)
+        return replace(whole, stop=len(array(whole)) if whole.kind == "json" else None), 0
     except (OSError, EOFError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from None
-    if suffix or whole.kind in ("json", "csv", "tsv", "file"):
-        yield whole, size * (3 if suffix else 1)
+
+
+def _cut(whole: FileRange, size: int, texts: int, shard_bytes: int) -> Iterator[tuple[FileRange, int]]:
+    """(range, bytes of its texts) of the ranges of about ``shard_bytes`` of a file with ``size`` bytes in all."""
+    if whole.kind == "file":
+        yield whole, size
         return
-    cuts = max(1, round(size / shard_bytes))
-    edges = [size * cut // cuts for cut in range(cuts + 1)]
+    end = size if whole.stop is None else whole.stop
+    cuts = min(end, max(1, round(texts / shard_bytes)))
+    edges = [end * cut // cuts for cut in range(cuts + 1)] if cuts else []
     for start, stop in itertools.pairwise(edges):
-        if stop > start:
-            yield replace(whole, start=start, stop=stop), stop - start
+        yield replace(whole, start=start, stop=stop), texts * (stop - start) // end
 
 
 def _kind_of_range(file: FileRange, document: str | None) -> str:
@@ -162,18 +177,12 @@ def _kind_of_range(file: FileRange, document: str | None) -> str:
     return document or "paragraph" if file.kind == "text" else file.kind
 
 
-def _cut_parquet(path: str, text_column: str, shard_bytes: int, max_bytes: int) -> Iterator[tuple[FileRange, int]]:
-    schema, metadata = parquet_footer(path)
+def _check_parquet_column(path: str, schema: pa.Schema, text_column: str) -> None:
     _check_names(path, schema.names, text_column)
     kind = schema.field(text_column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
-    size = check_footer(path, metadata, text_column)
-    cuts = min(metadata.num_rows, max(1, round(size / shard_bytes)))
-    edges = [metadata.num_rows * cut // cuts for cut in range(cuts + 1)] if cuts else []
-    for start, stop in itertools.pairwise(edges):
-        yield FileRange(path, "parquet", start, stop, max_bytes=max_bytes), size // cuts
 
 
 def _check_text_column(file_range: FileRange, text_column: str) -> None:
@@ -181,7 +190,7 @@ def _check_text_column(file_range: FileRange, text_column: str) -> None:
     if file_range.kind in ("json", "jsonl"):
         names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
     elif file_range.kind in ("csv", "tsv"):
-        header = next(csv_rows(file_range), (1, [text_column]))[1]
+        *_, header = next(csv_rows(file_range), (0, 1, [text_column]))
         names = header if isinstance(header, list) else []
         if not names:
             raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
@@ -199,6 +208,7 @@ def _check_names(path: str, names: list[str], text_column: str) -> None:
 
 def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tuple[FileRange, int]]:
     """The ranges with the first ``documents`` documents. Text files are read only up to there."""
+    reader = Reader("")
     for file_range, size in ranges:
         if documents <= 0:
             return
@@ -208,9 +218,9 @@ def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tupl
             yield replace(file_range, stop=file_range.start + count), size * count // rows
         else:
             rejects = Rejects()
-            deque(read_documents([replace(file_range, limit=documents)], "", rejects), maxlen=0)
+            deque(read_documents([replace(file_range, limit=documents)], reader, rejects), maxlen=0)
             count = rejects.documents
-            yield replace(file_range, limit=count), size
+            yield replace(file_range, limit=documents if count == documents else None), size
         documents -= count
 
 

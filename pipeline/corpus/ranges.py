@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, cast
 
 from entropy_masking import storage
@@ -20,13 +20,13 @@ class FileRange:
 
     Attributes:
         path: path or URI.
-        kind: ``parquet`` (the rows from start to stop), ``line`` or ``jsonl`` (the lines that begin in the bytes from
-            start to stop), ``paragraph`` (the paragraphs after the blank lines among these, and the first of the file),
-            ``file`` (one document), ``json`` (an array), ``csv`` or ``tsv`` (the whole file), ``shard`` (of a shard
-            directory).
+        kind: ``parquet`` (the rows from start to stop), ``json`` (the elements of an array), ``shard`` (of a shard
+            directory), ``file`` (one document), or the documents that begin in the decompressed bytes from start to
+            stop: ``line`` or ``jsonl`` (lines), ``csv`` or ``tsv`` (rows), ``paragraph`` (a paragraph begins with the
+            blank line before it).
         start, stop: the range; ``stop`` None means the end of the file.
         limit: at most this many documents of the range, rejected ones included.
-        compression: ``gzip``, ``zstd`` or ``bz2``; a compressed file is never split.
+        compression: ``gzip``, ``zstd`` or ``bz2``.
         max_bytes: a longer document (in JSON lines, CSV and TSV: a longer line or row) is rejected.
     """
 
@@ -38,6 +38,20 @@ class FileRange:
     compression: str | None = None
     max_bytes: int = MAX_DOCUMENT_BYTES
 
+    @property
+    def sequential(self) -> bool:
+        """Whether it can only be found by reading the file from its start."""
+        return self.compression is not None or self.kind in ("csv", "tsv", "json")
+
+    @property
+    def whole(self) -> FileRange:
+        """The whole file, without a limit."""
+        return replace(self, start=0, stop=None, limit=None)
+
+    def continues(self, other: FileRange) -> bool:
+        """Whether one reader should read both, because it must pass ``other`` anyway."""
+        return self.sequential and self.start > 0 and self.whole == other.whole
+
 
 @dataclass(frozen=True)
 class Broken:
@@ -47,7 +61,7 @@ class Broken:
 
 
 def open_binary(file_range: FileRange, start: int = 0) -> BinaryIO:
-    """A buffered stream of a file's decompressed bytes from ``start`` on (0 if it is compressed)."""
+    """A buffered stream of a file's decompressed bytes, from ``start`` on if the file is not compressed."""
     filesystem, path = storage.resolve(file_range.path)
     if file_range.compression:
         stream = filesystem.open_input_stream(path, compression=file_range.compression)

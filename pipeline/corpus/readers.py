@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from pipeline.corpus.formats import values
+from pipeline.corpus.formats import documents, text_of
 from pipeline.corpus.ranges import Broken, FileRange, too_long
 
 LISTED = 100  # rejected documents that a record names; all are counted
@@ -18,7 +21,7 @@ LISTED = 100  # rejected documents that a record names; all are counted
 
 @dataclass(frozen=True)
 class Document:
-    """A text and its place: ``line`` is 1-based within its range (a row for Parquet)."""
+    """A text and its place: ``line`` is 1-based (see ``Rejects.add``)."""
 
     text: str
     file_range: FileRange
@@ -35,22 +38,50 @@ class Rejects:
         self.listed: list[dict[str, str | int]] = []
 
     def add(self, file_range: FileRange, line: int, reason: str) -> None:
-        """Reject the document at ``line`` of ``file_range``.
+        """Reject the document at ``line`` of the file (a row of Parquet, an element of an array).
 
-        Within a text file, the line is counted from the byte ``from_byte``: the lines before the range are not read.
+        If the lines before a range were not read, the line is counted from the byte ``from_byte``.
         """
         self.reasons[reason] += 1
         if len(self.listed) < LISTED:
-            start, counted = file_range.start, file_range.kind == "parquet" or not file_range.start
-            where = {"line": start + line} if counted else {"from_byte": start, "line": line}
-            self.listed.append({"file": file_range.path, **where, "reason": reason})
+            counted = file_range.kind == "parquet" or file_range.sequential or not file_range.start
+            where = {} if counted else {"from_byte": file_range.start}
+            self.listed.append({"file": file_range.path, **where, "line": line, "reason": reason})
 
     def report(self) -> dict[str, object]:
         """``count``, ``reasons`` with their counts, and the first hundred as ``listed``."""
         return {"count": self.reasons.total(), "reasons": dict(self.reasons), "listed": self.listed}
 
 
-def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) -> Iterator[Document]:
+class Reader:
+    """Reads ranges of documents. Where a file is read from its start, the next range goes on where the last one ended.
+
+    Not for several threads at a time.
+    """
+
+    def __init__(self, text_column: str) -> None:
+        self.text_column = text_column
+        self.file: FileRange | None = None  # whose next document begins at ``position`` or later
+        self.position = 0.0
+        self.rest: Iterator[tuple[int, int, Any]] = iter(())
+        self.ahead: tuple[int, int, Any] | None = None
+
+    def values(self, own: FileRange) -> Iterator[tuple[int, Any]]:
+        """(line, text) of the documents of a range; instead of a text there may be ``Broken`` or any other value."""
+        file = own.whole if own.sequential else own
+        if file != self.file or self.position > own.start:
+            self.rest, self.ahead = documents(file, self.text_column), None
+        self.file = None  # until the end of the range, the place is not known
+        stop = math.inf if own.stop is None else own.stop
+        while (found := self.ahead or next(self.rest, None)) and found[0] < stop:
+            self.ahead = None
+            position, line, raw = found
+            if position >= own.start:
+                yield line, text_of(own, self.text_column, raw)
+        self.file, self.position, self.ahead = file, stop, found
+
+
+def read_documents(ranges: list[FileRange], reader: Reader, rejects: Rejects) -> Iterator[Document]:
     """The usable documents of ``ranges`` in order. Memory holds one document, or a few Parquet rows, at a time.
 
     Raises:
@@ -58,9 +89,7 @@ def read_documents(ranges: list[FileRange], text_column: str, rejects: Rejects) 
     """
     for file_range in ranges:
         try:
-            for number, (line, value) in enumerate(values(file_range, text_column)):
-                if number == file_range.limit:
-                    break
+            for line, value in islice(reader.values(file_range), file_range.limit):
                 rejects.documents += 1
                 if reason := _why_unusable(value, file_range.max_bytes):
                     rejects.add(file_range, line, reason)

@@ -17,6 +17,7 @@ from pipeline.corpus.ranges import BLOCK, Broken, FileRange, decode, open_binary
 
 csv.field_size_limit((1 << 31) - 1)  # csv_rows limits whole rows
 DIALECTS: dict[str, Any] = {"csv": {"strict": True}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+READ_AGAIN = 8  # times the length of the file that the lines after broken CSV rows are read again
 BATCH_ROWS = 16  # Parquet rows in memory; each may be as long as all pages of its row group
 BATCH_BYTES = 1 << 26
 # What a Parquet file of texts cannot claim: more rows than it has bytes, or that it was compressed by more than this.
@@ -25,12 +26,12 @@ MOST_COMPRESSED = 1000
 FEW_ROWS, FEW_BYTES = 1 << 20, 1 << 28
 
 
-def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | Broken]]:
-    """(first line, fields) of each row, the header first; ``Broken`` instead of the fields of a broken row.
+def csv_rows(file_range: FileRange) -> Iterator[tuple[int, int, list[str] | Broken]]:
+    """(position, first line, fields) of each row, the header first; ``Broken`` instead of the fields of a broken row.
 
     A row ends at a line end outside quotes. An unclosed quotation mark must not swallow the rows after it. So only the
-    first line of a broken row is dropped, and the lines after it are read again. A row of more than ``max_bytes``
-    characters is broken.
+    first line of a broken row is dropped, and the lines after it are read again. If too much was read again, a row has
+    one line only. A row of more than ``max_bytes`` characters is broken. Blank lines are no rows.
     """
     most = file_range.max_bytes
     with open_binary(file_range) as stream:
@@ -38,10 +39,12 @@ def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | Broken]]:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
         of_row: list[str] = []
         again: deque[str] = deque()
-        size = 0
+        size = read_again = position = 0
 
         def next_line() -> str:
             nonlocal size
+            if of_row and read_again > most + READ_AGAIN * position:
+                raise csv.Error
             of_row.append(again.popleft() if again else _csv_line(text, most))
             size += len(of_row[-1])
             if size > most + len("\r\n"):
@@ -59,13 +62,21 @@ def csv_rows(file_range: FileRange) -> Iterator[tuple[int, list[str] | Broken]]:
             if of_row == [""]:
                 return
             if row is None or (row and width is not None and len(row) != width):
-                yield line, too_long(most) if len(of_row[0]) > most + len("\r\n") else Broken("broken CSV row")
+                is_long = len(of_row[0]) > most + len("\r\n")
+                yield position, line, too_long(most) if is_long else Broken("broken CSV row")
                 again.extendleft(reversed(of_row[1:]))
-                line += 1
-            else:
-                yield line, row
-                line += len(of_row)
+                read_again += size - len(of_row[0])
+                del of_row[1:]
+            elif row or width is None:
+                yield position, line, row
+            line += len(of_row)
+            position += sum(map(_size, of_row))
             width = len(row or []) if width is None else width
+
+
+def _size(line: str) -> int:
+    """Bytes of a line in its file (without those that ``_csv_line`` has cut)."""
+    return len(line) if line.isascii() else len(line.encode(errors="surrogateescape"))
 
 
 def _csv_line(text: io.TextIOWrapper, most: int) -> str:
@@ -76,17 +87,15 @@ def _csv_line(text: io.TextIOWrapper, most: int) -> str:
     return line
 
 
-def csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken]]:
+def csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken]]:
     rows = csv_rows(file_range)
-    _, header = next(rows, (1, []))
+    _, _, header = next(rows, (0, 1, []))
     column = header.index(text_column) if isinstance(header, list) and text_column in header else None
-    for line, row in rows:
+    for position, line, row in rows:
         if isinstance(row, Broken):
-            yield line, row
-        elif column is None:
-            yield line, Broken(f"no column {text_column!r}")
+            yield position, line, row
         else:
-            yield line, row[column] if row else ""
+            yield position, line, Broken(f"no column {text_column!r}") if column is None else row[column]
 
 
 def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
@@ -128,7 +137,7 @@ def _column_index(metadata: pq.FileMetaData, name: str) -> int:
     raise UsageError(f"the column {name!r} is nested, not text; name another with --text-column")
 
 
-def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, str | Broken | None]]:
+def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken | None]]:
     filesystem, path = storage.resolve(file_range.path)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         metadata, ends = file.metadata, [0]
@@ -144,7 +153,7 @@ def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[in
         for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_column]):
             for raw in _as_bytes(batch.column(0)):
                 if file_range.start <= row < stop:
-                    yield row - file_range.start + 1, None if raw is None else decode(raw, file_range.max_bytes)
+                    yield row, row + 1, None if raw is None else decode(raw, file_range.max_bytes)
                 row += 1
         if row < stop:
             raise UsageError(f"{file_range.path} is damaged: it has fewer rows than its footer claims")

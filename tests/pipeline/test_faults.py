@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gzip
 import json
 import os
 import random
@@ -10,66 +10,20 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from harness import LENGTH, SCORE, TOP_K, command, run
 from in_process import score_here
+from killing import end_of, hashes, kill_with_children, records, start, wait_for
 from ray.cluster_utils import Cluster
 from trap import save_trap
 
 from entropy_masking.errors import RunError
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.schema import Record
-
-PATIENCE = 240  # seconds
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    return {entry.file: entry.sha256 for entry in manifests.read_manifest(str(directory)).shards}
-
-
-def records(directory: Path) -> list[dict[str, Any]]:
-    """The records that are there; each is whole, since records are written atomically."""
-    return [json.loads(path.read_text()) for path in sorted(directory.glob("_records/part-*.json"))]
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(arguments, env=os.environ | environment, start_new_session=True, **pipes)
-
-
-def wait_for(process: subprocess.Popen[str], reached: Callable[[], Any]) -> Any:
-    """What ``reached`` gives, once it gives something; the process must still be at work then."""
-    until = time.monotonic() + PATIENCE
-    while not (found := reached()):
-        assert process.poll() is None, f"it ended too early\n{end_of(process, process.returncode)}"
-        if time.monotonic() > until:
-            pytest.fail(f"it is stuck\n{kill_with_children(process)}")
-        time.sleep(0.05)
-    return found
-
-
-def end_of(process: subprocess.Popen[str], code: int = 0) -> str:
-    try:
-        output, _ = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"it does not end\n{kill_with_children(process)}")
-    assert process.returncode == code, f"exit code {process.returncode}\n{output}"
-    return output
-
-
-def kill_with_children(process: subprocess.Popen[str]) -> str:
-    """SIGKILL to the driver first, then to what it had started; what they had printed."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for each in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    return process.communicate(timeout=PATIENCE)[0]
 
 
 @pytest.fixture
@@ -146,9 +100,10 @@ def trapped(work: Path, tmp_path: Path, trap: str, *more: str, **settings: Any) 
     """Twelve documents in about as many shards, of which one springs the teacher's trap."""
     lines = (work / "corpus.jsonl").read_text().splitlines()[:12]
     lines[5] = json.dumps({"text": "abcd ü " * 20})
-    (tmp_path / "trapped.jsonl").write_text("\n".join(lines) + "\n")
+    # compressed, so that all shards are one item: the others must not be lost
+    (tmp_path / "trapped.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     teacher = save_trap(work / "teacher", tmp_path / "teacher", trap, **settings)
-    flags = ["--corpus", tmp_path / "trapped.jsonl", "--teacher", teacher, "--output", tmp_path / "out"]
+    flags = ["--corpus", tmp_path / "trapped.jsonl.gz", "--teacher", teacher, "--output", tmp_path / "out"]
     sizes = ["--sequence-length", LENGTH, "--top-k", TOP_K, "--shard-tokens", 60, "--dtype", "float32"]
     return [*SCORE, *map(str, flags + sizes), "--trust-remote-code", *more]
 
@@ -160,6 +115,8 @@ def test_a_shard_that_ends_its_process_is_given_up(work: Path, tmp_path: Path) -
     assert not (tmp_path / "out" / "manifest.json").exists()
     (note,) = tmp_path.glob("out/_attempts/*")
     assert json.loads(note.read_text())["attempts"] == 2
+    planned = json.loads((tmp_path / "out" / "_records" / "run.json").read_text())["shards"]
+    assert len(records(tmp_path / "out")) == planned - 1 > 5
 
 
 def test_a_shard_that_hangs_is_given_up(work: Path, tmp_path: Path) -> None:

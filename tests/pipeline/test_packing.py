@@ -14,7 +14,7 @@ from entropy_masking.commands import docstrings
 from entropy_masking.errors import UsageError
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.plan import plan_corpus
-from pipeline.corpus.readers import Rejects, read_documents
+from pipeline.corpus.readers import Reader, Rejects, read_documents
 
 
 def slow_pack(documents: list[list[int]], length: int) -> list[list[int]]:
@@ -37,7 +37,7 @@ def test_special_tokens_written_out_in_a_text_are_text(work: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     (tmp_path / "a.txt").write_text("abcde [MASK] fghab [SEP]\n\nabcde\n")
     rejects = Rejects()
-    documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], "text", rejects)
+    documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], Reader("text"), rejects)
     backend = text_tokenizer(tokenizer)
     backend.enable_truncation(99)
     first, second = tokenize(documents, backend, rejects)

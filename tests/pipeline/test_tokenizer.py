@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.models.checkpoints import load_tokenizer
 from entropy_masking.shards import manifests
 from pipeline import tokenizer as command
+from pipeline.corpus.plan import plan_corpus
 from pipeline.tokenizer import KINDS, main, parse
 
 COMMAND = [sys.executable, ROOT / "pipeline" / "tokenizer.py"]
@@ -55,6 +57,17 @@ def test_the_same_command_goes_on_after_a_kill(work: Path, tmp_path: Path, monke
         main(flags)
     main(flags)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 250
+
+
+def test_the_corpus_is_not_held_in_memory(tmp_path: Path) -> None:
+    size = 6_000_000
+    (tmp_path / "a.txt").write_text(("some words of a text " * 50 + "\n\n") * (size // 1052))
+    texts = command.Texts(plan_corpus(str(tmp_path / "a.txt")))
+    tracemalloc.start()
+    tokenizer = command.train(texts, 270, "bpe")
+    command.print_coverage(tokenizer, texts)
+    assert tracemalloc.get_traced_memory()[1] < size / 2
+    tracemalloc.stop()
 
 
 def test_sizes_that_do_not_fit_the_corpus(work: Path, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.corpus.plan import Corpus
-from pipeline.corpus.readers import Rejects, read_documents
+from pipeline.corpus.readers import Reader, Rejects, read_documents
 
 TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
 
 
 def texts_of(corpus: Corpus, rejects: Rejects | None = None, column: str = "text") -> list[str]:
-    rejects = rejects or Rejects()
-    return [document.text for ranges in corpus.shards for document in read_documents(ranges, column, rejects)]
+    rejects, reader = rejects or Rejects(), Reader(column)
+    return [document.text for ranges in corpus.shards for document in read_documents(ranges, reader, rejects)]
 
 
 def jsonl(texts: list[str]) -> bytes:
