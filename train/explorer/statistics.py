@@ -54,8 +54,8 @@ def means(frame: pl.DataFrame, by: pl.Expr) -> pl.DataFrame:
 
 
 def by_mask(frame: pl.DataFrame) -> pl.DataFrame:
-    kind = pl.when("masked").then(pl.lit("masked")).otherwise(pl.lit("left"))
-    return means(frame, kind.cast(pl.Enum(["masked", "left"])))
+    kind = pl.when("masked").then(pl.lit("masked")).otherwise(pl.lit("unmasked"))
+    return means(frame, kind.cast(pl.Enum(["masked", "unmasked"])))
 
 
 def by_frequency(frame: pl.DataFrame) -> pl.DataFrame:
