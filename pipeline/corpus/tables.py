@@ -109,15 +109,16 @@ def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
 
 
 def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
-    """Bytes of the texts of a Parquet file, as encoded; at least one for each row, as equal rows may take less.
+    """Bytes of a Parquet file without compression, as encoded; at least one for each row, as equal rows may take less.
 
     Raises:
         UsageError: the footer claims more rows or text than a file of its size can hold.
     """
-    column = _column_index(metadata, text_column)
+    _check_not_nested(metadata, text_column)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     rows_G = [group.num_rows for group in groups]
-    texts_G = [group.column(column).total_uncompressed_size for group in groups]
+    # of all columns: in a damaged footer, a look at one column would end the process
+    texts_G = [group.total_byte_size for group in groups]
     if min([*rows_G, *texts_G], default=0) < 0 or sum(rows_G) != metadata.num_rows:
         raise UsageError(f"{path} is damaged: its footer has impossible numbers of rows or bytes")
     rows, texts, size = sum(rows_G), sum(texts_G), storage.size(path) or 0
@@ -129,11 +130,10 @@ def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
     return max(rows, texts)
 
 
-def _column_index(metadata: pq.FileMetaData, name: str) -> int:
-    """Index of a column that is not nested. Raises UsageError: there is none."""
-    for index in range(metadata.num_columns):
-        if metadata.schema.column(index).path == name:
-            return index
+def _check_not_nested(metadata: pq.FileMetaData, name: str) -> None:
+    """Raises UsageError if no column has this name, or if it is nested."""
+    if name in (metadata.schema.column(index).path for index in range(metadata.num_columns)):
+        return
     raise UsageError(f"the column {name!r} is nested, not text; name another with --text-column")
 
 
@@ -146,9 +146,8 @@ def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[in
         stop = ends[-1] if file_range.stop is None else file_range.stop
         groups = [g for g in range(file.num_row_groups) if ends[g] < stop and ends[g + 1] > file_range.start]
         row = ends[groups[0]] if groups else stop
-        index = _column_index(metadata, text_column)
         # an encoding can make every row as long as all that is stored
-        longest = max((metadata.row_group(g).column(index).total_uncompressed_size for g in groups), default=0)
+        longest = max((metadata.row_group(g).total_byte_size for g in groups), default=0)
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(longest, 1)))
         for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_column]):
             for raw in _as_bytes(batch.column(0)):
