@@ -192,6 +192,10 @@ def write_bytes(uri: str, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_directory(target.parent)
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            error.filename = path
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

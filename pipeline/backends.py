@@ -28,6 +28,7 @@ from pipeline.job import Failure, Job, Shard
 
 STOP_SECONDS = 10.0
 START_SECONDS = 60.0  # until a free worker has started
+RESOURCES = {"num_gpus": "GPU", "num_cpus": "CPU"}  # Ray's two names of each
 BUSY = "`ray status` shows who uses the cluster"
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
@@ -44,7 +45,7 @@ def items_of(todo: list[Shard]) -> list[list[Shard]]:
 
 
 def dtype_of(args: argparse.Namespace) -> str:
-    """``--dtype``; for ``auto`` that of the unfinished output, else of a worker of the cluster, else of this machine.
+    """``--dtype``; for ``auto`` that of a begun output, else of a worker of the cluster, else of this machine.
 
     Raises:
         UsageError: no worker fits the cluster.
@@ -186,7 +187,7 @@ def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, An
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     count, resources = _shares(nodes, threads, gpus_per_worker)
     free = ray.available_resources()
-    if any(free.get(name[len("num_") : -1].upper(), 0) < share for name, share in resources.items()):
+    if any(free.get(RESOURCES[name], 0) < share for name, share in resources.items()):
         console.note(f"all workers of the cluster are in use; {BUSY}")
     return count, resources
 
@@ -214,9 +215,8 @@ def _check_visible(output: str, record: Record) -> None:
     until = time.monotonic() + VISIBLE_SECONDS
     while True:
         with contextlib.suppress(OSError):  # an object store may answer the next time
-            if storage.size(uri) == record.bytes or not storage.exists(
-                run_uri(output)
-            ):  # without run.json all was deleted, which the caller reports
+            # without run.json all was deleted, which the caller reports
+            if storage.size(uri) == record.bytes or not storage.exists(run_uri(output)):
                 return
         if time.monotonic() > until:
             problem = f"{uri}, committed by {record.worker}, is not visible from the driver"

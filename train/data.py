@@ -160,9 +160,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         # new arrays for each row group would fragment the heap
         memory = memory or {name: np.empty((ROW_GROUP, *array.shape[1:]), array.dtype) for name, array in rows.items()}
         for name, array in rows.items():
-            array.take(
-                shuffled, 0, out=memory[name][: len(shuffled)], mode="clip"
-            )  # "raise" would write through a copy
+            # with mode="raise", numpy would write through a copy
+            array.take(shuffled, 0, out=memory[name][: len(shuffled)], mode="clip")
         return memory
 
 

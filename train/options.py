@@ -39,7 +39,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFlags]:
-    """The flags as they are given. Raises UsageError for unknown flags and wrong values and wrong values."""
+    """The flags as they are given. Raises UsageError for unknown flags and wrong values."""
     parser = Parser("train/run.py", description, GROUPS)
     parser.usage = "%(prog)s --shards DIR --entropy-source SOURCE --output-dir DIR …"
     parser.add_fields(Options)
@@ -71,6 +71,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     """The flags that contradict others or have no effect with them."""
     paper = "{flag} {given} contradicts --recipe paper, which sets {value}; leave one out"
     two_places = "{flag} and --eval-shards both choose the text to evaluate on; use one"
+    fix = "leave it out, or change the other flag"
     held_out = "without held-out text (--eval-fraction above 0, or --eval-shards)"
     evaluates = bool(options.eval_shards) or options.eval_fraction != 0
     no_effect: list[tuple[bool, str, dict[str, object]]] = [
@@ -90,10 +91,7 @@ def rules(options: Options, flags: TrainerFlags) -> list[Rule]:
     return [
         (options.recipe == "paper", {"self_refresh": "step"}, paper),
         (bool(options.eval_shards), {"eval_fraction": 0.0}, two_places),
-        *(
-            (holds, allowed, f"{{flag}} has no effect {case}; leave it out, or change the other flag")
-            for holds, case, allowed in no_effect
-        ),
+        *((holds, allowed, f"{{flag}} has no effect {case}; {fix}") for holds, case, allowed in no_effect),
     ]
 
 

@@ -25,10 +25,8 @@ from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
 # flags that do not decide what is learned
-FREE = {
-    *("overwrite", "dry_run", "eval_only", "argv", "as_yaml", "trust_remote_code", "num_workers"),
-    *("eval_shards", "recipe"),
-}
+FREE = {"overwrite", "dry_run", "eval_only", "argv", "as_yaml"}
+FREE |= {"trust_remote_code", "num_workers", "eval_shards", "recipe"}
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
@@ -127,9 +125,8 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
     # the last step may have two evaluations
     losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] in seconds}
     stride = max(1, math.ceil(len(losses) / MAX_POINTS))
-    return [
-        {"step": step, "seconds": seconds[step], "eval_loss": losses[step]} for step in sorted(losses)[::-stride][::-1]
-    ]
+    steps = reversed(sorted(losses)[::-stride])
+    return [{"step": step, "seconds": seconds[step], "eval_loss": losses[step]} for step in steps]
 
 
 def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> None:

@@ -27,7 +27,8 @@ Rule = tuple[bool, Mapping[str, object], str]
 PLACE = re.compile(r"(?<![^=,])(?:file://|~(?=/|,|$))[^,]*")
 # a URI with user:password@, or with a key or a signature in its query
 SECRET = re.compile(
-    r"://([^/?#@]*:(?![0-9]+(/|$))[^ ]*@|[^ ]*[?&][^=&]*(key|secret|token|sig|auth|credential|password|pwd)[^=&]*=)",
+    r"://([^/?#@]*:(?![0-9]+(/|$))[^ ]*@"
+    r"|[^ ]*[?&][^=&]*(key|secret|token|sig|auth(?!or)|credential|password|pwd)[^=&]*=)",
     re.IGNORECASE,
 )
 

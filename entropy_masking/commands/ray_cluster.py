@@ -98,9 +98,8 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
-    signal.signal(
-        signal.SIGTERM, signal.getsignal(signal.SIGTERM)
-    )  # the core of Ray has replaced it without Python's knowledge
+    # the core of Ray has replaced the handler without Python's knowledge
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _check_address(address: str) -> None:
