@@ -1,4 +1,4 @@
-"""Predictive entropy, surprisal and top-k log-probabilities of logits. Pure tensor functions; all logs are natural.
+"""Predictive entropy, surprisal, top-k and sampled log-probabilities of logits. Pure; all logs are natural.
 
 For logits z over a vocabulary V: ``lse = logsumexp(z)``, entropy ``H = lse - Σ softmax(z)·z`` in nats (Shannon),
 surprisal of token t ``lse - z_t``, log-probability of token i ``z_i - lse``. Computation is in float32, or in float64
@@ -18,6 +18,7 @@ from torch import Tensor
 from entropy_masking.mkl import choose_kernels
 
 GROUP = 64  # ids of a group; the top k lie in the k groups with the largest maxima
+CERTAIN = 1e-6  # a token whose probability of being drawn is so near to 1 is always drawn, so that none is drawn twice
 IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core; the reduction passes over them several times
 
 choose_kernels()  # before any computation in threads
@@ -49,7 +50,13 @@ def entropy_and_surprisal(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor,
     return entropy_N, (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
 
 
-def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequence[float] = ()) -> Reduced:
+def score(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    top_k: int,
+    temperatures: Sequence[float] = (),
+    uniform_N: Tensor | None = None,
+) -> Reduced:
     """Reduce logits to the values that a shard stores.
 
     Args:
@@ -57,6 +64,8 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
         targets_N: the actual tokens, int64.
         top_k: K ≤ V, may be 0.
         temperatures: T ≠ 1 at which the top k can be computed later.
+        uniform_N: random numbers in (0, 1), float64. If given, the K tokens are a sample (see ``sample``), and their
+            log-probabilities the logarithms of their weights.
 
     Returns:
         entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id),
@@ -65,11 +74,50 @@ def score(logits_NV: Tensor, targets_N: Tensor, top_k: int, temperatures: Sequen
     z_NV = at_least_float32(logits_NV)
     entropy_N, lse_N1 = _entropy_and_lse(z_NV)
     surprisal_N = (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)
-    ids_NK = top_k_ids(z_NV, top_k)
+    if uniform_N is None:
+        ids_NK = top_k_ids(z_NV, top_k)
+        logprobs_NK = z_NV.gather(-1, ids_NK) - lse_N1
+    else:
+        ids_NK, logprobs_NK = sample(z_NV - lse_N1, top_k, uniform_N)
     max_N1 = z_NV.amax(-1, keepdim=True) if temperatures else lse_N1
     at_T = [((z_NV - max_N1) / t).exp_().sum(-1, keepdim=True).log() + (max_N1 - lse_N1) / t for t in temperatures]
     lse_NT = torch.cat([lse_N1[:, :0], *at_T], dim=-1)
-    return Reduced(entropy_N, surprisal_N, ids_NK, z_NV.gather(-1, ids_NK) - lse_N1, lse_NT)
+    return Reduced(entropy_N, surprisal_N, ids_NK, logprobs_NK, lse_NT)
+
+
+def sample(logprobs_NV: Tensor, k: int, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
+    """K different tokens of each row, and weights w with ``E[w_i] = p_i`` for every token i (0 if it is not drawn).
+
+    So a student that distils w has the gradient of the whole distribution in expectation (random sampling for
+    distillation: Anshumann et al. 2025, arXiv 2503.16870). Tokens are drawn without replacement, with probabilities
+    ``min(1, p/τ)`` whose sum is K, by systematic sampling (Madow 1949): all tokens with p ≥ τ, with the weight p, and
+    others with the weight τ. The weights sum to 1.
+
+    Args:
+        logprobs_NV: float32, natural logs.
+        k: K < V.
+        uniform_N: one number in (0, 1) for each row, float64; the same number always draws the same tokens.
+
+    Returns:
+        ids_NK (int64, those with larger weights first, ties to the lower id), and the logarithms of the weights [N, K].
+    """
+    place_K = torch.arange(k, device=logprobs_NV.device)
+    p_NV = logprobs_NV.double().exp()
+    top_NK = top_k_ids(logprobs_NV, k)
+    p_NK = p_NV.gather(1, top_NK)
+    rest_NK = p_NV.sum(1, keepdim=True) - p_NK.cumsum(1) + p_NK  # of all tokens but the better ones
+    # the first token that the others leave in doubt; all tokens before it are certain
+    certain_NK = (p_NK * (k - place_K) >= rest_NK * (1 - CERTAIN)).cummin(1).values
+    certain_N1 = certain_NK.sum(1, keepdim=True)
+    p_NV.scatter_(1, top_NK, torch.where(certain_NK, 0, p_NK))
+    cumulative_NV = p_NV.cumsum(1)
+    rest_N1 = cumulative_NV[:, -1:]
+    drawn_N1 = k - certain_N1
+    point_NK = (uniform_N[:, None] + place_K - certain_N1) * rest_N1 / drawn_N1.clamp_min(1)
+    drawn_NK = torch.searchsorted(cumulative_NV, point_NK.clamp_min(0)).clamp_max(p_NV.shape[1] - 1)
+    certain_NK = place_K < certain_N1
+    weight_NK = torch.where(certain_NK, p_NK, rest_N1 / drawn_N1.clamp_min(1))
+    return torch.where(certain_NK, top_NK, drawn_NK), weight_NK.log().to(logprobs_NV.dtype)
 
 
 def top_k_ids(z_NV: Tensor, k: int) -> Tensor:

@@ -118,6 +118,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
             "context": "targets" if sequences else args.context,
             "passes": min(args.passes, length) if args.context == "masked" and not sequences else 1,
             "top_k": args.top_k,
+            "sampled": args.sample_k is not None,
             "temperatures": args.temperatures,
             "dtype": args.dtype,
             "batch_tokens": args.batch_tokens,
@@ -169,6 +170,8 @@ def check_teacher(teacher: Path, args: argparse.Namespace, tokenizer: PreTrained
     if size > config.vocab_size:
         problem = f"the tokenizer has {size} tokens, but {args.teacher} predicts only {config.vocab_size}"
         raise UsageError(f"{problem}; use the tokenizer that the teacher was trained with")
+    if args.sample_k and args.sample_k >= size:
+        raise UsageError(f"--sample-k {args.sample_k} is not below the vocabulary's {size} tokens; use --top-k {size}")
     if not 0 <= args.top_k <= size:
         raise UsageError(f"--top-k {args.top_k} is not between 0 and the vocabulary's {size} tokens")
     if checkpoints.has_tokenizer(teacher):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from entropy_masking.masking.masker import Masker
+from entropy_masking.masking.noise import SAMPLE, noise
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.fields import Masks
 from entropy_masking.shards.read import Rows, columns_of, read_block, to_tensors
@@ -41,3 +42,9 @@ def mask(rows: Rows, variant: int, masker: Masker, policy: MaskPolicy) -> tuple[
     inputs_NL, positions_NK = masked["input_ids"].numpy(), masked["positions_BP"].numpy()
     variant_N = np.full(len(epoch_N), variant, np.uint16)
     return MaskedRows(rows["sequence_id"], variant_N, positions_NK, input_crc32(inputs_NL)), inputs_NL
+
+
+def sampling_noise(rows: MaskedRows, masks: Masks) -> np.ndarray:
+    """Uniform numbers [N, K] float64 that draw the tokens of a teacher's predictions: other ones in each variant."""
+    variant_N, id_N = (torch.from_numpy(column.astype(np.int64)) for column in (rows.variant_N, rows.sequence_id_N))
+    return noise(masks["policy"]["seed"], SAMPLE, variant_N, id_N, torch.from_numpy(rows.positions_NK)).numpy()

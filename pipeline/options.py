@@ -23,13 +23,14 @@ MAX_VARIANTS = 1 << 16  # they fit a uint16
 GROUPS = {
     "text": "corpus text_column document limit_documents tokenizer sequence_length",
     "teacher and scores": "teacher context passes top_k dtype batch_tokens temperatures",
-    "targets of distillation": "mask_source variants mask_seed",
+    "targets of distillation": "mask_source variants mask_seed sample_k",
     "output and workers": "output shard_tokens backend workers gpus_per_worker max_failed_shards",
 }
 # defaults of the flags that need a teacher
 SCORING: dict[str, object] = {
     **{"context": "masked", "passes": 7, "top_k": 16, "dtype": "auto", "batch_tokens": 8192, "temperatures": [1.0]},
-    **{"mask_source": None, "gpus_per_worker": None, "torch_compile": False, "trust_remote_code": False},
+    **{"mask_source": None, "sample_k": None, "gpus_per_worker": None},
+    **{"torch_compile": False, "trust_remote_code": False},
 }
 
 
@@ -93,6 +94,12 @@ def add_flags(parser: Parser) -> None:
     add("--context", choices=["masked", "full"], help="masked (default) masks the scored position, full does not")
     add("--passes", type=positive, help="with --context masked: P passes, each masks one position in P (default: 7)")
     add("--top-k", type=not_negative, help="most probable tokens to store per position; 0 for none (default: 16)")
+    add(
+        "--sample-k",
+        type=positive,
+        help="with --mask-source: N random tokens of each prediction, weighted so that the student's gradient is "
+        "unbiased, in place of the top k",
+    )
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     add("--dtype", choices=dtypes, help="dtype of the encoder; auto (default): bfloat16 if the hardware has it")
     add("--batch-tokens", type=positive, help="tokens in one forward (default: 8192)")
@@ -137,6 +144,12 @@ def fill_in(args: argparse.Namespace) -> None:
         raise UsageError("--passes only applies to --context masked; leave it out with --context full")
     if args.policy and (args.context or args.passes):
         raise UsageError("--mask-source says what the teacher sees; leave out --context and --passes")
+    if args.sample_k:
+        if not args.policy:
+            raise UsageError("--sample-k needs --mask-source; use --top-k for scores of all tokens")
+        if args.top_k is not None or args.temperatures not in (None, [1.0]):
+            raise UsageError("--sample-k replaces --top-k, at temperature 1; leave out --top-k and --temperatures")
+        args.top_k = args.sample_k
     for name, default in SCORING.items():
         if getattr(args, name) is None:
             setattr(args, name, default)

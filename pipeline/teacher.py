@@ -79,19 +79,24 @@ class Teacher:
         self.stopped = threading.Event()
 
     def score(
-        self, input_ids_NL: np.ndarray, positions_NK: np.ndarray | None = None, batch_tokens: int | None = None
+        self,
+        input_ids_NL: np.ndarray,
+        positions_NK: np.ndarray | None = None,
+        batch_tokens: int | None = None,
+        uniform_NK: np.ndarray | None = None,
     ) -> Scores:
         """Score N sequences of L tokens; special tokens and padding stay NaN (top-k: id 0, NaN).
 
         With ``positions_NK``, which are negative where a row has fewer than K, the sequences are masked inputs, and
         these positions are scored: [N, K]. The actual tokens are unknown then, and the surprisals those of token 0.
+        With ``uniform_NK`` (see ``entropy.sample``), the top k are k sampled tokens and their weights.
 
         The batches depend only on the shapes, ``passes`` and ``batch_tokens``. So the same input always gives the same
         bits on the same hardware.
         """
         if positions_NK is None:
             return self._gather(self._scan(input_ids_NL, batch_tokens), input_ids_NL.shape)
-        return self._gather(self._given(input_ids_NL, positions_NK, batch_tokens), positions_NK.shape)
+        return self._gather(self._given(input_ids_NL, positions_NK, uniform_NK, batch_tokens), positions_NK.shape)
 
     def _gather(self, batches: Iterator[Batch], shape: tuple[int, ...]) -> Scores:
         """The results of all batches, in their places."""
@@ -122,7 +127,13 @@ class Teacher:
                 ids_RL[rows, columns] = self.mask_id
             yield Batch(ids_RL, rows, columns, actual, (sequences_R[rows], columns), size, size * most)
 
-    def _given(self, inputs_NL: np.ndarray, positions_NK: np.ndarray, batch_tokens: int | None) -> Iterator[Batch]:
+    def _given(
+        self,
+        inputs_NL: np.ndarray,
+        positions_NK: np.ndarray,
+        uniform_NK: np.ndarray | None,
+        batch_tokens: int | None,
+    ) -> Iterator[Batch]:
         N, L = inputs_NL.shape
         size = max(1, (batch_tokens or self.batch_tokens) // L)
         for rows_R in _cut(N, size):
@@ -130,7 +141,9 @@ class Teacher:
             rows, places = np.nonzero(positions_NK[rows_R] >= 0)
             columns = positions_NK[rows_R][rows, places]
             place = rows_R[rows], places
-            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), place, size, size * positions_NK.shape[1])
+            uniform = None if uniform_NK is None else uniform_NK[place]
+            most = size * positions_NK.shape[1]
+            yield Batch(ids_RL, rows, columns, np.zeros_like(columns), place, size, most, uniform)
 
     def _run(self, batches: Iterator[Batch]) -> Iterator[tuple[Place, entropy.Reduced]]:
         """Results of each batch, on the CPU. While a GPU computes one batch, the CPU stores those of the one before."""
@@ -172,12 +185,15 @@ class Teacher:
         padding_RL = ids_RL == self.pad_id
         attention = self._to_device((~padding_RL).astype(np.int64)) if padding_RL.any() else None
         actual_N = self._to_device(batch.actual)
+        uniform_N = None if batch.uniform is None else self._to_device(batch.uniform)
         parts = []
         for start, logits_CV in self._logits(ids, attention, batch, chunk):
             actual_C = actual_N[start : start + chunk]
+            uniform_C = None if uniform_N is None else uniform_N[start : start + chunk]
             if missing := (chunk - len(actual_C)) * self.compiled:
                 logits_CV, actual_C = F.pad(logits_CV, (0, 0, 0, missing)), F.pad(actual_C, (0, missing))
-            reduced = self._reduce(logits_CV, actual_C, self.top_k, self.temperatures)
+                uniform_C = None if uniform_C is None else F.pad(uniform_C, (0, missing))
+            reduced = self._reduce(logits_CV, actual_C, self.top_k, self.temperatures, uniform_C)
             parts.append(entropy.Reduced(*(column[: len(actual_N) - start] for column in reduced)))
         joined = [torch.cat(column) for column in zip(*parts, strict=True)]
         if self.device.type == "cpu":
@@ -234,7 +250,8 @@ class Stopped(BaseException):
 class Batch(NamedTuple):
     """One forward: inputs, positions to score, the actual tokens there, and the places of the results.
 
-    ``size`` is the number of rows of a full batch, and ``most`` the most positions that it scores.
+    ``size`` is the number of rows of a full batch, ``most`` the most positions that it scores, and ``uniform`` a random
+    number for each position where tokens are sampled.
     """
 
     ids_RL: np.ndarray
@@ -244,6 +261,7 @@ class Batch(NamedTuple):
     place: Place
     size: int
     most: int
+    uniform: np.ndarray | None = None
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.ranges import FileRange
 from pipeline.corpus.readers import Reader, Rejects, read_documents
 from pipeline.job import Failure, Job, Shard
-from pipeline.masking import mask_shard
+from pipeline.masking import mask_shard, sampling_noise
 from pipeline.teacher import Stopped, Teacher
 
 SHARDS_AT_ONCE = 2  # one is read, tokenized or written while another is in the model
@@ -170,11 +170,13 @@ class ShardScorer:
 
         If memory runs out, the batch is halved until it fits.
         """
+        masks = self.job.manifest.masks
+        uniform_NK = sampling_noise(rows, masks) if rows and masks and self.job.manifest.sampled else None
         seconds, flops = teacher.forward_seconds, teacher.flops
         batch_tokens = teacher.batch_tokens
         while True:
             try:
-                scores = teacher.score(ids_NL, rows.positions_NK if rows else None, batch_tokens)
+                scores = teacher.score(ids_NL, rows.positions_NK if rows else None, batch_tokens, uniform_NK)
                 break
             except (RuntimeError, MemoryError) as failure:
                 if not _out_of_memory(failure) or batch_tokens // 2 < MIN_BATCH_TOKENS:

@@ -12,6 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from entropy_masking.codes import decode_tensor
 from entropy_masking.masking.noise import CORRUPTION, PREDICTION, REPLACEMENT, noise
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED, count, highest, select_positions, take
@@ -114,8 +115,8 @@ class Masker:
                 - For a warm-up or a ramp: ``progress`` [B].
                 - Optional: the score [B, L] with the name ``policy.predict_by``; ``padded`` (see ``attention_mask``).
                 - For ``excess``: ``reference`` [B, L], the reference's surprisal.
-                - For distillation: ``topk_ids`` and ``topk_logprobs`` [B, L, T]; at a temperature other than 1 also
-                  ``temperature_lse`` [B, L].
+                - For distillation: ``topk_ids`` and ``topk_logprobs`` [B, L, T], as in shards (integers) or in nats; at
+                  a temperature other than 1 also ``temperature_lse`` [B, L].
 
         Returns:
             input_ids [B, L], positions_BP and labels_BP of the predicted positions; with padding attention_mask [B, L];
@@ -159,7 +160,9 @@ class Masker:
         if "topk_ids" in batch:
             where = torch.arange(len(ids_BL), device=ids_BL.device)[:, None], positions_BP.clamp_min(0)
             masked["teacher_ids_BPT"] = batch["topk_ids"][where].long()
-            masked["teacher_logprobs_BPT"] = batch["topk_logprobs"][where].float()
+            logprobs_BPT = batch["topk_logprobs"][where]
+            is_float = logprobs_BPT.is_floating_point()
+            masked["teacher_logprobs_BPT"] = logprobs_BPT.float() if is_float else decode_tensor(logprobs_BPT)
             if "temperature_lse" in batch:
                 masked["temperature_lse_BP"] = batch["temperature_lse"][where]
         return masked

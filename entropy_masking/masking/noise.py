@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # each use of noise has its own stream, so that the uses are independent
-SELECTION, HARD, CORRUPTION, REPLACEMENT, PREDICTION = range(5)
+SELECTION, HARD, CORRUPTION, REPLACEMENT, PREDICTION, SAMPLE = range(6)
 
 
 def noise(seed: int, stream: int, epoch_B: Tensor, sequence_id_B: Tensor, position_X: Tensor) -> Tensor:

@@ -162,13 +162,16 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
 def size_fault(manifest: Manifest, file: pq.ParquetFile, expected: pa.Schema) -> str | None:
     """The fault of a file that claims more bytes than its rows can have, so that nobody tries to read them."""
     positions = manifest.masks["positions"] if manifest.masks else manifest.sequence_length
-    row_bytes = 0
+    row_bits = 0
     for field in expected:
         width = manifest.top_k if field.name in parquet.TOP_K_COLUMNS else 1
         is_list = pa.types.is_list(field.type)
-        row_bytes += field.type.value_type.bit_width * width * positions if is_list else field.type.bit_width
+        value = field.type.value_type if is_list else field.type
+        # Parquet has no integers below 32 bits
+        bits = max(32, value.bit_width) if pa.types.is_integer(value) else value.bit_width
+        row_bits += bits * width * positions if is_list else bits
     for group in map(file.metadata.row_group, range(file.num_row_groups)):
-        if not 0 <= group.total_byte_size <= 2 * group.num_rows * (row_bytes // 8) + SMALL:
+        if not 0 <= group.total_byte_size <= 2 * group.num_rows * (row_bits // 8) + SMALL:
             return f"claims {group.total_byte_size:,} bytes for {group.num_rows:,} rows"
     return None
 

@@ -79,6 +79,7 @@ class _Fingerprint(_Part):
     sequence_length: Length
     teacher: str | None = None
     top_k: Count = 0
+    sampled: bool = False
     temperatures: list[Temperature] = []
     context: str | None = None
     passes: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
@@ -92,6 +93,8 @@ class _Fingerprint(_Part):
             raise ValueError("it has a top k or temperatures, but no teacher")
         if self.teacher is not None and None in (self.dtype, self.batch_tokens):
             raise ValueError("it has a teacher, but no dtype or no batch_tokens")
+        if self.sampled and not (self.masks and self.top_k and self.temperatures == [1]):
+            raise ValueError("sampled tokens need masks, a number of tokens and temperature 1")
         if self.masks:
             positions = valid(CheckedPolicy, self.masks.policy).max_masked(self.sequence_length)
             if self.masks.positions != positions:
@@ -133,6 +136,7 @@ def from_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
         "sequence_length": fingerprint["sequence_length"],
         "scored": fingerprint.get("teacher") is not None,
         "top_k": fingerprint.get("top_k", 0),
+        "sampled": fingerprint.get("sampled", False),
         "temperatures": fingerprint.get("temperatures", []),
         "context": fingerprint.get("context"),
         "passes": fingerprint.get("passes"),

@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_masking import storage
+from entropy_masking import codes, storage
 from entropy_masking.errors import UsageError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 ROW_GROUP = 1024
-ZSTD_LEVEL = 9  # 3 to 6 % smaller than pyarrow's 1, for microseconds per token; 15 takes four times as long for 1 %
+# 9 is 3 to 6 % smaller than pyarrow's 1, and takes a microsecond a token; 15 is 5 % smaller than 9 for ids, but takes
+# six, too long for all tokens that a fast GPU scores
+ZSTD_LEVEL, ZSTD_LEVEL_OF_TARGETS = 9, 15
 SCORE_COLUMNS = ("entropy", "surprisal")
 TOP_K_COLUMNS = ("topk_ids", "topk_logprobs")
 
@@ -51,7 +53,7 @@ def temperature_column(temperature: float) -> str:
 def top_k_fields(vocab_size: int, temperatures: Sequence[float]) -> dict[str, pa.DataType]:
     """Types of the top-k columns, including those for other temperatures."""
     lse = {temperature_column(t): list_of(pa.float16()) for t in temperatures if t != 1}
-    return {"topk_ids": list_of(token_type(vocab_size)), "topk_logprobs": list_of(pa.float16()), **lse}
+    return {"topk_ids": list_of(token_type(vocab_size)), "topk_logprobs": list_of(pa.uint8()), **lse}
 
 
 def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[float] = ()) -> pa.Schema:
@@ -87,12 +89,15 @@ def to_table(
 
 
 def table_of(columns: dict[str, np.ndarray], kept_NP: np.ndarray, arrow_schema: pa.Schema) -> pa.Table:
-    """Arrow table of N rows. A list column [N, P] or [N, P, k] holds the values of the kept positions, in order."""
+    """Arrow table of N rows. A list column [N, P] or [N, P, k] holds the values of the kept positions, in order.
+
+    ``topk_logprobs`` are stored in 8 bits (``codes``).
+    """
     arrays = []
     for field in arrow_schema:
         values, kind = columns[field.name], field.type
         if pa.types.is_list(kind):
-            values = values[kept_NP]
+            values = codes.encode(values[kept_NP]) if field.name == "topk_logprobs" else values[kept_NP]
             lengths_N = kept_NP.sum(1) * (values.shape[1] if values.ndim == 2 else 1)
             offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int32)
             flat = pa.array(values.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
@@ -105,8 +110,8 @@ def table_of(columns: dict[str, np.ndarray], kept_NP: np.ndarray, arrow_schema: 
 def to_parquet(groups: Sequence[pa.Table]) -> bytes:
     """Parquet bytes of a shard, one row group per table: a pure function of the tables (and of the Arrow version).
 
-    Integer columns are split by byte, because their upper bytes are mostly zero. Floats stay plain, because DuckDB
-    cannot read a split float16.
+    Integer columns are split by byte, because their upper bytes are mostly zero; ascending positions are stored as
+    differences. Floats stay plain, because DuckDB cannot read a split float16.
     """
     arrow_schema = groups[0].schema
     encodings = {}
@@ -114,12 +119,14 @@ def to_parquet(groups: Sequence[pa.Table]) -> bytes:
         listed = pa.types.is_list(field.type)
         integer = pa.types.is_integer(field.type.value_type if listed else field.type)
         encodings[f"{field.name}.list.element" if listed else field.name] = "BYTE_STREAM_SPLIT" if integer else "PLAIN"
+    if targets := "positions" in arrow_schema.names:
+        encodings["positions.list.element"] = "DELTA_BINARY_PACKED"
     sink = io.BytesIO()
     with pq.ParquetWriter(
         sink,
         arrow_schema,
         compression="zstd",
-        compression_level=ZSTD_LEVEL,
+        compression_level=ZSTD_LEVEL_OF_TARGETS if targets else ZSTD_LEVEL,
         use_dictionary=False,
         column_encoding=encodings,
         write_statistics=["sequence_id"],

@@ -114,7 +114,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
     with _matching(targets, entry):
         table = read_table(targets, entry, columns, [row_group(block, variant, targets.masks["variants"])])
-        rows, predictions = rows_of(table, K), predictions_of(table, K, targets.top_k, lse)
+        rows, predictions = rows_of(table, K), predictions_of(table, K, targets.top_k, lse, targets.sampled)
         _check_ids(targets, predictions["topk_ids"])
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():
         raise RunError(f"{targets.shard_uri(entry)} does not match its sequences; make it again")

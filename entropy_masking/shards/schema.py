@@ -137,14 +137,15 @@ class Manifest(JsonFile, title="shard manifest"):
     """``manifest.json``, written last: a finished shard directory. Its values fit each other."""
 
     uri: str = Field("", exclude=True)  # the directory; not in the file
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     kind: Literal["sequences", "targets"]  # tokens, with scores if there was a teacher; or targets (``shards.targets``)
     sequence_length: fields.Length
     vocab_size: fields.VocabSize
     special_ids: dict[str, fields.TokenId]  # by role
     special_token_ids: list[fields.TokenId]  # all ids that are never masked
     scored: bool
-    top_k: Count  # of the teacher, like the next four fields; 0 without a teacher
+    top_k: Count  # of the teacher, like the next five fields; 0 without a teacher
+    sampled: bool  # the tokens of a position are a sample of ``top_k`` tokens, with weights (``entropy.sample``)
     temperatures: list[fields.Temperature]
     context: str | None
     passes: int | None

@@ -16,8 +16,9 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from entropy_masking import codes
 from entropy_masking.shards import parquet
-from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, Scores
+from entropy_masking.shards.parquet import ROW_GROUP, Scores
 
 NO_POSITION = -1  # fills the positions of a row that masks fewer than K
 
@@ -64,32 +65,48 @@ def rows_of(table: pa.Table, max_positions: int) -> MaskedRows:
     return MaskedRows(
         table["sequence_id"].to_numpy(),
         table["variant"].to_numpy(),
-        _padded(table, "positions", max_positions, NO_POSITION),
+        _padded(table, _values(table, "positions"), max_positions, NO_POSITION),
         table["input_crc32"].to_numpy(),
     )
 
 
-def predictions_of(table: pa.Table, max_positions: int, top_k: int, temperatures: list[float]) -> dict[str, np.ndarray]:
+def predictions_of(
+    table: pa.Table, max_positions: int, top_k: int, temperatures: list[float], sampled: bool = False
+) -> dict[str, np.ndarray]:
     """The top-k columns of targets: ``topk_ids``, ``topk_logprobs`` [N, K, k], ``temperature_lse_T`` [N, K].
 
-    Without a position, ids are 0 and logarithms NaN.
+    Without a position, ids are 0 and logarithms NaN. The weights of sampled tokens sum to 1 again, as before rounding.
     """
-    fills = {"topk_ids": 0, "topk_logprobs": np.nan}
-    columns = {name: _padded(table, name, max_positions, fills[name], top_k) for name in TOP_K_COLUMNS}
+    ids_Mk = _values(table, "topk_ids", top_k).astype(np.int64)
+    logprobs_Mk = codes.decode(_values(table, "topk_logprobs", top_k))
+    if sampled:
+        logprobs_Mk -= np.log(np.exp(logprobs_Mk).sum(1, keepdims=True))
+    columns = {
+        "topk_ids": _padded(table, ids_Mk, max_positions, 0),
+        "topk_logprobs": _padded(table, logprobs_Mk, max_positions, np.nan),
+    }
     lse = [parquet.temperature_column(temperature) for temperature in temperatures if temperature != 1]
-    return columns | {name: _padded(table, name, max_positions, np.nan) for name in lse}
+    floats = {name: _values(table, name).astype(np.float32) for name in lse}
+    return columns | {name: _padded(table, lse_M, max_positions, np.nan) for name, lse_M in floats.items()}
 
 
-def _padded(table: pa.Table, name: str, max_positions: int, fill: float, width: int | None = None) -> np.ndarray:
-    """A list column as an array [N, K] or [N, K, width]."""
-    counts_N = table["positions"].combine_chunks().value_lengths().to_numpy()
-    kept_NK = np.arange(max_positions) < counts_N[:, None]
+def _values(table: pa.Table, name: str, width: int | None = None) -> np.ndarray:
+    """A list column of all M positions, as an array [M] or [M, width]."""
     flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    if counts_N.max(initial=0) > max_positions or len(flat) != counts_N.sum() * (width or 1):
-        raise ValueError(f"it has {len(flat)} {name} for {counts_N.sum()} positions, at most {max_positions} in a row")
-    kind = np.float32 if flat.dtype.kind == "f" else np.int64
-    out = np.full((*kept_NK.shape, width) if width else kept_NK.shape, fill, kind)
-    out[kept_NK] = flat.reshape(-1, width) if width else flat
+    positions = len(table["positions"].combine_chunks().flatten())
+    if len(flat) != positions * (width or 1):
+        raise ValueError(f"it has {len(flat)} {name} for {positions} positions")
+    return flat.reshape(-1, width) if width else flat
+
+
+def _padded(table: pa.Table, values_M: np.ndarray, max_positions: int, fill: float) -> np.ndarray:
+    """Values [M, …] of all positions as an array [N, K, …]."""
+    counts_N = table["positions"].combine_chunks().value_lengths().to_numpy()
+    if counts_N.max(initial=0) > max_positions:
+        raise ValueError(f"it has {counts_N.max()} positions in a row, not at most {max_positions}")
+    kept_NK = np.arange(max_positions) < counts_N[:, None]
+    out = np.full((*kept_NK.shape, *values_M.shape[1:]), fill, np.float32 if values_M.dtype.kind == "f" else np.int64)
+    out[kept_NK] = values_M
     return out
 
 

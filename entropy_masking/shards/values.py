@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from entropy_masking import codes
 from entropy_masking.shards import parquet
 from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import NO_POSITION, predictions_of, rows_of
 
 HALF_STEP = float(np.finfo(np.float16).eps) / 2  # of float16, relative to a value
-PROBABILITY_SUM = 1.01  # float16 rounds a log-probability by up to a two-thousandth of its value
 ABOVE_ZERO = 1e-3  # nats: rounding may put a value of exactly 0 this far on the wrong side of 0
 RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # nats: the batch changes scores by less
 RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # share of positions with larger differences
@@ -97,6 +97,7 @@ def sequence_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sum
     bad["has surprisals below 0"] = surprisal_NL < -ABOVE_ZERO
     if k:
         columns |= {name: columns[name].reshape(-1, L, k) for name in TOP_K_COLUMNS}
+        columns["topk_logprobs"] = codes.decode(columns["topk_logprobs"])
         bad |= top_k_values(V, scored_NL, columns)
     entropy_M = entropy_NL[~np.isnan(entropy_NL)]
     return bad, sums | {"scored_tokens": len(entropy_M), "entropy_sum": float(entropy_M.sum(dtype=np.float64))}
@@ -121,16 +122,16 @@ def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]
 
 def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) -> BadValues:
     """Bad values of the top-k columns [N, P, k], and of those for other temperatures [N, P]."""
-    ids_NPk, logprobs_NPk = columns["topk_ids"], columns["topk_logprobs"].astype(np.float32)
+    ids_NPk, logprobs_NPk = columns["topk_ids"], columns["topk_logprobs"]
+    least_NPk = np.exp(logprobs_NPk - codes.half_step(logprobs_NPk))  # before they were rounded
     scored_NP1 = scored_NP[..., None]
     sorted_NPk = np.sort(ids_NPk, axis=-1)
     bad = {
         "has top-k ids outside the vocabulary": ids_NPk >= V,
         "has a top-k id twice at a position": (sorted_NPk[..., 1:] == sorted_NPk[..., :-1]) & scored_NP1,
         "its log-probabilities must be NaN exactly where there is no score": np.isnan(logprobs_NPk) == scored_NP1,
-        "has log-probabilities above 0": logprobs_NPk > ABOVE_ZERO,
         "has log-probabilities that are not sorted": logprobs_NPk[..., :-1] < logprobs_NPk[..., 1:],
-        "has probabilities that sum to more than 1": np.exp(logprobs_NPk).sum(-1) > PROBABILITY_SUM,
+        "has probabilities that sum to more than 1": least_NPk.sum(-1) > 1 + ABOVE_ZERO,
     }
     for name in filter(lambda name: name.startswith("temperature_lse_"), columns):
         bad[f"its {name} must be finite exactly at scored positions"] = np.isfinite(columns[name]) != scored_NP
@@ -151,9 +152,14 @@ def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[s
         columns["log-probabilities"] = ("topk_logprobs", 2 * nats)
     texts = []
     for name, (column, tolerance) in columns.items():
-        old_M, new_M = stored[column][scored_L].astype(np.float16), again[column][0][scored_L]
+        old_M, new_M = stored[column][scored_L], again[column][0][scored_L]
+        if column == "topk_logprobs":
+            old_M = codes.decode(old_M)
+            rounding_M = codes.half_step(old_M)
+        else:
+            rounding_M = np.spacing(np.abs(old_M)).astype(np.float32)
         apart_M = np.abs(old_M.astype(np.float32) - new_M)
-        if not (apart_M <= tolerance + np.spacing(np.abs(old_M)).astype(np.float32)).mean() >= 1 - share:
+        if not (apart_M <= tolerance + rounding_M).mean() >= 1 - share:
             texts.append(f"has {name} up to {apart_M.max():.3f} nats away from the teacher's")
     if "topk_ids" in stored:
         first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again["topk_logprobs"][0][scored_L]

@@ -166,6 +166,10 @@ def test_mistakes_are_one_sentence(
         (sharp, [*masks, "--context", "masked"], "--mask-source says what the teacher sees; leave out --context"),
         (sharp, [*masks, "--passes", 3], "leave out --context and --passes"),
         (sharp, [*masks, "--top-k", 0], "set --top-k above 0"),
+        (sharp, ["--sample-k", 8], "--sample-k needs --mask-source"),
+        (sharp, [*masks, "--sample-k", 8, "--top-k", 8], "--sample-k replaces --top-k"),
+        (sharp, [*masks, "--sample-k", 8, "--temperatures", "1,2"], "leave out --top-k and --temperatures"),
+        (sharp, [*masks, "--sample-k", 300], "--sample-k 300 is not below the vocabulary's 300 tokens"),
         (work / "corpus.jsonl", masks, "--mask-source masks a shard directory, which .* is not"),
         (sharp_targets, masks, "holds targets, not sequences"),
     ):

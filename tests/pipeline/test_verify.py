@@ -257,8 +257,11 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path, capsys
     entropy = np.abs(parquet.column_2d(table, "entropy", LENGTH) - np.float16(0.1))
     topk_ids = np.flip(parquet.column_2d(table, "topk_ids", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K), 2)
     changed = replace_list(replace_list(table, "entropy", entropy), "topk_ids", topk_ids)
-    for name, width in (("surprisal", LENGTH), ("topk_logprobs", LENGTH * TOP_K)):
-        changed = replace_list(changed, name, parquet.column_2d(table, name, width) - np.float16(0.2))
+    for name, width, change in (
+        ("surprisal", LENGTH, np.float16(-0.2)),
+        ("topk_logprobs", LENGTH * TOP_K, np.uint8(1)),
+    ):
+        changed = replace_list(changed, name, parquet.column_2d(table, name, width) + change)
     entry, data = recommitted(manifest.shards[1], changed)
     (copy / entry.file).write_bytes(data)
     edit(copy / "_records" / "part-00001.json", **entry.model_dump())
@@ -268,7 +271,7 @@ def test_a_sample_is_scored_again(work: Path, copy: Path, tmp_path: Path, capsys
     verified(capsys, copy)
     output = verified(capsys, copy, *teacher, code=1)
     assert "part-00001.parquet: has entropies up to 0.1" in output and "different most probable token" in output
-    assert "has surprisals up to 0.2" in output and "has log-probabilities up to 0.2" in output
+    assert "has surprisals up to 0.2" in output and "has log-probabilities up to" in output
     assert "part-00002" not in output
 
     save_bert(tmp_path / "other", AutoTokenizer.from_pretrained(work / "tokenizer"))

@@ -52,11 +52,10 @@ VALUES: list[tuple[str, int, tuple[int, int], float, str]] = [
     ("surprisal", L, (1, 4), np.nan, "its surprisal must be NaN exactly at special tokens"),
     ("surprisal", L, (1, 4), -0.1, "has surprisals below 0"),
     ("topk_ids", L * K, FIRST, 300, "has top-k ids outside the vocabulary"),
-    ("topk_logprobs", L * K, FIRST, -9, "has log-probabilities that are not sorted"),
-    ("topk_logprobs", L * K, FIRST, 0.5, "has log-probabilities above 0"),
-    ("topk_logprobs", L * K, FIRST, 0.0, "has probabilities that sum to more than 1"),
-    ("topk_logprobs", L * K, FIRST, np.nan, "its log-probabilities must be NaN exactly where there is no score"),
-    ("topk_logprobs", L * K, (0, 0), -1, "its log-probabilities must be NaN exactly where there is no score"),
+    ("topk_logprobs", L * K, (0, FIRST[1] + 1), 255, "has log-probabilities that are not sorted"),
+    ("topk_logprobs", L * K, FIRST, 0, "has probabilities that sum to more than 1"),
+    ("topk_logprobs", L * K, FIRST, 255, "its log-probabilities must be NaN exactly where there is no score"),
+    ("topk_logprobs", L * K, (0, 0), 64, "its log-probabilities must be NaN exactly where there is no score"),
     ("temperature_lse_2", L, (1, 4), np.inf, "its temperature_lse_2 must be finite exactly at scored positions"),
     ("temperature_lse_2", L, (1, 0), 1, "its temperature_lse_2 must be finite exactly at scored positions"),
 ]
@@ -158,7 +157,7 @@ def test_wrong_targets_are_named(targets: Path) -> None:
         ("positions", 0, LENGTH, "has positions past the end"),
         ("positions", 3, 1, "has positions that do not ascend"),
         ("topk_ids", 0, 300, "has top-k ids outside the vocabulary"),
-        ("topk_logprobs", 0, -9, "has log-probabilities that are not sorted"),
+        ("topk_logprobs", 1, 255, "has log-probabilities that are not sorted"),
         ("temperature_lse_2", 0, np.nan, "its temperature_lse_2 must be finite"),
     ):
         flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).copy()

@@ -44,7 +44,7 @@ def write_shards(directory: Path, **changes: np.ndarray) -> Path:
     own = tokenizer()
     scoring = {"teacher": "0" * 64, "context": "masked", "passes": 2, "top_k": TOP_K, "temperatures": [1.0]}
     fingerprint = {
-        **{"schema_version": 2, "corpus": {"files": {"1 text": "0"}}, "tokenizer": manifests.tokenization_hash(own)},
+        **{"schema_version": 3, "corpus": {"files": {"1 text": "0"}}, "tokenizer": manifests.tokenization_hash(own)},
         **{"sequence_length": LENGTH, **scoring, "dtype": "float32", "batch_tokens": 64, "compile": False},
     }
     run = Run(fingerprint=fingerprint, shards=SHARDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from harness import LENGTH, TRAIN, run
+from harness import LENGTH, ROOT, TRAIN, run
 from in_process import MASKS, PARQUET, RANDOM, SEED, SELF, SMALL, score_here, train_here
 from tables import give_up, recommitted, rewrite
 from torch.nn import functional as F
 from transformers import BertForMaskedLM
 
+from entropy_masking import codes
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.shards import manifests
 from entropy_masking.shards.read import Columns
-from entropy_masking.shards.targets import row_groups, rows_of
+from entropy_masking.shards.targets import predictions_of, row_groups, rows_of
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.split import all_rows
 from train.trainer import MaskedLMTrainer
 
 ALPHA, TOP_K = 0.5, 8
 DISTIL = ["--distill-weight", ALPHA]
+VERIFY = [sys.executable, str(ROOT / "pipeline" / "verify.py")]
 AT_ONCE = ["--hard-share", 1, "--mask-warmup", 0, "--mask-ramp", 0]
 
 
@@ -108,14 +111,41 @@ def test_targets_teach_as_the_teacher_online_does(
     dense, sparse, online, online_sparse = (
         losses(tmp_path / name, steps) for name in ("dense", "sparse", "online", "online-sparse")
     )
-    np.testing.assert_allclose(dense, online, atol=1e-4, rtol=0)
-    np.testing.assert_allclose(sparse, online_sparse, atol=5e-4, rtol=0)  # float16 changes the tail too
+    np.testing.assert_allclose(dense, online, atol=2e-3, rtol=0)  # log-probabilities are rounded to 8 bits
+    np.testing.assert_allclose(sparse, online_sparse, atol=2e-3, rtol=0)
     assert np.abs(sparse - online).max() > 0.01, "the tolerance is far below the effect of truncation"
     assert summary["regime"] == "parquet+kd" and summary["targets"]["variants"] == 4
     read = [manifests.read_manifest(str(sharp)), manifests.read_manifest(str(dense_targets), kind="targets")]
     totals = [manifest.totals for manifest in read]
     assert summary["scoring_seconds"] == pytest.approx(sum(part["worker_seconds"] for part in totals))
     assert summary["scoring_flops"] == sum(part["flops"] for part in totals)
+
+
+def test_sampled_targets_are_unbiased(
+    sharp: Path, sharp_teacher: Path, dense_targets: Path, sharp_targets: Path, tmp_path: Path
+) -> None:
+    """Over all positions, each token has the same mass as in the whole distributions; the top k leave some out."""
+    flags = [*MASKS, "--sample-k", TOP_K]
+    sampled = score_here(sharp, sharp_teacher, tmp_path / "sampled", *flags)
+    again = score_here(sharp, sharp_teacher, tmp_path / "again", *flags, "--workers", 1, "--cpus-per-worker", 2)
+    assert (sampled / "part-00000.parquet").read_bytes() == (again / "part-00000.parquet").read_bytes()
+    assert "no faults" in run(*VERIFY, sampled, "--deep")
+    masses = []
+    for directory in (dense_targets, sampled, sharp_targets):
+        manifest = manifests.read_manifest(str(directory), kind="targets")
+        mass_V = np.zeros(manifest.vocab_size)
+        for entry in manifest.shards:
+            table, K = pq.read_table(directory / entry.file), (manifest.masks or {})["positions"]
+            predictions = predictions_of(table, K, manifest.top_k, [], manifest.sampled)
+            p_NKk = np.nan_to_num(np.exp(predictions["topk_logprobs"]))
+            if manifest.sampled:
+                np.testing.assert_allclose(p_NKk.sum(-1)[p_NKk.any(-1)], 1, atol=1e-5)
+            mass_V += np.bincount(predictions["topk_ids"].ravel(), p_NKk.ravel(), manifest.vocab_size)
+        masses.append(mass_V / mass_V.sum())
+    exact_V, sampled_V, top_V = masses
+    assert np.abs(sampled_V - exact_V).sum() < 0.05 < 0.15 < np.abs(top_V - exact_V).sum()
+    summary = train_here(sharp, tmp_path / "out", *PARQUET, "--targets", sampled, *DISTIL, "--max-steps", 2)
+    assert summary["regime"] == "parquet+kd" and np.isfinite(summary["train_loss"])
 
 
 @pytest.mark.parametrize("T", [1, 2])
@@ -143,7 +173,7 @@ def test_without_targets_the_scores_of_the_shards_are_distilled(
         entry = next(entry for entry in manifest.shards if entry.index == sequence >> 32)
         table = pq.read_table(sharp / entry.file).slice(sequence & 0xFFFFFFFF, 1)
         ids_LK = np.array(table["topk_ids"][0].as_py()).reshape(LENGTH, TOP_K)
-        log_p_LK = np.array(table["topk_logprobs"][0].as_py(), float).reshape(LENGTH, TOP_K)
+        log_p_LK = codes.decode(np.array(table["topk_logprobs"][0].as_py()).reshape(LENGTH, TOP_K)).astype(float)
         lse_L = np.array(table["temperature_lse_2"][0].as_py(), float) if T == 2 else np.zeros(LENGTH)
         for place, position in enumerate(batch["positions_BP"][row].tolist()):
             if position >= 0:

@@ -13,7 +13,7 @@ import pytest
 from browser import Browser, needs_browser
 from in_process import SEED, explore_here
 
-from entropy_masking import storage
+from entropy_masking import codes, storage
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
@@ -108,7 +108,7 @@ def test_a_token_says_what_the_teacher_predicted(browser: Browser, sharp: Path, 
     assert "masked: the student sees " in card or "masked, but unchanged" in card
     top = browser.js("[...document.querySelectorAll('#card li')].map(row => [...row.children].map(x => x.textContent))")
     tokens = tokenizer.convert_ids_to_tokens(read["topk_ids"][position].tolist())
-    probabilities = np.exp(read["topk_logprobs"][position].astype(np.float64))
+    probabilities = np.exp(codes.decode(read["topk_logprobs"][position]).astype(np.float64))
     assert [name for name, _ in top] == [*tokens, "all others"] and len(tokens) == manifest.top_k
     for (_, percent), p in zip(top, [*probabilities, 1 - probabilities.sum()], strict=True):
         assert float(percent.rstrip("%")) == pytest.approx(100 * p, abs=0.51 if p > 0.09 else 0.06)

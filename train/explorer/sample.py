@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from entropy_masking import codes
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
@@ -161,8 +162,8 @@ def text(pick: Pick, sources: list[Source], view: View) -> list[Token]:
 
 
 def top_of(row: dict[str, np.ndarray], view: View) -> list[tuple[str, float]]:
-    if "topk_ids" not in row or np.isnan(row["topk_logprobs"]).any():
+    if "topk_ids" not in row or np.isnan(logprobs_K := codes.decode(row["topk_logprobs"])).any():
         return []
-    p_K = np.exp(row["topk_logprobs"].astype(np.float64)).round(4)
+    p_K = np.exp(logprobs_K.astype(np.float64)).round(4)
     pairs = zip(row["topk_ids"].tolist(), p_K.tolist(), strict=True)
     return [(view.label(token)[1], p) for token, p in pairs][:MAX_PREDICTIONS]
