@@ -184,29 +184,46 @@ def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, An
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    count, resources = _shares(nodes, threads, gpus_per_worker)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    gpus, cpus = ([node["Resources"].get(name, 0) for node in nodes] for name in ("GPU", "CPU"))
+    if any(gpus) or gpus_per_worker:
+        count, resources = _gpu_shares(gpus, gpus_per_worker or 1)
+    elif threads > max(cpus):
+        raise UsageError(f"--cpus-per-worker {threads} is more than a node's {max(cpus):g} CPUs")
+    else:  # Ray counts hyper-threads, and a worker needs whole cores
+        share = min(threads * _threads_per_core(nodes[int(np.argmax(cpus))]["NodeID"]), max(cpus))
+        count, resources = sum(int(own / share) for own in cpus), {"num_cpus": share}
     free = ray.available_resources()
     if any(free.get(RESOURCES[name], 0) < share for name, share in resources.items()):
         console.note(f"all workers of the cluster are in use; {BUSY}")
     return count, resources
 
 
-def _shares(nodes: list[dict[str, float]], threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
-    """``_fit`` of these nodes."""
-    gpus, cpus = ([node.get(name, 0) for node in nodes] for name in ("GPU", "CPU"))
-    if gpus_per_worker and not any(gpus):
+def _gpu_shares(gpus: list[float], share: float) -> tuple[int, dict[str, Any]]:
+    """``_fit`` of nodes with these numbers of GPUs."""
+    if not any(gpus):
         raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
-    if any(gpus):
-        share = gpus_per_worker or 1
-        if share > max(gpus):
-            raise UsageError(f"--gpus-per-worker {share:g} is more than a node's {max(gpus):g} GPUs")
-        return sum(int(count / share) for count in gpus), {"num_gpus": share}
-    threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
-    if threads > max(cpus):
-        raise UsageError(f"--cpus-per-worker {threads} is more than a node's {max(cpus):g} CPUs")
-    share = min(threads * threads_per_core, max(cpus))  # Ray counts hyper-threads, and a worker needs whole cores
-    return sum(int(count / share) for count in cpus), {"num_cpus": share}
+    if share > max(gpus):
+        raise UsageError(f"--gpus-per-worker {share:g} is more than a node's {max(gpus):g} GPUs")
+    return sum(int(own / share) for own in gpus), {"num_gpus": share}
+
+
+def _threads_per_core(node: str) -> float:
+    """Hyper-threads of each core of a node, named by its id. Raises RunError if the node does not answer."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def own() -> float:
+        return (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
+
+    if node == ray.get_runtime_context().get_node_id():
+        return own()
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    try:
+        asked = ray.remote(num_cpus=0)(own).options(scheduling_strategy=there).remote()
+        return float(ray.get(asked, timeout=START_SECONDS))
+    except ray.exceptions.GetTimeoutError:
+        raise RunError(f"no worker started within {START_SECONDS:.0f} seconds to count cores; {BUSY}") from None
 
 
 def _check_visible(output: str, record: Record) -> None:

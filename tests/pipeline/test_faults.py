@@ -96,6 +96,17 @@ def test_nodes_come_and_go(work: Path, scored: Path, slow: Path, tmp_path: Path,
     assert hashes(tmp_path / "out") == hashes(tmp_path / "local")
 
 
+@pytest.mark.exhaustive
+def test_a_head_node_without_cores_asks_another_node(work: Path, scored: Path, tmp_path: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20})
+    try:
+        cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        end_of(start(command(work, tmp_path / "out"), RAY_ADDRESS=cluster.address))
+    finally:
+        cluster.shutdown()
+    assert hashes(tmp_path / "out") == hashes(scored)
+
+
 def trapped(work: Path, tmp_path: Path, trap: str, *more: str, **settings: Any) -> list[str]:
     """Twelve documents in about as many shards, of which one springs the teacher's trap."""
     lines = (work / "corpus.jsonl").read_text().splitlines()[:12]
