@@ -28,6 +28,12 @@ def _check_time(text: str) -> str:
     return text
 
 
+def _check_version(version: int) -> int:
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{version} is another version of the format than {SCHEMA_VERSION}")
+    return version
+
+
 class JsonFile(BaseModel):
     """A JSON file, or an object in one. Messages use the title. An unknown field is an error, like a wrong type."""
 
@@ -137,7 +143,7 @@ class Manifest(JsonFile, title="shard manifest"):
     """``manifest.json``, written last: a finished shard directory. Its values fit each other."""
 
     uri: str = Field("", exclude=True)  # the directory; not in the file
-    schema_version: Literal[3] = SCHEMA_VERSION
+    schema_version: Annotated[int, AfterValidator(_check_version)] = SCHEMA_VERSION
     kind: Literal["sequences", "targets"]  # tokens, with scores if there was a teacher; or targets (``shards.targets``)
     sequence_length: fields.Length
     vocab_size: fields.VocabSize
