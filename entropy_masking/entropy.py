@@ -9,7 +9,8 @@ Shapes: N positions, V vocabulary, K best tokens, T temperatures, G groups of to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -101,16 +102,21 @@ def sample(logprobs_NV: Tensor, k: int, uniform_N: Tensor) -> tuple[Tensor, Tens
     Returns:
         ids_NK (int64, those with larger weights first, ties to the lower id), and the logarithms of the weights [N, K].
     """
+    return _in_parts(partial(_sample_at_once, k), logprobs_NV, uniform_N)
+
+
+def _sample_at_once(k: int, logprobs_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
     place_K = torch.arange(k, device=logprobs_NV.device)
-    p_NV = logprobs_NV.double().exp()
+    p_NV = logprobs_NV.exp()
     top_NK = top_k_ids(logprobs_NV, k)
-    p_NK = p_NV.gather(1, top_NK)
-    rest_NK = p_NV.sum(1, keepdim=True) - p_NK.cumsum(1) + p_NK  # of all tokens but the better ones
+    p_NK = p_NV.gather(1, top_NK).double()
+    # of all tokens but the better ones
+    rest_NK = p_NV.sum(1, keepdim=True, dtype=torch.float64) - p_NK.cumsum(1) + p_NK
     # the first token that the others leave in doubt; all tokens before it are certain
     certain_NK = (p_NK * (k - place_K) >= rest_NK * (1 - CERTAIN)).cummin(1).values
     certain_N1 = certain_NK.sum(1, keepdim=True)
-    p_NV.scatter_(1, top_NK, torch.where(certain_NK, 0, p_NK))
-    cumulative_NV = p_NV.cumsum(1)
+    p_NV.scatter_(1, top_NK, torch.where(certain_NK, 0, p_NK).to(p_NV.dtype))
+    cumulative_NV = p_NV.cumsum(1, dtype=torch.float64)
     rest_N1 = cumulative_NV[:, -1:]
     drawn_N1 = k - certain_N1
     point_NK = (uniform_N[:, None] + place_K - certain_N1) * rest_N1 / drawn_N1.clamp_min(1)
@@ -153,12 +159,18 @@ def _best(values_NC: Tensor, ids_NC: Tensor, k: int) -> Tensor:
 
 def _entropy_and_lse(z_NV: Tensor) -> tuple[Tensor, Tensor]:
     """H_N and logsumexp_N1 with one exponential: ``log Σ e^d - Σ e^d·d / Σ e^d`` with d = z - max, two terms ≥ 0."""
-    if z_NV.device.type == "cpu":
-        rows = max(1, IN_CACHE // z_NV.shape[-1]) * torch.get_num_threads()
-        # at least as many rows as threads: threads would split the sum of a single row, which rounds differently
-        parts = [_entropy_and_lse_at_once(part_NV) for part_NV in z_NV.tensor_split(max(1, len(z_NV) // rows))]
-        return torch.cat([entropy_N for entropy_N, _ in parts]), torch.cat([lse_N1 for _, lse_N1 in parts])
-    return _entropy_and_lse_at_once(z_NV)
+    return _in_parts(_entropy_and_lse_at_once, z_NV)
+
+
+def _in_parts(compute: Callable[..., tuple[Tensor, Tensor]], z_NV: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """``compute`` on tensors of N rows: on a CPU in parts that fit into its cache."""
+    if z_NV.device.type != "cpu":
+        return compute(z_NV, *others)
+    rows = max(1, IN_CACHE // z_NV.shape[-1]) * torch.get_num_threads()
+    # at least as many rows as threads: threads would split the sum of a single row, which rounds differently
+    parts = [tensor.tensor_split(max(1, len(z_NV) // rows)) for tensor in (z_NV, *others)]
+    one, other = zip(*map(compute, *parts), strict=True)
+    return torch.cat(one), torch.cat(other)
 
 
 def _entropy_and_lse_at_once(z_NV: Tensor) -> tuple[Tensor, Tensor]:
