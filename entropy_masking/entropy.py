@@ -19,7 +19,8 @@ from torch import Tensor
 from entropy_masking.mkl import choose_kernels
 
 GROUP = 64  # ids of a group; the top k lie in the k groups with the largest maxima
-CERTAIN = 1e-6  # a token whose probability of being drawn is so near to 1 is always drawn, so that none is drawn twice
+MARGIN = 1e-6  # a token is certain if it is drawn with a probability above 1 - MARGIN: rounding might draw it twice
+NEGLIGIBLE = 1e-9  # tokens that together have a smaller probability are not drawn at random
 IN_CACHE = 1 << 17  # logits that fit into the cache of a CPU core; the reduction passes over them several times
 
 choose_kernels()  # before any computation in threads
@@ -63,14 +64,14 @@ def score(
     Args:
         logits_NV: any floating dtype.
         targets_N: the actual tokens, int64.
-        top_k: K ≤ V, may be 0.
+        top_k: K ≤ V, may be 0; for a sample 0 < K < V.
         temperatures: T ≠ 1 at which the top k can be computed later.
-        uniform_N: random numbers in (0, 1), float64. If given, the K tokens are a sample (see ``sample``), and their
-            log-probabilities the logarithms of their weights.
+        uniform_N: random numbers in (0, 1), float64. If given, the K tokens are sampled.
 
     Returns:
         entropy_N, surprisal_N (nats), topk_ids_NK (int64, most probable first, ties to the lower id),
-        topk_logprobs_NK (natural logs under the softmax over all of V, so the tail's mass is 1 - Σ exp), and lse_NT.
+        topk_logprobs_NK (natural logs under the softmax over all of V, so the tail's mass is 1 - Σ exp), and lse_NT. Of
+        a sample, topk_* are what ``sample`` returns.
     """
     z_NV = at_least_float32(logits_NV)
     entropy_N, lse_N1 = _entropy_and_lse(z_NV)
@@ -90,9 +91,9 @@ def sample(logprobs_NV: Tensor, k: int, uniform_N: Tensor) -> tuple[Tensor, Tens
     """K different tokens of each row, and weights w with ``E[w_i] = p_i`` for every token i (0 if it is not drawn).
 
     So a student that distils w has the gradient of the whole distribution in expectation (random sampling for
-    distillation: Anshumann et al. 2025, arXiv 2503.16870). Tokens are drawn without replacement, with probabilities
-    ``min(1, p/τ)`` whose sum is K, by systematic sampling (Madow 1949): all tokens with p ≥ τ, with the weight p, and
-    others with the weight τ. The weights sum to 1.
+    distillation: Anshumann et al. 2025, arXiv 2503.16870). Token i is drawn with probability ``min(1, p_i/τ)``, without
+    replacement, by systematic sampling (Madow 1949). τ is such that these probabilities sum to K. A drawn token has the
+    weight ``max(p_i, τ)``. The weights sum to 1.
 
     Args:
         logprobs_NV: float32, natural logs.
@@ -110,19 +111,17 @@ def _sample_at_once(k: int, logprobs_NV: Tensor, uniform_N: Tensor) -> tuple[Ten
     p_NV = logprobs_NV.exp()
     top_NK = top_k_ids(logprobs_NV, k)
     p_NK = p_NV.gather(1, top_NK).double()
-    # of all tokens but the better ones
-    rest_NK = p_NV.sum(1, keepdim=True, dtype=torch.float64) - p_NK.cumsum(1) + p_NK
-    # the first token that the others leave in doubt; all tokens before it are certain
-    certain_NK = (p_NK * (k - place_K) >= rest_NK * (1 - CERTAIN)).cummin(1).values
+    from_here_NK = p_NV.sum(1, keepdim=True, dtype=torch.float64) - p_NK.cumsum(1) + p_NK  # without the better tokens
+    # a token is certain if the better ones are, and if it would get at least one of the draws that remain
+    enough_NK = (p_NK * (k - place_K) >= from_here_NK * (1 - MARGIN)) | (from_here_NK < NEGLIGIBLE)
+    certain_NK = enough_NK.cummin(1).values
     certain_N1 = certain_NK.sum(1, keepdim=True)
     p_NV.scatter_(1, top_NK, torch.where(certain_NK, 0, p_NK).to(p_NV.dtype))
     cumulative_NV = p_NV.cumsum(1, dtype=torch.float64)
-    rest_N1 = cumulative_NV[:, -1:]
-    drawn_N1 = k - certain_N1
-    point_NK = (uniform_N[:, None] + place_K - certain_N1) * rest_N1 / drawn_N1.clamp_min(1)
-    drawn_NK = torch.searchsorted(cumulative_NV, point_NK.clamp_min(0)).clamp_max(p_NV.shape[1] - 1)
-    certain_NK = place_K < certain_N1
-    weight_NK = torch.where(certain_NK, p_NK, rest_N1 / drawn_N1.clamp_min(1))
+    tau_N1 = cumulative_NV[:, -1:] / (k - certain_N1).clamp_min(1)
+    point_NK = (uniform_N[:, None] + place_K - certain_N1) * tau_N1
+    drawn_NK = torch.searchsorted(cumulative_NV, point_NK).clamp_max(p_NV.shape[1] - 1)
+    weight_NK = torch.where(certain_NK, p_NK, tau_N1)
     return torch.where(certain_NK, top_NK, drawn_NK), weight_NK.log().to(logprobs_NV.dtype)
 
 

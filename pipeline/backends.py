@@ -18,7 +18,7 @@ import psutil
 
 from entropy_masking import storage
 from entropy_masking.commands import console, ray_cluster
-from entropy_masking.errors import RunError, UsageError
+from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.shards import commit
 from entropy_masking.shards.manifests import run_uri
@@ -29,7 +29,7 @@ from pipeline.job import Failure, Job, Shard
 STOP_SECONDS = 10.0
 START_SECONDS = 60.0  # until a free worker has started
 RESOURCES = {"num_gpus": "GPU", "num_cpus": "CPU"}  # Ray's two names of each
-BUSY = "`ray status` shows who uses the cluster"
+BUSY = "`ray status` shows the cluster's nodes and who uses them"
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 
@@ -60,10 +60,7 @@ def dtype_of(args: argparse.Namespace) -> str:
     import ray
 
     _, resources = _fit(args.cpus_per_worker, args.gpus_per_worker)
-    try:
-        return ray.get(ray.remote(**resources)(resolve_dtype).remote("auto"), timeout=START_SECONDS)
-    except ray.exceptions.GetTimeoutError:
-        raise RunError(f"no worker started within {START_SECONDS:.0f} seconds to choose a dtype; {BUSY}") from None
+    return str(_answer(ray.remote(**resources)(resolve_dtype).remote("auto"), "choose a dtype"))
 
 
 def local_records(job: Job, todo: list[Shard]) -> Generator[Record | Failure, None, None]:
@@ -104,6 +101,7 @@ def ray_records(
 
     Raises:
         UsageError: no worker fits the cluster, or a committed shard is not visible from the driver.
+        RunError: no node of the cluster answers.
     """
     ray_cluster.connect("pipeline")
     import ray
@@ -180,7 +178,7 @@ class ScoreShard:
 def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:
     """The number of workers that fit the cluster's nodes, and the resources of one worker, which runs on one node.
 
-    Says so if all of them are in use. Raises UsageError if no worker fits.
+    Says so if all of them are in use. Raises UsageError if no worker fits, and RunError if no node answers.
     """
     import ray
 
@@ -209,21 +207,29 @@ def _gpu_shares(gpus: list[float], share: float) -> tuple[int, dict[str, Any]]:
 
 
 def _threads_per_core(node: str) -> float:
-    """Hyper-threads of each core of a node, named by its id. Raises RunError if the node does not answer."""
+    """Hyper-threads of each core of the node with this id. Raises RunError if the node does not answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def own() -> float:
+    def counted_here() -> float:
         return (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
 
     if node == ray.get_runtime_context().get_node_id():
-        return own()
+        return counted_here()
     there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return float(
+        _answer(ray.remote(num_cpus=0)(counted_here).options(scheduling_strategy=there).remote(), "count cores")
+    )
+
+
+def _answer(task: Any, purpose: str) -> Any:
+    """The result of a Ray task. Raises RunError if there is none within ``START_SECONDS``."""
+    import ray
+
     try:
-        asked = ray.remote(num_cpus=0)(own).options(scheduling_strategy=there).remote()
-        return float(ray.get(asked, timeout=START_SECONDS))
-    except ray.exceptions.GetTimeoutError:
-        raise RunError(f"no worker started within {START_SECONDS:.0f} seconds to count cores; {BUSY}") from None
+        return ray.get(task, timeout=START_SECONDS)
+    except ray.exceptions.RayError as error:
+        raise RunError(f"no worker of the cluster could {purpose} ({one_line(error)}); {BUSY}") from None
 
 
 def _check_visible(output: str, record: Record) -> None:

@@ -45,6 +45,6 @@ def mask(rows: Rows, variant: int, masker: Masker, policy: MaskPolicy) -> tuple[
 
 
 def sampling_noise(rows: MaskedRows, masks: Masks) -> np.ndarray:
-    """Uniform numbers [N, K] float64 that draw the tokens of a teacher's predictions: other ones in each variant."""
+    """Random numbers in (0, 1) [N, K] float64 for ``entropy.sample``: one for each masked position of each variant."""
     variant_N, id_N = (torch.from_numpy(column.astype(np.int64)) for column in (rows.variant_N, rows.sequence_id_N))
     return noise(masks["policy"]["seed"], SAMPLE, variant_N, id_N, torch.from_numpy(rows.positions_NK)).numpy()

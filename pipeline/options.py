@@ -97,8 +97,7 @@ def add_flags(parser: Parser) -> None:
     add(
         "--sample-k",
         type=positive,
-        help="with --mask-source: N random tokens of each prediction, weighted so that the student's gradient is "
-        "unbiased, in place of the top k",
+        help="with --mask-source: store N sampled tokens in place of the top k, with weights that are p on average",
     )
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     add("--dtype", choices=dtypes, help="dtype of the encoder; auto (default): bfloat16 if the hardware has it")
@@ -154,7 +153,7 @@ def fill_in(args: argparse.Namespace) -> None:
         if getattr(args, name) is None:
             setattr(args, name, default)
     if args.policy and not args.top_k:
-        raise UsageError("--mask-source stores only the teacher's top-k; set --top-k above 0")
+        raise UsageError("--mask-source stores only the teacher's predictions; set --top-k above 0")
     if len(args.temperatures) > 1 and not args.top_k:
         raise UsageError("--temperatures apply to the top-k; set --top-k above 0")
     if args.backend == "local":

@@ -36,7 +36,7 @@ class Teacher:
     """Scores sequences with a masked LM.
 
     The encoder runs under autocast in ``dtype``. The vocabulary projection gives float32: in bfloat16 the most probable
-    tokens would tie. The head runs on the scored positions only, a few hundred at a time.
+    tokens would tie. The head runs on the scored positions only, in chunks.
 
     Args:
         manifest: of the run that the scores belong to: tokenizer, context, passes, top k, temperatures, dtype and size
@@ -89,7 +89,7 @@ class Teacher:
 
         With ``positions_NK``, which are negative where a row has fewer than K, the sequences are masked inputs, and
         these positions are scored: [N, K]. The actual tokens are unknown then, and the surprisals those of token 0.
-        With ``uniform_NK`` (see ``entropy.sample``), the top k are k sampled tokens and their weights.
+        With ``uniform_NK`` too (float64, see ``entropy.sample``), sampled tokens and their log-weights replace the top k.
 
         The batches depend only on the shapes, ``passes`` and ``batch_tokens``. So the same input always gives the same
         bits on the same hardware.

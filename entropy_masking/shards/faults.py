@@ -167,7 +167,7 @@ def size_fault(manifest: Manifest, file: pq.ParquetFile, expected: pa.Schema) ->
         width = manifest.top_k if field.name in parquet.TOP_K_COLUMNS else 1
         is_list = pa.types.is_list(field.type)
         value = field.type.value_type if is_list else field.type
-        # Parquet has no integers below 32 bits
+        # Parquet stores integers in at least 32 bits
         bits = max(32, value.bit_width) if pa.types.is_integer(value) else value.bit_width
         row_bits += bits * width * positions if is_list else bits
     for group in map(file.metadata.row_group, range(file.num_row_groups)):

@@ -94,7 +94,7 @@ class _Fingerprint(_Part):
         if self.teacher is not None and None in (self.dtype, self.batch_tokens):
             raise ValueError("it has a teacher, but no dtype or no batch_tokens")
         if self.sampled and not (self.masks and self.top_k and self.temperatures == [1]):
-            raise ValueError("sampled tokens need masks, a number of tokens and temperature 1")
+            raise ValueError("sampled targets need masks, a top_k above 0 and temperatures [1]")
         if self.masks:
             positions = valid(CheckedPolicy, self.masks.policy).max_masked(self.sequence_length)
             if self.masks.positions != positions:

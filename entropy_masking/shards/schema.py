@@ -30,7 +30,7 @@ def _check_time(text: str) -> str:
 
 def _check_version(version: int) -> int:
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{version} is another version of the format than {SCHEMA_VERSION}")
+        raise ValueError(f"the format is version {version}, but this program reads version {SCHEMA_VERSION}")
     return version
 
 

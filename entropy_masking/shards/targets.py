@@ -61,7 +61,7 @@ def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int, temperature
 
 
 def rows_of(table: pa.Table, max_positions: int) -> MaskedRows:
-    """The rows of a target table, with up to ``max_positions`` positions each."""
+    """The rows of a target table, with up to ``max_positions`` positions each. Raises ValueError if one has more."""
     return MaskedRows(
         table["sequence_id"].to_numpy(),
         table["variant"].to_numpy(),
@@ -73,21 +73,26 @@ def rows_of(table: pa.Table, max_positions: int) -> MaskedRows:
 def predictions_of(
     table: pa.Table, max_positions: int, top_k: int, temperatures: list[float], sampled: bool = False
 ) -> dict[str, np.ndarray]:
-    """The top-k columns of targets: ``topk_ids``, ``topk_logprobs`` [N, K, k], ``temperature_lse_T`` [N, K].
+    """The predictions in a target table.
 
-    Without a position, ids are 0 and logarithms NaN. The weights of sampled tokens sum to 1 again, as before rounding.
+    Args:
+        sampled: the tokens are a sample. Their weights are scaled so that they sum to 1, as before rounding.
+
+    Returns:
+        ``topk_ids`` [N, K, k] int64, ``topk_logprobs`` [N, K, k] and ``temperature_lse_T`` [N, K] float32, in nats.
+        Without a position, ids are 0 and the others NaN.
+
+    Raises:
+        ValueError: a column has another number of values than the positions need.
     """
-    ids_Mk = _values(table, "topk_ids", top_k).astype(np.int64)
+    ids_Mk = _values(table, "topk_ids", top_k)
     logprobs_Mk = codes.decode(_values(table, "topk_logprobs", top_k))
     if sampled:
         logprobs_Mk -= np.log(np.exp(logprobs_Mk).sum(1, keepdims=True))
-    columns = {
-        "topk_ids": _padded(table, ids_Mk, max_positions, 0),
-        "topk_logprobs": _padded(table, logprobs_Mk, max_positions, np.nan),
-    }
     lse = [parquet.temperature_column(temperature) for temperature in temperatures if temperature != 1]
-    floats = {name: _values(table, name).astype(np.float32) for name in lse}
-    return columns | {name: _padded(table, lse_M, max_positions, np.nan) for name, lse_M in floats.items()}
+    floats = {"topk_logprobs": logprobs_Mk} | {name: _values(table, name) for name in lse}
+    columns = {name: _padded(table, values_M, max_positions, np.nan) for name, values_M in floats.items()}
+    return {"topk_ids": _padded(table, ids_Mk, max_positions, 0), **columns}
 
 
 def _values(table: pa.Table, name: str, width: int | None = None) -> np.ndarray:

@@ -11,14 +11,16 @@ import pyarrow.parquet as pq
 
 from entropy_masking import codes
 from entropy_masking.shards import parquet
-from entropy_masking.shards.parquet import TOP_K_COLUMNS, Scores
+from entropy_masking.shards.parquet import SCORE_COLUMNS, TOP_K_COLUMNS, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import NO_POSITION, predictions_of, rows_of
 
 HALF_STEP = float(np.finfo(np.float16).eps) / 2  # of float16, relative to a value
-ABOVE_ZERO = 1e-3  # nats: rounding may put a value of exactly 0 this far on the wrong side of 0
+ABOVE_ZERO = 1e-3  # rounding may put a value of exactly 0 nats, or a sum of probabilities, this far beyond its end
 RESCORED_NATS = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 5e-2}  # nats: the batch changes scores by less
 RESCORED_SHARE = {"float32": 0.0, "float16": 0.01, "bfloat16": 0.01}  # share of positions with larger differences
+
+PLURALS = {"entropy": "entropies", "surprisal": "surprisals", "topk_logprobs": "log-probabilities"}
 
 BadValues = dict[str, np.ndarray]  # fault → where it occurs, bool [N, …]
 Sums = dict[str, float]
@@ -90,7 +92,7 @@ def sequence_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sum
         return bad, sums
     scored_NL = ~np.isin(ids_NL, manifest.special_token_ids)
     entropy_NL, surprisal_NL = columns["entropy"].astype(np.float32), columns["surprisal"]
-    for name in parquet.SCORE_COLUMNS:
+    for name in SCORE_COLUMNS:
         bad[f"its {name} must be NaN exactly at special tokens"] = np.isnan(columns[name]) == scored_NL
     max_entropy = np.log(V) + float(np.spacing(np.float16(np.log(V))))
     bad[f"has entropies outside 0 … {np.log(V):.2f} nats"] = (entropy_NL < -ABOVE_ZERO) | (entropy_NL > max_entropy)
@@ -123,7 +125,7 @@ def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]
 def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) -> BadValues:
     """Bad values of the top-k columns [N, P, k], and of those for other temperatures [N, P]."""
     ids_NPk, logprobs_NPk = columns["topk_ids"], columns["topk_logprobs"]
-    least_NPk = np.exp(logprobs_NPk - codes.half_step(logprobs_NPk))  # before they were rounded
+    least_NPk = np.exp(logprobs_NPk - codes.rounding(logprobs_NPk))  # the smallest that round to these
     scored_NP1 = scored_NP[..., None]
     sorted_NPk = np.sort(ids_NPk, axis=-1)
     bad = {
@@ -141,30 +143,30 @@ def top_k_values(V: int, scored_NP: np.ndarray, columns: dict[str, np.ndarray]) 
 def rescored(stored: dict[str, np.ndarray], again: Scores, dtype: str) -> list[str]:
     """Differences between the stored and the new scores of one sequence: entropy, surprisal [L], topk_* [L, k].
 
-    The batch has a different shape than the first time. So in half precision a few positions in a hundred may differ
-    more, and neighbours among the most probable tokens may have changed places.
+    ``stored`` has ``topk_logprobs`` as in shards, ``again`` in nats. The batch has a different shape than the first
+    time. So in half precision one value in a hundred may differ more, and neighbours among the most probable tokens may
+    have changed places.
     """
     nats, share, scored_L = RESCORED_NATS[dtype], RESCORED_SHARE[dtype], ~np.isnan(stored["entropy"])
     if not scored_L.any():
         return []
-    columns = {"entropies": ("entropy", nats), "surprisals": ("surprisal", 2 * nats)}
-    if "topk_ids" in stored:  # sorted by size, so neighbours that changed places differ little
-        columns["log-probabilities"] = ("topk_logprobs", 2 * nats)
+    old = {name: stored[name][scored_L] for name in (*SCORE_COLUMNS, *TOP_K_COLUMNS) if name in stored}
+    new = {name: again[name][0][scored_L] for name in old}
+    tolerances = {name: nats + np.spacing(np.abs(old[name])).astype(np.float32) for name in SCORE_COLUMNS}
+    tolerances["surprisal"] += nats
+    if "topk_logprobs" in old:  # sorted by size, so neighbours that changed places differ little
+        least = codes.LOGPROBS[codes.LEAST - 1]
+        old["topk_logprobs"] = codes.decode(old["topk_logprobs"]).clip(min=least)
+        new["topk_logprobs"] = new["topk_logprobs"].clip(min=least)
+        tolerances["topk_logprobs"] = 2 * nats + codes.rounding(old["topk_logprobs"])
     texts = []
-    for name, (column, tolerance) in columns.items():
-        old_M, new_M = stored[column][scored_L], again[column][0][scored_L]
-        if column == "topk_logprobs":
-            old_M = codes.decode(old_M)
-            rounding_M = codes.half_step(old_M)
-        else:
-            rounding_M = np.spacing(np.abs(old_M)).astype(np.float32)
-        apart_M = np.abs(old_M.astype(np.float32) - new_M)
-        if not (apart_M <= tolerance + rounding_M).mean() >= 1 - share:
-            texts.append(f"has {name} up to {apart_M.max():.3f} nats away from the teacher's")
-    if "topk_ids" in stored:
-        first_M1, logprobs_Mk = stored["topk_ids"][scored_L][:, :1], again["topk_logprobs"][0][scored_L]
-        near_Mk = logprobs_Mk >= logprobs_Mk[:, :1] - 2 * nats
-        same_M = ((again["topk_ids"][0][scored_L] == first_M1) & near_Mk).any(1)
+    for name, tolerance_M in tolerances.items():
+        apart_M = np.abs(old[name].astype(np.float32) - new[name])
+        if not (apart_M <= tolerance_M).mean() >= 1 - share:
+            texts.append(f"has {PLURALS[name]} up to {apart_M.max():.3f} nats away from the teacher's")
+    if "topk_ids" in old:
+        near_Mk = new["topk_logprobs"] >= new["topk_logprobs"][:, :1] - 2 * nats
+        same_M = ((new["topk_ids"] == old["topk_ids"][:, :1]) & near_Mk).any(1)
         if not same_M.mean() >= 1 - share:
             texts.append(f"has a different most probable token than the teacher at {(~same_M).sum()} positions")
     return texts

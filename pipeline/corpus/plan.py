@@ -110,9 +110,7 @@ def plan_corpus(
     ranges, identities = list[tuple[FileRange, int]](), dict[str, str]()
     for number, ((whole, texts), (content, size), (_, name)) in enumerate(zip(wholes, contents, files, strict=True), 1):
         ranges += _cut(whole, size, texts or size, shard_bytes)
-        # numbered, because their order matters and two may have the same name; with the size, because older versions
-        # planned other shards of files that cannot be split by seeking
-        identities[f"{number} {name}"] = f"{content}:{size}" if whole.sequential else content
+        identities[f"{number} {name}"] = content  # numbered: their order matters, and two may have the same name
     if limit_documents:
         ranges = list(_limit(ranges, limit_documents))
     shards = _group(ranges, shard_bytes)
@@ -124,9 +122,8 @@ def plan_corpus(
         "document": document or ("paragraph" if "text" in kinds else "line"),
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
+        "max_document_bytes": most,
     }
-    if most != MAX_DOCUMENT_BYTES:  # the default is not named, so that older directories can be resumed
-        identity["max_document_bytes"] = most
     return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
 
 
