@@ -25,6 +25,7 @@ from entropy_masking.shards.manifests import run_uri
 from entropy_masking.shards.schema import Record, Run
 from pipeline.corpus.ranges import FileRange
 from pipeline.job import Failure, Job, Shard
+from pipeline.options import cores
 
 STOP_SECONDS = 10.0
 START_SECONDS = 60.0  # until a free worker has started
@@ -186,6 +187,8 @@ def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, An
     gpus, cpus = ([node["Resources"].get(name, 0) for node in nodes] for name in ("GPU", "CPU"))
     if any(gpus) or gpus_per_worker:
         count, resources = _gpu_shares(gpus, gpus_per_worker or 1)
+    elif not any(cpus):  # such as a head node alone, which adds nodes when they are asked for
+        count, resources = 1, {"num_cpus": threads}
     elif threads > max(cpus):
         raise UsageError(f"--cpus-per-worker {threads} is more than a node's {max(cpus):g} CPUs")
     else:  # Ray counts hyper-threads, and a worker needs whole cores
@@ -203,7 +206,9 @@ def _gpu_shares(gpus: list[float], share: float) -> tuple[int, dict[str, Any]]:
         raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
     if share > max(gpus):
         raise UsageError(f"--gpus-per-worker {share:g} is more than a node's {max(gpus):g} GPUs")
-    return sum(int(own / share) for own in gpus), {"num_gpus": share}
+    if share > 1 and share % 1:
+        raise UsageError(f"--gpus-per-worker {share:g} is neither a whole number nor below 1")
+    return sum(int(own) * int(1 / share) if share < 1 else int(own / share) for own in gpus), {"num_gpus": share}
 
 
 def _threads_per_core(node: str) -> float:
@@ -212,7 +217,7 @@ def _threads_per_core(node: str) -> float:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def counted_here() -> float:
-        return (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or 1)
+        return (psutil.cpu_count() or 1) / cores()
 
     if node == ray.get_runtime_context().get_node_id():
         return counted_here()

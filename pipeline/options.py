@@ -161,9 +161,14 @@ def fill_in(args: argparse.Namespace) -> None:
             if getattr(args, name) and not (name == "workers" and args.workers == 1):
                 problem = "--backend local has one worker, this process"
                 raise UsageError(f"{problem}; leave out {flag(name)} or use --backend ray")
-        args.cpus_per_worker = args.cpus_per_worker or psutil.cpu_count(logical=False) or 1
+        args.cpus_per_worker = args.cpus_per_worker or cores()
     args.cpus_per_worker = args.cpus_per_worker or 1
     ray_cluster.check_kept("--output", args.output)
+
+
+def cores() -> int:
+    """Physical cores of this machine; hyper-threads if it does not say."""
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
 def temperatures(text: str) -> list[float]:

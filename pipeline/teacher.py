@@ -89,7 +89,7 @@ class Teacher:
 
         With ``positions_NK``, which are negative where a row has fewer than K, the sequences are masked inputs, and
         these positions are scored: [N, K]. The actual tokens are unknown then, and the surprisals those of token 0.
-        With ``uniform_NK`` too (float64, see ``entropy.sample``), sampled tokens and their log-weights replace the top k.
+        With ``uniform_NK`` too (float64), sampled tokens and their log-weights replace the top k (``entropy.sample``).
 
         The batches depend only on the shapes, ``passes`` and ``batch_tokens``. So the same input always gives the same
         bits on the same hardware.

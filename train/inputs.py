@@ -79,7 +79,8 @@ def check_machine_and_scores(options: Options, args: TrainingArguments, teacher:
         raise UsageError(f"--distill-weight needs top-k log-probabilities, but {teacher.uri} has none; {fix}")
     if (T := options.distill_temperature) not in (1.0, *teacher.temperatures):
         scored = ", ".join(f"{temperature:g}" for temperature in teacher.temperatures)
-        fix = f"use one of these, or score again with --temperatures {T:g}"
+        again = f"score again with --temperatures {T:g}{' and --top-k' if teacher.sampled else ''}"
+        fix = f"use one of these, or {again}"
         raise UsageError(f"--distill-temperature {T:g} is not among the temperatures of {teacher.uri}: {scored}; {fix}")
 
 

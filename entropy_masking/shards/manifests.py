@@ -18,7 +18,7 @@ from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import costs
 from entropy_masking.shards.fields import first_fault, from_fingerprint
-from entropy_masking.shards.schema import JsonFile, Manifest, Run, ShardEntry
+from entropy_masking.shards.schema import JsonFile, Manifest, OtherVersion, Run, ShardEntry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,8 @@ def read_json_file(kind: type[AnyFile], uri: str) -> AnyFile | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValidationError as error:
+        if isinstance(cause := error.errors()[0].get("ctx", {}).get("error"), OtherVersion):
+            raise UsageError(f"{uri} cannot be read: {cause}; make the directory again, under another name") from None
         title = kind.model_config["title"]
         problem = f"{uri} cannot be read: it is not a {title} ({first_fault(error)})"
         raise UsageError(f"{problem}; restore it or make it again") from None

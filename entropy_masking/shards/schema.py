@@ -28,9 +28,13 @@ def _check_time(text: str) -> str:
     return text
 
 
+class OtherVersion(ValueError):
+    """The format has another version."""
+
+
 def _check_version(version: int) -> int:
     if version != SCHEMA_VERSION:
-        raise ValueError(f"the format is version {version}, but this program reads version {SCHEMA_VERSION}")
+        raise OtherVersion(f"its format has version {version}, but this program reads version {SCHEMA_VERSION}")
     return version
 
 
@@ -45,6 +49,11 @@ class Run(JsonFile, title="record of a run"):
 
     fingerprint: Fingerprint
     shards: Annotated[int, Field(ge=0, le=1 << 31)]  # planned
+
+    @model_validator(mode="after")
+    def _is_readable(self) -> Self:
+        _check_version(self.fingerprint.get("schema_version", SCHEMA_VERSION))
+        return self
 
     @cached_property
     def fingerprint_hash(self) -> str:

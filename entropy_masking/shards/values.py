@@ -119,6 +119,10 @@ def target_values(manifest: Manifest, table: pa.Table) -> tuple[BadValues, Sums]
     }
     predictions = predictions_of(table, K, manifest.top_k, manifest.temperatures)
     bad |= top_k_values(manifest.vocab_size, kept_NK, predictions)
+    if manifest.sampled:
+        logprobs_NKk = predictions["topk_logprobs"]
+        most_NK = np.exp(logprobs_NKk + codes.rounding(logprobs_NKk)).sum(-1)
+        bad["has weights of sampled tokens that sum to less than 1"] = most_NK < 1 - ABOVE_ZERO
     return bad, {"scored_tokens": int(kept_NK.sum())}
 
 

@@ -73,3 +73,14 @@ def test_score_samples_alike() -> None:
     ids_NK, log_w_NK = entropy.sample(F.log_softmax(logits_NV, 1), 12, uniform_N)
     assert torch.equal(reduced.topk_ids_NK, ids_NK)
     torch.testing.assert_close(reduced.topk_logprobs_NK, log_w_NK, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("V", "k", "scale"), [(300, 64, 10.0), (300, 12, 40.0), (33, 26, 30.0)])
+def test_sharp_predictions_give_different_tokens_too(V: int, k: int, scale: float) -> None:
+    """Almost all probability belongs to fewer than k tokens, and rounding decides about the others."""
+    generator = torch.Generator().manual_seed(0)
+    logprobs_NV = (torch.randn(5000, V, generator=generator) * scale).log_softmax(1)
+    ids_NK, log_w_NK = entropy.sample(logprobs_NV, k, torch.rand(5000, dtype=torch.float64, generator=generator))
+    w_NK = log_w_NK.double().exp()
+    assert (ids_NK.sort(1).values.diff(dim=1) > 0).all()
+    assert (w_NK.diff(dim=1) <= 1e-9).all() and (w_NK.sum(1) - 1).abs().max() < 1e-6
