@@ -15,6 +15,7 @@ class Recipe:
     shuffled: bool = False  # the control: it reads scores that were shuffled within each sequence
     scratch: bool = False  # it begins with random weights instead of a trunk
     bert: bool = False  # a BERT of the student's size
+    steps: int = 1  # times the steps of the other rows
 
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up
@@ -69,6 +70,11 @@ RECIPES = {
     # the defaults: nothing else is set
     "parquet": Recipe("--entropy-source parquet", baseline="random-r30"),
     "self": Recipe("--entropy-source self", baseline="random-r30"),
+    "parquet+kd": Recipe(f"--entropy-source parquet {KD}", baseline="random-r30"),
+    "self+kd": Recipe(f"--entropy-source self {KD}", baseline="random-r30"),
+    "parquet-shuffled": Recipe("--entropy-source parquet", baseline="random-r30", shuffled=True),
+    "random-r30-again": Recipe(f"{flags_of('random-r30')} --seed 1000", baseline="random-r30"),
+    "random-r30-double": Recipe(flags_of("random-r30"), baseline="random-r30", steps=2),
     "scratch-parquet": scratch("--entropy-source parquet", baseline="scratch-random-r30"),
     "scratch-self": scratch("--entropy-source self", baseline="scratch-random-r30"),
     **{f"scratch-{name}": scratch(flags_of(name, when="")) for name in SCRATCH.split()},

@@ -32,7 +32,7 @@ from bench.recipes import RECIPES, ROWS
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
-from entropy_masking.commands.flags import positive
+from entropy_masking.commands.flags import positive, positive_float
 from entropy_masking.errors import UsageError
 from glue.files import find_file
 from glue.intervals import estimate
@@ -40,7 +40,6 @@ from glue.tables import difference, markdown
 from train.arguments import LEARNING_RATES
 from train.flags import MUON
 
-TRUNK_MASKS = ("--entropy-source", "random", "--mask-ratio", 0.15)
 COLUMNS = {  # heading of the table: measures whose mean it shows
     "all tokens": ["loss"],
     "easiest 10 %": ["decile_1"],
@@ -78,6 +77,7 @@ def parse() -> argparse.Namespace:
     add("--student", choices=LEARNING_RATES[MUON], default="tiny", help="preset of train/run.py (default: tiny)")
     add("--batch", type=positive, default=32, help="sequences of a step (default: 32)")
     add("--trunk-steps", type=positive, default=1500, help="(default: 1500)")
+    add("--trunk-mask-ratio", type=positive_float, default=0.15, help="(default: 0.15)")
     add("--branch-steps", type=positive, default=400, help="(default: 400)")
     add("--scratch-steps", type=positive, default=732, help="of a row from random weights (default: 732)")
     add("--rows", default=",".join(ROWS), help="names of bench/recipes.py, by comma (default: its ROWS)")
@@ -118,7 +118,8 @@ class Screen:
     def train_trunk(self, trunk: int) -> None:
         shards = ("--shards", self.args.trunk_shards, "--eval-shards", self.args.eval_shards)
         flags = ("--model", self.args.student, "--lr-scheduler-type", "constant_with_warmup")
-        self.train(f"trunks/{trunk}", trunk, self.args.trunk_steps, *shards, *flags, *TRUNK_MASKS)
+        masks = ("--entropy-source", "random", "--mask-ratio", self.args.trunk_mask_ratio)
+        self.train(f"trunks/{trunk}", trunk, self.args.trunk_steps, *shards, *flags, *masks)
 
     def train_and_test(self, name: str, trunk: int) -> None:
         """One recipe from one trunk, and its zero-shot accuracy."""
@@ -130,7 +131,7 @@ class Screen:
         else:  # a model by path would get AdamW's defaults
             flags += ["--model", self.output / "trunks" / str(trunk), "--optim", MUON]
             flags += ["--learning-rate", LEARNING_RATES[MUON][args.student], "--warmup-steps", 0.05]
-        steps = args.scratch_steps if recipe.scratch else args.branch_steps
+        steps = recipe.steps * (args.scratch_steps if recipe.scratch else args.branch_steps)
         self.train(f"branches-{trunk}/{name}", trunk, steps, *flags, "--save-strategy", "no")
         if args.blimp:
             model, output = (self.output / f"{kind}-{trunk}" / name for kind in ("branches", "blimp"))

@@ -8,11 +8,13 @@ Shapes: k tokens of a position.
 
 from __future__ import annotations
 
-from typing import Final
+import math
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # reading a manifest needs no torch, whose import takes seconds
+    from torch import Tensor
 
 SCALE: Final = 4600  # the largest range in which rounding changes log-probabilities above -1 by less than 1/64
 LEAST, NO_SCORE = 254, 255  # the codes of -inf and of NaN
@@ -37,7 +39,7 @@ def decode_tensor(differences_k: Tensor) -> Tensor:
     """``decode`` for tensors on any device."""
     codes_k = differences_k.cumsum(-1) & 255
     logprobs_k = codes_k.float() ** 2 / -SCALE
-    return logprobs_k.masked_fill(codes_k == LEAST, -torch.inf).masked_fill(codes_k == NO_SCORE, torch.nan)
+    return logprobs_k.masked_fill(codes_k == LEAST, -math.inf).masked_fill(codes_k == NO_SCORE, math.nan)
 
 
 def rounding(logprobs: np.ndarray) -> np.ndarray:

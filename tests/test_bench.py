@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from harness import LENGTH, ROOT, refused
 from in_process import score_here
+from made_glue import write_glue
 
 import bench.screen
 import train.options
@@ -139,6 +140,33 @@ def test_screen(work: Path, scored: Path, tmp_path: Path) -> None:
     )
     assert shuffled != original
     assert [sorted(map(str, row)) for row in shuffled] == [sorted(map(str, row)) for row in original]
+
+
+@pytest.mark.exhaustive
+def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
+    """The plan of docs/STUDY.md runs to its comparison, at toy sizes; a second time it does nothing."""
+    lines = (work / "corpus.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "text.jsonl").write_text("".join(lines[:200]))
+    (tmp_path / "heldout.jsonl").write_text("".join(lines[200:260]))
+    write_glue(tmp_path / "data" / "glue", words)
+    (tmp_path / "data" / "blimp").mkdir()
+    pairs = {"UID": "a", "field": "b", "pairID": [1, 2], "sentence_good": words[:2], "sentence_bad": words[2:4]}
+    pl.DataFrame(pairs).write_parquet(tmp_path / "data" / "blimp" / "blimp.parquet")
+    files = {"TEXT": "text.jsonl", "HELDOUT": "heldout.jsonl", "DATA": "data", "OUT": "study"}
+    sizes = {"TRUNKS": 1, "BATCH": 4, "REFERENCE_STEPS": 3, "TRUNK_STEPS": 3, "BRANCH_STEPS": 3, "VOCABULARY": 300}
+    names = {"REFERENCE": "tiny", "STUDENT": "tiny", "ROWS": "parquet,random-r30-double", "FRONT": "random-r30 parquet"}
+    settings = {name: str(tmp_path / file) for name, file in files.items()} | sizes | names | {"TRAIN_ROWS": 16}
+    environment = os.environ | {name: str(value) for name, value in settings.items()}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for _ in range(2):
+        done = subprocess.run([ROOT / "bench" / "study.sh"], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    screened = json.loads((tmp_path / "study" / "screen" / "table.json").read_text())["rows"]
+    assert list(screened) == ["random", "random-r30", "parquet", "random-r30-double"]
+    assert screened["random-r30-double"]["training_flops"]["1"] == 2 * screened["random-r30"]["training_flops"]["1"]
+    table = json.loads((tmp_path / "study" / "comparison" / "table.json").read_text())
+    assert table["regimes"] == ["untrained", "random-r30", "parquet"] and table["baseline"] == "random-r30"
+    assert set(table["tasks"]) == {"sst2", "qqp", "mnli_matched", "qnli"}
 
 
 @pytest.mark.parametrize(
