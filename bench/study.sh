@@ -2,7 +2,7 @@
 # The study of docs/STUDY.md, step by step. Finished steps and runs are skipped, so the same command goes on after an
 # interruption. TEXT and HELDOUT are files of text (a column or key `text`); DATA has glue/ and blimp/ (docs/glue.md).
 #   TEXT=train.jsonl HELDOUT=heldout.jsonl DATA=data bench/study.sh
-# The defaults are those of the plan; on a GPU set WORKERS=--backend=ray JOBS=1.
+# The defaults are those of the plan. On a GPU, set WORKERS=--backend=ray JOBS=1. The other variables make a toy study.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEXT:?}" "${HELDOUT:?}" "${DATA:?}"
@@ -23,6 +23,7 @@ python train/run.py --shards "$out/tokens" --eval-shards "$out/heldout-tokens" -
 for part in tokens heldout-tokens; do
     python pipeline/score.py --corpus "$out/$part" --teacher "$out/reference" "$workers" --output "$out/scored-$part"
 done
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # for each of several runs at once
 python bench/screen.py --shards "$out/scored-tokens" --eval-shards "$out/scored-heldout-tokens" --student "$student" \
     --batch "$batch" --trunk-steps "$trunk_steps" --trunk-mask-ratio 0.3 --branch-steps "$branch_steps" \
     --trunks "$trunks" --rows "$rows" --jobs "$jobs" --blimp "$DATA" --output "$out/screen"
