@@ -32,10 +32,11 @@ class OtherVersion(ValueError):
     """The format has another version."""
 
 
-def _check_version(version: int) -> int:
+def _check_version(version: object) -> int:
     if version != SCHEMA_VERSION:
-        raise OtherVersion(f"its format has version {version}, but this program reads version {SCHEMA_VERSION}")
-    return version
+        named = f"its format has version {repr(version)[:40]}"  # of a run, it may be anything
+        raise OtherVersion(f"{named}, but this program reads version {SCHEMA_VERSION}")
+    return SCHEMA_VERSION
 
 
 class JsonFile(BaseModel):
