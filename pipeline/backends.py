@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -211,6 +212,7 @@ def _gpu_shares(gpus: list[float], share: float) -> tuple[int, dict[str, Any]]:
     return sum(int(own) * int(1 / share) if share < 1 else int(own / share) for own in gpus), {"num_gpus": share}
 
 
+@cache
 def _threads_per_core(node: str) -> float:
     """Hyper-threads of each core of the node with this id. Raises RunError if the node does not answer."""
     import ray

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from harness import LENGTH, TOP_K, command, refused, run, save_bert
 from in_process import RANDOM, score_here, tokenize_here, train_here
@@ -20,6 +21,7 @@ import pipeline.score
 from entropy_masking import codes
 from entropy_masking.errors import UsageError
 from entropy_masking.shards import manifests, parquet
+from pipeline import backends
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -214,3 +216,36 @@ def test_nothing_unsafe_by_default(work: Path, scored: Path, tmp_path: Path) -> 
     (tmp_path / "forged" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UsageError, match=r"the file of shard 0 is part-00000.parquet, not '../../etc"):
         train_here(tmp_path / "forged", tmp_path / "student", *RANDOM)
+
+
+def node(name: str, **resources: float) -> dict[str, object]:
+    return {"NodeID": name, "Alive": True, "Resources": resources}
+
+
+NODES: list[tuple[list[dict[str, object]], float | None, tuple[int, dict[str, float]]]] = [
+    ([node("head"), node("small", CPU=4), node("large", CPU=16)], None, (10, {"num_cpus": 2})),
+    ([node("head")], None, (1, {"num_cpus": 1})),  # nodes are added when they are asked for
+    ([node("gpus", CPU=16, GPU=8)], None, (8, {"num_gpus": 1})),
+    ([node("gpus", CPU=16, GPU=8)], 0.7, (8, {"num_gpus": 0.7})),  # a share does not span two GPUs
+    ([node("gpus", CPU=16, GPU=8), node("more", GPU=3)], 2, (5, {"num_gpus": 2})),
+]
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "expected"), NODES)
+def test_workers_that_fit_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+    nodes: list[dict[str, object]],
+    gpus: float | None,
+    expected: tuple[int, dict[str, float]],
+) -> None:
+    """Two hyper-threads a core on the node with the most CPUs, which alone is asked."""
+    asked: list[str] = []
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 99.0, "GPU": 99.0})
+    monkeypatch.setattr(backends, "_threads_per_core", lambda name: asked.append(name) or 2.0)
+    assert backends._fit(1, gpus) == expected
+    assert asked == (["large"] if len(nodes) == 3 else [])
+    with pytest.raises(
+        UsageError, match=r"--gpus-per-worker 1.5 (is neither a whole number|needs a cluster with GPUs)"
+    ):
+        backends._fit(1, 1.5)
