@@ -55,9 +55,8 @@ def _separated(data: bytes, quoted: bool) -> pa.Table:
     heading = data.partition(b"\n")[0]
     separator = "\t" if not quoted else ";" if heading.count(b";") > heading.count(b",") else ","
     form = csv.ParseOptions(delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted)
-    whole = csv.ReadOptions(
-        block_size=min(max(1 << 20, len(data)), (1 << 31) - 1), use_threads=False
-    )  # a row must fit into a block
+    # a row must fit into a block
+    whole = csv.ReadOptions(block_size=min(max(1 << 20, len(data)), (1 << 31) - 1), use_threads=False)
     names = csv.open_csv(pa.BufferReader(data), whole, form).schema.names
     text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
     return csv.read_csv(pa.BufferReader(data), whole, form, text)

@@ -245,7 +245,9 @@ def test_workers_that_fit_a_cluster(
     monkeypatch.setattr(backends, "_threads_per_core", lambda name: asked.append(name) or 2.0)
     assert backends._fit(1, gpus) == expected
     assert asked == (["large"] if len(nodes) == 3 else [])
-    with pytest.raises(
-        UsageError, match=r"--gpus-per-worker 1.5 (is neither a whole number|needs a cluster with GPUs)"
-    ):
+
+
+def test_a_fraction_of_gpus_above_1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [node("gpus", CPU=16, GPU=8)])
+    with pytest.raises(UsageError, match=r"--gpus-per-worker 1\.5 is neither a whole number nor below 1"):
         backends._fit(1, 1.5)
