@@ -19,36 +19,22 @@ import argparse
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-
 from bench.commands import new_parser, run_logged
 from bench.recipes import RECIPES, ROWS
+from bench.results import screen_table
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive, positive_float
 from entropy_masking.errors import UsageError
 from glue.files import find_file
-from glue.intervals import estimate
-from glue.tables import difference, markdown
 from train.arguments import LEARNING_RATES
 from train.flags import MUON
-
-COLUMNS = {  # heading of the table: measures whose mean it shows
-    "all tokens": ["loss"],
-    "easiest 10 %": ["decile_1"],
-    "hardest 10 %": ["decile_10"],
-    "hardest 30 %": ["decile_8", "decile_9", "decile_10"],
-    "BLiMP": ["blimp"],
-}
-
-Row = dict[str, dict[int, float]]  # measures of a recipe, by trunk
 
 
 def main() -> None:
@@ -141,14 +127,15 @@ class Screen:
     def report(self) -> None:
         """Print the table and write it."""
         rows = {name: self.row(name) for name in self.args.rows}
-        text = table(rows)
+        text = screen_table(rows)
         (self.output / "table.md").write_text(text, encoding="utf-8")
         report = {"settings": vars(self.args), "recipes": {name: RECIPES[name].flags for name in rows}, "rows": rows}
         storage.write_json(str(self.output / "table.json"), report)
         print(f"{text}\n{json.dumps(report)}")
 
-    def row(self, name: str) -> Row:
-        row: Row = {}
+    def row(self, name: str) -> dict[str, dict[str, float]]:
+        """The measures of a recipe, each by trunk."""
+        row: dict[str, dict[str, float]] = {}
         for trunk in range(1, self.args.trunks + 1):
             summary = json.loads((self.output / f"branches-{trunk}" / name / "summary.json").read_text())
             values = {"loss": summary["eval_loss"], "training_flops": summary["training_flops"]}
@@ -159,32 +146,8 @@ class Screen:
                 result = self.output / f"blimp-{trunk}" / name / "blimp.json"
                 values["blimp"] = json.loads(result.read_text())["score"]
             for measure, value in values.items():
-                row.setdefault(measure, {})[trunk] = value
+                row.setdefault(measure, {})[str(trunk)] = value
         return row
-
-
-def table(rows: dict[str, Row]) -> str:
-    """The rows as Markdown: a baseline's measures, and the differences of the others to their baseline."""
-    columns = {heading: own for heading, own in COLUMNS.items() if all(own[0] in row for row in rows.values())}
-    lines = []
-    for name, row in rows.items():
-        minus = RECIPES[name].baseline
-        baseline = rows[minus]
-        if name == minus:
-            minus, texts = "", [f"{by_trunk(row, own).mean():.3f}" for own in columns.values()]
-        else:
-            differences = [by_trunk(row, own) - by_trunk(baseline, own) for own in columns.values()]
-            texts = [difference(asdict(estimate(values.tolist())), digits=3) for values in differences]
-        training, scored = by_trunk(row, ["training_flops"]).mean(), by_trunk(row, ["flops"]).mean()
-        base = by_trunk(baseline, ["flops"]).mean()
-        flops = f"{training / base:.2f}, {scored / base:.2f}"
-        lines.append([name, minus, str(len(row["loss"])), *texts, flops])
-    return markdown(["recipe", "baseline", "n", *columns, "FLOPs, with scoring"], lines, words=2) + "\n"
-
-
-def by_trunk(row: Row, measures: list[str]) -> np.ndarray:
-    """The mean of some measures [trunks]."""
-    return np.mean([list(row[measure].values()) for measure in measures], axis=0)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from harness import LENGTH, ROOT, refused
 from in_process import score_here
 from made_glue import write_glue
+from scipy.stats import ttest_1samp
 
+import bench.results
 import bench.screen
 import train.options
 from bench.recipes import RECIPES
@@ -154,7 +158,12 @@ def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
     pl.DataFrame(pairs).write_parquet(tmp_path / "data" / "blimp" / "blimp.parquet")
     files = {"TEXT": "text.jsonl", "HELDOUT": "heldout.jsonl", "DATA": "data", "OUT": "study"}
     sizes = {"TRUNKS": 1, "BATCH": 4, "REFERENCE_STEPS": 3, "TRUNK_STEPS": 3, "BRANCH_STEPS": 3, "VOCABULARY": 300}
-    names = {"REFERENCE": "tiny", "STUDENT": "tiny", "ROWS": "parquet,random-r30-double", "FRONT": "random-r30 parquet"}
+    names = {
+        "REFERENCE": "tiny",
+        "STUDENT": "tiny",
+        "FRONT": "random-r30,parquet,random-r30-double",
+        "ROWS": "random-r30-again",
+    }
     settings = {name: str(tmp_path / file) for name, file in files.items()} | sizes | names | {"TRAIN_ROWS": 16}
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -162,11 +171,22 @@ def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
         done = subprocess.run([ROOT / "bench" / "study.sh"], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     screened = json.loads((tmp_path / "study" / "screen" / "table.json").read_text())["rows"]
-    assert list(screened) == ["random", "random-r30", "parquet", "random-r30-double"]
+    assert list(screened) == ["random", "random-r30", "parquet", "random-r30-double", "random-r30-again"]
     assert screened["random-r30-double"]["training_flops"]["1"] == 2 * screened["random-r30"]["training_flops"]["1"]
     table = json.loads((tmp_path / "study" / "comparison" / "table.json").read_text())
-    assert table["regimes"] == ["untrained", "random-r30", "parquet"] and table["baseline"] == "random-r30"
+    assert (
+        table["regimes"] == ["untrained", "random-r30", "parquet", "random-r30-double"]
+        and table["baseline"] == "random-r30"
+    )
     assert set(table["tasks"]) == {"sst2", "qqp", "mnli_matched", "qnli"}
+    study = bench.results.collect(tmp_path / "study")
+    assert study["rows"]["parquet"]["glue"]["1"] == pytest.approx(
+        statistics.fmean(row["scores"]["parquet"]["mean"] for row in table["tasks"].values())
+    )
+    assert str(tmp_path) not in json.dumps(study)
+    fronts = [line.split(" | ")[0] for line in bench.results.front_table(study).splitlines()[2:]]
+    assert fronts == ["| untrained", "| random-r30", "| random-r30-double", "| parquet"]
+    assert bench.results.cost(study, "parquet", 1) > bench.results.cost(study, "parquet", 5) > 1
 
 
 @pytest.mark.parametrize(
@@ -184,6 +204,58 @@ def test_a_screen_checks_its_flags_first(
     with pytest.raises(UsageError, match=sentence):
         bench.screen.main()
     assert not (tmp_path / "screen").exists()
+
+
+def test_documents_show_the_numbers_in_docs_results() -> None:
+    """The tables after markers are those that bench/results.py makes."""
+    texts = {path: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    assert all(bench.results.remake(text) == text for text in texts.values())
+    recipes = texts[ROOT / "docs" / "RECIPES.md"]
+    assert (
+        bench.results.remake(recipes.replace("| random-r40 | random | 3 |", "| random-r40 | random | 4 |")) == recipes
+    )
+
+
+def test_front_table() -> None:
+    """Gains are paired by trunk, corrected for their number, and set against the costs that students share."""
+    rows = {
+        "untrained": {"glue": {"1": 40.0, "2": 41.0}, "loss": {"1": 9.0, "2": 9.0}},
+        "random-r30": {"glue": {"1": 60.0, "2": 62.0}, "loss": {"1": 4.0, "2": 4.2}},
+        "parquet": {"glue": {"1": 61.0, "2": 63.2}, "loss": {"1": 4.1, "2": 4.3}},
+        "self": {"glue": {"1": 60.0, "2": 63.0}, "loss": {"1": 4.1, "2": 4.2}},
+    }
+    for name, row in rows.items():
+        row["training_flops"] = dict.fromkeys("12", 2.0)
+        row["flops"] = dict.fromkeys("12", 12.0 if name == "parquet" else 2.0)
+    study = {"rows": rows, "reference": {"training_flops": 10.0}, "trunk_flops": 8.0}
+    lines = [line.strip("| ").split(" | ") for line in bench.results.front_table(study).splitlines()[2:]]
+    found = {name: values for name, *values in lines}
+    p_values = [ttest_1samp(differences, 0).pvalue for differences in ([1.0, 1.2], [0.0, 1.0])]
+    assert found["parquet"][1] == "62.1" and found["parquet"][2].startswith("+1.1 [")
+    assert found["parquet"][3:] == [f"{2 * p_values[0]:.3f}", "+0.100 (all alike)", "3.00", "1.40", "1.10"]
+    assert found["self"][3] == f"{max(p_values[1], 2 * p_values[0]):.3f}" and found["self"][5:] == ["1.00"] * 3
+    assert found["untrained"][3] == "" and found["untrained"][5:] == ["0.00"] * 3
+
+
+def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
+    numbers = np.random.default_rng(1)
+    for _ in range(200):
+        p_values = {f"{row}": p for row, p in enumerate(numbers.beta(0.3, 2, size=numbers.integers(1, 7)))}
+        corrected = bench.results.holm(p_values)
+        for level in (0.01, 0.05, 0.2):
+            rejected = set()
+            for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+                if p_values[name] > level / (len(p_values) - rank):
+                    break
+                rejected.add(name)
+            assert rejected == {name for name, p in corrected.items() if p <= level}
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_detectable_difference_is_found_four_times_in_five(n: int) -> None:
+    numbers = np.random.default_rng(1)
+    differences = numbers.normal(bench.results.detectable(0.7, n), 0.7, size=(20_000, n))
+    assert (ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
 
 
 def test_rows_of_the_screen_are_flags_of_the_trainer() -> None:
