@@ -42,7 +42,7 @@ from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank,
 from train.inputs import Inputs, open_inputs
 from train.outline import outline
 from train.results import deciding_flags, flops_of, print_losses, print_summary, summarise
-from train.student import build_student
+from train.student import build_student, choose_attention
 from train.trainer import MaskedLMTrainer
 
 DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay schedule
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     with on_all_ranks(rank):
         set_steps(args, inputs)
         student = build_student(options.model, inputs.manifest, args.seed, options.trust_remote_code)
+        if args.use_cpu and args.bf16:
+            choose_attention(student, inputs.manifest.sequence_length)
         flops = flops_of(student, options, args, inputs)
         flags = deciding_flags(options, args, inputs)
     if rank == 0:
