@@ -15,11 +15,14 @@ class Recipe:
     shuffled: bool = False  # the control: it reads scores that were shuffled within each sequence
     scratch: bool = False  # it begins with random weights instead of a trunk
     bert: bool = False  # a BERT of the student's size
-    steps: int = 1  # times the steps of the other rows
+    steps: float = 1  # times the steps of the other rows
 
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up
 RISING = "--mask-warmup 0 --mask-ramp 1"
+DEFAULT = (
+    "--mask-warmup 0 --mask-ramp 0.4286"  # the rest of the default run: its warm-up is a trunk of 30 % of the steps
+)
 KD = "--distill-weight 0.5"
 ADAMW = "--entropy-source random --mask-ratio 0.15 --optim adamw_torch_fused --learning-rate"
 
@@ -70,11 +73,14 @@ RECIPES = {
     # the defaults: nothing else is set
     "parquet": Recipe("--entropy-source parquet", baseline="random-r30"),
     "self": Recipe("--entropy-source self", baseline="random-r30"),
-    "parquet+kd": Recipe(f"--entropy-source parquet {KD}", baseline="random-r30"),
-    "self+kd": Recipe(f"--entropy-source self {KD}", baseline="random-r30"),
-    "parquet-shuffled": Recipe("--entropy-source parquet", baseline="random-r30", shuffled=True),
     "random-r30-again": Recipe(f"{flags_of('random-r30')} --seed 1000", baseline="random-r30"),
-    "random-r30-double": Recipe(flags_of("random-r30"), baseline="random-r30", steps=2),
+    # the study (docs/STUDY.md)
+    "random-r30-long": Recipe(flags_of("random-r30"), baseline="random-r30", steps=1.57),
+    "study-parquet": Recipe(f"--entropy-source parquet {DEFAULT}", baseline="random-r30"),
+    "study-self": Recipe(f"--entropy-source self {DEFAULT}", baseline="random-r30"),
+    "study-parquet+kd": Recipe(f"--entropy-source parquet {DEFAULT} {KD}", baseline="random-r30"),
+    "study-self+kd": Recipe(f"--entropy-source self {DEFAULT} {KD}", baseline="random-r30"),
+    "study-parquet-shuffled": Recipe(f"--entropy-source parquet {DEFAULT}", baseline="random-r30", shuffled=True),
     "scratch-parquet": scratch("--entropy-source parquet", baseline="scratch-random-r30"),
     "scratch-self": scratch("--entropy-source self", baseline="scratch-random-r30"),
     **{f"scratch-{name}": scratch(flags_of(name, when="")) for name in SCRATCH.split()},
@@ -83,4 +89,5 @@ RECIPES = {
     **{f"scratch-muon-{rate}": scratch(f"{flags_of('random')} --muon-learning-rate {rate}") for rate in (0.01, 0.04)},
 }
 
-ROWS = tuple(name for name, recipe in RECIPES.items() if not recipe.scratch)  # of a screen that names none
+# of a screen that names none
+ROWS = tuple(name for name, recipe in RECIPES.items() if not (recipe.scratch or name.startswith("study-")))

@@ -26,7 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.commands import new_parser, run_logged
 from bench.recipes import RECIPES, ROWS
-from bench.results import screen_table
+from bench.results import measures_of, screen_table
 from bench.shuffle import shuffle_scores
 from entropy_masking import storage
 from entropy_masking.commands import console
@@ -35,6 +35,8 @@ from entropy_masking.errors import UsageError
 from glue.files import find_file
 from train.arguments import LEARNING_RATES
 from train.flags import MUON
+
+BRANCH_SEEDS = 2000  # plus the trunk; with the trunk's own seed, a branch would repeat the trunk's first batches
 
 
 def main() -> None:
@@ -117,8 +119,9 @@ class Screen:
         else:  # a model by path would get AdamW's defaults
             flags += ["--model", self.output / "trunks" / str(trunk), "--optim", MUON]
             flags += ["--learning-rate", LEARNING_RATES[MUON][args.student], "--warmup-steps", 0.05]
-        steps = recipe.steps * (args.scratch_steps if recipe.scratch else args.branch_steps)
-        self.train(f"branches-{trunk}/{name}", trunk, steps, *flags, "--save-strategy", "no")
+        steps = round(recipe.steps * (args.scratch_steps if recipe.scratch else args.branch_steps))
+        seed = trunk if recipe.scratch else BRANCH_SEEDS + trunk
+        self.train(f"branches-{trunk}/{name}", seed, steps, *flags)
         if args.blimp:
             model, output = (self.output / f"{kind}-{trunk}" / name for kind in ("branches", "blimp"))
             flags = ["--tasks", "blimp", "--data", args.blimp, "--limit-pairs", args.pairs]
@@ -136,17 +139,9 @@ class Screen:
     def row(self, name: str) -> dict[str, dict[str, float]]:
         """The measures of a recipe, each by trunk."""
         row: dict[str, dict[str, float]] = {}
-        for trunk in range(1, self.args.trunks + 1):
-            summary = json.loads((self.output / f"branches-{trunk}" / name / "summary.json").read_text())
-            values = {"loss": summary["eval_loss"], "training_flops": summary["training_flops"]}
-            values["flops"] = summary["training_flops"] + summary["scoring_flops"]
-            deciles = summary["eval_loss_by_entropy_decile"] or []
-            values |= {f"decile_{number}": loss for number, loss in enumerate(deciles, 1)}
-            if self.args.blimp:
-                result = self.output / f"blimp-{trunk}" / name / "blimp.json"
-                values["blimp"] = json.loads(result.read_text())["score"]
-            for measure, value in values.items():
-                row.setdefault(measure, {})[str(trunk)] = value
+        for trunk in map(str, range(1, self.args.trunks + 1)):
+            for measure, value in measures_of(self.output, name, trunk).items():
+                row.setdefault(measure, {})[trunk] = value
         return row
 
 

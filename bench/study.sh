@@ -8,9 +8,10 @@ cd "$(dirname "$0")/.."
 : "${TEXT:?}" "${HELDOUT:?}" "${DATA:?}"
 out=${OUT:-runs/study} trunks=${TRUNKS:-3} jobs=${JOBS:-2} workers=${WORKERS:---backend=local}
 reference=${REFERENCE:-small} student=${STUDENT:-mini} vocabulary=${VOCABULARY:-8192} train_rows=${TRAIN_ROWS:-10000}
-batch=${BATCH:-64} reference_steps=${REFERENCE_STEPS:-3660} trunk_steps=${TRUNK_STEPS:-2930} branch_steps=${BRANCH_STEPS:-732}
-front=${FRONT:-random-r30,parquet,parquet+kd,self,self+kd,random-r30-double,random-r30-again} # these are fine-tuned too
-rows=${ROWS:-parquet-shuffled,random-r30+kd,predict-excess,parquet-paper,self-paper}
+batch=${BATCH:-64} reference_steps=${REFERENCE_STEPS:-3660} trunk_steps=${TRUNK_STEPS:-1098} branch_steps=${BRANCH_STEPS:-2562}
+# the rows of the front table, which are fine-tuned, and the others
+front=${FRONT:-random-r30,random-r30-long,random-r30-again,random-r30+kd,study-parquet,study-parquet+kd,study-self,study-self+kd}
+rows=${ROWS:-predict-excess,parquet-paper,self-paper,study-parquet-shuffled}
 export TOKENIZERS_PARALLELISM=false MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
 python pipeline/tokenizer.py --corpus "$TEXT" --vocab-size "$vocabulary" --lowercase --strip-accents --output "$out/tokenizer"
@@ -24,14 +25,13 @@ for part in tokens heldout-tokens; do
     python pipeline/score.py --corpus "$out/$part" --teacher "$out/reference" "$workers" --output "$out/scored-$part"
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # for each of several runs at once
-screen() {
+screen() {  # the number of trunks, the rows
     python bench/screen.py --shards "$out/scored-tokens" --eval-shards "$out/scored-heldout-tokens" --student "$student" \
         --batch "$batch" --trunk-steps "$trunk_steps" --trunk-mask-ratio 0.3 --branch-steps "$branch_steps" \
-        --trunks "$trunks" --rows "$1" --jobs "$jobs" --blimp "$DATA" --output "$out/screen"
+        --trunks "$1" --rows "$2" --jobs "$jobs" --blimp "$DATA" --output "$out/screen"
 }
-screen "$front"
-runs=()
 for trunk in $(seq "$trunks"); do
+    screen "$trunk" "$front"
     python train/run.py --shards "$out/scored-tokens" --eval-shards "$out/scored-heldout-tokens" --entropy-source random \
         --model "$student" --max-steps 1 --learning-rate 0 --muon-learning-rate 0 --eval-strategy no --seed "$trunk" \
         --output-dir "$out/screen/branches-$trunk/untrained"
@@ -40,7 +40,5 @@ for trunk in $(seq "$trunks"); do
     python glue/run.py --model "${models[@]}" --data "$DATA/glue" --tasks sst2,qqp,mnli_matched,qnli --seeds 1,2,3 \
         --learning-rate 1e-3 --epochs 3 --batch-size 32 --limit-train "$train_rows" --num-workers "$jobs" \
         --output "$out/glue-$trunk"
-    for model in "${models[@]}"; do runs+=("${model##*/}=$out/glue-$trunk/${model##*/}"); done
 done
-python glue/compare.py "${runs[@]}" --baseline random-r30 --output "$out/comparison"
-screen "$front,$rows"
+screen "$trunks" "$front,$rows"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import scipy.stats
 from harness import LENGTH, ROOT, refused
 from in_process import score_here
 from made_glue import write_glue
-from scipy.stats import ttest_1samp
 
 import bench.results
 import bench.screen
@@ -157,36 +157,28 @@ def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
     pairs = {"UID": "a", "field": "b", "pairID": [1, 2], "sentence_good": words[:2], "sentence_bad": words[2:4]}
     pl.DataFrame(pairs).write_parquet(tmp_path / "data" / "blimp" / "blimp.parquet")
     files = {"TEXT": "text.jsonl", "HELDOUT": "heldout.jsonl", "DATA": "data", "OUT": "study"}
-    sizes = {"TRUNKS": 1, "BATCH": 4, "REFERENCE_STEPS": 3, "TRUNK_STEPS": 3, "BRANCH_STEPS": 3, "VOCABULARY": 300}
-    names = {
-        "REFERENCE": "tiny",
-        "STUDENT": "tiny",
-        "FRONT": "random-r30,parquet,random-r30-double",
-        "ROWS": "random-r30-again",
-    }
+    sizes = {"TRUNKS": 2, "BATCH": 4, "REFERENCE_STEPS": 3, "TRUNK_STEPS": 3, "BRANCH_STEPS": 4, "VOCABULARY": 300}
+    rows = {"FRONT": "random-r30,random-r30-again,study-parquet", "ROWS": "random-r30-long"}
+    names = rows | {"REFERENCE": "tiny", "STUDENT": "tiny"}
     settings = {name: str(tmp_path / file) for name, file in files.items()} | sizes | names | {"TRAIN_ROWS": 16}
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for _ in range(2):
         done = subprocess.run([ROOT / "bench" / "study.sh"], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    screened = json.loads((tmp_path / "study" / "screen" / "table.json").read_text())["rows"]
-    assert list(screened) == ["random", "random-r30", "parquet", "random-r30-double", "random-r30-again"]
-    assert screened["random-r30-double"]["training_flops"]["1"] == 2 * screened["random-r30"]["training_flops"]["1"]
-    table = json.loads((tmp_path / "study" / "comparison" / "table.json").read_text())
-    assert (
-        table["regimes"] == ["untrained", "random-r30", "parquet", "random-r30-double"]
-        and table["baseline"] == "random-r30"
-    )
-    assert set(table["tasks"]) == {"sst2", "qqp", "mnli_matched", "qnli"}
     study = bench.results.collect(tmp_path / "study")
-    assert study["rows"]["parquet"]["glue"]["1"] == pytest.approx(
-        statistics.fmean(row["scores"]["parquet"]["mean"] for row in table["tasks"].values())
-    )
     assert str(tmp_path) not in json.dumps(study)
-    fronts = [line.split(" | ")[0] for line in bench.results.front_table(study).splitlines()[2:]]
-    assert fronts == ["| untrained", "| random-r30", "| random-r30-double", "| parquet"]
-    assert bench.results.cost(study, "parquet", 1) > bench.results.cost(study, "parquet", 5) > 1
+    tuned = {"untrained", "random-r30", "random-r30-again", "parquet"}
+    assert set(study["rows"]) == tuned | {"random", "random-r30-long"}
+    assert "0.4286" in study["recipes"]["parquet"]
+    for name, row in study["rows"].items():
+        assert all(set(own) == {"1", "2"} for own in row.values())
+        assert (name in tuned) == all(f"{task}:3" in row for task in ("sst2", "qqp", "mnli_matched", "qnli"))
+    flops = {name: study["rows"][name]["training_flops"]["1"] for name in ("random-r30", "random-r30-long")}
+    assert flops["random-r30-long"] == flops["random-r30"] * 6 / 4  # round(1.57 * 4) steps
+    fronts = [line.split(" | ")[:2] for line in bench.results.front_table(study).splitlines()[2:]]
+    assert fronts == [["| untrained", "2"], ["| random-r30", "2"], ["| parquet", "2"]]
+    assert "random-r30-again − random-r30" in bench.results.contrast_table(study)
 
 
 @pytest.mark.parametrize(
@@ -208,54 +200,77 @@ def test_a_screen_checks_its_flags_first(
 
 def test_documents_show_the_numbers_in_docs_results() -> None:
     """The tables after markers are those that bench/results.py makes."""
-    texts = {path: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    texts = {path.name: path.read_text() for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md")}
     assert all(bench.results.remake(text) == text for text in texts.values())
-    recipes = texts[ROOT / "docs" / "RECIPES.md"]
-    assert (
-        bench.results.remake(recipes.replace("| random-r40 | random | 3 |", "| random-r40 | random | 4 |")) == recipes
-    )
+    recipes = texts["RECIPES.md"]
+    assert bench.results.remake(recipes.replace("| random-r40 | random | 3", "| random-r40 | random | 4")) == recipes
+
+
+def made_study() -> dict[str, Any]:
+    """Three trunks of four rows: `parquet` is better than `random-r30` by 3, 2 and 4 points."""
+    scores = {"untrained": [40, 41, 42], "random-r30": [60, 62, 64], "parquet": [63, 64, 68], "self": [60, 63, 64]}
+    rows = {}
+    for name, values in scores.items():
+        measures = {measure: values for measure in bench.results.FOUR_TASKS} | {"loss": [4.0, 4.2, 4.1]}
+        measures |= {"training_flops": [2.0] * 3, "flops": [12.0 if name == "parquet" else 2.0] * 3}
+        rows[name] = {measure: dict(zip("123", own, strict=True)) for measure, own in measures.items()}
+    return {"rows": rows, "reference": {"training_flops": 10.0}, "trunk_flops": 8.0}
 
 
 def test_front_table() -> None:
-    """Gains are paired by trunk, corrected for their number, and set against the costs that students share."""
-    rows = {
-        "untrained": {"glue": {"1": 40.0, "2": 41.0}, "loss": {"1": 9.0, "2": 9.0}},
-        "random-r30": {"glue": {"1": 60.0, "2": 62.0}, "loss": {"1": 4.0, "2": 4.2}},
-        "parquet": {"glue": {"1": 61.0, "2": 63.2}, "loss": {"1": 4.1, "2": 4.3}},
-        "self": {"glue": {"1": 60.0, "2": 63.0}, "loss": {"1": 4.1, "2": 4.2}},
-    }
-    for name, row in rows.items():
-        row["training_flops"] = dict.fromkeys("12", 2.0)
-        row["flops"] = dict.fromkeys("12", 12.0 if name == "parquet" else 2.0)
-    study = {"rows": rows, "reference": {"training_flops": 10.0}, "trunk_flops": 8.0}
-    lines = [line.strip("| ").split(" | ") for line in bench.results.front_table(study).splitlines()[2:]]
-    found = {name: values for name, *values in lines}
-    p_values = [ttest_1samp(differences, 0).pvalue for differences in ([1.0, 1.2], [0.0, 1.0])]
-    assert found["parquet"][1] == "62.1" and found["parquet"][2].startswith("+1.1 [")
-    assert found["parquet"][3:] == [f"{2 * p_values[0]:.3f}", "+0.100 (all alike)", "3.00", "1.40", "1.10"]
-    assert found["self"][3] == f"{max(p_values[1], 2 * p_values[0]):.3f}" and found["self"][5:] == ["1.00"] * 3
-    assert found["untrained"][3] == "" and found["untrained"][5:] == ["0.00"] * 3
+    lines = bench.results.front_table(made_study()).splitlines()[2:]
+    found = {name: values for name, *values in (line.strip("| ").split(" | ") for line in lines)}
+    assert found["untrained"][:2] == ["3", "41.0"] and found["untrained"][-2:] == ["0.00", "0.00"]
+    assert found["parquet"][1] == "65.0" and found["parquet"][2].startswith("+3.0 [")
+    assert found["parquet"][-2:] == ["3.00", "1.10"]  # 8 + 2 of training, 10 of scores and 10 of the reference
+    assert found["self"][-2:] == ["1.00", "1.00"]
+
+
+def test_layout_is_a_linear_model_of_rows_and_trunks() -> None:
+    layout = bench.results.four_tasks(made_study())
+    values = [(row, trunk, score) for row, own in enumerate(layout.values_KN) for trunk, score in enumerate(own)]
+    design = np.zeros((9, 5))  # three rows; two trunks beside the first
+    for line, (row, trunk, _) in enumerate(values):
+        design[line, row] = 1
+        if trunk:
+            design[line, 2 + trunk] = 1
+    scores = np.array([score for *_, score in values])
+    effects, (squares,), *_ = np.linalg.lstsq(design, scores)
+    names = layout.names
+    contrast = np.zeros(5)
+    contrast[names.index("parquet")], contrast[names.index("random-r30")] = 1, -1
+    error = np.sqrt(squares / 4 * contrast @ np.linalg.inv(design.T @ design) @ contrast)
+    gain = layout.difference("parquet", "random-r30")
+    assert layout.degrees == 4 and gain.mean == pytest.approx(contrast @ effects) == 3
+    assert gain.high - gain.mean == pytest.approx(scipy.stats.t.ppf(0.975, 4) * error)
+    p_value = 2 * scipy.stats.t.sf(3 / error, 4)
+    assert layout.p_value("parquet", "random-r30") == pytest.approx(p_value)
 
 
 def test_holm_rejects_what_the_step_down_procedure_rejects() -> None:
     numbers = np.random.default_rng(1)
     for _ in range(200):
         p_values = {f"{row}": p for row, p in enumerate(numbers.beta(0.3, 2, size=numbers.integers(1, 7)))}
-        corrected = bench.results.holm(p_values)
+        corrected = bench.results.holm(p_values, 7)
         for level in (0.01, 0.05, 0.2):
             rejected = set()
             for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-                if p_values[name] > level / (len(p_values) - rank):
+                if p_values[name] > level / (7 - rank):
                     break
                 rejected.add(name)
             assert rejected == {name for name, p in corrected.items() if p <= level}
 
 
-@pytest.mark.parametrize("n", [3, 5])
-def test_detectable_difference_is_found_four_times_in_five(n: int) -> None:
+def test_detectable_difference_is_found_four_times_in_five() -> None:
     numbers = np.random.default_rng(1)
-    differences = numbers.normal(bench.results.detectable(0.7, n), 0.7, size=(20_000, n))
-    assert (ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    layout = bench.results.four_tasks(made_study())
+    size, noise = layout.detectable(3, 0.05), layout.sd / np.sqrt(2)
+    found = 0
+    for _ in range(2000):
+        values = np.add(numbers.normal(0, noise, size=(3, 3)), [[0], [size], [0]])
+        rows = {name: {"loss": dict(enumerate(own))} for name, own in zip("abc", values, strict=True)}
+        found += bench.results.Layout(rows, ["loss"]).p_value("b", "a") < 0.05
+    assert found / 2000 == pytest.approx(0.8, abs=0.03)
 
 
 def test_rows_of_the_screen_are_flags_of_the_trainer() -> None:
