@@ -22,7 +22,10 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 from scipy.optimize import brentq
 from scipy.special import nctdtr, stdtr, stdtrit
 
@@ -30,6 +33,7 @@ from bench.commands import ROOT, new_parser
 from bench.recipes import RECIPES
 from entropy_masking import storage
 from entropy_masking.commands import console
+from entropy_masking.commands.figures import COLOURS, INK, STYLE
 from entropy_masking.errors import UsageError
 from glue.intervals import Estimate, estimate
 from glue.results import read_run
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("study", nargs="?", type=Path, help="OUT of bench/study.sh")
     if study := parser.parse_args().study:
         storage.write_json(str(DOCS / "results" / "study.json"), collect(study))
+        draw(read("study"), DOCS / "study.svg")
     for path in (*DOCS.glob("*.md"), ROOT / "README.md"):
         text = path.read_text(encoding="utf-8")
         if (remade := remake(text)) != text:
@@ -269,7 +274,7 @@ def front_table(study: Mapping[str, Any]) -> str:
 
 
 def corrected_text(p_value: float | None) -> str:
-    return "" if p_value is None else "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    return "" if p_value is None else "≤ 0.001" if p_value <= 0.001 else f"{p_value:.3f}"
 
 
 def cost(study: Mapping[str, Any], name: str, students: int, reference: bool = True) -> float:
@@ -323,6 +328,28 @@ def power_table(study: Mapping[str, Any]) -> str:
         for level_name, level in (("one comparison", 0.05), ("the first of Holm's", 0.05 / len(FAMILY)))
     ]
     return markdown(["four tasks, in points", "3 trunks", "5 trunks", "10 trunks"], lines, words=1) + "\n"
+
+
+@matplotlib.rc_context(STYLE | {"svg.hashsalt": "study"})
+def draw(study: Mapping[str, Any], path: Path) -> None:
+    """Draw the gain of each row against its cost: hollow for one student, filled for 20 that share the reference."""
+    layout = four_tasks(study)
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    axes.axhline(0, color=INK, linewidth=1)
+    for number, name in enumerate(name for name in FAMILY if name in layout.names):
+        gain, colour = layout.difference(name, BASELINE), COLOURS[number]
+        # moved by 3 % each, because intervals at one cost would hide each other
+        most, least = (cost(study, name, students) * 1.03**number for students in (SHARED[0], SHARED[-1]))
+        axes.plot([least, most], [gain.mean] * 2, color=colour, linewidth=1)
+        axes.plot([most], [gain.mean], "o", color=colour, markerfacecolor="white")
+        if gain.low is not None and gain.high is not None:
+            axes.vlines(least, gain.low, gain.high, color=colour)
+        axes.plot([least], [gain.mean], "o", color=colour, label=name)
+    axes.set(xscale="log", xlabel=f"cost of a student, relative to {BASELINE}", ylabel="gain in points (95 % interval)")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axes.figure.legend(loc="outside right upper")
+    axes.figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
 def flag_table(study: Mapping[str, Any]) -> str:

@@ -226,6 +226,13 @@ def test_front_table() -> None:
     assert found["self"][-2:] == ["1.00", "1.00"]
 
 
+def test_the_figure_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        bench.results.draw(made_study(), tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn == (tmp_path / "b.svg").read_text() and ">parquet</text>" in drawn
+
+
 def test_layout_is_a_linear_model_of_rows_and_trunks() -> None:
     layout = bench.results.four_tasks(made_study())
     values = [(row, trunk, score) for row, own in enumerate(layout.values_KN) for trunk, score in enumerate(own)]
