@@ -16,6 +16,13 @@ class Recipe:
     scratch: bool = False  # it begins with random weights instead of a trunk
     bert: bool = False  # a BERT of the student's size
     steps: float = 1  # times the steps of the other rows
+    again: bool = False  # the noise: other random masks on the same data
+
+    @property
+    def described(self) -> str:
+        """The flags, and what else is different."""
+        notes = [f"{self.steps} times the steps"] * (self.steps != 1) + ["shuffled scores"] * self.shuffled
+        return ", ".join([self.flags, *notes, *["other masks"] * self.again])
 
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up
@@ -61,7 +68,7 @@ SCRATCH = """
 """
 RECIPES = {
     **{name: Recipe(flags_of(name)) for name in NAMED.split()},
-    "random-again": Recipe(f"{flags_of('random')} --seed 1000"),  # the same data order, other masks: the noise
+    "random-again": Recipe(flags_of("random"), again=True),
     "random-mask-only": Recipe(f"{flags_of('random')} --corruption mask-only"),
     "random+kd-half": Recipe(f"{flags_of('random+kd')} --distill-positions 0.5"),
     "random+kd-0.8": Recipe(f"{flags_of('random')} --distill-weight 0.8"),
@@ -73,7 +80,7 @@ RECIPES = {
     # the defaults: nothing else is set
     "parquet": Recipe("--entropy-source parquet", baseline="random-r30"),
     "self": Recipe("--entropy-source self", baseline="random-r30"),
-    "random-r30-again": Recipe(f"{flags_of('random-r30')} --seed 1000", baseline="random-r30"),
+    "random-r30-again": Recipe(flags_of("random-r30"), baseline="random-r30", again=True),
     # the study (docs/STUDY.md)
     "random-r30-long": Recipe(flags_of("random-r30"), baseline="random-r30", steps=1.57),
     "study-parquet": Recipe(f"--entropy-source parquet {DEFAULT}", baseline="random-r30"),
@@ -83,6 +90,7 @@ RECIPES = {
     "study-parquet-shuffled": Recipe(f"--entropy-source parquet {DEFAULT}", baseline="random-r30", shuffled=True),
     "scratch-parquet": scratch("--entropy-source parquet", baseline="scratch-random-r30"),
     "scratch-self": scratch("--entropy-source self", baseline="scratch-random-r30"),
+    "scratch-parquet+kd": scratch(f"--entropy-source parquet {KD}", baseline="scratch-random-r30"),
     **{f"scratch-{name}": scratch(flags_of(name, when="")) for name in SCRATCH.split()},
     "scratch-bert-adamw-1e-3": scratch(f"{ADAMW} 1e-3", bert=True),
     **{f"scratch-adamw-{rate}": scratch(f"{ADAMW} {rate}") for rate in ("1e-3", "2e-3", "4e-3", "8e-3")},

@@ -44,15 +44,19 @@ MARKER = re.compile(r"(<!-- table: (\S+) -->\n)(?:\|.*(?:\n|$))*")
 BASELINE = "random-r30"
 FAMILY = ("random-r30-long", "random-r30+kd", "parquet", "parquet+kd", "self", "self+kd")  # corrected together (Holm)
 NOISE = "random-r30-again"
-CONTRASTS = (
-    ("parquet", "self"),
+CONTRASTS = (  # exploratory, by question of docs/STUDY.md
     ("parquet+kd", "random-r30+kd"),
+    ("self+kd", "random-r30+kd"),
+    ("parquet", "self"),
     ("parquet+kd", "parquet"),
+    ("self+kd", "self"),
+    ("random-r30+kd", "random-r30-long"),
     ("parquet+kd", "random-r30-long"),
 )
 SHARED = (1, 5, 20)  # students that share the reference and its scores
 TASKS = {"SST-2": "sst2", "QQP": "qqp", "MNLI": "mnli_matched", "QNLI": "qnli"}
-FOUR_TASKS = [f"{task}:{seed}" for task in TASKS.values() for seed in (1, 2, 3)]
+BY_TASK = {heading: [f"{task}:{seed}" for seed in (1, 2, 3)] for heading, task in TASKS.items()}
+FOUR_TASKS = [measure for measures in BY_TASK.values() for measure in measures]
 LOSSES = {  # heading: the measures whose mean a column shows
     "all tokens": ["loss"],
     "easiest 10 %": ["decile_1"],
@@ -60,6 +64,7 @@ LOSSES = {  # heading: the measures whose mean a column shows
     "hardest 30 %": ["decile_8", "decile_9", "decile_10"],
     "BLiMP": ["blimp"],
 }
+EFFECT = 0.05  # of the baseline's score: the gain that the paper reports
 DECILES = {str(number): [f"decile_{number}"] for number in range(1, 11)}
 MINI = {"four tasks": ["glue"], "held-out loss": ["loss"], "BLiMP": ["blimp"]}
 
@@ -89,34 +94,42 @@ def collect(study: Path) -> dict[str, Any]:
     """The numbers of a study as far as it has run. Raises UsageError if it has no trunk."""
     trunks = sorted(study.glob("screen/trunks/*/summary.json"))
     if not trunks:
-        raise UsageError(
-            f"{study} has no screen/trunks/*/summary.json; name the OUT of a bench/study.sh that has a trunk"
-        )
-    rows: dict[str, dict[str, dict[str, float]]] = {}
-    tasks: dict[str, dict[str, float]] = {}
-    recipes: dict[str, str] = {}
-    for directory in sorted(study.glob("screen/branches-*/*/")):
-        trunk, name = directory.parent.name.partition("-")[2], directory.name
-        row = name.removeprefix("study-")
-        if not (directory / "summary.json").exists():
-            continue
-        if name in RECIPES:
-            recipes[row] = RECIPES[name].flags
-        measures = measures_of(study / "screen", name, trunk)
-        if (tuned := study / f"glue-{trunk}" / name).exists():
-            for result in read_run(name, str(tuned)):
-                measures[f"{result.task}:{result.seed}"] = result.score
-                tasks[result.task] = {"constant": result.constant_score, "rows": result.eval_rows}
-        for measure, value in measures.items():
-            rows.setdefault(row, {}).setdefault(measure, {})[trunk] = value
-    reference = json.loads((study / "reference" / "summary.json").read_text())
+        raise UsageError(f"{study} has no screen/trunks/*/summary.json; name the OUT of bench/study.sh")
+    found, tasks = rows_of(study / "screen"), {}
+    for directory in sorted(study.glob("glue-*/*/")):
+        row, trunk = found[directory.name.removeprefix("study-")], directory.parent.name.removeprefix("glue-")
+        for result in read_run(directory.name, str(directory)):
+            row.setdefault(f"{result.task}:{result.seed}", {})[trunk] = result.score
+            tasks[result.task] = {"constant": result.constant_score, "rows": result.eval_rows}
+    order = ("untrained", BASELINE, NOISE, *FAMILY)
+    rows = {name: found[name] for name in (*order, *found) if name in found}
+    runs = {path.name for path in study.glob("screen/branches-*/*/")}
     return {
-        "recipes": recipes,
-        "reference": {"loss": reference["eval_loss"], "training_flops": reference["training_flops"]},
+        "recipes": {name.removeprefix("study-"): RECIPES[name].described for name in RECIPES if name in runs},
+        "reference": reference_of(study),
         "trunk_flops": statistics.fmean(json.loads(path.read_text())["training_flops"] for path in trunks),
         "tasks": tasks,
         "rows": rows,
+        "poor": {"reference": reference_of(study / "poor"), "rows": rows_of(study / "poor" / "screen")},
     }
+
+
+def reference_of(directory: Path) -> dict[str, float]:
+    """The held-out loss and the cost of a finished reference."""
+    if not (file := directory / "reference" / "summary.json").exists():
+        return {}
+    summary = json.loads(file.read_text())
+    return {"loss": summary["eval_loss"], "training_flops": summary["training_flops"]}
+
+
+def rows_of(screen: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """The finished runs of a screen."""
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for path in sorted(screen.glob("branches-*/*/summary.json")):
+        name, trunk = path.parent.name, path.parent.parent.name.removeprefix("branches-")
+        for measure, value in measures_of(screen, name, trunk).items():
+            rows.setdefault(name.removeprefix("study-"), {}).setdefault(measure, {})[trunk] = value
+    return rows
 
 
 def measures_of(screen: Path, name: str, trunk: str) -> dict[str, float]:
@@ -162,17 +175,19 @@ class Layout:
         trunks = set.intersection(*map(set, values.values())) if values else set()
         self.values_KN = np.array([[own[trunk] for trunk in sorted(trunks)] for own in values.values()])
         self.names, self.n = list(values), len(trunks)
-        self.degrees = (len(values) - 1) * (self.n - 1)
+        self.degrees = max(0, len(values) - 1) * max(0, self.n - 1)
         self.sd = None
         if self.degrees > 0:
             of_trunks_N, of_rows_K1 = self.values_KN.mean(0), self.values_KN.mean(1, keepdims=True)
             noise_KN = self.values_KN - of_trunks_N - of_rows_K1 + self.values_KN.mean()
             self.sd = math.sqrt(2 * np.square(noise_KN).sum() / self.degrees)
 
+    def mean(self, name: str) -> float:
+        return float(self.values_KN[self.names.index(name)].mean())
+
     def difference(self, name: str, other: str) -> Estimate:
         """Between two rows, with its 95 % interval."""
-        first, second = (self.values_KN[self.names.index(row)].mean() for row in (name, other))
-        gain = float(first - second)
+        gain = self.mean(name) - self.mean(other)
         if not self.sd:
             return Estimate(gain, None, None, None, self.n)
         half = float(stdtrit(self.degrees, 0.975)) * self.sd / math.sqrt(self.n)
@@ -217,7 +232,8 @@ def difference_lines(
         else:
             gains = [paired(row, rows[minus], measures) for measures in columns.values()]
             texts = [text(gain, digits, intervals) for gain in gains]
-        lines.append([name, "" if name == minus else minus, str(len(row["loss"])), *texts])
+        n = len(means(row, next(iter(columns.values()))))
+        lines.append([name, "" if name == minus else minus, str(n), *texts])
     return lines
 
 
@@ -248,9 +264,10 @@ def study_table(study: Mapping[str, Any], columns: Mapping[str, list[str]], digi
 
 
 def four_tasks(study: Mapping[str, Any]) -> Layout:
-    """The primary endpoint of the rows that are fine-tuned, without the untrained one."""
+    """The primary endpoint of the rows that are fine-tuned, without the untrained one; empty without the baseline."""
     rows: Rows = {name: study["rows"].get(name, {}) for name in (BASELINE, NOISE, *FAMILY)}
-    return Layout({name: row for name, row in rows.items() if means(row, FOUR_TASKS)}, FOUR_TASKS)
+    done = {name: row for name, row in rows.items() if means(row, FOUR_TASKS)}
+    return Layout(done if BASELINE in done else {}, FOUR_TASKS)
 
 
 def front_table(study: Mapping[str, Any]) -> str:
@@ -259,18 +276,27 @@ def front_table(study: Mapping[str, Any]) -> str:
     family = [name for name in FAMILY if name in layout.names]
     corrected = holm({name: layout.p_value(name, BASELINE) for name in family}, len(FAMILY))
     lines = []
-    for name in ("untrained", BASELINE, *family):
-        row, score = rows[name], mean(rows[name], FOUR_TASKS)
-        gain = paired(row, rows[BASELINE], FOUR_TASKS) if name == "untrained" else None
+    for name in ("untrained", *layout.names):
+        if name == NOISE or name not in rows:
+            continue
+        score = layout.mean(name) if name in layout.names else mean(rows[name], FOUR_TASKS)
+        gain = paired(rows[name], rows[BASELINE], FOUR_TASKS) if name == "untrained" else None
         gain = layout.difference(name, BASELINE) if name in family else gain
-        loss = paired(row, rows[BASELINE], ["loss"])
-        texts = [text(gain, 1), corrected_text(corrected.get(name)), text(loss, 3)]
+        loss = text(paired(rows[name], rows[BASELINE], ["loss"]), 3)
         if name == BASELINE:
-            texts = ["", "", f"{mean(row, ['loss']):.3f}"]
+            loss = f"{mean(rows[name], ['loss']):.3f}"
+        found = verdict(gain, corrected[name], EFFECT * layout.mean(BASELINE)) if gain and name in family else ""
+        texts = [text(gain, 1), corrected_text(corrected.get(name)), found, loss]
         costs = [f"{cost(study, name, students):.2f}" for students in (SHARED[0], SHARED[-1])]
-        lines.append([name, str(layout.n), "" if score is None else f"{score:.1f}", *texts, *costs])
-    headings = ["row", "n", "four tasks", f"minus {BASELINE}", "p (Holm)", "held-out loss"]
+        lines.append([name, str(gain.n if gain else layout.n), "" if score is None else f"{score:.1f}", *texts, *costs])
+    headings = ["row", "n", "four tasks", f"minus {BASELINE}", "p (Holm)", "result", "held-out loss"]
     return markdown([*headings, "cost", f"cost, {SHARED[-1]} students"], lines, words=1) + "\n"
+
+
+def verdict(gain: Estimate, p_value: float, effect: float) -> str:
+    """What the plan calls a row: whether it gains or loses, and whether a gain of ``effect`` is excluded."""
+    result = "undecided" if p_value >= 0.05 else "gains" if gain.mean > 0 else "loses"
+    return result + (", 5 % excluded" if gain.high is not None and gain.high < effect else "")
 
 
 def corrected_text(p_value: float | None) -> str:
@@ -305,24 +331,28 @@ def cost_table(study: Mapping[str, Any]) -> str:
 
 
 def contrast_table(study: Mapping[str, Any]) -> str:
-    """The noise, and the differences between some pairs of rows."""
+    """The two checks of the plan, the noise, and the differences between some pairs of rows."""
     rows, layout = study["rows"], four_tasks(study)
-    pairs = [(NOISE, BASELINE), *CONTRASTS]
-    lines = [
-        [
-            f"{name} − {other}",
-            text(layout.difference(name, other), 1),
-            text(paired(rows[name], rows[other], ["loss"]), 3),
-        ]
-        for name, other in pairs
-        if name in layout.names and other in layout.names
-    ]
+    lines = []
+    if BASELINE in rows and "untrained" in rows:
+        gaps = [paired(rows[BASELINE], rows["untrained"], measures) for measures in (FOUR_TASKS, ["loss"])]
+        lines.append([f"{BASELINE} − untrained", text(gaps[0], 1), text(gaps[1], 3)])
+    if BASELINE in rows and study["reference"]:
+        lines.append(
+            [f"reference − {BASELINE}", "", f"{study['reference']['loss'] - mean(rows[BASELINE], ['loss']):+.3f}"]
+        )
+    for name, other in ((NOISE, BASELINE), *CONTRASTS):
+        if {name, other} <= set(layout.names):
+            loss = paired(rows[name], rows[other], ["loss"])
+            lines.append([f"{name} − {other}", text(layout.difference(name, other), 1), text(loss, 3)])
     return markdown(["difference", "four tasks", "held-out loss"], lines, words=1) + "\n"
 
 
 def power_table(study: Mapping[str, Any]) -> str:
     """The smallest differences that some numbers of trunks show with a power of 80 %."""
     layout = four_tasks(study)
+    if not layout.sd:
+        return ""
     lines = [
         [f"{level_name}", *(f"{layout.detectable(n, level):.1f}" for n in (3, 5, 10))]
         for level_name, level in (("one comparison", 0.05), ("the first of Holm's", 0.05 / len(FAMILY)))
@@ -332,20 +362,27 @@ def power_table(study: Mapping[str, Any]) -> str:
 
 @matplotlib.rc_context(STYLE | {"svg.hashsalt": "study"})
 def draw(study: Mapping[str, Any], path: Path) -> None:
-    """Draw the gain of each row against its cost: hollow for one student, filled for 20 that share the reference."""
+    """Draw the gain of each row against its cost: hollow for one student, filled for 20 that share the reference.
+
+    Rows of the same cost are moved apart.
+    """
     layout = four_tasks(study)
     axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     axes.axhline(0, color=INK, linewidth=1)
+    drawn: list[float] = []
     for number, name in enumerate(name for name in FAMILY if name in layout.names):
         gain, colour = layout.difference(name, BASELINE), COLOURS[number]
-        # moved by 3 % each, because intervals at one cost would hide each other
-        most, least = (cost(study, name, students) * 1.03**number for students in (SHARED[0], SHARED[-1]))
+        most, least = (cost(study, name, students) for students in (SHARED[0], SHARED[-1]))
+        moved = 1.02 ** sum(abs(least - other) < 0.05 for other in drawn)  # so that no interval hides another
+        drawn.append(least)
+        most, least = most * moved, least * moved
         axes.plot([least, most], [gain.mean] * 2, color=colour, linewidth=1)
         axes.plot([most], [gain.mean], "o", color=colour, markerfacecolor="white")
         if gain.low is not None and gain.high is not None:
             axes.vlines(least, gain.low, gain.high, color=colour)
         axes.plot([least], [gain.mean], "o", color=colour, label=name)
-    axes.set(xscale="log", xlabel=f"cost of a student, relative to {BASELINE}", ylabel="gain in points (95 % interval)")
+    axes.set(xscale="log", xlabel=f"cost of a student, relative to {BASELINE} ")
+    axes.set_ylabel("gain in points (95 % interval)")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     axes.figure.legend(loc="outside right upper")
@@ -382,11 +419,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "study-front": lambda: front_table(read("study")),
     "study-contrasts": lambda: contrast_table(read("study")),
     "study-power": lambda: power_table(read("study")),
-    "study-tasks": lambda: study_table(
-        read("study"), {heading: [f"{task}:{seed}" for seed in (1, 2, 3)] for heading, task in TASKS.items()}, 1
-    ),
+    "study-tasks": lambda: study_table(read("study"), BY_TASK | {"all four": FOUR_TASKS}, 1),
     "study-losses": lambda: study_table(read("study"), LOSSES, 3),
     "study-deciles": lambda: study_table(read("study"), DECILES, 3, intervals=False),
+    "study-poor": lambda: screen_table(read("study")["poor"]["rows"]),
     "study-costs": lambda: cost_table(read("study")),
     "study-flags": lambda: flag_table(read("study")),
 }

@@ -98,7 +98,7 @@ class Screen:
         self.run = partial(run_logged, self.output)
 
     def train(self, name: str, seed: int, steps: int, *flags: object) -> None:
-        """Run train/run.py, which evaluates at the end only. A ``--seed`` in the flags wins over ``seed``."""
+        """Run train/run.py, which evaluates at the end only. A ``--seed`` in the flags, that of the masks, wins."""
         settings = ("--max-steps", steps, "--per-device-train-batch-size", self.args.batch, "--eval-strategy", "no")
         seeds, output = ("--data-seed", seed, "--seed", seed), ("--output-dir", self.output / name)
         self.run(name.replace("/", "-"), "train/run.py", *settings, *seeds, *flags, *output)
@@ -121,6 +121,7 @@ class Screen:
             flags += ["--learning-rate", LEARNING_RATES[MUON][args.student], "--warmup-steps", 0.05]
         steps = round(recipe.steps * (args.scratch_steps if recipe.scratch else args.branch_steps))
         seed = trunk if recipe.scratch else BRANCH_SEEDS + trunk
+        flags += ["--seed", seed + BRANCH_SEEDS] if recipe.again else []
         self.train(f"branches-{trunk}/{name}", seed, steps, *flags)
         if args.blimp:
             model, output = (self.output / f"{kind}-{trunk}" / name for kind in ("branches", "blimp"))

@@ -23,6 +23,7 @@ import train.options
 from bench.recipes import RECIPES
 from entropy_masking.commands.mask_flags import mask_policy
 from entropy_masking.errors import UsageError
+from glue.intervals import Estimate
 
 
 def test_scoring(work: Path, scored: Path) -> None:
@@ -148,7 +149,7 @@ def test_screen(work: Path, scored: Path, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
-    """The plan of docs/STUDY.md runs to its comparison, at toy sizes; a second time it does nothing."""
+    """The plan of docs/STUDY.md runs to its tables, at toy sizes."""
     lines = (work / "corpus.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "text.jsonl").write_text("".join(lines[:200]))
     (tmp_path / "heldout.jsonl").write_text("".join(lines[200:260]))
@@ -158,14 +159,14 @@ def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
     pl.DataFrame(pairs).write_parquet(tmp_path / "data" / "blimp" / "blimp.parquet")
     files = {"TEXT": "text.jsonl", "HELDOUT": "heldout.jsonl", "DATA": "data", "OUT": "study"}
     sizes = {"TRUNKS": 2, "BATCH": 4, "REFERENCE_STEPS": 3, "TRUNK_STEPS": 3, "BRANCH_STEPS": 4, "VOCABULARY": 300}
+    sizes |= {"POOR_DOCUMENTS": 50, "POOR_REFERENCE_STEPS": 2, "POOR_STEPS": 3, "TRAIN_ROWS": 16}
     rows = {"FRONT": "random-r30,random-r30-again,study-parquet", "ROWS": "random-r30-long"}
     names = rows | {"REFERENCE": "tiny", "STUDENT": "tiny"}
-    settings = {name: str(tmp_path / file) for name, file in files.items()} | sizes | names | {"TRAIN_ROWS": 16}
+    settings = {name: str(tmp_path / file) for name, file in files.items()} | sizes | names
     environment = os.environ | {name: str(value) for name, value in settings.items()}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    for _ in range(2):
-        done = subprocess.run([ROOT / "bench" / "study.sh"], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([ROOT / "bench" / "study.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     study = bench.results.collect(tmp_path / "study")
     assert str(tmp_path) not in json.dumps(study)
     tuned = {"untrained", "random-r30", "random-r30-again", "parquet"}
@@ -174,11 +175,44 @@ def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
     for name, row in study["rows"].items():
         assert all(set(own) == {"1", "2"} for own in row.values())
         assert (name in tuned) == all(f"{task}:3" in row for task in ("sst2", "qqp", "mnli_matched", "qnli"))
+    assert set(study["poor"]["rows"]) >= {"scratch-random-r30", "scratch-parquet", "scratch-self", "scratch-parquet+kd"}
     flops = {name: study["rows"][name]["training_flops"]["1"] for name in ("random-r30", "random-r30-long")}
     assert flops["random-r30-long"] == flops["random-r30"] * 6 / 4  # round(1.57 * 4) steps
+    check_tables(study, tmp_path)
     fronts = [line.split(" | ")[:2] for line in bench.results.front_table(study).splitlines()[2:]]
     assert fronts == [["| untrained", "2"], ["| random-r30", "2"], ["| parquet", "2"]]
     assert "random-r30-again − random-r30" in bench.results.contrast_table(study)
+
+
+def check_tables(study: dict[str, Any], directory: Path) -> None:
+    """All tables of a study, and its figure, can be made."""
+    study = json.loads(json.dumps(study))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.results, "read", lambda name: study)
+        made = {name: make() for name, make in bench.results.TABLES.items() if name.startswith("study-")}
+    for table in made.values():
+        assert len({line.count("|") for line in table.splitlines()}) <= 1
+    bench.results.draw(study, directory / "figure.svg")
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        {},
+        {"untrained": "123"},
+        {"random-r30": "123"},
+        {"random-r30": "123", "parquet": "123", "self": "123"},
+        dict.fromkeys(("untrained", "random-r30", "parquet", "self"), "23"),
+        {"parquet": "3"},
+    ],
+)
+def test_an_unfinished_study_has_tables(missing: dict[str, str], tmp_path: Path) -> None:
+    study = made_study()
+    for name, trunks in missing.items():
+        for measure in bench.results.FOUR_TASKS:
+            for trunk in trunks:
+                del study["rows"][name][measure][trunk]
+    check_tables(study, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +245,15 @@ def made_study() -> dict[str, Any]:
     scores = {"untrained": [40, 41, 42], "random-r30": [60, 62, 64], "parquet": [63, 64, 68], "self": [60, 63, 64]}
     rows = {}
     for name, values in scores.items():
-        measures = {measure: values for measure in bench.results.FOUR_TASKS} | {"loss": [4.0, 4.2, 4.1]}
+        measures = {measure: values for measure in bench.results.FOUR_TASKS} | {
+            "loss": [4.0, 4.2, 4.1],
+            "blimp": [51.0, 52.0, 53.0],
+        }
+        measures |= {f"decile_{number}": [1.0, 1.1, 1.2] for number in range(1, 11)}
         measures |= {"training_flops": [2.0] * 3, "flops": [12.0 if name == "parquet" else 2.0] * 3}
         rows[name] = {measure: dict(zip("123", own, strict=True)) for measure, own in measures.items()}
-    return {"rows": rows, "reference": {"training_flops": 10.0}, "trunk_flops": 8.0}
+    reference = {"loss": 3.0, "training_flops": 10.0}
+    return {"rows": rows, "reference": reference, "trunk_flops": 8.0, "recipes": {"self": ""}, "poor": {"rows": {}}}
 
 
 def test_front_table() -> None:
@@ -222,8 +261,18 @@ def test_front_table() -> None:
     found = {name: values for name, *values in (line.strip("| ").split(" | ") for line in lines)}
     assert found["untrained"][:2] == ["3", "41.0"] and found["untrained"][-2:] == ["0.00", "0.00"]
     assert found["parquet"][1] == "65.0" and found["parquet"][2].startswith("+3.0 [")
+    assert found["parquet"][4] == "undecided" and found["self"][4] == "undecided, 5 % excluded"
     assert found["parquet"][-2:] == ["3.00", "1.10"]  # 8 + 2 of training, 10 of scores and 10 of the reference
     assert found["self"][-2:] == ["1.00", "1.00"]
+
+
+@pytest.mark.parametrize(
+    "mean, high, p_value, result",
+    [(2, 3, 0.04, "gains"), (-2, -1, 0.04, "loses, 5 % excluded"), (2, 4, 0.05, "undecided"), (1, 2, 0.04, "gains")],
+)
+def test_verdict(mean: float, high: float, p_value: float, result: str) -> None:
+    estimate = Estimate(mean, 1.0, mean - 1, high, 3)
+    assert bench.results.verdict(estimate, p_value, 3 if mean == 2 else 2) == result
 
 
 def test_the_figure_has_the_same_bytes_each_time(tmp_path: Path) -> None:

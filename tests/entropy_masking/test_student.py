@@ -25,7 +25,7 @@ from entropy_masking.masking.selection import IGNORED
 from entropy_masking.models import checkpoints
 from entropy_masking.models.masked_positions import MEASURED_EVERY, student_scores, with_masked_positions
 from entropy_masking.shards.manifests import read_manifest
-from train.student import build_student, model_identity
+from train.student import SHORT, build_student, choose_attention, model_identity
 
 ROWS, TOP = 6, 5
 OTHERS = {
@@ -285,6 +285,21 @@ def test_measuring_beside_training_changes_neither_loss_nor_gradients(name: str)
     found["loss"].backward()
     for ours, theirs in zip(beside.parameters(), alone.parameters(), strict=True):
         assert theirs.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *OTHERS, "mixing"])
+def test_plain_attention_changes_rounding_only(name: str) -> None:
+    student = with_masked_positions(model_of(name), LENGTH)
+    ids_BL = torch.from_numpy(sequences(ROWS).astype("int64"))
+    kept_BL = ids_BL != PAD
+    before_BLV = student(input_ids=ids_BL, attention_mask=kept_BL.long())["logits"]
+    fused = student.config._attn_implementation
+    choose_attention(student, SHORT + 1)
+    assert student.config._attn_implementation == fused
+    choose_attention(student, LENGTH)
+    assert student.config._attn_implementation == "eager"
+    after_BLV = student(input_ids=ids_BL, attention_mask=kept_BL.long())["logits"]
+    assert torch.allclose(before_BLV[kept_BL], after_BLV[kept_BL], atol=1e-4)
 
 
 def test_the_trial_leaves_a_model_as_it_was() -> None:
