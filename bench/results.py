@@ -385,7 +385,8 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("gain in points (95 % interval)")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axes.figure.legend(loc="outside right upper")
+    if drawn:
+        axes.figure.legend(loc="outside right upper")
     axes.figure.savefig(path, facecolor="white", metadata={"Date": None})
 
 
