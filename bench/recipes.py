@@ -27,9 +27,8 @@ class Recipe:
 
 AT_ONCE = "--mask-warmup 0 --mask-ramp 0"  # the trunk is the warm-up
 RISING = "--mask-warmup 0 --mask-ramp 1"
-DEFAULT = (
-    "--mask-warmup 0 --mask-ramp 0.4286"  # the rest of the default run: its warm-up is a trunk of 30 % of the steps
-)
+# the rest of the default recipe (a ramp of 0.3 / 0.7), if the trunk has 30 % of the steps
+DEFAULT = "--mask-warmup 0 --mask-ramp 0.4286"
 KD = "--distill-weight 0.5"
 ADAMW = "--entropy-source random --mask-ratio 0.15 --optim adamw_torch_fused --learning-rate"
 

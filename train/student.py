@@ -28,7 +28,7 @@ from train.flags import SIZES
 
 PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT as Google's
 
-SHORT = 512
+SHORT = 512  # tokens of a sequence for which plain attention is chosen on a CPU
 
 
 def build_student(name: str, manifest: Manifest, seed: int, trust_remote_code: bool = False) -> MaskedPositions:
