@@ -36,8 +36,7 @@ def is_remote(uri: str) -> bool:
 def local_path(uri: str) -> str:
     """The path that ``file://…`` or ``~/…`` means; any other path or URI is returned unchanged.
 
-    Raises:
-        UsageError: a file URI names another host.
+    Raises UsageError if a file URI names another host.
     """
     if uri.startswith("file://"):
         host, slash, path = uri.removeprefix("file://").partition("/")
@@ -50,8 +49,7 @@ def local_path(uri: str) -> str:
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` and the path in it; a plain path becomes absolute.
 
-    Raises:
-        UsageError: the scheme is unknown, the URI is wrong, or a path is not UTF-8.
+    Raises UsageError if the scheme is unknown, the URI is wrong, or a path is not UTF-8.
     """
     if not is_remote(uri):
         path = str(Path(local_path(uri)).absolute())

@@ -45,10 +45,8 @@ def materialise() -> dict[str, Path]:
     """Paths of the parts ``pretrain`` and ``pairs``: Parquet with the column ``text``.
 
     All docstrings of a source file are in the same part. Of texts with the same beginning only the first is kept, so
-    the parts share no text. Rows are sorted by a hash, which mixes the packages.
-
-    Raises:
-        UsageError: the cache directory cannot be made.
+    the parts share no text. Rows are sorted by a hash, which mixes the packages. Raises UsageError if the cache
+    directory cannot be made.
     """
     installed = [name for name in PACKAGES if find_spec(name)]
     versions = {name: version(packages_distributions()[name][0]) for name in installed}

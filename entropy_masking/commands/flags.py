@@ -41,8 +41,7 @@ def flag(name: str) -> str:
 def check_rules(given: Mapping[str, object], rules: Sequence[Rule], flag_of: Callable[[str], str] = flag) -> None:
     """Refuse flags that contradict others or have no effect with them. A flag that was not given is None.
 
-    Raises:
-        UsageError: the sentence of the first rule that the flags break.
+    Raises UsageError with the sentence of the first rule that the flags break.
     """
     for holds, allowed, sentence in rules:
         for name, value in allowed.items():

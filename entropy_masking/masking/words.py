@@ -25,8 +25,7 @@ BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ", "č")  # byte-level BPE's space, newline,
 def continuing_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     """Which tokens continue a word, bool [V]. Special and added tokens do not, nor do ids without a token.
 
-    Raises:
-        ValueError: the tokens do not mark words.
+    Raises ValueError if the tokens do not mark words.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     marks, begins = _word_marks(backend) if backend else ((), False)

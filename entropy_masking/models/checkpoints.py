@@ -24,8 +24,7 @@ choose_kernels()  # before any computation in threads
 def local_checkpoint(name: str) -> Path:
     """Directory of a checkpoint: a local one, or a Hub snapshot of its configuration, tokenizer and safetensors.
 
-    Raises:
-        UsageError: neither a local directory nor a Hub repository that can be reached.
+    Raises UsageError for a name that is neither a local directory nor a Hub repository that can be reached.
     """
     if (directory := Path(storage.local_path(name))).is_dir():
         storage.check_plain(directory)
@@ -40,10 +39,9 @@ def local_checkpoint(name: str) -> Path:
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint.
+    """The weight files of a checkpoint. Raises UsageError if there are no safetensors.
 
-    Raises:
-        UsageError: there are no safetensors (a pickle can run code when it is loaded, so none is ever opened).
+    A pickle can run code when it is loaded, so none is ever opened.
     """
     if files := sorted(directory.glob("*.safetensors")):
         return files
@@ -72,8 +70,7 @@ def weights_hash(directory: Path) -> str:
 def load_config(directory: Path, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
     """The configuration of a masked LM.
 
-    Raises:
-        UsageError: it is unreadable, needs remote code that is not trusted, or has no masked-LM architecture.
+    Raises UsageError if it is unreadable, needs remote code that is not trusted, or has no masked-LM architecture.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -97,8 +94,7 @@ def has_tokenizer(directory: Path) -> bool:
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     """A fast tokenizer by local directory or Hub id. Its own code never runs.
 
-    Raises:
-        UsageError: there is none, or only a slow one or one with its own code.
+    Raises UsageError if there is none, or only a slow one or one with its own code.
     """
     directory = local_checkpoint(name)
     # without these files transformers.AutoTokenizer builds a tokenizer of special tokens from config.json alone
@@ -119,8 +115,7 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
 def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """Load a masked LM in float32, from safetensors only.
 
-    Raises:
-        UsageError: no safetensors, no masked-LM architecture, or weights of the MLM head missing.
+    Raises UsageError if it has no safetensors or no masked-LM architecture, or if weights of the MLM head are missing.
     """
     config = load_config(directory, trust_remote_code)
     safetensors_files(directory)

@@ -101,10 +101,9 @@ class MaskedLM:
         return output
 
     def check_training(self, length: int, name: str) -> None:
-        """Run a forward as in training, where some models accept fewer lengths. Changes neither model nor random state.
+        """Run a forward as in training, where some models accept fewer lengths. Raises UsageError if it fails.
 
-        Raises:
-            UsageError: it fails.
+        It changes neither the model nor the random state.
         """
         ids_BL = self._test_rows(length)
         before = [buffer.clone() for buffer in self.model.buffers()]

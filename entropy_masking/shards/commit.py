@@ -91,8 +91,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: str) -> None:
 def check_directory(directory: str, fingerprint: Fingerprint) -> None:
     """Check that a run may write to a directory.
 
-    Raises:
-        UsageError: it holds other files, or belongs to a run with another fingerprint; the message says what differs.
+    Raises UsageError if it holds other files, or belongs to a run with another fingerprint. Then the message says what
+    differs.
     """
     storage.check_folders(directory, "_records", ATTEMPTS, "tokenizer")
     previous = manifests.read_json_file(Run, run_uri(directory))

@@ -72,8 +72,7 @@ def find_manifest(uri: str) -> Manifest | None:
 def read_manifest(uri: str, kind: str = "sequences") -> Manifest:
     """Open a finished shard directory.
 
-    Raises:
-        UsageError: no such directory, an unfinished run, or a manifest that is broken, of another version or kind.
+    Raises UsageError if it does not exist or is unfinished, or if its manifest is broken, of another version or kind.
     """
     if manifest := find_manifest(uri):
         if manifest.kind != kind:
@@ -121,8 +120,7 @@ def shard_tokenizer(directory: str) -> PreTrainedTokenizerBase:
 def copy_tokenizer(directory: str, destination: Path) -> None:
     """Copy the tokenizer's files of a shard directory to a local directory, unchanged.
 
-    Raises:
-        UsageError: one is a link to a file elsewhere: it might be a secret, and the copy might be published.
+    Raises UsageError if one is a link to a file elsewhere: it might be a secret, and the copy might be published.
     """
     destination.mkdir(parents=True, exist_ok=True)
     source = storage.join(directory, "tokenizer")

@@ -76,8 +76,7 @@ def to_table(
 ) -> pa.Table:
     """Arrow table of one shard; sequence ids are ``index << 32 | row``.
 
-    Raises:
-        UsageError: more values than an Arrow list can hold.
+    Raises UsageError for more values than an Arrow list can hold.
     """
     rows, length = input_ids_NL.shape
     if rows * length * max(1, top_k) >= 1 << 31:  # offsets of an Arrow list are int32

@@ -48,8 +48,7 @@ Rows = dict[str, np.ndarray]
 def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_groups: list[int] | None = None) -> Rows:
     """Rows of a shard: sequence_id [N]; input_ids, entropy, surprisal, temperature_lse [N, L]; topk_* [N, L, k].
 
-    Raises:
-        RunError: the file cannot be read.
+    Raises RunError if the file cannot be read.
     """
     length, k = manifest.sequence_length, manifest.top_k
     with _matching(manifest, entry):
@@ -84,8 +83,7 @@ def _check_ids(manifest: Manifest, *ids: np.ndarray) -> None:
 def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: int) -> Rows:
     """One row group of a shard.
 
-    Raises:
-        RunError: it cannot be read, or does not match the manifest, since files may change during a run.
+    Raises RunError if it cannot be read or does not match the manifest, since files may change during a run.
     """
     rows = read_rows(manifest, entry, columns, [block])
     expected = np.arange(block * ROW_GROUP, min(entry.rows, (block + 1) * ROW_GROUP), dtype=np.uint64)
@@ -145,8 +143,7 @@ def to_tensors(rows: Rows) -> dict[str, Tensor]:
 def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     """The masker of a directory's sequences, by tokens or by words.
 
-    Raises:
-        UsageError: the unit is the word, and the tokenizer does not mark the tokens that continue a word.
+    Raises UsageError if the unit is the word, and the tokenizer does not mark the tokens that continue a word.
     """
     continues_V = None
     if unit == "word":
