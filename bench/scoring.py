@@ -46,7 +46,7 @@ def main() -> None:
     # of the job that wrote the shards
     rows["job_outside_model"] = row(1 - scan.totals["utilisation"], "of the workers' time", at_most=0.03)
     entry = scan.shards[0]
-    plain = read_table(scan, entry, parquet.schema(scan.vocab_size, scored=True, top_k=0).names)
+    plain = read_table(scan, entry, parquet.schema_of(scan.model_copy(update={"top_k": 0})).names)
     plain_bytes = len(parquet.to_parquet(parquet.row_groups(plain)))
     rows["scan_bytes"] = row(plain_bytes / entry.tokens, "B/token", at_most=5.1)
     rows[f"scan_top_{scan.top_k}_bytes"] = row(entry.bytes / entry.tokens, "B/token")

@@ -22,6 +22,8 @@ def shuffle_scores(source: str, target: str) -> None:
     without_top_k = {"top_k": 0, "temperatures": []}
     fingerprint = manifest.fingerprint | {"shuffled": manifest.fingerprint_hash, **without_top_k}
     run = Run(fingerprint=fingerprint, shards=manifest.planned_shards)
+    changes = {"uri": target, "fingerprint": fingerprint, "fingerprint_hash": run.fingerprint_hash, **without_top_k}
+    shuffled = manifest.model_copy(update=changes)
     commit.begin_run(target, run)
     commit.save_tokenizer(shard_tokenizer(source), storage.join(target, "tokenizer"))
     originals = commit.read_records(source)
@@ -35,9 +37,8 @@ def shuffle_scores(source: str, target: str) -> None:
             rows[name] = rows[name].copy()  # what is read of Arrow cannot be written to
             rows[name][scored_NL] = rows[name][scored_NL][order]
         scores = {name: rows[name] for name in parquet.SCORE_COLUMNS}
-        shard = parquet.to_table(entry.index, rows["input_ids"], scores, manifest.vocab_size, top_k=0)
+        shard = parquet.to_table(shuffled, entry.index, rows["input_ids"], scores)
         fields = originals[entry.index].model_dump() | {"fingerprint_hash": run.fingerprint_hash}
         data = parquet.to_parquet(parquet.row_groups(shard))
         records[entry.index] = commit.commit_shard(target, entry.index, data, fields, started)
-    changes = {"uri": target, "fingerprint": fingerprint, "fingerprint_hash": run.fingerprint_hash, **without_top_k}
-    commit.write_manifest(manifest.model_copy(update=changes), records, {})
+    commit.write_manifest(shuffled, records, {})

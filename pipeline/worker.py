@@ -128,13 +128,12 @@ class ShardScorer:
         with self.deadlines.within(job.shard_timeout):
             if rows and scores:
                 self._check_finite(scores["topk_logprobs"][rows.positions_NK != targets.NO_POSITION])
-                table = targets.targets_table(rows, scores, manifest.vocab_size, manifest.temperatures)
+                table = targets.targets_table(manifest, rows, scores)
                 groups, counts = targets.row_groups(table, rows), targets.counts(rows)
             else:
                 if scores:
                     self._check_finite(scores["entropy"][~np.isin(ids_NL, manifest.special_token_ids)])
-                columns = manifest.vocab_size, manifest.top_k, manifest.temperatures
-                table = parquet.to_table(index, ids_NL, scores, *columns)
+                table = parquet.to_table(manifest, index, ids_NL, scores)
                 groups, counts = parquet.row_groups(table), parquet.counts(ids_NL, manifest.special_ids["pad"], scores)
             fields: dict[str, object] = {
                 **counts,

@@ -137,7 +137,7 @@ def unreadable(error: Exception) -> str:
 
 def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, depth: Depth) -> list[str]:
     """Faults of the columns, the shard and the number of rows; then of the layout; then of the values."""
-    expected = expected_schema(manifest)
+    expected = parquet.schema_of(manifest)
     if not file.schema_arrow.equals(expected):
         differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
         return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
@@ -200,13 +200,6 @@ def layout_faults(manifest: Manifest, entry: ShardEntry, table: pa.Table) -> lis
     if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
         texts.append(f"does not have variants 0 … {variants - 1} in each block (first at row {wrong_N.argmax()})")
     return texts
-
-
-def expected_schema(manifest: Manifest) -> pa.Schema:
-    """The schema of every shard of a directory."""
-    if manifest.masks:
-        return targets.targets_schema(manifest.vocab_size, manifest.temperatures)
-    return parquet.schema(manifest.vocab_size, manifest.scored, manifest.top_k, manifest.temperatures)
 
 
 def rescored_faults(

@@ -1,4 +1,4 @@
-"""The Parquet format of shards of sequences: schema, tables, bytes, and reading. See docs/shards.md.
+"""The Parquet format of shards: schema, tables, bytes, and reading. See docs/shards.md.
 
 Shapes: N rows, L tokens, P positions of a row, k tokens that a teacher names.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,9 @@ import pyarrow.parquet as pq
 
 from entropy_masking import codes, storage
 from entropy_masking.errors import UsageError
+
+if TYPE_CHECKING:
+    from entropy_masking.shards.schema import Manifest
 
 SCHEMA_VERSION: Final = 3
 ROW_GROUP = 1024
@@ -40,60 +43,47 @@ def list_of(value: pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("element", value, nullable=False))
 
 
-def token_type(vocab_size: int) -> pa.DataType:
-    """uint16 if the vocabulary fits, else uint32."""
-    return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
-
-
 def temperature_column(temperature: float) -> str:
     """``temperature_lse_2``: the column of one temperature."""
     return f"temperature_lse_{temperature:g}"
 
 
-def top_k_fields(vocab_size: int, temperatures: Sequence[float]) -> dict[str, pa.DataType]:
-    """Types of the top-k columns, including those for other temperatures."""
-    lse = {temperature_column(t): list_of(pa.float16()) for t in temperatures if t != 1}
-    return {"topk_ids": list_of(token_type(vocab_size)), "topk_logprobs": list_of(pa.uint8()), **lse}
-
-
-def schema(vocab_size: int, scored: bool, top_k: int, temperatures: Sequence[float] = ()) -> pa.Schema:
-    """Arrow schema of a shard of sequences."""
-    columns = {"sequence_id": pa.uint64(), "input_ids": list_of(token_type(vocab_size))}
-    if scored:
-        columns |= dict.fromkeys(SCORE_COLUMNS, list_of(pa.float16()))
-    if scored and top_k:
-        columns |= top_k_fields(vocab_size, temperatures)
+def schema_of(manifest: Manifest) -> pa.Schema:
+    """Arrow schema of every shard of a directory, of sequences or of targets."""
+    ids, scores = list_of(pa.uint16() if manifest.vocab_size <= 1 << 16 else pa.uint32()), list_of(pa.float16())
+    columns = {"sequence_id": pa.uint64()}
+    if manifest.masks:
+        columns |= {"variant": pa.uint16(), "positions": list_of(pa.uint16())}
+    else:
+        columns |= {"input_ids": ids, **dict.fromkeys(SCORE_COLUMNS if manifest.scored else (), scores)}
+    if manifest.masks or manifest.top_k:
+        columns |= {"topk_ids": ids, "topk_logprobs": list_of(pa.uint8())}
+        columns |= {temperature_column(t): scores for t in manifest.temperatures if t != 1}
+    if manifest.masks:
+        columns["input_crc32"] = pa.uint32()
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-def to_table(
-    index: int,
-    input_ids_NL: np.ndarray,
-    scores: Scores | None,
-    vocab_size: int,
-    top_k: int,
-    temperatures: Sequence[float] = (),
-) -> pa.Table:
-    """Arrow table of one shard; sequence ids are ``index << 32 | row``.
+def to_table(manifest: Manifest, index: int, input_ids_NL: np.ndarray, scores: Scores | None) -> pa.Table:
+    """Arrow table of one shard of sequences; sequence ids are ``index << 32 | row``.
 
     Raises UsageError for more values than an Arrow list can hold.
     """
     rows, length = input_ids_NL.shape
-    if rows * length * max(1, top_k) >= 1 << 31:  # offsets of an Arrow list are int32
+    if rows * length * max(1, manifest.top_k) >= 1 << 31:  # offsets of an Arrow list are int32
         raise UsageError(f"shard {index} has {rows * length:,} tokens, too many for one file; split its text file")
     ids_N = (np.uint64(index) << np.uint64(32)) + np.arange(rows, dtype=np.uint64)
     columns: dict[str, np.ndarray] = {"sequence_id": ids_N, "input_ids": input_ids_NL, **(scores or {})}
-    arrow_schema = schema(vocab_size, scores is not None, top_k, temperatures)
-    return table_of(columns, np.ones((rows, length), bool), arrow_schema)
+    return table_of(manifest, columns, np.ones((rows, length), bool))
 
 
-def table_of(columns: dict[str, np.ndarray], kept_NP: np.ndarray, arrow_schema: pa.Schema) -> pa.Table:
+def table_of(manifest: Manifest, columns: dict[str, np.ndarray], kept_NP: np.ndarray) -> pa.Table:
     """Arrow table of N rows. A list column [N, P] or [N, P, k] holds the values of the kept positions, in order.
 
     ``topk_logprobs`` are stored in 8 bits (``codes``).
     """
-    arrays = []
-    for field in arrow_schema:
+    arrays, schema = [], schema_of(manifest)
+    for field in schema:
         values, kind = columns[field.name], field.type
         if pa.types.is_list(kind):
             values = codes.encode(values[kept_NP]) if field.name == "topk_logprobs" else values[kept_NP]
@@ -103,7 +93,7 @@ def table_of(columns: dict[str, np.ndarray], kept_NP: np.ndarray, arrow_schema: 
             arrays.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind))
         else:
             arrays.append(pa.array(values, type=kind))
-    return pa.Table.from_arrays(arrays, schema=arrow_schema)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def to_parquet(groups: Sequence[pa.Table]) -> bytes:

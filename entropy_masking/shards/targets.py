@@ -19,6 +19,7 @@ import pyarrow as pa
 from entropy_masking import codes
 from entropy_masking.shards import parquet
 from entropy_masking.shards.parquet import ROW_GROUP, Scores
+from entropy_masking.shards.schema import Manifest
 
 NO_POSITION = -1  # fills the positions of a row that masks fewer than K
 
@@ -46,18 +47,11 @@ def input_crc32(inputs_NL: np.ndarray) -> np.ndarray:
     return np.fromiter((zlib.crc32(row.data) for row in rows), np.uint32, count=len(rows))
 
 
-def targets_schema(vocab_size: int, temperatures: list[float]) -> pa.Schema:
-    """Arrow schema of a target shard; top-k columns hold position after position of ``positions``."""
-    columns = {"sequence_id": pa.uint64(), "variant": pa.uint16(), "positions": parquet.list_of(pa.uint16())}
-    columns |= parquet.top_k_fields(vocab_size, temperatures) | {"input_crc32": pa.uint32()}
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
-
-
-def targets_table(rows: MaskedRows, scores: Scores, vocab_size: int, temperatures: list[float]) -> pa.Table:
+def targets_table(manifest: Manifest, rows: MaskedRows, scores: Scores) -> pa.Table:
     """Arrow table of a target shard; ``scores`` are those of the masked positions [N, K]."""
     columns = {"sequence_id": rows.sequence_id_N, "variant": rows.variant_N, "input_crc32": rows.crc32_N}
     columns |= {"positions": rows.positions_NK, **scores}
-    return parquet.table_of(columns, rows.positions_NK != NO_POSITION, targets_schema(vocab_size, temperatures))
+    return parquet.table_of(manifest, columns, rows.positions_NK != NO_POSITION)
 
 
 def rows_of(table: pa.Table, max_positions: int) -> MaskedRows:

@@ -35,7 +35,7 @@ def test_shards_hold_the_contract(work: Path, scored: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(scored / "tokenizer")
     for entry in manifest.shards:
         table = pq.read_table(scored / entry.file)
-        assert table.schema == parquet.schema(len(tokenizer), scored=True, top_k=TOP_K)
+        assert table.schema == parquet.schema_of(manifest)
         ids_NL = parquet.column_2d(table, "input_ids", LENGTH)
         entropy_NL = parquet.column_2d(table, "entropy", LENGTH).astype(np.float64)
         log_p_NLK = codes.decode(parquet.column_2d(table, "topk_logprobs", LENGTH * TOP_K).reshape(-1, LENGTH, TOP_K))

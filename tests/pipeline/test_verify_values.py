@@ -15,7 +15,7 @@ from in_process import score_here
 from tables import recommitted, replace_list
 
 from entropy_masking.shards import manifests, parquet
-from entropy_masking.shards.faults import Depth, expected_schema, table_faults
+from entropy_masking.shards.faults import Depth, table_faults
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, row_groups, rows_of
 from entropy_masking.shards.values import list_lengths
@@ -72,7 +72,7 @@ def test_wrong_values_are_named(
     tempered: Path, name: str, width: int, place: tuple[int, int], value: float, fault: str
 ) -> None:
     manifest = manifests.read_manifest(str(tempered))
-    table = manifests.read_table(manifest, manifest.shards[0], expected_schema(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], parquet.schema_of(manifest).names)
     entry, data = recommitted(manifest.shards[0], table)
     assert not file_faults(manifest, entry, data, deep=True)
     entry, data = recommitted(entry, changed(table, name, width, place, value))
@@ -84,7 +84,7 @@ def test_wrong_values_are_named(
 
 def test_wrong_tables_are_named(tempered: Path) -> None:
     manifest = manifests.read_manifest(str(tempered))
-    table = manifests.read_table(manifest, manifest.shards[0], expected_schema(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], parquet.schema_of(manifest).names)
     topk_ids = parquet.column_2d(table, "topk_ids", L * K).copy()
     topk_ids[0, FIRST[1] + 1] = topk_ids[FIRST]
     entropy = parquet.column_2d(table, "entropy", L)
@@ -145,7 +145,7 @@ def test_targets_are_verified_too(work: Path, targets: Path, tmp_path: Path) -> 
 
 def test_wrong_targets_are_named(targets: Path) -> None:
     manifest = manifests.read_manifest(str(targets), "targets")
-    table = manifests.read_table(manifest, manifest.shards[0], expected_schema(manifest).names)
+    table = manifests.read_table(manifest, manifest.shards[0], parquet.schema_of(manifest).names)
     rows = rows_of(table, MASKED)
 
     def faults(bad: pa.Table, manifest: Manifest = manifest, rows: MaskedRows = rows) -> list[str]:

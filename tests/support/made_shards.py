@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from entropy_masking.shards import commit, manifests, parquet
-from entropy_masking.shards.schema import Run
+from entropy_masking.shards.schema import Manifest, Run
 
 ROWS, LENGTH, VOCAB, TOP_K, SHARDS = 1100, 8, 24, 2, 2
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -23,7 +23,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), mask_token="[MASK]", **SPECIAL)
 
 
-def shard(index: int, **changes: np.ndarray) -> tuple[bytes, dict[str, float]]:
+def shard(manifest: Manifest, index: int, **changes: np.ndarray) -> tuple[bytes, dict[str, float]]:
     """The bytes of a shard, and the counts of its record. ``changes`` replace ids [N, L] or scores."""
     rng = np.random.default_rng(index)
     ids_NL = rng.integers(5, VOCAB, (ROWS, LENGTH))
@@ -35,7 +35,7 @@ def shard(index: int, **changes: np.ndarray) -> tuple[bytes, dict[str, float]]:
     columns = {"input_ids": ids_NL, "entropy": entropy_NL, "surprisal": entropy_NL}
     columns |= {"topk_ids": topk_ids, "topk_logprobs": logprobs, **changes}
     ids_NL = columns.pop("input_ids")
-    table = parquet.to_table(index, ids_NL, columns, VOCAB, TOP_K, [1.0])
+    table = parquet.to_table(manifest, index, ids_NL, columns)
     return parquet.to_parquet(parquet.row_groups(table)), parquet.counts(ids_NL, 0, columns)
 
 
@@ -50,12 +50,12 @@ def write_shards(directory: Path, **changes: np.ndarray) -> Path:
     run = Run(fingerprint=fingerprint, shards=SHARDS)
     commit.begin_run(str(directory), run)
     commit.save_tokenizer(own, str(directory / "tokenizer"))
-    records = {}
+    empty, records = manifests.new_manifest(str(directory), run, own, teacher="teacher"), {}
     for index in range(SHARDS):
-        data, counts = shard(index, **changes if index else {})
+        data, counts = shard(empty, index, **changes if index else {})
         costs = {"attempt": 1, "forward_seconds": 0.5, "flops": 10, "device": "cpu", "worker": "host:1"}
         rejected = {"count": 0, "reasons": {}, "listed": []}
         fields = counts | costs | {"fingerprint_hash": run.fingerprint_hash, "documents": 9, "rejected": rejected}
         records[index] = commit.commit_shard(str(directory), index, data, fields, time.monotonic())
-    commit.write_manifest(manifests.new_manifest(str(directory), run, own, teacher="teacher"), records, {})
+    commit.write_manifest(empty, records, {})
     return directory

@@ -41,7 +41,7 @@ def later(sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         entropy_NL[:, ::3] = np.nan
         entropy_NL = (entropy_NL + (ids_NL % 7) / 2 - 1.5).clip(0, np.log(manifest.vocab_size))
         scores = {"entropy": entropy_NL, "surprisal": np.full_like(entropy_NL, np.nan)}
-        parts = parquet.row_groups(parquet.to_table(entry.index, ids_NL, scores, manifest.vocab_size, top_k=0))
+        parts = parquet.row_groups(parquet.to_table(copy, entry.index, ids_NL, scores))
         record = originals[entry.index].model_dump() | {"fingerprint_hash": hashed}
         records[entry.index] = commit.commit_shard(target, entry.index, parquet.to_parquet(parts), record, 0.0)
     commit.write_manifest(copy, records, {})
