@@ -46,7 +46,8 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.losses import masked_lm_loss
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from entropy_masking.shards.parquet import SCORE_COLUMNS, TOP_K_COLUMNS
+from entropy_masking.shards.read import masker_of, read_rows, to_tensors
 from train.trainer import MaskedLMTrainer
 
 SECONDS = 520.0  # of all parts
@@ -199,7 +200,7 @@ def maths(size: Size, work: Path) -> dict[str, Row]:
     manifest = read_manifest(str(work / "scored"))
     masker = masker_of(manifest)
     masker.continues_V = torch.arange(manifest.vocab_size) % 4 == 3
-    batch = to_tensors(read_rows(manifest, manifest.shards[0], Columns(entropy=True, surprisal=True, top_k=True), [0]))
+    batch = to_tensors(read_rows(manifest, manifest.shards[0], [*SCORE_COLUMNS, *TOP_K_COLUMNS], [0]))
     progress_B = torch.arange(len(batch["sequence_id"])) / len(batch["sequence_id"])
     batch |= {"progress": progress_B, "epoch": (3 * progress_B).long(), "padded": torch.tensor(True)}
     moved = {name: tensor.to(device) for name, tensor in batch.items()}

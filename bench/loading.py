@@ -18,7 +18,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,11 +41,12 @@ from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, read_manifest
-from entropy_masking.shards.read import Columns, masker_of
+from entropy_masking.shards.parquet import TOP_K_COLUMNS
+from entropy_masking.shards.read import masker_of
 from train.data import LANES, TURNS, TrainingSequences, whole_batch
 from train.split import all_rows
 
-COLUMNS = {"tokens": Columns(), "entropy": Columns(entropy=True), "top_k": Columns(entropy=True, top_k=True)}
+COLUMNS = {"tokens": [], "entropy": ["entropy"], "top_k": ["entropy", *TOP_K_COLUMNS]}
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
 RESUMED_AT = 0.9  # of the tokens of a resumed run
 Prepare = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -141,7 +142,7 @@ def read(sequences: TrainingSequences, first: int, step: int) -> int:
 
 
 def repeated(
-    manifest: Manifest, times: int, columns: Columns, args: argparse.Namespace, prepare: Prepare
+    manifest: Manifest, times: int, columns: Sequence[str], args: argparse.Namespace, prepare: Prepare
 ) -> TrainingSequences:
     """One epoch of the shards, repeated ``times`` times."""
     parts = all_rows(manifest) * times
@@ -165,13 +166,13 @@ def first_batch(args: argparse.Namespace) -> float:
     return time.perf_counter() - started
 
 
-def all_columns(manifest: Manifest) -> Columns:
-    return Columns(entropy=manifest.scored, top_k=manifest.top_k > 0)
+def all_columns(manifest: Manifest) -> list[str]:
+    return ["entropy"] * manifest.scored + [*TOP_K_COLUMNS] * (manifest.top_k > 0)
 
 
-def masking(manifest: Manifest, columns: Columns) -> Prepare:
+def masking(manifest: Manifest, columns: Sequence[str]) -> Prepare:
     """Masks raw batches as a run does: by entropy if it is read, else at random."""
-    masker, policy = masker_of(manifest), MaskPolicy() if columns.entropy else MaskPolicy.random()
+    masker, policy = masker_of(manifest), MaskPolicy() if "entropy" in columns else MaskPolicy.random()
     return lambda batch: masker(batch, policy)
 
 

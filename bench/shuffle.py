@@ -12,7 +12,7 @@ import numpy as np
 from entropy_masking import storage
 from entropy_masking.shards import commit, parquet
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.read import read_rows
 from entropy_masking.shards.schema import Run
 
 
@@ -30,7 +30,7 @@ def shuffle_scores(source: str, target: str) -> None:
     records = commit.done_records(target, run)
     for entry in [entry for entry in manifest.shards if entry.index not in records]:
         started, rng = time.monotonic(), np.random.default_rng(entry.index)
-        rows = read_rows(manifest, entry, Columns(entropy=True, surprisal=True))
+        rows = read_rows(manifest, entry, parquet.SCORE_COLUMNS)
         scored_NL = ~np.isnan(rows["entropy"])
         order = np.lexsort((rng.random(scored_NL.shape)[scored_NL], scored_NL.nonzero()[0]))  # by row, then at random
         for name in parquet.SCORE_COLUMNS:

@@ -37,7 +37,7 @@ from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.models.flops import forward_flops, training_flops
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.read import read_rows
 from train.arguments import training_arguments
 from train.options import parse as parse_run
 from train.student import build_student
@@ -155,9 +155,7 @@ def train_stock(line: list[str]) -> None:
     manifest = read_manifest(options.shards)
     student = build_student(options.model, manifest, arguments.seed)
     rows = [
-        {"input_ids": ids}
-        for entry in manifest.shards
-        for ids in read_rows(manifest, entry, Columns())["input_ids"].tolist()
+        {"input_ids": ids} for entry in manifest.shards for ids in read_rows(manifest, entry, [])["input_ids"].tolist()
     ]
     collator = DataCollatorForLanguageModeling(shard_tokenizer(manifest.uri), mlm_probability=MaskPolicy.ratio)
     Trainer(student, arguments, train_dataset=rows, data_collator=collator).train()

@@ -24,7 +24,8 @@ from entropy_masking.commands import console
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.shards import commit, manifests
 from entropy_masking.shards.faults import check_shards
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.parquet import TOP_K_COLUMNS
+from entropy_masking.shards.read import read_rows
 from entropy_masking.text import inline, printable
 from glue.tables import when
 
@@ -173,7 +174,7 @@ def test_token_ids_outside_the_vocabulary_reach_no_model(tmp_path: Path, name: s
     # a later row group is checked when it is read
     later = manifests.read_manifest(str(write_shards(tmp_path / "later", **{name: beyond(ROWS - 1, shape)})))
     check_shards(later)
-    columns = Columns(top_k=True)
+    columns = TOP_K_COLUMNS
     text = sentence(lambda: read_rows(later, later.shards[1], columns, [1]))
     assert "part-00001.parquet does not match its manifest (it has the token id 24" in text
 

@@ -9,7 +9,7 @@ Shapes: B rows of a batch, L tokens, P predicted positions of a row, T tokens th
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
@@ -25,7 +25,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.parquet import ROW_GROUP
-from entropy_masking.shards.read import Columns, Rows, read_block, read_targets, to_tensors
+from entropy_masking.shards.read import Rows, read_block, read_targets, to_tensors
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.shards.targets import input_crc32
 from train.progress import score_sums
@@ -51,7 +51,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
 
     Args:
         parts: the rows to train on.
-        columns: the columns to read.
+        columns: the columns to read besides ``sequence_id`` and ``input_ids``.
         size: sequences of the whole run.
         batch: sequences of a global batch; the order depends on it, but not on how ranks and workers share it.
         seed: of the order.
@@ -60,21 +60,23 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
             ``entropy``, ``surprisal`` and ``temperature_lse`` [B, L] and ``topk_*`` [B, L, k].
         targets: a target directory; its rows are added to the raw batch (see ``read_targets``). Then ``epoch``, which
             decides the mask, is the variant e mod R.
+        temperature: T of the targets' top k.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         parts: list[Part],
-        columns: Columns,
+        columns: Sequence[str],
         *,
         size: int,
         batch: int,
         seed: int,
         prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         targets: Manifest | None = None,
+        temperature: float = 1.0,
     ) -> None:
-        self.manifest, self.columns, self.targets = manifest, columns, targets
+        self.manifest, self.columns, self.targets, self.temperature = manifest, columns, targets, temperature
         self.size, self.batch, self.seed, self.prepare = size, batch, seed, prepare
         self.target_shards = {entry.index: entry for entry in targets.shards} if targets else {}
         self.groups = [(part.entry, group, rows) for part in parts for group, rows in part.groups()]
@@ -154,8 +156,8 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         entry, block, own = self.groups[group]
         rows = read_block(self.manifest, entry, self.columns, block)
         if self.targets:
-            variant, T = self._mask_epoch(epoch), self.columns.temperature
-            rows |= read_targets(self.targets, self.target_shards[entry.index], rows, block, variant, T)
+            variant, target_entry = self._mask_epoch(epoch), self.target_shards[entry.index]
+            rows |= read_targets(self.targets, target_entry, rows, block, variant, self.temperature)
         shuffled = own.start + hash_order(self.seed, ORDER_STREAM, epoch, group, size=self.sizes[group]).numpy()
         # new arrays for each row group would fragment the heap
         memory = memory or {name: np.empty((ROW_GROUP, *array.shape[1:]), array.dtype) for name, array in rows.items()}

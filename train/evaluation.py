@@ -18,7 +18,7 @@ from entropy_masking.masking.masker import IGNORED_LABEL, Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.manifests import sampled
-from entropy_masking.shards.read import Columns, read_block, read_rows, to_tensors
+from entropy_masking.shards.read import read_block, read_rows, to_tensors
 from entropy_masking.shards.schema import Manifest
 from train.split import Part
 
@@ -28,7 +28,7 @@ DECILES = 10
 LOGITS_PER_CHUNK = 1 << 24  # in float32 at once
 
 
-def batches(manifest: Manifest, parts: list[Part], columns: Columns, size: int) -> Iterator[dict[str, Tensor]]:
+def batches(manifest: Manifest, parts: list[Part], columns: Sequence[str], size: int) -> Iterator[dict[str, Tensor]]:
     """The held-out sequences in order, as raw batches."""
     for part in parts:
         for group, own in part.groups():
@@ -74,7 +74,7 @@ def token_counts(manifest: Manifest, parts: list[Part]) -> np.ndarray:
     count_V = np.zeros(manifest.vocab_size, np.int64)
     for part in sampled(parts):
         group, own = next(part.groups())
-        ids_NL = read_rows(manifest, part.entry, Columns(), [group])["input_ids"][own]
+        ids_NL = read_rows(manifest, part.entry, [], [group])["input_ids"][own]
         count_V += np.bincount(ids_NL.flatten(), minlength=len(count_V))[: len(count_V)]
     count_V[list(manifest.special_token_ids)] = 0
     return count_V

@@ -70,7 +70,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
     manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
-    reads_scores = read.entropy or read.surprisal or read.top_k
+    reads_scores = bool(read)
     scored = [manifest] * reads_scores + ([targets] if targets else [])
     guess = unigram_loss(token_counts(manifest, inputs.training), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(

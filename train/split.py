@@ -12,7 +12,7 @@ import torch
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.noise import hashes
 from entropy_masking.shards.parquet import ROW_GROUP
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.read import read_rows
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
 SEED = 0  # the split does not depend on --seed
@@ -131,7 +131,7 @@ def rows_with_borders(manifest: Manifest, entry: ShardEntry, start: int, stop: i
     part, special = Part(entry, start, stop), manifest.special_ids
     found: list[int] = []
     for group, rows in part.groups():
-        ids_NL = read_rows(manifest, entry, Columns(), [group])["input_ids"][rows]
+        ids_NL = read_rows(manifest, entry, [], [group])["input_ids"][rows]
         # every sequence ends with [SEP], followed by padding in the last sequence of a shard
         border_N = ((ids_NL[:, 1:-1] == special["sep"]) & (ids_NL[:, 2:] != special["pad"])).any(1)
         found += (group * ROW_GROUP + rows.start + np.flatnonzero(border_N)).tolist()

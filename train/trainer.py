@@ -24,7 +24,7 @@ from entropy_masking.errors import RunError
 from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.type_means import TypeMeans
 from entropy_masking.models.masked_positions import MaskedPositions, student_scores
-from entropy_masking.shards.read import Columns, columns_of, masker_of
+from entropy_masking.shards.read import columns_of, masker_of
 from train import evaluation, private, resume
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
@@ -169,7 +169,7 @@ class MaskedLMTrainer(Trainer):
         evaluated, args = self.inputs.evaluated, self.args
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        read = Columns(entropy=evaluated.scored)
+        read = ["entropy"] * evaluated.scored
         batches = evaluation.batches(evaluated, self.inputs.held_out, read, args.eval_batch_size)
         own = [
             evaluation.outcomes(model, self.masker, batch, self.compute_loss_context_manager)
@@ -227,6 +227,7 @@ def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs
         seed=args.seed if args.data_seed is None else args.data_seed,
         prepare=PrepareBatch(masker, policy, source == "self", padded if args.torch_compile else None),
         targets=inputs.targets,
+        temperature=options.distill_temperature,
     )
 
 

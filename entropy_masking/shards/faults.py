@@ -206,9 +206,9 @@ def rescored_faults(
     manifest: Manifest, entries: list[ShardEntry], score: Callable[[np.ndarray], Scores], sample: int
 ) -> Iterator[Fault]:
     """Compare stored scores of ``sample`` sequences (chosen by the fingerprint) with the teacher's scores now."""
-    from entropy_masking.shards.read import Columns, read_rows  # takes seconds; only a check with a teacher needs it
+    from entropy_masking.shards.read import read_rows  # takes seconds; only a check with a teacher needs it
 
-    columns = Columns(entropy=True, surprisal=True, top_k=manifest.top_k > 0)
+    columns = [*parquet.SCORE_COLUMNS, *(parquet.TOP_K_COLUMNS if manifest.top_k else ())]
     ends = [0, *accumulate(entry.rows for entry in entries)]
     picked = random.Random(manifest.fingerprint_hash).sample(range(ends[-1]), min(sample, ends[-1]))
     for number in sorted(picked):

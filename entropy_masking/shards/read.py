@@ -6,9 +6,8 @@ Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -20,42 +19,26 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.manifests import read_table, shard_tokenizer
-from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS, column_2d, temperature_column
+from entropy_masking.shards.parquet import ROW_GROUP, SCORE_COLUMNS, TOP_K_COLUMNS, column_2d, temperature_column
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import predictions_of, row_group, rows_of
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns to read of a shard. ``temperature`` is that of the top k."""
-
-    entropy: bool = False
-    top_k: bool = False
-    temperature: float = 1.0
-    surprisal: bool = False
-
-    def names(self) -> list[str]:
-        columns = ["sequence_id", "input_ids"] + ["entropy"] * self.entropy + ["surprisal"] * self.surprisal
-        if self.top_k:
-            columns += TOP_K_COLUMNS
-            columns += [temperature_column(self.temperature)] * (self.temperature != 1)
-        return columns
-
 
 Rows = dict[str, np.ndarray]
 
 
-def read_rows(manifest: Manifest, entry: ShardEntry, columns: Columns, row_groups: list[int] | None = None) -> Rows:
-    """Rows of a shard: sequence_id [N]; input_ids, entropy, surprisal, temperature_lse [N, L]; topk_* [N, L, k].
+def read_rows(
+    manifest: Manifest, entry: ShardEntry, columns: Sequence[str], row_groups: list[int] | None = None
+) -> Rows:
+    """Rows of a shard: sequence_id [N], input_ids [N, L], and ``columns``: scores [N, L], topk_* [N, L, k].
 
-    Raises RunError if the file cannot be read.
+    A column ``temperature_lse_T`` becomes ``temperature_lse``. Raises RunError if the file cannot be read.
     """
     length, k = manifest.sequence_length, manifest.top_k
     with _matching(manifest, entry):
-        table = read_table(manifest, entry, columns.names(), row_groups)
+        table = read_table(manifest, entry, ["sequence_id", "input_ids", *columns], row_groups)
         rows: Rows = {"sequence_id": table["sequence_id"].to_numpy()}
-        for name in columns.names()[1:]:
-            own = "temperature_lse" if name == temperature_column(columns.temperature) else name
+        for name in ("input_ids", *columns):
+            own = "temperature_lse" if name.startswith("temperature_lse_") else name
             shape = (len(table), length, k) if name in TOP_K_COLUMNS else (len(table), length)
             rows[own] = column_2d(table, name, math.prod(shape[1:])).reshape(shape)
         _check_ids(manifest, *(rows[name] for name in ("input_ids", "topk_ids") if name in rows))
@@ -80,7 +63,7 @@ def _check_ids(manifest: Manifest, *ids: np.ndarray) -> None:
         raise ValueError(f"it has the token id {greatest}, but the vocabulary has {manifest.vocab_size} tokens")
 
 
-def read_block(manifest: Manifest, entry: ShardEntry, columns: Columns, block: int) -> Rows:
+def read_block(manifest: Manifest, entry: ShardEntry, columns: Sequence[str], block: int) -> Rows:
     """One row group of a shard.
 
     Raises RunError if it cannot be read or does not match the manifest, since files may change during a run.
@@ -160,10 +143,12 @@ def masker_of(manifest: Manifest, unit: str = "token") -> Masker:
     )
 
 
-def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> Columns:
+def columns_of(policy: MaskPolicy, source: str, top_k: bool = False, temperature: float = 1.0) -> list[str]:
     """The columns that a policy with scores from ``source`` needs, and those that distillation needs."""
-    predict_by = "random" if policy.predicts_all else policy.predict_by
-    read = {"surprisal"} if "excess" in (predict_by, None if policy.uniform else policy.by) else set()
-    if source == "parquet":
-        read |= {predict_by} | (set() if policy.uniform else {policy.by})
-    return Columns(entropy="entropy" in read, surprisal="surprisal" in read, top_k=top_k, temperature=temperature)
+    used = {"random" if policy.uniform else policy.by, "random" if policy.predicts_all else policy.predict_by}
+    read = (used if source == "parquet" else set()) | ({"surprisal"} if "excess" in used else set())
+    columns = [name for name in SCORE_COLUMNS if name in read]
+    if top_k:
+        columns += TOP_K_COLUMNS
+        columns += [temperature_column(temperature)] * (temperature != 1)
+    return columns

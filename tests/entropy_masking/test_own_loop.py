@@ -20,7 +20,8 @@ from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from entropy_masking.shards.parquet import TOP_K_COLUMNS
+from entropy_masking.shards.read import masker_of, read_rows, to_tensors
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-loop.md").read_text(), re.S)
 
@@ -81,7 +82,7 @@ def test_distilling(run_block: Any, scored: Path) -> None:
     manifest = read_manifest(str(scored))
     raw: dict[str, list[torch.Tensor]] = {}
     for entry in manifest.shards:
-        for name, tensor in to_tensors(read_rows(manifest, entry, Columns(entropy=True, top_k=True))).items():
+        for name, tensor in to_tensors(read_rows(manifest, entry, ["entropy", *TOP_K_COLUMNS])).items():
             raw.setdefault(name, []).append(tensor)
     rows = {name: torch.cat(tensors) for name, tensors in raw.items()}
     expected = masker_of(manifest)(rows | {"epoch": torch.zeros_like(rows["sequence_id"])}, MaskPolicy())

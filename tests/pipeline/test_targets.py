@@ -20,7 +20,7 @@ from entropy_masking.commands import console
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards import manifests, parquet
-from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from entropy_masking.shards.read import masker_of, read_rows, to_tensors
 from entropy_masking.shards.targets import input_crc32, rows_of
 from pipeline.status import status, to_text
 
@@ -57,7 +57,7 @@ def test_targets_are_for_the_masks_of_a_run(sharp: Path, sharp_targets: Path) ->
     for entry, whole in zip(manifest.shards, sequences.shards, strict=True):
         table = pq.read_table(sharp_targets / entry.file)
         assert table.schema == parquet.schema_of(manifest)
-        rows, raw = rows_of(table, policy.max_masked(LENGTH)), read_rows(sequences, whole, Columns(entropy=True))
+        rows, raw = rows_of(table, policy.max_masked(LENGTH)), read_rows(sequences, whole, ["entropy"])
         assert entry.rows == len(table) == 4 * whole.rows
         for variant in range(4):
             epoch = torch.full((whole.rows,), variant)

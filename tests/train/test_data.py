@@ -19,7 +19,8 @@ from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards import manifests
-from entropy_masking.shards.read import Columns, masker_of, read_rows
+from entropy_masking.shards.parquet import TOP_K_COLUMNS
+from entropy_masking.shards.read import masker_of, read_rows
 from train.data import LANES, LANES_OF_BATCH, TURNS, TrainingSequences
 from train.split import all_rows
 
@@ -44,7 +45,7 @@ def sequences(
     manifest: manifests.Manifest, size: int, batch: int = 8, seed: int = 0, prepare: Any = as_it_is, times: int = 1
 ) -> TrainingSequences:
     """The data of a run on a directory that is repeated some times."""
-    parts, columns = all_rows(manifest) * times, Columns(entropy=True, top_k=True)
+    parts, columns = all_rows(manifest) * times, ["entropy", *TOP_K_COLUMNS]
     return TrainingSequences(manifest, parts, columns, size=size, batch=batch, seed=seed, prepare=prepare)
 
 
@@ -152,7 +153,7 @@ def test_a_run_in_the_order_of_earlier_versions_is_refused(scored: Path, tmp_pat
 
 def test_rows_are_those_of_the_file(manifest: manifests.Manifest) -> None:
     batch = sequences(manifest, 64).__getitems__(list(range(64)))
-    by_shard = {entry.index: read_rows(manifest, entry, Columns(True, True)) for entry in manifest.shards}
+    by_shard = {entry.index: read_rows(manifest, entry, ["entropy", *TOP_K_COLUMNS]) for entry in manifest.shards}
     for number, sequence in enumerate(batch["sequence_id"].tolist()):
         rows, row = by_shard[sequence >> 32], sequence & 0xFFFFFFFF
         for name in ("input_ids", "entropy", "topk_ids", "topk_logprobs"):
@@ -170,7 +171,7 @@ def test_a_shard_that_cannot_be_read_is_named(scored: Path, tmp_path: Path) -> N
     data[50 : len(data) // 2] = bytes(len(data) // 2 - 50)  # the footer stays as it was
     file.write_bytes(data)
     with pytest.raises(RunError, match=r"cannot read .*part-00000.parquet .*pipeline/verify.py") as caught:
-        read_rows(manifest, entry, Columns(entropy=True))
+        read_rows(manifest, entry, ["entropy"])
     assert "\n" not in str(caught.value)
 
 

@@ -25,7 +25,6 @@ from entropy_masking import codes
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.shards import manifests
-from entropy_masking.shards.read import Columns
 from entropy_masking.shards.targets import predictions_of, row_groups, rows_of
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.split import all_rows
@@ -196,7 +195,7 @@ def test_epochs_take_the_variants_in_turn(sharp: Path, sharp_teacher: Path, tmp_
     targets = manifests.read_manifest(str(directory), kind="targets")
     N = manifest.totals["sequences"]
     sequences = TrainingSequences(
-        manifest, all_rows(manifest), Columns(), size=3 * N, batch=64, seed=0, prepare=whole_batch, targets=targets
+        manifest, all_rows(manifest), [], size=3 * N, batch=64, seed=0, prepare=whole_batch, targets=targets
     )
     batch = sequences.__getitems__(list(range(3 * N)))
     assert batch["epoch"].tolist() == [0] * N + [1] * N + [0] * N

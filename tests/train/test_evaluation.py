@@ -20,7 +20,7 @@ from entropy_masking.masking.masker import IGNORED_LABEL
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, masker_of, read_rows, to_tensors
+from entropy_masking.shards.read import masker_of, read_rows, to_tensors
 from train import evaluation
 from train.arguments import training_arguments
 from train.evaluation import EVALUATION
@@ -74,7 +74,7 @@ def test_the_loss_by_decile_is_computed_by_the_shards_entropy(scored: Path, tmp_
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out").eval()
     losses = []
     for part in split(manifest, 0.2).held_out:
-        shard = read_rows(manifest, part.entry, Columns(entropy=True))
+        shard = read_rows(manifest, part.entry, ["entropy"])
         rows = {name: array[part.start : part.stop] for name, array in shard.items()}
         batch = masker_of(manifest)(to_tensors(rows) | {"epoch": torch.zeros(part.rows, dtype=torch.long)}, EVALUATION)
         for row, sequence in enumerate(rows["sequence_id"].tolist()):
@@ -101,7 +101,7 @@ def test_chunks_of_logits_give_the_same_bits(scored: Path, monkeypatch: pytest.M
     """And those of all logits at once."""
     manifest = read_manifest(str(scored))
     model = build_student("tiny", manifest, seed=0).eval()
-    raw = next(evaluation.batches(manifest, all_rows(manifest)[:1], Columns(entropy=True), 8))
+    raw = next(evaluation.batches(manifest, all_rows(manifest)[:1], ["entropy"], 8))
     masker = masker_of(manifest)
     with torch.no_grad():
         whole = evaluation.outcomes(model, masker, raw, ExitStack)

@@ -17,7 +17,7 @@ from entropy_masking import codes, storage
 from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards import commit, manifests, parquet
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.read import read_rows
 from entropy_masking.shards.schema import Run
 
 WORDS = ["--mask-unit", "word", "--mask-temperature", 1, "--mask-ratio", 0.3]
@@ -36,7 +36,7 @@ def later(sharp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     commit.save_tokenizer(shard_tokenizer(manifest.uri), f"{target}/tokenizer")
     records, originals = {}, commit.read_records(manifest.uri)
     for entry in manifest.shards:
-        rows = read_rows(manifest, entry, Columns(entropy=True))
+        rows = read_rows(manifest, entry, ["entropy"])
         ids_NL, entropy_NL = rows["input_ids"], rows["entropy"].astype(np.float32)
         entropy_NL[:, ::3] = np.nan
         entropy_NL = (entropy_NL + (ids_NL % 7) / 2 - 1.5).clip(0, np.log(manifest.vocab_size))
@@ -89,7 +89,7 @@ def test_a_token_says_what_the_teacher_predicted(browser: Browser, sharp: Path, 
     assert len(shown) == 3 and all(tokens[0] == "[CLS]" for tokens in shown) and max(masked) == round(0.15 * 30)
 
     manifest, tokenizer = read_manifest(str(sharp)), manifests.shard_tokenizer(str(sharp))
-    columns = Columns(entropy=True, surprisal=True, top_k=True)
+    columns = [*parquet.SCORE_COLUMNS, *parquet.TOP_K_COLUMNS]
     rows = [read_rows(manifest, entry, columns) for entry in manifest.shards]
     texts = [token.removeprefix("##") for token in tokenizer.convert_ids_to_tokens(range(manifest.vocab_size))]
     ids_NL = np.concatenate([read["input_ids"] for read in rows])

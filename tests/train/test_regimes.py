@@ -25,7 +25,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.shards.manifests import read_manifest
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.read import read_rows
 from train.evaluation import EVALUATION
 from train.split import split
 
@@ -117,7 +117,7 @@ def test_which_sequences_and_positions_a_run_masks(
         assert set(sequences) == rows
     entropy_of = {}
     for entry in manifest.shards:
-        rows = read_rows(manifest, entry, Columns(entropy=True))
+        rows = read_rows(manifest, entry, ["entropy"])
         columns = rows["entropy"].astype(float), ~np.isin(rows["input_ids"], manifest.special_token_ids)
         entropy_of |= dict(zip(rows["sequence_id"].tolist(), zip(*columns, strict=True), strict=True))
     for sequence, epoch, positions in trained:

@@ -13,7 +13,7 @@ from in_process import RANDOM, score_here, tokenize_here, train_here
 
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import Manifest, read_manifest
-from entropy_masking.shards.read import Columns, read_rows
+from entropy_masking.shards.read import read_rows
 from train.data import TrainingSequences, whole_batch
 from train.evaluation import batches
 from train.split import Part, Split, split
@@ -27,7 +27,7 @@ def documents_of(manifest: Manifest) -> dict[Row, set[Row]]:
     sep, pad = manifest.special_ids["sep"], manifest.special_ids["pad"]
     for entry in manifest.shards:
         number = 0
-        for row, ids in enumerate(read_rows(manifest, entry, Columns())["input_ids"].tolist()):
+        for row, ids in enumerate(read_rows(manifest, entry, [])["input_ids"].tolist()):
             own = documents.setdefault((entry.index, row), set())
             inner = ids[1 : ids.index(pad)] if pad in ids else ids[1:]
             for token in inner[:-1]:
@@ -106,11 +106,11 @@ def test_a_run_trains_on_every_row_but_the_held_out_ones(directories: dict[int, 
     manifest = read_manifest(str(directories[10_000]))
     made = split(manifest, 0.1)
     rows = sum(part.rows for part in made.training)
-    dataset = TrainingSequences(manifest, made.training, Columns(), size=2 * rows, batch=8, seed=0, prepare=whole_batch)
+    dataset = TrainingSequences(manifest, made.training, [], size=2 * rows, batch=8, seed=0, prepare=whole_batch)
     epochs = torch.tensor([dataset[index]["sequence_id"].item() for index in range(2 * rows)]).reshape(2, rows)
     for epoch in epochs.tolist():
         assert sorted((number >> 32, number & 0xFFFFFFFF) for number in epoch) == sorted(rows_of(made.training))
-    evaluated = np.concatenate([batch["sequence_id"] for batch in batches(manifest, made.held_out, Columns(), 7)])
+    evaluated = np.concatenate([batch["sequence_id"] for batch in batches(manifest, made.held_out, [], 7)])
     assert [(number >> 32, number & 0xFFFFFFFF) for number in evaluated.tolist()] == sorted(rows_of(made.held_out))
 
 
@@ -118,7 +118,7 @@ def test_padding_is_found_in_the_part_that_has_it(directories: dict[int, Path]) 
     manifest = read_manifest(str(directories[10_000]))
     pad, found = manifest.special_ids["pad"], set()
     for entry in manifest.shards:
-        ids_NL = read_rows(manifest, entry, Columns())["input_ids"]
+        ids_NL = read_rows(manifest, entry, [])["input_ids"]
         for start, stop in ((0, entry.rows), (0, entry.rows - 1), (entry.rows - 1, entry.rows)):
             padded = bool((ids_NL[start:stop] == pad).any())
             assert Part(entry, start, stop).has_padding(LENGTH) == padded

@@ -20,8 +20,8 @@ from entropy_masking.masking.noise import hash_order
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.words import continuing_tokens
-from entropy_masking.shards.parquet import ROW_GROUP
-from entropy_masking.shards.read import Columns, read_rows, to_tensors
+from entropy_masking.shards.parquet import ROW_GROUP, SCORE_COLUMNS, TOP_K_COLUMNS
+from entropy_masking.shards.read import read_rows, to_tensors
 from entropy_masking.shards.schema import Manifest
 from train.explorer import statistics
 from train.explorer.statistics import MEASURES
@@ -121,7 +121,7 @@ def frame_of(manifest: Manifest, picks: list[Pick], view: View) -> pl.DataFrame:
 def read(manifest: Manifest, pick: Pick, view: View, top_k: bool = False) -> dict[str, np.ndarray]:
     """Columns of the picked sequences [N, …], with ``masked`` and ``student_ids`` [N, L] of the first epoch."""
     index, group, rows_N = pick
-    wanted = Columns(entropy=True, surprisal=True, top_k=top_k)
+    wanted = [*SCORE_COLUMNS, *(TOP_K_COLUMNS if top_k else ())]
     columns = read_rows(manifest, manifest.entry(index), wanted, [group])
     columns = {name: array[rows_N] for name, array in columns.items()}
     batch = to_tensors({name: array for name, array in columns.items() if not name.startswith("topk")})
