@@ -53,18 +53,29 @@ def distillation(
     temperature: float = 1.0,
     temperature_lse_N: Tensor | None = None,
 ) -> Tensor:
-    """T²·KL(teacher ‖ student), both at temperature T (Hinton et al. 2015, arXiv 1503.02531), by ``tail_kl``.
+    """T²·KL(teacher ‖ student), both at temperature T (Hinton et al. 2015, arXiv 1503.02531).
+
+    The KL is over the teacher's top K and one bucket for all other tokens. With teacher probabilities p and student
+    probabilities q of the K tokens, P = Σ p and Q = Σ q::
+
+        Σ p·log(p/q) + (1 - P)·log((1 - P)/(1 - Q))
+
+    By the log-sum inequality this is a lower bound of the KL over the whole vocabulary. It equals that KL at K = V, and
+    it is zero with zero gradient where student and teacher agree. Without the bucket it could be negative.
 
     The teacher's logits z are not stored. With ``lse_T = log Σ e^{z/T} - (1/T)·log Σ e^z``, its log-probabilities at T
     are exactly ``log p / T - lse_T``.
 
     Args:
-        teacher_logprobs_NK: at temperature 1; see ``tail_kl``.
+        logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
+        teacher_ids_NK: int64, all different in a row.
+        teacher_logprobs_NK: natural logs under the softmax over the whole vocabulary, at temperature 1. If rounding
+            makes P ≥ 1, p is renormalised and the bucket is dropped. A row with NaN (not scored) gives 0.
         temperature: T > 0.
         temperature_lse_N: lse_T in nats; needed unless T = 1.
 
     Returns:
-        loss_N ≥ 0. The factor T² keeps the gradient as large as at T = 1.
+        loss_N ≥ 0, in nats. The factor T² keeps the gradient as large as at T = 1.
 
     Raises:
         ValueError: T is not 1, and ``temperature_lse_N`` is missing.
@@ -73,33 +84,12 @@ def distillation(
         teacher_logprobs_NK = teacher_logprobs_NK / temperature - temperature_lse_N[:, None]
     elif temperature != 1:
         raise ValueError(f"the teacher's log-probabilities at temperature {temperature:g} need temperature_lse_N")
-    return temperature**2 * tail_kl(at_least_float32(logits_NV) / temperature, teacher_ids_NK, teacher_logprobs_NK)
-
-
-def tail_kl(logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logprobs_NK: Tensor) -> Tensor:
-    """KL(teacher ‖ student) over the teacher's top K and one bucket for all other tokens.
-
-    With teacher probabilities p and student probabilities q of the K tokens, P = Σ p and Q = Σ q::
-
-        Σ p·log(p/q) + (1 - P)·log((1 - P)/(1 - Q))
-
-    By the log-sum inequality this is a lower bound of the KL over the whole vocabulary. It equals that KL at K = V, and
-    it is zero with zero gradient where student and teacher agree. Without the bucket it could be negative.
-
-    Args:
-        logits_NV: the student's, any floating dtype; computed in float32 (float64 stays).
-        teacher_ids_NK: int64, all different in a row.
-        teacher_logprobs_NK: natural logs under the softmax over the whole vocabulary. If rounding makes P ≥ 1, p is
-            renormalised and the bucket is dropped. A row with NaN (not scored by the teacher) gives 0.
-
-    Returns:
-        kl_N ≥ 0, in nats.
-    """
-    return _OneSoftmax.apply(logits_NV, teacher_ids_NK[:, 0], teacher_ids_NK, teacher_logprobs_NK, 1.0)
+    logits_NV = at_least_float32(logits_NV) / temperature
+    return temperature**2 * _OneSoftmax.apply(logits_NV, teacher_ids_NK[:, 0], teacher_ids_NK, teacher_logprobs_NK, 1.0)
 
 
 class _OneSoftmax(torch.autograd.Function):
-    """``(1 - α)·CE + α·tail_kl``, row by row, with one softmax over [N, V] and its gradient in closed form.
+    """``(1 - α)·CE + α·KL`` at T = 1, row by row, with one softmax over [N, V] and its gradient in closed form.
 
     Let y be the label, and e the softmax over only the tokens outside of the teacher's head. The gradient is::
 
@@ -121,34 +111,34 @@ class _OneSoftmax(torch.autograd.Function):
         weight: float | Tensor,
     ) -> Tensor:
         α = weight[:, None] if isinstance(weight, Tensor) else weight
-        outside_NV = logits_NV.to(at_least_float32(logits_NV[:0]).dtype, copy=True)
-        lowest = torch.finfo(outside_NV.dtype).min  # finite, so that nothing is NaN where all tokens are in the head
+        z_NV = logits_NV.to(at_least_float32(logits_NV[:0]).dtype, copy=True)
+        lowest = torch.finfo(z_NV.dtype).min  # finite, so that nothing is NaN where all tokens are in the head
+        labels_N1, kept_N1 = labels_N.clamp_min(0)[:, None], labels_N[:, None] != IGNORED_LABEL
         scored_N1 = ~teacher_logprobs_NK.isnan().any(1, keepdim=True)
-        labels_N1 = labels_N.clamp_min(0)[:, None]
-        logits_NK, label_logit_N1 = outside_NV.gather(1, teacher_ids_NK), outside_NV.gather(1, labels_N1)
-        # a row that no teacher scored has no head: all its tokens are outside
-        outside_NV.scatter_(1, teacher_ids_NK, torch.where(scored_N1, lowest, logits_NK))
-        logits_NK = torch.where(scored_N1, logits_NK, -torch.inf)
 
-        largest_N1 = outside_NV.amax(1, keepdim=True)
-        e_NV = outside_NV.softmax(1)
-        outside_lse_N1 = largest_N1 - e_NV.amax(1, keepdim=True).log()
-        lse_N1 = torch.logaddexp(outside_lse_N1, logits_NK.logsumexp(1, keepdim=True))
-        log_rest_N1, log_q_NK = outside_lse_N1 - lse_N1, logits_NK - lse_N1
-
-        log_p_NK = teacher_logprobs_NK.to(e_NV.dtype).nan_to_num(nan=-torch.inf)
+        # the teacher: p in its head, 1 - P outside of it; p = 0 in a row that is not scored
+        log_p_NK = torch.where(scored_N1, teacher_logprobs_NK.to(z_NV.dtype), -torch.inf)
         mass_N1 = log_p_NK.exp().sum(1, keepdim=True)
-        has_tail_N1 = mass_N1 < 1 if log_p_NK.shape[1] < e_NV.shape[1] else torch.zeros_like(scored_N1)
-        p_NK = torch.where(has_tail_N1, log_p_NK, log_p_NK - mass_N1.clamp_min(1e-30).log()).exp()
-        tail_N1 = torch.where(has_tail_N1, 1 - mass_N1, 0)
-        kl_N1 = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(1, keepdim=True)
-        kl_N1 = kl_N1 + torch.where(has_tail_N1, tail_N1 * (tail_N1.log() - log_rest_N1), 0)
-        loss_N1 = (1 - α) * (lse_N1 - label_logit_N1) + α * torch.where(scored_N1, kl_N1, 0).clamp_min(0)
+        tail_N1 = (1 - mass_N1).clamp_min(0) if log_p_NK.shape[1] < z_NV.shape[1] else torch.zeros_like(mass_N1)
+        p_NK = torch.where(tail_N1 > 0, log_p_NK, log_p_NK - mass_N1.clamp_min(1e-30).log()).exp()
 
-        kept_N1 = labels_N[:, None] != IGNORED_LABEL
+        # the student: log q in the head, e and log (1 - Q) outside of it; a row that is not scored has no head
+        label_logit_N1, z_NK = z_NV.gather(1, labels_N1), z_NV.gather(1, teacher_ids_NK)
+        e_NV = z_NV.scatter_(1, teacher_ids_NK, torch.where(scored_N1, lowest, z_NK)).softmax(1)
+        outside_lse_N1 = z_NV.amax(1, keepdim=True) - e_NV.amax(1, keepdim=True).log()
+        z_NK = torch.where(scored_N1, z_NK, lowest)
+        lse_N1 = torch.logaddexp(outside_lse_N1, z_NK.logsumexp(1, keepdim=True))
+        log_q_NK, log_rest_N1 = z_NK - lse_N1, outside_lse_N1 - lse_N1
+
+        ce_N1 = lse_N1 - label_logit_N1
+        kl_N1 = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(1, keepdim=True)
+        kl_N1 = kl_N1 + torch.where(tail_N1 > 0, tail_N1 * (tail_N1.log() - log_rest_N1), 0)
+        loss_N1 = (1 - α) * ce_N1 + α * kl_N1.clamp_min(0)
+
+        # the three lines of the gradient above
+        of_head_NK = (log_q_NK.exp() - α * p_NK) * kept_N1
         of_e_N1 = torch.where(scored_N1, log_rest_N1.exp() - α * tail_N1, 1 - α) * kept_N1
-        of_head_NK = torch.where(scored_N1, log_q_NK.exp() - α * p_NK, 0) * kept_N1
-        of_label_N1 = (α - 1) * kept_N1.to(e_NV.dtype)
+        of_label_N1 = (α - 1) * kept_N1.to(z_NV.dtype)
         ctx.save_for_backward(e_NV, of_e_N1, teacher_ids_NK, of_head_NK, labels_N1, of_label_N1)
         ctx.dtype = logits_NV.dtype
         return torch.where(kept_N1, loss_N1, 0).squeeze(1)

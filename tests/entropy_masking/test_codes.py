@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from entropy_masking import codes
-from entropy_masking.losses import tail_kl
+from entropy_masking.losses import distillation
 
 V, K = 2000, 12
 
@@ -30,7 +30,7 @@ def test_rounding_is_at_most_half_a_step_and_hardly_changes_the_distribution(
     exact, rounded, N = torch.from_numpy(exact_NK).double(), torch.from_numpy(found_NK).double(), len(exact_NK)
     rest_N1 = torch.log1p(-exact.exp().sum(1, keepdim=True))
     student_NV = torch.cat([exact, rest_N1], 1)
-    kl_N = tail_kl(student_NV, torch.arange(K).expand(N, K), rounded)
+    kl_N = distillation(student_NV, torch.arange(K).expand(N, K), rounded)
     assert 0 < kl_N.mean() <= divergence
 
 

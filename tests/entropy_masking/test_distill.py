@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from entropy_masking.losses import distillation, masked_lm_loss, tail_kl
+from entropy_masking.losses import distillation, masked_lm_loss
 from entropy_masking.masking.masker import IGNORED_LABEL
 
 N, V = 64, 300
@@ -36,7 +36,7 @@ def slow_tail_kl(student_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor) -> Tensor
 @pytest.mark.parametrize("k", [1, 4, 16, 100])
 def test_it_is_the_divergence_with_one_bucket_for_the_tail(k: int) -> None:
     teacher, student = logits(0), logits(1)
-    kl_N = tail_kl(student, *top(teacher, k))
+    kl_N = distillation(student, *top(teacher, k))
     torch.testing.assert_close(kl_N, slow_tail_kl(student, *top(teacher, k)), atol=1e-9, rtol=1e-9)
     dense_N = (teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1)
     assert (kl_N <= dense_N + 1e-12).all() and (kl_N > 0).all()
@@ -45,7 +45,7 @@ def test_it_is_the_divergence_with_one_bucket_for_the_tail(k: int) -> None:
 def test_it_equals_the_dense_divergence_where_nothing_is_left_out() -> None:
     teacher, student = logits(0), logits(1)
     dense_N = (teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1)
-    torch.testing.assert_close(tail_kl(student, *top(teacher, V)), dense_N, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(distillation(student, *top(teacher, V)), dense_N, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("k", [1, 8, V - 1, V])
@@ -53,7 +53,7 @@ def test_it_equals_the_dense_divergence_where_nothing_is_left_out() -> None:
 def test_loss_and_gradient_are_zero_where_student_and_teacher_agree(k: int, dtype: torch.dtype) -> None:
     teacher = logits(0, dtype=dtype)
     student = teacher.clone().requires_grad_()
-    kl_N = tail_kl(student, *top(teacher, k))
+    kl_N = distillation(student, *top(teacher, k))
     kl_N.sum().backward()
     assert kl_N.max() <= 1e-6
     assert student.grad is not None and student.grad.abs().max() <= 1e-6
@@ -64,7 +64,7 @@ def test_gradient_is_student_minus_teacher_on_the_head(k: int) -> None:
     teacher = logits(0)
     student = logits(1).requires_grad_()
     ids_NK, log_p_NK = top(teacher, k)
-    tail_kl(student, ids_NK, log_p_NK).sum().backward()
+    distillation(student, ids_NK, log_p_NK).sum().backward()
     q_NV = student.detach().softmax(1)
     expected_NK = q_NV.gather(1, ids_NK) - log_p_NK.exp()
     torch.testing.assert_close(student.grad.gather(1, ids_NK), expected_NK, atol=1e-9, rtol=1e-7)
@@ -80,7 +80,7 @@ def test_it_is_never_negative_nor_nan_through_float16_storage(scale: float, k: i
         stored_NK = torch.from_numpy(log_p_NK.numpy().astype(np.float16).astype(np.float32))
         for student in (teacher, logits(seed + 100, scale, torch.float32)):
             student = student.clone().requires_grad_()
-            kl_N = tail_kl(student, ids_NK, stored_NK)
+            kl_N = distillation(student, ids_NK, stored_NK)
             kl_N.sum().backward()
             assert kl_N.isfinite().all() and (kl_N >= 0).all()
             assert student.grad is not None and student.grad.isfinite().all()
@@ -92,11 +92,11 @@ def test_mass_rounded_above_one_is_renormalised() -> None:
     student = torch.full((1, V), -50.0)
     student[0, 3], student[0, 5] = np.log(0.6 / 1.001), np.log(0.401 / 1.001)
     student.requires_grad_()
-    kl_N = tail_kl(student, ids_NK, too_much_NK)
+    kl_N = distillation(student, ids_NK, too_much_NK)
     kl_N.sum().backward()
     assert 0 <= float(kl_N.detach()) < 1e-6
     assert student.grad is not None and student.grad.abs().max() < 1e-6
-    certain = tail_kl(student, torch.tensor([[3]]), torch.zeros(1, 1))
+    certain = distillation(student, torch.tensor([[3]]), torch.zeros(1, 1))
     assert float(certain.detach()) == pytest.approx(-np.log(0.6 / 1.001), abs=1e-4)
 
 
@@ -104,7 +104,7 @@ def test_a_certain_teacher_and_impossible_tokens_are_finite() -> None:
     ids_NK = torch.tensor([[7, 8]])
     log_p_NK = torch.tensor([[0.0, -torch.inf]])
     student = torch.randn(1, V).requires_grad_()
-    kl_N = tail_kl(student, ids_NK, log_p_NK)
+    kl_N = distillation(student, ids_NK, log_p_NK)
     kl_N.sum().backward()
     assert float(kl_N.detach()) == pytest.approx(float(-student.detach().log_softmax(1)[0, 7]), abs=1e-5)
     assert student.grad is not None and student.grad.isfinite().all()
@@ -115,7 +115,7 @@ def test_positions_without_scores_give_nothing() -> None:
     log_p_NK = log_p_NK.clone()
     log_p_NK[::2] = torch.nan
     student = logits(1, dtype=torch.float32).requires_grad_()
-    kl_N = tail_kl(student, ids_NK, log_p_NK)
+    kl_N = distillation(student, ids_NK, log_p_NK)
     kl_N.sum().backward()
     assert (kl_N[::2] == 0).all() and (kl_N[1::2] > 0).all()
     assert student.grad is not None and (student.grad[::2] == 0).all() and student.grad.isfinite().all()
@@ -135,7 +135,7 @@ def test_at_a_temperature_it_is_the_divergence_of_both_at_that_temperature(T: fl
     ids_NK, log_p_NK = top(teacher, k)
     found_N = distillation(student, ids_NK, log_p_NK, T, lse_at(teacher, T))
     at_T_NK = (teacher / T).log_softmax(1).gather(1, ids_NK)
-    expected_N = T**2 * tail_kl(student / T, ids_NK, at_T_NK)
+    expected_N = T**2 * distillation(student / T, ids_NK, at_T_NK)
     torch.testing.assert_close(found_N, expected_N, atol=1e-9, rtol=1e-9)
     if k == V:
         dense_N = F.kl_div(
@@ -198,7 +198,7 @@ def with_holes(ids_NK: Tensor, log_p_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_tail_kl(logits_NV: Tensor, ids_NK: Tensor, log_p_NK: Tensor) -> Tensor:
-    """``tail_kl`` by autograd, with the other logits' logsumexp for log(1 - Q)."""
+    """``distillation`` by autograd, with the other logits' logsumexp for log(1 - Q)."""
     scored_N = ~log_p_NK.isnan().any(1)
     log_p_NK = log_p_NK.to(logits_NV.dtype).nan_to_num(nan=-torch.inf)
     lse_N = logits_NV.logsumexp(1)
