@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
+
 from entropy_masking import storage
 from entropy_masking.cards import dataset_card
 from entropy_masking.errors import RunError, UsageError, one_line
@@ -20,7 +22,7 @@ from entropy_masking.shards import manifests
 from entropy_masking.shards.costs import totals
 from entropy_masking.shards.fields import Fingerprint
 from entropy_masking.shards.manifests import AnyFile, manifest_uri, record_file, run_uri
-from entropy_masking.shards.parquet import footer_rows, shard_file
+from entropy_masking.shards.parquet import shard_file
 from entropy_masking.shards.schema import Attempt, Manifest, Record, Run
 from entropy_masking.text import single_line
 
@@ -44,7 +46,8 @@ def commit_shard(directory: str, index: int, data: bytes, fields: dict[str, obje
     """
     uri = storage.join(directory, shard_file(index))
     storage.write_bytes(uri, data)
-    if (rows := footer_rows(uri)) != fields["rows"]:
+    filesystem, path = storage.resolve(uri)
+    if (rows := pq.read_metadata(path, filesystem=filesystem).num_rows) != fields["rows"]:
         raise OSError(f"{uri} was written with {fields['rows']} rows but reads back with {rows}")
     named = {"index": index, "file": shard_file(index), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
     ended = datetime.now(UTC).isoformat(timespec="milliseconds")

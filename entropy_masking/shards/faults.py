@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from entropy_masking import storage
 from entropy_masking.errors import UsageError, one_line
-from entropy_masking.shards import commit, costs, manifests, parquet, targets, values
+from entropy_masking.shards import commit, costs, manifests, parquet, values
 from entropy_masking.shards.parquet import ROW_GROUP, Scores
 from entropy_masking.shards.schema import Manifest, ShardEntry
 
@@ -191,12 +191,13 @@ def group_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) ->
 
 def layout_faults(manifest: Manifest, entry: ShardEntry, table: pa.Table) -> list[str]:
     """Faults of sequence ids and variants."""
-    ids_N, variants = table["sequence_id"].to_numpy(), int(manifest.masks["variants"]) if manifest.masks else 1
-    blocks, texts = targets.blocks(entry.rows // variants, variants), []
-    wrong_N = ids_N & np.uint64(0xFFFFFFFF) != np.concatenate([rows for rows, _ in blocks])
-    if wrong_N.any():
+    variants, texts = int(manifest.masks["variants"]) if manifest.masks else 1, []
+    numbers = np.arange(entry.rows // variants)
+    blocks = [numbers[start : start + ROW_GROUP] for start in range(0, len(numbers), ROW_GROUP)]
+    rows_N = np.concatenate([block for block in blocks for _ in range(variants)])
+    if (wrong_N := table["sequence_id"].to_numpy() & np.uint64(0xFFFFFFFF) != rows_N).any():
         texts.append(f"its sequence ids are not contiguous (first at row {wrong_N.argmax()})")
-    variants_N = np.concatenate([np.full(len(rows), variant) for rows, variant in blocks])
+    variants_N = np.concatenate([np.full(len(block), variant) for block in blocks for variant in range(variants)])
     if manifest.masks and (wrong_N := table["variant"].to_numpy() != variants_N).any():
         texts.append(f"does not have variants 0 … {variants - 1} in each block (first at row {wrong_N.argmax()})")
     return texts

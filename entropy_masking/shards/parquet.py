@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from entropy_masking import codes, storage
+from entropy_masking import codes
 from entropy_masking.errors import UsageError
 
 if TYPE_CHECKING:
@@ -139,12 +139,6 @@ def counts(input_ids_NL: np.ndarray, pad_id: int, scores: Scores | None) -> dict
         "scored_tokens": len(entropy),
         "entropy_sum": float(entropy.sum(dtype=np.float64)),
     }
-
-
-def footer_rows(uri: str) -> int:
-    """Number of rows according to a Parquet file's footer."""
-    filesystem, path = storage.resolve(uri)
-    return pq.read_metadata(path, filesystem=filesystem).num_rows
 
 
 def column_2d(table: pa.Table, name: str, width: int) -> np.ndarray:

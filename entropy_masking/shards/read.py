@@ -21,7 +21,7 @@ from entropy_masking.masking.words import continuing_tokens
 from entropy_masking.shards.manifests import read_table, shard_tokenizer
 from entropy_masking.shards.parquet import ROW_GROUP, SCORE_COLUMNS, TOP_K_COLUMNS, column_2d, temperature_column
 from entropy_masking.shards.schema import Manifest, ShardEntry
-from entropy_masking.shards.targets import predictions_of, row_group, rows_of
+from entropy_masking.shards.targets import predictions_of, rows_of
 
 Rows = dict[str, np.ndarray]
 
@@ -94,7 +94,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     K, lse = targets.masks["positions"], [T] if T != 1 else []
     columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
     with _matching(targets, entry):
-        table = read_table(targets, entry, columns, [row_group(block, variant, targets.masks["variants"])])
+        table = read_table(targets, entry, columns, [block * targets.masks["variants"] + variant])
         rows, predictions = rows_of(table, K), predictions_of(table, K, targets.top_k, lse, targets.sampled)
         _check_ids(targets, predictions["topk_ids"])
     if not np.array_equal(rows.sequence_id_N, sequences["sequence_id"]) or (rows.variant_N != variant).any():

@@ -115,19 +115,8 @@ def counts(rows: MaskedRows) -> dict[str, float]:
     return {"rows": len(rows.variant_N), "tokens": 0, "scored_tokens": scored, "entropy_sum": 0.0}
 
 
-def blocks(sequences: int, variants: int) -> list[tuple[np.ndarray, int]]:
-    """(row numbers of the sequences, variant) of each row group of a target file, in order."""
-    starts = range(0, sequences, ROW_GROUP)
-    return [(np.arange(s, min(s + ROW_GROUP, sequences)), v) for s in starts for v in range(variants)]
-
-
 def row_groups(table: pa.Table, rows: MaskedRows) -> list[pa.Table]:
     """A table cut into the row groups of its file, at each change of the variant or the block."""
     row_numbers = (rows.sequence_id_N & np.uint64(0xFFFFFFFF)).astype(np.int64)
     cuts = [*np.flatnonzero(row_numbers % ROW_GROUP == 0).tolist(), len(table)]
     return [table.slice(a, b - a) for a, b in pairwise(cuts)] or [table]
-
-
-def row_group(block: int, variant: int, variants: int) -> int:
-    """The row group of a target file that holds one variant of one block."""
-    return block * variants + variant
