@@ -37,16 +37,6 @@ def first_fault(error: ValidationError) -> str:
     return single_line(" ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")]))[:300]
 
 
-def _checked_by(model: type[BaseModel]) -> AfterValidator:
-    """Refuses a dictionary that ``model`` refuses, and changes nothing in it, for the sake of its hash."""
-
-    def check(values: dict[str, Any]) -> dict[str, Any]:
-        valid(model, values)
-        return values
-
-    return AfterValidator(check)
-
-
 def valid(kind: Callable[..., T], values: dict[str, Any]) -> T:
     """``kind(**values)``. Raises ValueError with one fault, for the validator of a larger model."""
     try:
@@ -123,10 +113,11 @@ class _Totals(_Part):
     rescued_shards: Count
 
 
+# the models check these dictionaries and change nothing in them, for the sake of their hashes; a fingerprint is
 # everything that determines the bytes of the shards
-Fingerprint = Annotated[dict[str, Any], _checked_by(_Fingerprint)]
+Fingerprint = Annotated[dict[str, Any], AfterValidator(lambda values: valid(_Fingerprint, values) and values)]
+Totals = Annotated[dict[str, Any], AfterValidator(lambda values: valid(_Totals, values) and values)]
 Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K), as in the fingerprint
-Totals = Annotated[dict[str, Any], _checked_by(_Totals)]
 
 
 def from_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
