@@ -1,16 +1,4 @@
-"""Entropy-aware masking: scores → masked positions. Pure tensor functions.
-
-k positions of a row are masked. The hard share h of them is chosen by score, the rest uniformly:
-
-1. The uniform part, k - round(h·k) positions, is drawn from all candidates. So every candidate is masked with a
-   probability of at least about (1 - h) · ratio.
-2. The hard part takes the remaining candidates with the highest ``r + τ·G``: r in (0, 1] is the rank of the score
-   within the row, and G is Gumbel noise. τ = 0 takes the highest scores. τ > 0 samples without replacement from
-   softmax(r/τ) (the Gumbel top-k trick, Kool et al. 2019, arXiv 1903.06059). With ranks, τ means the same for every
-   teacher and student.
-
-h is a function of the progress of the run: 0 during the warm-up, then it rises over the ramp to the hard share. Without
-warm-up and ramp, h = 1 and τ = 0 is the selection of Srinivasagan et al. (arXiv 2605.28526), and h = 0 masks at random.
+"""Entropy-aware masking: scores → masked positions. Pure tensor functions; docs/training.md has the rule.
 
 All noise is a hash of (seed, stream, epoch, sequence id, position). So the mask of a row does not depend on the batch,
 the number of loader workers or ranks, or the step at which a run was resumed.
@@ -66,16 +54,18 @@ def select_positions(
     masked_B1 = count(policy.ratio, candidates_BL, K)
     position_L = torch.arange(L, device=candidates_BL.device)
     noise_BL = noise(policy.seed, SELECTION, epoch_B, sequence_id_B, position_L)
+    by_noise_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
     share_B = torch.full_like(sequence_id_B, policy.hard_share, dtype=torch.float64)
     hard_B1 = ((share_B if progress_B is None else policy.share_at(progress_B))[:, None] * masked_B1).round()
-    chosen_BL = _first(noise_BL, noise_BL, candidates_BL, masked_B1 - hard_B1, continues_BL)
+    equal_BL = torch.zeros_like(noise_BL)  # so that noise alone decides
+    chosen_BL = _first(equal_BL, None, by_noise_BL, candidates_BL, masked_B1 - hard_B1, continues_BL)
     if not policy.uniform:
         score_BL, gumbel_BL = score_BL.double().nan_to_num(nan=-torch.inf), None
         if policy.temperature:
             uniform_BL = noise(policy.seed, HARD, epoch_B, sequence_id_B, position_L)
             gumbel_BL = -policy.temperature * (-uniform_BL.log()).log()
         left_BL, left_B1 = candidates_BL & ~chosen_BL, masked_B1 - chosen_BL.sum(1, keepdim=True)
-        chosen_BL = chosen_BL | _first(score_BL, noise_BL, left_BL, left_B1, continues_BL, gumbel_BL)
+        chosen_BL = chosen_BL | _first(score_BL, gumbel_BL, by_noise_BL, left_BL, left_B1, continues_BL)
     return _slots(chosen_BL, K)
 
 
@@ -110,39 +100,36 @@ def _slots(chosen_BL: Tensor, size: int) -> Tensor:
 
 def _first(
     score_BL: Tensor,
-    noise_BL: Tensor,
+    gumbel_BL: Tensor | None,
+    by_noise_BL: Tensor,
     candidates_BL: Tensor,
     count_B1: Tensor,
     continues_BL: Tensor | None,
-    gumbel_BL: Tensor | None = None,
 ) -> Tensor:
-    """The first ``count_B1`` candidates by score, ties by noise, then by position; bool [B, L].
+    """The first ``count_B1`` candidates of ``_order``; bool [B, L].
 
-    With ``gumbel_BL``, the order is that of ``gumbel_BL`` plus the rank of the score within the row. With
-    ``continues_BL``, whole words are chosen in the order of their mean score, ties by the noise at their first token. A
-    word that does not fit any more is skipped. Then single tokens fill the rest, in the order of their own scores.
+    With ``continues_BL``, whole words are chosen by their mean score, with the noise at their first token. A word that
+    does not fit any more is skipped. Then single tokens fill the rest.
     """
-
-    def order(key_BL: Tensor, allowed_BL: Tensor) -> Tensor:
-        if gumbel_BL is not None:
-            key_BL = _rank_share(key_BL, allowed_BL) + gumbel_BL
-        by_noise_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
-        key_BL, allowed_BL = key_BL.gather(1, by_noise_BL), allowed_BL.gather(1, by_noise_BL)
-        return by_noise_BL.gather(1, _descending(key_BL, allowed_BL))
-
     chosen_BL = torch.zeros_like(candidates_BL)
     if continues_BL is not None:
         head_BL = word_heads(candidates_BL, continues_BL)
         size_BL, mean_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)
-        if score_BL is noise_BL:  # the noise at its first token draws a word
-            mean_BL = noise_BL
-        order_BL = order(mean_BL, size_BL > 0)
+        order_BL = _order(mean_BL, gumbel_BL, by_noise_BL, size_BL > 0)
         fits_BL = words_that_fit(size_BL.gather(1, order_BL), count_B1)
         chosen_heads_BL = chosen_BL.scatter(1, order_BL, fits_BL)
         chosen_BL = candidates_BL & chosen_heads_BL.gather(1, head_BL)
         count_B1 = count_B1 - chosen_BL.sum(1, keepdim=True)
         candidates_BL = candidates_BL & ~chosen_BL
-    return chosen_BL | _are_first(order(score_BL, candidates_BL), candidates_BL, count_B1)
+    order_BL = _order(score_BL, gumbel_BL, by_noise_BL, candidates_BL)
+    return chosen_BL | _are_first(order_BL, candidates_BL, count_B1)
+
+
+def _order(score_BL: Tensor, gumbel_BL: Tensor | None, by_noise_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    """Positions of the candidates by score, or by its rank in the row plus ``gumbel_BL``; ties by noise."""
+    key_BL = score_BL if gumbel_BL is None else _rank_share(score_BL, candidates_BL) + gumbel_BL
+    order_BL = _descending(key_BL.gather(1, by_noise_BL), candidates_BL.gather(1, by_noise_BL))
+    return by_noise_BL.gather(1, order_BL)
 
 
 def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:
