@@ -24,6 +24,7 @@ from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # totals of a manifest; without times, since a late writer may have written a shard again
 SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
+VALUE_BYTES = 8  # of a value at most, with the levels of its list; Parquet stores integers in 4 bytes or more
 SMALL = 1 << 16  # bytes of a row group besides its values
 DENIED = "is not readable for this user"
 
@@ -141,7 +142,7 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
     if not file.schema_arrow.equals(expected):
         differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
         return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
-    if text := size_fault(manifest, file, expected):
+    if text := size_fault(manifest, file):
         return [text]
     if depth >= Depth.TABLES:
         table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
@@ -159,19 +160,12 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
     return values.value_faults(manifest, entry, file) if depth == Depth.VALUES else values.first_faults(manifest, file)
 
 
-def size_fault(manifest: Manifest, file: pq.ParquetFile, expected: pa.Schema) -> str | None:
+def size_fault(manifest: Manifest, file: pq.ParquetFile) -> str | None:
     """The fault of a file that claims more bytes than its rows can have, so that nobody tries to read them."""
     positions = manifest.masks["positions"] if manifest.masks else manifest.sequence_length
-    row_bits = 0
-    for field in expected:
-        width = manifest.top_k if field.name in parquet.TOP_K_COLUMNS else 1
-        is_list = pa.types.is_list(field.type)
-        value = field.type.value_type if is_list else field.type
-        # Parquet stores integers in at least 32 bits
-        bits = max(32, value.bit_width) if pa.types.is_integer(value) else value.bit_width
-        row_bits += bits * width * positions if is_list else bits
+    row_bytes = VALUE_BYTES * positions * (2 * manifest.top_k + len(file.schema_arrow))
     for group in map(file.metadata.row_group, range(file.num_row_groups)):
-        if not 0 <= group.total_byte_size <= 2 * group.num_rows * (row_bits // 8) + SMALL:
+        if not 0 <= group.total_byte_size <= group.num_rows * row_bytes + SMALL:
             return f"claims {group.total_byte_size:,} bytes for {group.num_rows:,} rows"
     return None
 

@@ -92,7 +92,9 @@ def test_wrong_tables_are_named(tempered: Path) -> None:
     wide = table.cast(pa.schema([f if f.name != "sequence_id" else f.with_type(pa.int64()) for f in table.schema]))
     numbers = pa.array(table["sequence_id"].to_numpy()[::-1])
     reverse = table.set_column(0, table.schema.field(0), numbers)
+    huge = replace_list(table, "entropy", np.zeros((len(table), 40 * L * K)))
     cases: list[tuple[pa.Table, list[pa.Table] | None, str]] = [
+        (huge, None, "claims "),
         (replace_list(table, "topk_ids", topk_ids), None, "has a top-k id twice at a position"),
         (replace_list(table, "entropy", entropy[:, 1:]), None, f"has entropy of another length than {L}"),
         (padded, None, "its entropy must be NaN exactly at special tokens"),
