@@ -96,18 +96,15 @@ def join(uri: str, *names: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether ``uri`` is a file or a directory."""
-    return _info(uri).type != fs.FileType.NotFound
+    filesystem, path = resolve(uri)
+    return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
 
 def size(uri: str) -> int | None:
     """Size of the file in bytes, or None if there is no such file."""
-    info = _info(uri)
-    return info.size if info.type == fs.FileType.File else None
-
-
-def _info(uri: str) -> fs.FileInfo:
     filesystem, path = resolve(uri)
-    return filesystem.get_file_info(path)
+    info = filesystem.get_file_info(path)
+    return info.size if info.type == fs.FileType.File else None
 
 
 def list_files(uri: str) -> list[fs.FileInfo]:
@@ -224,11 +221,6 @@ def delete(uri: str) -> None:
         filesystem.delete_file(path)
 
 
-def sha256_bytes(data: bytes) -> str:
-    """Hex SHA-256 of bytes in memory."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def sha256(uri: str) -> str:
     """Hex SHA-256 of a file's content, read as a stream."""
     with open_stream(uri) as stream:
@@ -237,4 +229,4 @@ def sha256(uri: str) -> str:
 
 def sha256_json(value: object) -> str:
     """Hex SHA-256 of a JSON-able value, independent of key order."""
-    return sha256_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from entropy_masking import storage
 from entropy_masking.shards import parquet
 from entropy_masking.shards.schema import ShardEntry
 
@@ -16,7 +16,7 @@ from entropy_masking.shards.schema import ShardEntry
 def recommitted(entry: ShardEntry, table: pa.Table, groups: list[pa.Table] | None = None) -> tuple[ShardEntry, bytes]:
     """What a shard would be that was written so."""
     data = parquet.to_parquet(groups or parquet.row_groups(table))
-    fields = {"rows": len(table), "bytes": len(data), "sha256": storage.sha256_bytes(data)}
+    fields = {"rows": len(table), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return entry.model_copy(update=fields), data
 
 
