@@ -40,13 +40,11 @@ class Reduced(NamedTuple):
     lse_NT: Tensor
 
 
-def entropy(logits_NV: Tensor) -> Tensor:
-    """Predictive entropy H_N in nats, between 0 and ln V; float32 (float64 for float64 logits)."""
-    return _entropy_and_lse(at_least_float32(logits_NV))[0]
-
-
 def entropy_and_surprisal(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """H_N and the surprisal_N of the tokens ``targets_N`` (int64), in nats; float32 (float64 for float64 logits)."""
+    """The entropy H_N, between 0 and ln V, and the surprisal_N of the tokens ``targets_N`` (int64), in nats.
+
+    In float32, or in float64 for float64 logits.
+    """
     z_NV = at_least_float32(logits_NV)
     entropy_N, lse_N1 = _entropy_and_lse(z_NV)
     return entropy_N, (lse_N1 - z_NV.gather(-1, targets_N[:, None])).squeeze(-1)

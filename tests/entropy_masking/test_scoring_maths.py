@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from small_models import ARCHITECTURES, CLS, LENGTH, MASK, PAD, SEP, UNK, VOCAB, sequences
+from torch import Tensor
+from torch.distributions import Categorical
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from entropy_masking import entropy
@@ -87,7 +89,7 @@ def test_masked_context_hides_the_other_positions_of_the_pass_too(tmp_path: Path
         hidden_NL = (inputs_NL >= 5) & (torch.arange(LENGTH) % 3 == group)
         with torch.no_grad():
             logits = model(inputs_NL.masked_fill(hidden_NL, MASK), attention_mask=(inputs_NL != PAD).long()).logits
-        expected = entropy.entropy(logits[hidden_NL])
+        expected = Categorical(logits=logits[hidden_NL]).entropy()
         found = torch.from_numpy(scores["entropy"])[hidden_NL].double()
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -205,13 +207,15 @@ def test_top_k_breaks_ties_by_lower_id() -> None:
 
 
 def test_entropy_limits() -> None:
-    uniform_V, certain_V = torch.zeros(1, 1000), torch.zeros(1, 1000)
-    certain_V[0, 3] = 1e4
-    assert entropy.entropy(uniform_V).item() == pytest.approx(np.log(1000), abs=1e-5)
-    assert entropy.entropy(certain_V).item() == 0
-    impossible_V = torch.tensor([[0.0, 0.0, -torch.inf]])
-    assert entropy.entropy(impossible_V).item() == pytest.approx(np.log(2), abs=1e-6)
-    assert entropy.entropy(torch.randn(4, 50).bfloat16()).dtype == torch.float32
+    def of(logits_1V: Tensor) -> Tensor:
+        return entropy.entropy_and_surprisal(logits_1V, torch.zeros(1, dtype=torch.int64))[0]
+
+    certain_1V = torch.zeros(1, 1000)
+    certain_1V[0, 3] = 1e4
+    assert of(torch.zeros(1, 1000)).item() == pytest.approx(np.log(1000), abs=1e-5)
+    assert of(certain_1V).item() == 0
+    assert of(torch.tensor([[0.0, 0.0, -torch.inf]])).item() == pytest.approx(np.log(2), abs=1e-6)
+    assert of(torch.randn(1, 50).bfloat16()).dtype == torch.float32
 
 
 def test_a_row_is_reduced_alike_alone_and_among_many(monkeypatch: pytest.MonkeyPatch) -> None:

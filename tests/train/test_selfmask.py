@@ -14,9 +14,9 @@ import torch
 from harness import LENGTH
 from in_process import SELF, train_here
 from torch import Tensor
+from torch.distributions import Categorical
 from transformers import BertConfig, ModernBertForMaskedLM
 
-from entropy_masking.entropy import entropy
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.masking.selection import IGNORED
 from entropy_masking.masking.type_means import MAX_COUNT, TypeMeans
@@ -138,7 +138,8 @@ def test_a_run_masks_the_tokens_that_the_student_is_least_sure_of(
         model = ModernBertForMaskedLM(trainer.model.config).eval()
         model.load_state_dict(trainer.model.state_dict())
         with torch.no_grad():
-            entropy_BL = entropy(model(batch["input_ids"], attention_mask=attention).logits)
+            logits_BLV = model(batch["input_ids"], attention_mask=attention).logits
+            entropy_BL = Categorical(logits=logits_BLV.double()).entropy()
         candidates_BL = ~torch.isin(batch["input_ids"], torch.tensor(trainer.manifest.special_token_ids))
         seen.append((trainer.state.global_step, entropy_BL, candidates_BL, masked["positions_BP"]))
         return masked
