@@ -1,5 +1,7 @@
 """The faults of a shard directory: one list for the start of training and for pipeline/verify.py.
 
+A fault of a directory is a ``Fault``. A fault of one shard is a phrase that follows the file's name.
+
 Shapes: N rows.
 """
 
@@ -28,7 +30,7 @@ VALUE_BYTES = 8  # of a value at most, with the levels of its list; Parquet stor
 SMALL = 1 << 16  # bytes of a row group besides its values
 DENIED = "is not readable for this user"
 
-Fault = tuple[str, str]  # a file of the directory, and a phrase that follows the file's name
+Fault = tuple[str, str]  # a file of the directory, and the phrase
 
 
 class Depth(IntEnum):
@@ -142,8 +144,8 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
     if not file.schema_arrow.equals(expected):
         differing = sorted({str(field.name) for field in {*expected} ^ {*file.schema_arrow}})
         return [f"does not have the expected columns ({', '.join(differing) or 'their order differs'})"]
-    if text := size_fault(manifest, file):
-        return [text]
+    if texts := size_faults(manifest, file):
+        return texts
     if depth >= Depth.TABLES:
         table = file.read(["sequence_id"] if manifest.kind == "sequences" else ["sequence_id", "variant"])
         shards = np.unique(table["sequence_id"].to_numpy() >> np.uint64(32)).tolist()
@@ -160,14 +162,14 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
     return values.value_faults(manifest, entry, file) if depth == Depth.VALUES else values.first_faults(manifest, file)
 
 
-def size_fault(manifest: Manifest, file: pq.ParquetFile) -> str | None:
+def size_faults(manifest: Manifest, file: pq.ParquetFile) -> list[str]:
     """The fault of a file that claims more bytes than its rows can have, so that nobody tries to read them."""
     positions = manifest.masks["positions"] if manifest.masks else manifest.sequence_length
     row_bytes = VALUE_BYTES * positions * (2 * manifest.top_k + len(file.schema_arrow))
     for group in map(file.metadata.row_group, range(file.num_row_groups)):
         if not 0 <= group.total_byte_size <= group.num_rows * row_bytes + SMALL:
-            return f"claims {group.total_byte_size:,} bytes for {group.num_rows:,} rows"
-    return None
+            return [f"claims {group.total_byte_size:,} bytes for {group.num_rows:,} rows"]
+    return []
 
 
 def group_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) -> list[str]:

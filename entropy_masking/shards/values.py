@@ -33,8 +33,8 @@ def value_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile) ->
     sums = {"tokens": 0.0, "scored_tokens": 0.0, "entropy_sum": 0.0}
     for group in range(file.num_row_groups):
         table = file.read_row_group(group)
-        if text := length_fault(manifest, table):
-            return [*texts, text]
+        if wrong := length_faults(manifest, table):
+            return texts + wrong
         with np.errstate(invalid="ignore"):
             bad, group_sums = check(manifest, table)
         for text, where in bad.items():
@@ -58,22 +58,22 @@ def first_faults(manifest: Manifest, file: pq.ParquetFile) -> list[str]:
     """Faults of the lengths and the token ids of the first row group: a check that costs little."""
     names = ["positions"] if manifest.masks else ["input_ids"]
     table = file.read_row_group(0, columns=[*names, *(["topk_ids"] if manifest.top_k else [])])
-    if text := length_fault(manifest, table):
-        return [text]
+    if texts := length_faults(manifest, table):
+        return texts
     ids = [table[name].combine_chunks().flatten().to_numpy() for name in table.column_names if name != "positions"]
     beyond = any(len(values) and values.max() >= manifest.vocab_size for values in ids)
     return ["has token ids outside the vocabulary"] if beyond else []
 
 
-def length_fault(manifest: Manifest, table: pa.Table) -> str | None:
+def length_faults(manifest: Manifest, table: pa.Table) -> list[str]:
     """The fault of a list column that does not have one value (or k values) per position of a row."""
     masked = manifest.kind != "sequences"
     positions_N = list_lengths(table, "positions") if masked else manifest.sequence_length
     for field in table.schema:
         width = manifest.top_k if field.name in TOP_K_COLUMNS else 1
         if pa.types.is_list(field.type) and (list_lengths(table, field.name) != width * positions_N).any():
-            return f"has {field.name} of another length than {'its positions' if masked else width * positions_N}"
-    return None
+            return [f"has {field.name} of another length than {'its positions' if masked else width * positions_N}"]
+    return []
 
 
 def list_lengths(table: pa.Table, name: str) -> np.ndarray:
