@@ -137,7 +137,7 @@ def _whole_file(path: str, text_column: str, document: str | None, max_bytes: in
     if kind == "parquet":
         schema, metadata = parquet_footer(path)
         _check_parquet_column(path, schema, text_column)
-        return replace(whole, stop=metadata.num_rows), check_footer(path, metadata, text_column)
+        return replace(whole, stop=metadata.num_rows), check_footer(path, metadata)
     try:
         whole = replace(whole, kind=_kind_of_range(whole, document))
         _check_text_column(whole, text_column)

@@ -108,13 +108,12 @@ def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
         raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
 
 
-def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
+def check_footer(path: str, metadata: pq.FileMetaData) -> int:
     """Bytes of a Parquet file without compression, as encoded; at least one for each row, as equal rows may take less.
 
     Raises:
         UsageError: the footer claims more rows or text than a file of its size can hold.
     """
-    _check_not_nested(metadata, text_column)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     rows_G = [group.num_rows for group in groups]
     # of all columns: in a damaged footer, a look at one column would end the process
@@ -128,13 +127,6 @@ def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
             "it is damaged or not a corpus of text"
         )
     return max(rows, texts)
-
-
-def _check_not_nested(metadata: pq.FileMetaData, name: str) -> None:
-    """Raises UsageError if no column has this name, or if it is nested."""
-    if name in (metadata.schema.column(index).path for index in range(metadata.num_columns)):
-        return
-    raise UsageError(f"the column {name!r} is nested, not text; name another with --text-column")
 
 
 def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken | None]]:
