@@ -43,7 +43,6 @@ class Job:
 
     manifest: Manifest
     run_id: str
-    text_column: str
     sequences: Manifest | None
     trust_remote_code: bool
     threads: int
@@ -135,7 +134,6 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     return Job(
         manifest=manifest,
         run_id=uuid.uuid4().hex,
-        text_column=corpus.text_column,
         sequences=sequences,
         trust_remote_code=args.trust_remote_code,
         threads=args.cpus_per_worker,

@@ -60,7 +60,7 @@ class ShardScorer:
 
     def outcomes(self, item: list[Shard]) -> Iterator[Record | Failure]:
         """Score and commit shards in their order, with one reader; yields the outcome of each."""
-        reader = Reader(self.job.text_column)
+        reader = Reader()
         for index, ranges in item:
             yield self(index, ranges, reader)
 

@@ -42,14 +42,12 @@ class Corpus:
         shards: the ranges of each shard; the place in the list is the shard's index.
         identity: of the corpus, for the fingerprint: names and content hashes (remote: etags) of its files in order,
             and reading options.
-        text_column: column or key of the text.
         shard_tokens: approximate tokens per shard of text.
         from_shards: the manifest if the corpus is a shard directory; its tokens, ids and shards are kept.
     """
 
     shards: list[list[FileRange]]
     identity: dict[str, object]
-    text_column: str
     shard_tokens: int
     from_shards: Manifest | None = None
 
@@ -124,7 +122,7 @@ def plan_corpus(
         "limit_documents": limit_documents,
         "max_document_bytes": most,
     }
-    return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
+    return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, shard_tokens)
 
 
 def _whole_file(path: str, text_column: str, document: str | None, max_bytes: int) -> tuple[FileRange, int]:
@@ -133,14 +131,15 @@ def _whole_file(path: str, text_column: str, document: str | None, max_bytes: in
     ``stop`` is the number of rows or elements, or None where ranges are counted in bytes.
     """
     kind, suffix = file_kind(path), compression_suffix(path)
-    whole = FileRange(path, kind or "text", compression=COMPRESSIONS.get(suffix or ""), max_bytes=max_bytes)
+    compression = COMPRESSIONS.get(suffix or "")
+    whole = FileRange(path, kind or "text", text_column=text_column, compression=compression, max_bytes=max_bytes)
     if kind == "parquet":
         schema, metadata = parquet_footer(path)
-        _check_parquet_column(path, schema, text_column)
+        _check_parquet_column(whole, schema)
         return replace(whole, stop=metadata.num_rows), check_footer(path, metadata)
     try:
         whole = replace(whole, kind=_kind_of_range(whole, document))
-        _check_text_column(whole, text_column)
+        _check_text_column(whole)
         return replace(whole, stop=len(array(whole)) if whole.kind == "json" else None), 0
     except (OSError, EOFError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from None
@@ -174,38 +173,40 @@ def _kind_of_range(file: FileRange, document: str | None) -> str:
     return document or "paragraph" if file.kind == "text" else file.kind
 
 
-def _check_parquet_column(path: str, schema: pa.Schema, text_column: str) -> None:
-    _check_names(path, schema.names, text_column)
-    kind = schema.field(text_column).type
+def _check_parquet_column(file: FileRange, schema: pa.Schema) -> None:
+    path, name = file.path, file.text_column
+    _check_names(file, schema.names)
+    kind = schema.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
+        raise UsageError(f"column {name!r} of {path} is {kind}, not text; name another with --text-column")
 
 
-def _check_text_column(file_range: FileRange, text_column: str) -> None:
+def _check_text_column(file_range: FileRange) -> None:
     """Detect a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
     if file_range.kind in ("json", "jsonl"):
-        names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
+        names = json_keys(file_range, JSON_OBJECTS) or [file_range.text_column]  # broken lines are rejected later
     elif file_range.kind in ("csv", "tsv"):
-        *_, header = next(csv_rows(file_range), (0, 1, [text_column]))
+        *_, header = next(csv_rows(file_range), (0, 1, [file_range.text_column]))
         names = header if isinstance(header, list) else []
         if not names:
             raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
     else:
         return
-    _check_names(file_range.path, names, text_column)
+    _check_names(file_range, names)
 
 
-def _check_names(path: str, names: list[str], text_column: str) -> None:
-    if text_column not in names:
-        raise UsageError(f"{path} has no column {text_column!r}; name one of {names} with --text-column")
-    if names.count(text_column) > 1:
-        raise UsageError(f"{path} has several columns {text_column!r}; rename all but one, or name another")
+def _check_names(file: FileRange, names: list[str]) -> None:
+    path, name = file.path, file.text_column
+    if name not in names:
+        raise UsageError(f"{path} has no column {name!r}; name one of {names} with --text-column")
+    if names.count(name) > 1:
+        raise UsageError(f"{path} has several columns {name!r}; rename all but one, or name another")
 
 
 def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tuple[FileRange, int]]:
     """The ranges with the first ``documents`` documents. Text files are read only up to there."""
-    reader = Reader("")
+    reader = Reader()
     for file_range, size in ranges:
         if documents <= 0:
             return
@@ -253,7 +254,7 @@ def _plan_shard_directory(spec: str) -> Corpus:
     # only the tokens matter: scoring a scored directory again means scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
-    return Corpus(ranges, identity, "", 0, manifest)
+    return Corpus(ranges, identity, 0, manifest)
 
 
 def _materialise_hub_dataset(spec: str) -> Path:

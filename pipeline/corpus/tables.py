@@ -87,15 +87,15 @@ def _csv_line(text: io.TextIOWrapper, most: int) -> str:
     return line
 
 
-def csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken]]:
-    rows = csv_rows(file_range)
+def csv_values(file_range: FileRange) -> Iterator[tuple[int, int, str | Broken]]:
+    rows, name = csv_rows(file_range), file_range.text_column
     _, _, header = next(rows, (0, 1, []))
-    column = header.index(text_column) if isinstance(header, list) and text_column in header else None
+    column = header.index(name) if isinstance(header, list) and name in header else None
     for position, line, row in rows:
         if isinstance(row, Broken):
             yield position, line, row
         else:
-            yield position, line, Broken(f"no column {text_column!r}") if column is None else row[column]
+            yield position, line, Broken(f"no column {name!r}") if column is None else row[column]
 
 
 def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
@@ -129,7 +129,7 @@ def check_footer(path: str, metadata: pq.FileMetaData) -> int:
     return max(rows, texts)
 
 
-def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken | None]]:
+def parquet_values(file_range: FileRange) -> Iterator[tuple[int, int, str | Broken | None]]:
     filesystem, path = storage.resolve(file_range.path)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         metadata, ends = file.metadata, [0]
@@ -141,7 +141,7 @@ def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[in
         # an encoding can make every row as long as all that is stored
         longest = max((metadata.row_group(g).total_byte_size for g in groups), default=0)
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(longest, 1)))
-        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_column]):
+        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[file_range.text_column]):
             for raw in _as_bytes(batch.column(0)):
                 if file_range.start <= row < stop:
                     yield row, row + 1, None if raw is None else decode(raw, file_range.max_bytes)
