@@ -248,9 +248,10 @@ def _is_shard_directory(spec: str) -> bool:
 def _plan_shard_directory(spec: str) -> Corpus:
     manifest = read_manifest(spec)
     check_shards(manifest)
+    manifest = manifest.model_copy(update={"uri": storage.absolute(spec)})  # workers have other working directories
     ranges: list[list[FileRange]] = [[] for _ in range(manifest.planned_shards)]  # no ranges: the shard was given up
     for entry in manifest.shards:
-        ranges[entry.index] = [FileRange(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
+        ranges[entry.index] = [FileRange(manifest.shard_uri(entry), "shard", 0, entry.rows)]
     # only the tokens matter: scoring a scored directory again means scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
