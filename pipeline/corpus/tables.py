@@ -33,45 +33,53 @@ def csv_rows(file_range: FileRange) -> Iterator[tuple[int, int, list[str] | Brok
     first line of a broken row is dropped, and the lines after it are read again. If too much was read again, a row has
     one line only. A row of more than ``max_bytes`` characters is broken. Blank lines are no rows.
     """
-    most = file_range.max_bytes
+    most, dialect = file_range.max_bytes, DIALECTS[file_range.kind]
+    again: deque[str] = deque()  # lines to read again
+    line, position, read_again, width = 1, 0, 0, None
     with open_binary(file_range) as stream:
         # bytes that are not UTF-8 become lone surrogates, so only their own row is rejected
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        of_row: list[str] = []
-        again: deque[str] = deque()
-        size = read_again = position = 0
-
-        def next_line() -> str:
-            nonlocal size
-            if of_row and read_again > most + READ_AGAIN * position:
-                raise csv.Error
-            of_row.append(again.popleft() if again else _csv_line(text, most))
-            size += len(of_row[-1])
-            if size > most + len("\r\n"):
-                raise csv.Error
-            return of_row[-1]
-
-        line, width = 1, None
         while True:
-            of_row.clear()
-            size = 0
-            try:
-                row = next(csv.reader(iter(next_line, ""), **DIALECTS[file_range.kind]), None)
-            except csv.Error:
-                row = None
-            if of_row == [""]:
+            lines, row = _csv_row(text, again, most, dialect, alone=read_again > most + READ_AGAIN * position)
+            if not lines:
                 return
             if row is None or (row and width is not None and len(row) != width):
-                is_long = len(of_row[0]) > most + len("\r\n")
+                is_long = len(lines[0]) > most + len("\r\n")
                 yield position, line, too_long(most) if is_long else Broken("broken CSV row")
-                again.extendleft(reversed(of_row[1:]))
-                read_again += size - len(of_row[0])
-                del of_row[1:]
+                again.extendleft(reversed(lines[1:]))
+                read_again += sum(map(len, lines[1:]))
+                del lines[1:]
             elif row or width is None:
                 yield position, line, row
-            line += len(of_row)
-            position += sum(map(_size, of_row))
+            line += len(lines)
+            position += sum(map(_size, lines))
             width = len(row or []) if width is None else width
+
+
+def _csv_row(
+    text: io.TextIOWrapper, again: deque[str], most: int, dialect: dict[str, Any], alone: bool
+) -> tuple[list[str], list[str] | None]:
+    """(lines, fields) of the next row: no fields if it is broken, and no lines at the end of the file.
+
+    With ``alone``, it is taken to be one line.
+    """
+    lines: list[str] = []
+
+    def of_row() -> Iterator[str]:
+        size = 0
+        while line := again.popleft() if again else _csv_line(text, most):
+            lines.append(line)
+            size += len(line)
+            if size > most + len("\r\n"):
+                raise csv.Error
+            yield line
+            if alone:
+                return
+
+    try:
+        return lines, next(csv.reader(of_row(), **dialect), None)
+    except csv.Error:
+        return lines, None
 
 
 def _size(line: str) -> int:
