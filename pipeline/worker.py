@@ -43,13 +43,20 @@ class ShardScorer:
     """Scores shards of one job; loads the tokenizer and the teacher once, at their first use.
 
     May be called from ``SHARDS_AT_ONCE`` threads: the forwards of one shard overlap the reading and writing of another.
+
+    Attributes:
+        model: is held by the shard that loads the teacher or runs it.
+        places: of which each shard holds one; a shard that holds all is alone in its process.
+        entrance: is held by the shard that takes its places, because two that have one each and want all would wait for
+            each other for ever.
+        stopped: is set when the shards in progress are to be dropped.
+        deadlines: of the shards in progress, for the only timer of the process.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.model = threading.Lock()
-        self.stopped = threading.Event()
-        self.entrance, self.places = threading.Lock(), threading.Semaphore(SHARDS_AT_ONCE)
+        self.model, self.entrance = threading.Lock(), threading.Lock()
+        self.places, self.stopped = threading.Semaphore(SHARDS_AT_ONCE), threading.Event()
         self.deadlines = _Deadlines()
         torch.set_num_threads(job.threads)
 
@@ -99,14 +106,12 @@ class ShardScorer:
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Hold ``count`` of the ``SHARDS_AT_ONCE`` places; a shard that holds all places is alone in its process."""
-        with self.entrance:  # one shard at a time: two with one place each would wait for each other for ever
-            for _ in range(count):
-                self.places.acquire()
-        try:
+        """Hold ``count`` of the ``places``."""
+        with contextlib.ExitStack() as held:
+            with self.entrance:
+                for _ in range(count):
+                    held.enter_context(self.places)
             yield
-        finally:
-            self.places.release(count)
 
     def _score(self, index: int, ranges: list[FileRange], reader: Reader, attempt: int) -> Record:
         job, manifest, started = self.job, self.job.manifest, time.monotonic()
