@@ -21,8 +21,8 @@ LONG_PARAGRAPH = 1 << 16  # bytes; a longer one is rather a file with a document
 def documents(file_range: FileRange) -> Iterator[tuple[int, int, Any]]:
     """(position, line, what ``text_of`` makes a text of) of the documents from the start of a range on.
 
-    Where the file is not read from its start, the last document is the last of the range, or one of the next.
-    Of a document with more than ``max_bytes``, only about as many are held in memory.
+    Text may go on after its end, and ``Reader`` stops there. Of a sequential file, ``Reader`` asks for all documents,
+    and drops those before the range. Of a document with more than ``max_bytes``, only about as many are held in memory.
     """
     most = file_range.max_bytes
     if file_range.kind == "parquet":

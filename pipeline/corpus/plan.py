@@ -22,7 +22,7 @@ from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
 from entropy_masking.shards.schema import Manifest
 from pipeline.corpus.content import read_contents
-from pipeline.corpus.files import compression_suffix, file_kind, find_files
+from pipeline.corpus.files import compression_suffix, file_format, find_files
 from pipeline.corpus.formats import LONG_PARAGRAPH, array, has_blank_line, is_array, json_keys
 from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, FileRange
 from pipeline.corpus.readers import Reader, Rejects, read_documents
@@ -85,44 +85,48 @@ def plan_corpus(
             problem = f"--{given[0]} only applies to text"
             raise UsageError(f"{problem}; {spec} is a shard directory, so leave out --{given[0]}")
         return _plan_shard_directory(spec)
-    if spec == "docstrings":
-        files = [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
-    elif spec.startswith("hf:"):
-        files = [(str(_materialise_hub_dataset(spec)), spec)]
-    else:
-        parts = [spec] if _is_path(spec) else spec.split(",")
-        found = [find_files(part.strip(), output) for part in parts]
-        files = [file for known, _ in found for file in known]
-        if unread := [name for _, unknown in found for name in unknown]:
-            more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
-            console.note(f"note: {', '.join(unread[:5])}{more} not read: unknown endings")
-    kinds = {file_kind(path) for path, _ in files}
-    if document and "text" not in kinds:
+    files = _files_of(spec, output)
+    formats = {file_format(path) for path, _ in files}
+    if document and "text" not in formats:
         raise UsageError(f"{spec} holds no plain-text files; leave out --document")
-    if text_column and kinds == {"text"}:
+    if text_column and formats == {"text"}:
         raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
     text_column, shard_tokens = text_column or "text", shard_tokens or SHARD_TOKENS
     shard_bytes, most = shard_tokens * BYTES_PER_TOKEN, max_document_bytes or MAX_DOCUMENT_BYTES
     wholes = [_whole_file(path, text_column, document, most) for path, _ in files]
     contents = read_contents([whole for whole, _ in wholes], bool(hash_corpus))
-    ranges, identities = list[tuple[FileRange, int]](), dict[str, str]()
-    for number, ((whole, texts), (content, size), (_, name)) in enumerate(zip(wholes, contents, files, strict=True), 1):
+    ranges: list[tuple[FileRange, int]] = []
+    for (whole, texts), (_, size) in zip(wholes, contents, strict=True):
         ranges += _cut(whole, size, texts or size, shard_bytes)
-        identities[f"{number} {name}"] = content  # numbered: their order matters, and two may have the same name
     if limit_documents:
         ranges = list(_limit(ranges, limit_documents))
     shards = _group(ranges, shard_bytes)
     if not shards:
         raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
+    numbered = enumerate(zip(files, contents, strict=True), 1)  # their order matters, and two may have the same name
     identity = {
-        "files": identities,
+        "files": {f"{number} {name}": content for number, ((_, name), (content, _)) in numbered},
         "text_column": text_column,
-        "document": document or ("paragraph" if "text" in kinds else "line"),
+        "document": document or ("paragraph" if "text" in formats else "line"),
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
         "max_document_bytes": most,
     }
-    return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, shard_tokens)
+    return Corpus(shards, identity, shard_tokens)
+
+
+def _files_of(spec: str, output: str | None) -> list[tuple[str, str]]:
+    """(path, name within the corpus) of the files of a corpus of text."""
+    if spec == "docstrings":
+        return [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
+    if spec.startswith("hf:"):
+        return [(str(_materialise_hub_dataset(spec)), spec)]
+    parts = [spec] if _is_path(spec) else spec.split(",")
+    found = [find_files(part.strip(), output) for part in parts]
+    if unread := [name for _, unknown in found for name in unknown]:
+        more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
+        console.note(f"note: {', '.join(unread[:5])}{more} not read: unknown endings")
+    return [file for known, _ in found for file in known]
 
 
 def _whole_file(path: str, text_column: str, document: str | None, max_bytes: int) -> tuple[FileRange, int]:
@@ -130,9 +134,9 @@ def _whole_file(path: str, text_column: str, document: str | None, max_bytes: in
 
     ``stop`` is the number of rows or elements, or None where ranges are counted in bytes.
     """
-    kind, suffix = file_kind(path), compression_suffix(path)
-    compression = COMPRESSIONS.get(suffix or "")
-    whole = FileRange(path, kind or "text", text_column=text_column, compression=compression, max_bytes=max_bytes)
+    compression = COMPRESSIONS.get(compression_suffix(path) or "")
+    kind = file_format(path) or "text"
+    whole = FileRange(path, kind, text_column=text_column, compression=compression, max_bytes=max_bytes)
     if kind == "parquet":
         schema, metadata = parquet_footer(path)
         _check_parquet_column(whole, schema)
@@ -158,7 +162,7 @@ def _cut(whole: FileRange, size: int, texts: int, shard_bytes: int) -> Iterator[
 
 
 def _kind_of_range(file: FileRange, document: str | None) -> str:
-    """The kind of the ranges of a file: ``file.kind``, but the unit of a document in plain text.
+    """The kind of the ranges of a file: of plain text the unit of a document, else the format, which its kind still is.
 
     Raises:
         UsageError: it is a large text without blank lines, which would be one document, and no unit was chosen.
@@ -222,15 +226,15 @@ def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tupl
         documents -= count
 
 
-def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[tuple[FileRange, int]]]:
+def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[FileRange]]:
     """Join neighbouring ranges into shards of about ``shard_bytes``."""
-    shards: list[list[tuple[FileRange, int]]] = []
+    shards: list[list[FileRange]] = []
     filled = shard_bytes
     for file_range, size in ranges:
         if filled + size / 2 >= shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((file_range, size))
+        shards[-1].append(file_range)
         filled += size
     return shards
 
