@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
+import pickle
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import cache
 from queue import SimpleQueue
 from typing import Any
@@ -24,9 +23,9 @@ from entropy_masking.models.checkpoints import resolve_dtype
 from entropy_masking.shards import commit
 from entropy_masking.shards.manifests import run_uri
 from entropy_masking.shards.schema import Record, Run
-from pipeline.corpus.ranges import FileRange
 from pipeline.job import Failure, Job, Shard
 from pipeline.options import cores
+from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
 STOP_SECONDS = 10.0
 START_SECONDS = 60.0  # until a free worker has started
@@ -67,8 +66,6 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 def local_records(job: Job, todo: list[Shard]) -> Generator[Record | Failure, None, None]:
     """Score shards in this process; yields their records or failures as shards end."""
-    from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
-
     scorer = ShardScorer(job)
     outcomes = SimpleQueue[Record | Failure | BaseException]()
 
@@ -108,8 +105,6 @@ def ray_records(
     ray_cluster.connect("pipeline")
     import ray
 
-    from pipeline.worker import SHARDS_AT_ONCE
-
     try:
         fitting, resources = _fit(job.threads, gpus_per_worker)
         context = ray.data.DataContext.get_current()
@@ -120,10 +115,7 @@ def ray_records(
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
         context.target_max_block_size = 1  # pass each record on at once
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        items = [
-            {"shards": json.dumps([(index, [asdict(file_range) for file_range in ranges]) for index, ranges in item])}
-            for item in items_of(todo)
-        ]
+        items = [{"shards": pickle.dumps(item)} for item in items_of(todo)]
         most = min(workers or len(items), len(items))
         records = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ScoreShard,
@@ -144,16 +136,13 @@ def ray_records(
         console.note(f"waiting for {what} … (Ray may log an error about constructor arguments: it is harmless)")
         seen = set[int]()  # when a worker has died, another one repeats its item, with the shards that are done
         for row in records.iter_rows():
-            fields = json.loads(row["outcome"])
-            if fields["index"] in seen:
+            outcome: Record | Failure = pickle.loads(row["outcome"])
+            if outcome.index in seen:
                 continue
-            seen.add(fields["index"])
-            if "error" in fields:
-                yield Failure(**fields)
-            else:
-                record = Record.model_validate(fields)
-                _check_visible(job.output, record)
-                yield record
+            seen.add(outcome.index)
+            if isinstance(outcome, Record):
+                _check_visible(job.output, outcome)
+            yield outcome
     finally:
         below = psutil.Process().children(recursive=True)  # processes of a cluster that this run started
         ray_cluster.disconnect()
@@ -162,19 +151,14 @@ def ray_records(
 
 
 class ScoreShard:
-    """``ShardScorer`` for Ray Data: descriptors of shards → their records or failures, one by one, as JSON."""
+    """``ShardScorer`` for Ray Data: shards → their records or failures, one by one. Both are pickled."""
 
     def __init__(self, job: Job) -> None:
-        from pipeline.worker import ShardScorer
-
         self.scorer = ShardScorer(job)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[str]]]:
-        shards = json.loads(batch["shards"][0])
-        item = [(index, [FileRange(**fields) for fields in ranges]) for index, ranges in shards]
-        for outcome in self.scorer.outcomes(item):
-            fields = asdict(outcome) if isinstance(outcome, Failure) else outcome.to_json()
-            yield {"outcome": [json.dumps(fields)]}
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[bytes]]]:
+        for outcome in self.scorer.outcomes(pickle.loads(batch["shards"][0])):
+            yield {"outcome": [pickle.dumps(outcome)]}
 
 
 def _fit(threads: int, gpus_per_worker: float | None) -> tuple[int, dict[str, Any]]:

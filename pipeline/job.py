@@ -35,7 +35,7 @@ class Job:
     Attributes:
         manifest: that of the directory to write, with an empty list of shards.
         run_id: a name for this run of the command; attempts are counted per run.
-        sequences: for targets, the shards whose masked inputs are scored.
+        sequences: the shards whose tokens are scored, if the corpus is a shard directory.
         threads: torch threads of a CPU worker.
         max_attempts: a shard is given up after this many attempts that failed or ended their worker.
         shard_timeout: seconds after which the worker of a shard counts as hung and is ended.
@@ -43,7 +43,6 @@ class Job:
 
     manifest: Manifest
     run_id: str
-    text_column: str
     sequences: Manifest | None
     trust_remote_code: bool
     threads: int
@@ -104,8 +103,8 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
         "tokenizer": manifests.tokenization_hash(tokenizer),
         "sequence_length": length,
     }
-    sequences = check_masks(args, corpus) if args.policy else None
-    if sequences:
+    if args.policy:
+        sequences = check_masks(args, corpus)
         masks: Masks = {"source": args.mask_source, "policy": asdict(args.policy), "variants": args.variants}
         masks["positions"] = args.policy.max_masked(length)  # K, the most masked positions of a sequence
         fingerprint |= {"masked": sequences.fingerprint_hash, "masks": masks}
@@ -115,8 +114,8 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
         check_teacher(teacher, args, tokenizer)
         fingerprint |= {
             "teacher": checkpoints.weights_hash(teacher),
-            "context": "targets" if sequences else args.context,
-            "passes": min(args.passes, length) if args.context == "masked" and not sequences else 1,
+            "context": "targets" if args.policy else args.context,
+            "passes": min(args.passes, length) if args.context == "masked" and not args.policy else 1,
             "top_k": args.top_k,
             "sampled": args.sample_k is not None,
             "temperatures": args.temperatures,
@@ -135,8 +134,7 @@ def new_job(args: argparse.Namespace, corpus: Corpus, tokenizer: PreTrainedToken
     return Job(
         manifest=manifest,
         run_id=uuid.uuid4().hex,
-        text_column=corpus.text_column,
-        sequences=sequences,
+        sequences=corpus.from_shards,
         trust_remote_code=args.trust_remote_code,
         threads=args.cpus_per_worker,
         max_attempts=args.max_attempts,
@@ -150,7 +148,7 @@ def check_masks(args: argparse.Namespace, corpus: Corpus) -> Manifest:
         raise UsageError(f"--mask-source masks a shard directory, which {args.corpus} is not; score the text first")
     check_scored(args.policy, args.mask_source, sequences)
     masker_of(sequences, args.policy.unit)
-    return sequences.model_copy(update={"uri": storage.absolute(sequences.uri)})
+    return sequences
 
 
 def sequence_length(asked: int | None, corpus: Corpus) -> int:

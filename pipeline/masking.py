@@ -12,7 +12,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.noise import SAMPLE, noise
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.shards.fields import Masks
-from entropy_masking.shards.read import Rows, columns_of, read_block, to_tensors
+from entropy_masking.shards.read import columns_of, read_block, to_tensors
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, input_crc32
 
@@ -22,26 +22,19 @@ def mask_shard(sequences: Manifest, entry: ShardEntry, masks: Masks, masker: Mas
 
     Raises RunError if the shard cannot be read, or does not match its manifest.
     """
-    policy, K, L = MaskPolicy(**masks["policy"]), masks["positions"], sequences.sequence_length
+    policy = MaskPolicy(**masks["policy"])
     columns = columns_of(policy, masks["source"])
-    none = MaskedRows(
-        np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty((0, K), np.int64), np.empty(0, np.uint32)
-    )
-    parts = [(none, np.empty((0, L), np.int64))]  # a shard may have no sequences
-    for block in range(entry.row_groups):
+    fields, inputs = [], []
+    for block in range(max(1, entry.row_groups)):  # a shard without sequences has an empty row group
         rows = read_block(sequences, entry, columns, block)
-        parts += [mask(rows, variant, masker, policy) for variant in range(masks["variants"])]
-    fields = zip(*(vars(masked).values() for masked, _ in parts), strict=True)
-    return MaskedRows(*map(np.concatenate, fields)), np.concatenate([inputs_NL for _, inputs_NL in parts])
-
-
-def mask(rows: Rows, variant: int, masker: Masker, policy: MaskPolicy) -> tuple[MaskedRows, np.ndarray]:
-    """One variant of some sequences: their masks in the epoch of that number."""
-    epoch_N = torch.full((len(rows["sequence_id"]),), variant)
-    masked = masker(to_tensors(rows) | {"epoch": epoch_N}, policy)
-    inputs_NL, positions_NK = masked["input_ids"].numpy(), masked["positions_BP"].numpy()
-    variant_N = np.full(len(epoch_N), variant, np.uint16)
-    return MaskedRows(rows["sequence_id"], variant_N, positions_NK, input_crc32(inputs_NL)), inputs_NL
+        tensors, id_N = to_tensors(rows), rows["sequence_id"]
+        for variant in range(masks["variants"]):
+            variant_N = np.full(len(id_N), variant, np.uint16)
+            masked = masker(tensors | {"epoch": torch.from_numpy(variant_N.astype(np.int64))}, policy)
+            inputs_NL = masked["input_ids"].numpy()
+            fields.append((id_N, variant_N, masked["positions_BP"].numpy(), input_crc32(inputs_NL)))
+            inputs.append(inputs_NL)
+    return MaskedRows(*map(np.concatenate, zip(*fields, strict=True))), np.concatenate(inputs)
 
 
 def sampling_noise(rows: MaskedRows, masks: Masks) -> np.ndarray:

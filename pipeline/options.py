@@ -9,7 +9,7 @@ from typing import Any, Literal
 import psutil
 
 from entropy_masking.commands import ray_cluster
-from entropy_masking.commands.flags import Parser, flag, not_negative, option, positive, positive_float
+from entropy_masking.commands.flags import Parser, Rule, check_rules, not_negative, option, positive, positive_float
 from entropy_masking.commands.mask_flags import MAX_SEED, MaskOptions, mask_policy
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
@@ -66,10 +66,9 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 
 def policy_of(options: TargetOptions) -> MaskPolicy | None:
     """The masks to score, if any. Raises UsageError: mask flags that are out of range or contradict each other."""
-    given = [name for name in TargetOptions.__dataclass_fields__ if getattr(options, name) is not None]
+    needs = "{flag} needs --mask-source, which names the source of the masks"
+    check_rules(vars(options), [(not options.mask_source, dict.fromkeys(vars(options)), needs)])
     if not options.mask_source:
-        if given:
-            raise UsageError(f"{flag(given[0])} needs --mask-source, which names the source of the masks")
         return None
     seed = SEED if options.mask_seed is None else options.mask_seed
     if options.variants is not None and not 1 <= options.variants <= MAX_VARIANTS:
@@ -137,32 +136,30 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def fill_in(args: argparse.Namespace) -> None:
     """Set the defaults that depend on other flags. Raises UsageError if flags contradict each other."""
-    if args.teacher == "none" and (given := [name for name in SCORING if getattr(args, name) is not None]):
-        raise UsageError(f"{flag(given[0])} needs a teacher, but --teacher is none; leave {flag(given[0])} out")
-    if args.context == "full" and args.passes is not None:
-        raise UsageError("--passes only applies to --context masked; leave it out with --context full")
-    if args.policy and (args.context or args.passes):
-        raise UsageError("--mask-source says what the teacher sees; leave out --context and --passes")
-    if args.sample_k:
-        if not args.policy:
-            raise UsageError("--sample-k needs --mask-source; use --top-k for scores of all tokens")
-        if args.top_k is not None or args.temperatures not in (None, [1.0]):
-            raise UsageError("--sample-k replaces --top-k, at temperature 1; leave out --top-k and --temperatures")
-        args.top_k = args.sample_k
+    no_teacher = "{flag} needs a teacher, but --teacher is none; leave {flag} out"
+    one_pass = "--passes only applies to --context masked; leave it out with --context full"
+    masked = "--mask-source says what the teacher sees; leave out --context and --passes"
+    not_masked = "--sample-k needs --mask-source; use --top-k for scores of all tokens"
+    sampled = "--sample-k replaces --top-k, at temperature 1; leave out --top-k and --temperatures"
+    no_targets = "--mask-source stores only the teacher's predictions; set --top-k above 0"
+    no_top_k = "--temperatures apply to the top-k; set --top-k above 0"
+    one_worker = "--backend local has one worker, this process; leave out {flag} or use --backend ray"
+    rules: list[Rule] = [
+        (args.teacher == "none", dict.fromkeys(SCORING), no_teacher),
+        (args.context == "full", {"passes": None}, one_pass),
+        (bool(args.policy), {"context": None, "passes": None}, masked),
+        (not args.policy, {"sample_k": None}, not_masked),
+        (bool(args.sample_k), {"top_k": None, "temperatures": [1.0]}, sampled),
+        (args.top_k == 0, {"mask_source": None}, no_targets),
+        (args.top_k == 0, {"temperatures": [1.0]}, no_top_k),
+        (args.backend == "local", {"workers": 1, "gpus_per_worker": None}, one_worker),
+    ]
+    check_rules(vars(args), rules)
+    args.top_k = args.sample_k or args.top_k
     for name, default in SCORING.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.policy and not args.top_k:
-        raise UsageError("--mask-source stores only the teacher's predictions; set --top-k above 0")
-    if len(args.temperatures) > 1 and not args.top_k:
-        raise UsageError("--temperatures apply to the top-k; set --top-k above 0")
-    if args.backend == "local":
-        for name in ("workers", "gpus_per_worker"):
-            if getattr(args, name) and not (name == "workers" and args.workers == 1):
-                problem = "--backend local has one worker, this process"
-                raise UsageError(f"{problem}; leave out {flag(name)} or use --backend ray")
-        args.cpus_per_worker = args.cpus_per_worker or cores()
-    args.cpus_per_worker = args.cpus_per_worker or 1
+    args.cpus_per_worker = args.cpus_per_worker or (cores() if args.backend == "local" else 1)
     ray_cluster.check_kept("--output", args.output)
 
 

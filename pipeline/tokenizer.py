@@ -102,7 +102,7 @@ class Texts:
 
     def documents(self) -> Iterator[Document]:
         """The usable documents; shows progress by shard."""
-        self.rejects, reader = Rejects(), Reader(self.corpus.text_column)
+        self.rejects, reader = Rejects(), Reader()
         with console.Progress(len(self.corpus.shards), "shards", "reading") as progress:
             for ranges in self.corpus.shards:
                 documents = read_documents(ranges, reader, self.rejects)

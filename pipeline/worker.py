@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer
 
@@ -27,7 +26,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.masker import Masker
 from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, parquet, targets
-from entropy_masking.shards.read import masker_of
+from entropy_masking.shards.read import Columns, masker_of, read_rows
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.ranges import FileRange
@@ -44,13 +43,20 @@ class ShardScorer:
     """Scores shards of one job; loads the tokenizer and the teacher once, at their first use.
 
     May be called from ``SHARDS_AT_ONCE`` threads: the forwards of one shard overlap the reading and writing of another.
+
+    Attributes:
+        model: is held by the shard that loads the teacher or runs it.
+        places: of which each shard holds one; a shard that holds all is alone in its process.
+        entrance: is held by the shard that takes its places, because two that have one each and want all would wait for
+            each other for ever.
+        stopped: is set when the shards in progress are to be dropped.
+        deadlines: of the shards in progress, for the only timer of the process.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.model = threading.Lock()
-        self.stopped = threading.Event()
-        self.entrance, self.places = threading.Lock(), threading.Semaphore(SHARDS_AT_ONCE)
+        self.model, self.entrance = threading.Lock(), threading.Lock()
+        self.places, self.stopped = threading.Semaphore(SHARDS_AT_ONCE), threading.Event()
         self.deadlines = _Deadlines()
         torch.set_num_threads(job.threads)
 
@@ -60,7 +66,7 @@ class ShardScorer:
 
     def outcomes(self, item: list[Shard]) -> Iterator[Record | Failure]:
         """Score and commit shards in their order, with one reader; yields the outcome of each."""
-        reader = Reader(self.job.text_column)
+        reader = Reader()
         for index, ranges in item:
             yield self(index, ranges, reader)
 
@@ -100,26 +106,26 @@ class ShardScorer:
 
     @contextlib.contextmanager
     def _places(self, count: int) -> Iterator[None]:
-        """Hold ``count`` of the ``SHARDS_AT_ONCE`` places; a shard that holds all places is alone in its process."""
-        with self.entrance:  # one shard at a time: two with one place each would wait for each other for ever
-            for _ in range(count):
-                self.places.acquire()
-        try:
+        """Hold ``count`` of the ``places``."""
+        with contextlib.ExitStack() as held:
+            with self.entrance:
+                for _ in range(count):
+                    held.enter_context(self.places)
             yield
-        finally:
-            self.places.release(count)
 
     def _score(self, index: int, ranges: list[FileRange], reader: Reader, attempt: int) -> Record:
         job, manifest, started = self.job, self.job.manifest, time.monotonic()
         if self.stopped.is_set():
             raise Stopped
-        rejects, scores = Rejects(), None
+        rejects, rows, scores = Rejects(), None, None
         costs: dict[str, float] = {"forward_seconds": 0.0, "flops": 0}
         with self.deadlines.within(job.shard_timeout):
-            if job.sequences and manifest.masks:
+            if not job.sequences:
+                ids_NL = self._packed(ranges, reader, rejects)
+            elif manifest.masks:
                 rows, ids_NL = mask_shard(job.sequences, job.sequences.entry(index), manifest.masks, self.masker)
             else:
-                rows, ids_NL = None, self._sequences(ranges, reader, rejects)
+                ids_NL = read_rows(job.sequences, job.sequences.entry(index), Columns())["input_ids"]
         if manifest.teacher:
             with self.model:
                 teacher = self.teacher  # loading it does not count as time of the shard
@@ -148,19 +154,11 @@ class ShardScorer:
             }
             return commit.commit_shard(job.output, index, parquet.to_parquet(groups), fields, started)
 
-    def _sequences(self, ranges: list[FileRange], reader: Reader, rejects: Rejects) -> np.ndarray:
-        """Token ids [N, L] of a shard: from text, or from the shard of another directory."""
-        manifest = self.job.manifest
-        if ranges[0].kind == "shard":
-            filesystem, path = storage.resolve(ranges[0].path)
-            table = pq.read_table(path, columns=["input_ids"], filesystem=filesystem)
-            ids_NL = parquet.column_2d(table, "input_ids", manifest.sequence_length)
-            if ids_NL.max(initial=0) >= manifest.vocab_size:  # a GPU would fail for good
-                raise UsageError(f"{path} has token ids outside the vocabulary; make it again")
-            return ids_NL
-        ids = manifest.special_ids
+    def _packed(self, ranges: list[FileRange], reader: Reader, rejects: Rejects) -> np.ndarray:
+        """Token ids [N, L] of text."""
+        ids, length = self.job.manifest.special_ids, self.job.manifest.sequence_length
         token_lists = tokenize(read_documents(ranges, reader, rejects), self.tokenizer, rejects)
-        return pack(token_lists, manifest.sequence_length, ids["cls"], ids["sep"], ids["pad"])
+        return pack(token_lists, length, ids["cls"], ids["sep"], ids["pad"])
 
     def _in_the_model(
         self, teacher: Teacher, ids_NL: np.ndarray, rows: targets.MaskedRows | None, costs: dict[str, float]

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
@@ -73,34 +72,23 @@ def _content(file: FileRange, size: int, to_read: bool, advance: Callable[[int],
     return identity or _sampled(file.path, size), size
 
 
-class _Hashed:
-    """What Arrow reads of a file, hashed on the way."""
-
-    def __init__(self, file: Any, advance: Callable[[int], None]) -> None:
-        self.file, self.advance = file, advance
-        self.hash, self.closed = hashlib.sha256(), False
-
-    def read(self, size: int) -> bytes:
-        block: bytes = self.file.read(size)
-        self.hash.update(block)
-        self.advance(len(block))
-        return block
-
-    def close(self) -> None:
-        """The owner of the file closes it."""
-
-
 def _read(file: FileRange, advance: Callable[[int], None]) -> tuple[str, int]:
-    """(hash of the bytes, decompressed bytes) of a file, read once."""
-    with storage.open_stream(file.path) as raw:
-        hashed, size = _Hashed(raw, advance), 0
-        if file.compression:
-            with pa.CompressedInputStream(pa.PythonFile(hashed, "r"), file.compression) as stream:
-                while block := stream.read(BLOCK):
-                    size += len(block)
-        while block := hashed.read(BLOCK):
-            size += 0 if file.compression else len(block)
-    return hashed.hash.hexdigest(), size
+    """(hash of the bytes of a local file, decompressed bytes) of a file."""
+    hashed, size, read = hashlib.sha256(), 0, 0
+    if not storage.is_remote(file.path):
+        with storage.open_stream(file.path) as stream:
+            while block := stream.read(BLOCK):
+                hashed.update(block)
+                size += len(block)
+                advance(0 if file.compression else len(block))
+    if file.compression:
+        size = 0
+        with storage.open_stream(file.path) as raw, pa.CompressedInputStream(raw, file.compression) as stream:
+            while block := stream.read(BLOCK):
+                size += len(block)
+                advance(raw.tell() - read)
+                read = raw.tell()
+    return hashed.hexdigest(), size
 
 
 def _sampled(path: str, size: int) -> str:

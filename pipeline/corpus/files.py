@@ -1,4 +1,4 @@
-"""The files of a corpus: found by path, directory or glob, with their kind."""
+"""The files of a corpus: found by path, directory or glob, with their format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from entropy_masking import storage
 from entropy_masking.errors import UsageError
 from pipeline.corpus.ranges import COMPRESSIONS
 
-KINDS = {
+FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
     ".text": "text",
@@ -40,7 +40,7 @@ def find_files(part: str, output: str | None = None) -> tuple[list[tuple[str, st
     prefix = part.split("://")[0] + "://" if storage.is_remote(part) else ""
     info, root, pattern = filesystem.get_file_info(path), path, ""
     if info.type == fs.FileType.File:
-        if file_kind(path) is None:
+        if file_format(path) is None:
             raise UsageError(f"{part} has an unknown ending; the known endings are {_endings()}")
         return [(prefix + path, os.path.basename(path))], []
     if info.type == fs.FileType.NotFound:
@@ -50,12 +50,12 @@ def find_files(part: str, output: str | None = None) -> tuple[list[tuple[str, st
     if output is not None:
         _check_outside(part, filesystem, root, pattern, output)
     names = _chosen(_names_below(filesystem, root, pattern), pattern)
-    known = [name for name in names if file_kind(name)]
+    known = [name for name in names if file_format(name)]
     if not names:
         raise UsageError(f"the corpus {part} has no files; check the path")
     if not known:
         raise UsageError(f"{part} holds no text files; the known endings are {_endings()}")
-    unknown = [name for name in names if not file_kind(name)]
+    unknown = [name for name in names if not file_format(name)]
     return [(prefix + os.path.join(root, name), name) for name in known], unknown
 
 
@@ -105,9 +105,9 @@ def _check_outside(part: str, filesystem: fs.FileSystem, root: str, pattern: str
         raise UsageError(f"--output {output} is within the corpus {part}, which it would change; choose another place")
 
 
-def file_kind(path: str) -> str | None:
-    """The kind of a file by its ending, or None."""
-    return KINDS.get(Path(path.removesuffix(compression_suffix(path) or "")).suffix.lower())
+def file_format(path: str) -> str | None:
+    """The format of a file by its ending, or None."""
+    return FORMATS.get(Path(path.removesuffix(compression_suffix(path) or "")).suffix.lower())
 
 
 def compression_suffix(path: str) -> str | None:
@@ -117,4 +117,4 @@ def compression_suffix(path: str) -> str | None:
 
 
 def _endings() -> str:
-    return f"{' '.join(KINDS)}, the text forms also with {' '.join(COMPRESSIONS)}"
+    return f"{' '.join(FORMATS)}, the text forms also with {' '.join(COMPRESSIONS)}"

@@ -18,17 +18,17 @@ from pipeline.corpus.tables import csv_values, parquet_values
 LONG_PARAGRAPH = 1 << 16  # bytes; a longer one is rather a file with a document in each line
 
 
-def documents(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, Any]]:
+def documents(file_range: FileRange) -> Iterator[tuple[int, int, Any]]:
     """(position, line, what ``text_of`` makes a text of) of the documents from the start of a range on.
 
-    Where the file is not read from its start, the last document is the last of the range, or one of the next.
-    Of a document with more than ``max_bytes``, only about as many are held in memory.
+    Text may go on after its end, and ``Reader`` stops there. Of a sequential file, ``Reader`` asks for all documents,
+    and drops those before the range. Of a document with more than ``max_bytes``, only about as many are held in memory.
     """
     most = file_range.max_bytes
     if file_range.kind == "parquet":
-        yield from parquet_values(file_range, text_column)
+        yield from parquet_values(file_range)
     elif file_range.kind in ("csv", "tsv"):
-        yield from csv_values(file_range, text_column)
+        yield from csv_values(file_range)
     elif file_range.kind == "json":
         yield from ((number, number + 1, value) for number, value in enumerate(array(file_range)))
     elif file_range.kind == "file":
@@ -40,10 +40,10 @@ def documents(file_range: FileRange, text_column: str) -> Iterator[tuple[int, in
         yield from ((position, line, raw) for line, (position, raw) in lines if not is_blank(raw, most))
 
 
-def text_of(file_range: FileRange, text_column: str, found: Any) -> Any:
+def text_of(file_range: FileRange, found: Any) -> Any:
     """The text of a document; ``Broken`` or any other value if it has none."""
     if file_range.kind in ("json", "jsonl"):
-        return _value_of(text_column, _object(found, file_range.max_bytes))
+        return _value_of(file_range.text_column, _object(found, file_range.max_bytes))
     text = decode(found, file_range.max_bytes) if isinstance(found, bytes) else found
     if file_range.kind == "paragraph" and isinstance(text, str):
         return " ".join(map(str.strip, text.split("\n")))
@@ -118,7 +118,7 @@ def is_blank(line: bytes, max_bytes: int) -> bool:
 
 def json_keys(file_range: FileRange, objects: int) -> list[str]:
     """The keys of the first ``objects`` objects of JSON lines or of a JSON array."""
-    found = (_object(raw, file_range.max_bytes) for _, _, raw in islice(documents(file_range, ""), objects))
+    found = (_object(raw, file_range.max_bytes) for _, _, raw in islice(documents(file_range), objects))
     return list(dict.fromkeys(key for value in found if isinstance(value, dict) for key in value))
 
 

@@ -132,15 +132,10 @@ def pack(documents: Iterable[np.ndarray], length: int, cls_id: int, sep_id: int,
         if len(packed) > MAX_SHARD_TOKENS * len(separator):
             problem = f"a shard has more than {MAX_SHARD_TOKENS:,} tokens"
             raise UsageError(f"{problem}; lower --shard-tokens, or --max-document-bytes if it has one document")
-    stream = np.frombuffer(packed, np.uint32)[:-1]
-    width = length - 2
-    N = -(-len(stream) // width)
-    ids_NL = np.full((N, length), pad_id, np.uint32)
+    stream, width = np.frombuffer(packed, np.uint32)[:-1], length - 2
+    starts_N = np.arange(0, len(stream), width)
+    ids_NL = np.full((len(starts_N), length), pad_id, np.uint32)
     ids_NL[:, 0] = cls_id
-    full = len(stream) // width
-    ids_NL[:full, 1:-1] = stream[: full * width].reshape(full, width)
-    ids_NL[:full, -1] = sep_id
-    if rest := len(stream) - full * width:
-        ids_NL[-1, 1 : rest + 1] = stream[full * width :]
-        ids_NL[-1, rest + 1] = sep_id
+    ids_NL[:, 1:-1].flat[: len(stream)] = stream
+    ids_NL[np.arange(len(starts_N)), 1 + np.minimum(width, len(stream) - starts_N)] = sep_id
     return ids_NL

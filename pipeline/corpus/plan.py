@@ -22,7 +22,7 @@ from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import manifest_uri, read_manifest, run_uri
 from entropy_masking.shards.schema import Manifest
 from pipeline.corpus.content import read_contents
-from pipeline.corpus.files import compression_suffix, file_kind, find_files
+from pipeline.corpus.files import compression_suffix, file_format, find_files
 from pipeline.corpus.formats import LONG_PARAGRAPH, array, has_blank_line, is_array, json_keys
 from pipeline.corpus.ranges import COMPRESSIONS, MAX_DOCUMENT_BYTES, FileRange
 from pipeline.corpus.readers import Reader, Rejects, read_documents
@@ -42,14 +42,12 @@ class Corpus:
         shards: the ranges of each shard; the place in the list is the shard's index.
         identity: of the corpus, for the fingerprint: names and content hashes (remote: etags) of its files in order,
             and reading options.
-        text_column: column or key of the text.
         shard_tokens: approximate tokens per shard of text.
         from_shards: the manifest if the corpus is a shard directory; its tokens, ids and shards are kept.
     """
 
     shards: list[list[FileRange]]
     identity: dict[str, object]
-    text_column: str
     shard_tokens: int
     from_shards: Manifest | None = None
 
@@ -87,44 +85,48 @@ def plan_corpus(
             problem = f"--{given[0]} only applies to text"
             raise UsageError(f"{problem}; {spec} is a shard directory, so leave out --{given[0]}")
         return _plan_shard_directory(spec)
-    if spec == "docstrings":
-        files = [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
-    elif spec.startswith("hf:"):
-        files = [(str(_materialise_hub_dataset(spec)), spec)]
-    else:
-        parts = [spec] if _is_path(spec) else spec.split(",")
-        found = [find_files(part.strip(), output) for part in parts]
-        files = [file for known, _ in found for file in known]
-        if unread := [name for _, unknown in found for name in unknown]:
-            more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
-            console.note(f"note: {', '.join(unread[:5])}{more} not read: unknown endings")
-    kinds = {file_kind(path) for path, _ in files}
-    if document and "text" not in kinds:
+    files = _files_of(spec, output)
+    formats = {file_format(path) for path, _ in files}
+    if document and "text" not in formats:
         raise UsageError(f"{spec} holds no plain-text files; leave out --document")
-    if text_column and kinds == {"text"}:
+    if text_column and formats == {"text"}:
         raise UsageError(f"{spec} holds only plain-text files, which have no columns; leave out --text-column")
     text_column, shard_tokens = text_column or "text", shard_tokens or SHARD_TOKENS
     shard_bytes, most = shard_tokens * BYTES_PER_TOKEN, max_document_bytes or MAX_DOCUMENT_BYTES
     wholes = [_whole_file(path, text_column, document, most) for path, _ in files]
     contents = read_contents([whole for whole, _ in wholes], bool(hash_corpus))
-    ranges, identities = list[tuple[FileRange, int]](), dict[str, str]()
-    for number, ((whole, texts), (content, size), (_, name)) in enumerate(zip(wholes, contents, files, strict=True), 1):
+    ranges: list[tuple[FileRange, int]] = []
+    for (whole, texts), (_, size) in zip(wholes, contents, strict=True):
         ranges += _cut(whole, size, texts or size, shard_bytes)
-        identities[f"{number} {name}"] = content  # numbered: their order matters, and two may have the same name
     if limit_documents:
         ranges = list(_limit(ranges, limit_documents))
     shards = _group(ranges, shard_bytes)
     if not shards:
         raise UsageError(f"the corpus {spec} is empty: its files hold no documents")
+    numbered = enumerate(zip(files, contents, strict=True), 1)  # their order matters, and two may have the same name
     identity = {
-        "files": identities,
+        "files": {f"{number} {name}": content for number, ((_, name), (content, _)) in numbered},
         "text_column": text_column,
-        "document": document or ("paragraph" if "text" in kinds else "line"),
+        "document": document or ("paragraph" if "text" in formats else "line"),
         "shard_tokens": shard_tokens,
         "limit_documents": limit_documents,
         "max_document_bytes": most,
     }
-    return Corpus([[file_range for file_range, _ in shard] for shard in shards], identity, text_column, shard_tokens)
+    return Corpus(shards, identity, shard_tokens)
+
+
+def _files_of(spec: str, output: str | None) -> list[tuple[str, str]]:
+    """(path, name within the corpus) of the files of a corpus of text."""
+    if spec == "docstrings":
+        return [(str(docstrings.materialise()["pretrain"]), "docstrings.parquet")]
+    if spec.startswith("hf:"):
+        return [(str(_materialise_hub_dataset(spec)), spec)]
+    parts = [spec] if _is_path(spec) else spec.split(",")
+    found = [find_files(part.strip(), output) for part in parts]
+    if unread := [name for _, unknown in found for name in unknown]:
+        more = f" and {len(unread) - 5:,} more" if len(unread) > 5 else ""
+        console.note(f"note: {', '.join(unread[:5])}{more} not read: unknown endings")
+    return [file for known, _ in found for file in known]
 
 
 def _whole_file(path: str, text_column: str, document: str | None, max_bytes: int) -> tuple[FileRange, int]:
@@ -132,15 +134,16 @@ def _whole_file(path: str, text_column: str, document: str | None, max_bytes: in
 
     ``stop`` is the number of rows or elements, or None where ranges are counted in bytes.
     """
-    kind, suffix = file_kind(path), compression_suffix(path)
-    whole = FileRange(path, kind or "text", compression=COMPRESSIONS.get(suffix or ""), max_bytes=max_bytes)
+    compression = COMPRESSIONS.get(compression_suffix(path) or "")
+    kind = file_format(path) or "text"
+    whole = FileRange(path, kind, text_column=text_column, compression=compression, max_bytes=max_bytes)
     if kind == "parquet":
         schema, metadata = parquet_footer(path)
-        _check_parquet_column(path, schema, text_column)
-        return replace(whole, stop=metadata.num_rows), check_footer(path, metadata, text_column)
+        _check_parquet_column(whole, schema)
+        return replace(whole, stop=metadata.num_rows), check_footer(path, metadata)
     try:
         whole = replace(whole, kind=_kind_of_range(whole, document))
-        _check_text_column(whole, text_column)
+        _check_text_column(whole)
         return replace(whole, stop=len(array(whole)) if whole.kind == "json" else None), 0
     except (OSError, EOFError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from None
@@ -159,7 +162,7 @@ def _cut(whole: FileRange, size: int, texts: int, shard_bytes: int) -> Iterator[
 
 
 def _kind_of_range(file: FileRange, document: str | None) -> str:
-    """The kind of the ranges of a file: ``file.kind``, but the unit of a document in plain text.
+    """The kind of the ranges of a file: of plain text the unit of a document, else the format, which its kind still is.
 
     Raises:
         UsageError: it is a large text without blank lines, which would be one document, and no unit was chosen.
@@ -174,38 +177,40 @@ def _kind_of_range(file: FileRange, document: str | None) -> str:
     return document or "paragraph" if file.kind == "text" else file.kind
 
 
-def _check_parquet_column(path: str, schema: pa.Schema, text_column: str) -> None:
-    _check_names(path, schema.names, text_column)
-    kind = schema.field(text_column).type
+def _check_parquet_column(file: FileRange, schema: pa.Schema) -> None:
+    path, name = file.path, file.text_column
+    _check_names(file, schema.names)
+    kind = schema.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UsageError(f"column {text_column!r} of {path} is {kind}, not text; name another with --text-column")
+        raise UsageError(f"column {name!r} of {path} is {kind}, not text; name another with --text-column")
 
 
-def _check_text_column(file_range: FileRange, text_column: str) -> None:
+def _check_text_column(file_range: FileRange) -> None:
     """Detect a wrong ``--text-column`` by the header or the first objects, before anything is scored."""
     if file_range.kind in ("json", "jsonl"):
-        names = json_keys(file_range, JSON_OBJECTS) or [text_column]  # broken lines are rejected later
+        names = json_keys(file_range, JSON_OBJECTS) or [file_range.text_column]  # broken lines are rejected later
     elif file_range.kind in ("csv", "tsv"):
-        *_, header = next(csv_rows(file_range), (0, 1, [text_column]))
+        *_, header = next(csv_rows(file_range), (0, 1, [file_range.text_column]))
         names = header if isinstance(header, list) else []
         if not names:
             raise UsageError(f"the first line of {file_range.path} does not name the columns; add a header")
     else:
         return
-    _check_names(file_range.path, names, text_column)
+    _check_names(file_range, names)
 
 
-def _check_names(path: str, names: list[str], text_column: str) -> None:
-    if text_column not in names:
-        raise UsageError(f"{path} has no column {text_column!r}; name one of {names} with --text-column")
-    if names.count(text_column) > 1:
-        raise UsageError(f"{path} has several columns {text_column!r}; rename all but one, or name another")
+def _check_names(file: FileRange, names: list[str]) -> None:
+    path, name = file.path, file.text_column
+    if name not in names:
+        raise UsageError(f"{path} has no column {name!r}; name one of {names} with --text-column")
+    if names.count(name) > 1:
+        raise UsageError(f"{path} has several columns {name!r}; rename all but one, or name another")
 
 
 def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tuple[FileRange, int]]:
     """The ranges with the first ``documents`` documents. Text files are read only up to there."""
-    reader = Reader("")
+    reader = Reader()
     for file_range, size in ranges:
         if documents <= 0:
             return
@@ -221,15 +226,15 @@ def _limit(ranges: list[tuple[FileRange, int]], documents: int) -> Iterator[tupl
         documents -= count
 
 
-def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[tuple[FileRange, int]]]:
+def _group(ranges: list[tuple[FileRange, int]], shard_bytes: int) -> list[list[FileRange]]:
     """Join neighbouring ranges into shards of about ``shard_bytes``."""
-    shards: list[list[tuple[FileRange, int]]] = []
+    shards: list[list[FileRange]] = []
     filled = shard_bytes
     for file_range, size in ranges:
         if filled + size / 2 >= shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append((file_range, size))
+        shards[-1].append(file_range)
         filled += size
     return shards
 
@@ -247,13 +252,14 @@ def _is_shard_directory(spec: str) -> bool:
 def _plan_shard_directory(spec: str) -> Corpus:
     manifest = read_manifest(spec)
     check_shards(manifest)
+    manifest = manifest.model_copy(update={"uri": storage.absolute(spec)})  # workers have other working directories
     ranges: list[list[FileRange]] = [[] for _ in range(manifest.planned_shards)]  # no ranges: the shard was given up
     for entry in manifest.shards:
-        ranges[entry.index] = [FileRange(storage.absolute(manifest.shard_uri(entry)), "shard", 0, entry.rows)]
+        ranges[entry.index] = [FileRange(manifest.shard_uri(entry), "shard", 0, entry.rows)]
     # only the tokens matter: scoring a scored directory again means scoring its tokens
     corpus = manifest.fingerprint["corpus"]
     identity = corpus if "sequences" in corpus else {"sequences": corpus}
-    return Corpus(ranges, identity, "", 0, manifest)
+    return Corpus(ranges, identity, 0, manifest)
 
 
 def _materialise_hub_dataset(spec: str) -> Path:

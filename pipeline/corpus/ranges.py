@@ -25,6 +25,7 @@ class FileRange:
             stop: ``line`` or ``jsonl`` (lines), ``csv`` or ``tsv`` (rows), ``paragraph`` (a paragraph begins with the
             blank line before it).
         start, stop: the range; ``stop`` None means the end of the file.
+        text_column: column or key of the text.
         limit: at most this many documents of the range, rejected ones included.
         compression: ``gzip``, ``zstd`` or ``bz2``.
         max_bytes: a longer document (in JSON lines, CSV and TSV: a longer line or row) is rejected.
@@ -34,6 +35,7 @@ class FileRange:
     kind: str
     start: int = 0
     stop: int | None = None
+    text_column: str = "text"
     limit: int | None = None
     compression: str | None = None
     max_bytes: int = MAX_DOCUMENT_BYTES

@@ -59,8 +59,7 @@ class Reader:
     Not for several threads at a time.
     """
 
-    def __init__(self, text_column: str) -> None:
-        self.text_column = text_column
+    def __init__(self) -> None:
         self.file: FileRange | None = None  # whose next document begins at ``position`` or later
         self.position = 0.0
         self.rest: Iterator[tuple[int, int, Any]] = iter(())
@@ -70,14 +69,14 @@ class Reader:
         """(line, text) of the documents of a range; instead of a text there may be ``Broken`` or any other value."""
         file = own.whole if own.sequential else own
         if file != self.file or self.position > own.start:
-            self.rest, self.ahead = documents(file, self.text_column), None
+            self.rest, self.ahead = documents(file), None
         self.file = None  # until the end of the range, the place is not known
         stop = math.inf if own.stop is None else own.stop
         while (found := self.ahead or next(self.rest, None)) and found[0] < stop:
             self.ahead = None
             position, line, raw = found
             if position >= own.start:
-                yield line, text_of(own, self.text_column, raw)
+                yield line, text_of(own, raw)
         self.file, self.position, self.ahead = file, stop, found
 
 

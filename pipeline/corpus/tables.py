@@ -33,45 +33,53 @@ def csv_rows(file_range: FileRange) -> Iterator[tuple[int, int, list[str] | Brok
     first line of a broken row is dropped, and the lines after it are read again. If too much was read again, a row has
     one line only. A row of more than ``max_bytes`` characters is broken. Blank lines are no rows.
     """
-    most = file_range.max_bytes
+    most, dialect = file_range.max_bytes, DIALECTS[file_range.kind]
+    again: deque[str] = deque()  # lines to read again
+    line, position, read_again, width = 1, 0, 0, None
     with open_binary(file_range) as stream:
         # bytes that are not UTF-8 become lone surrogates, so only their own row is rejected
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        of_row: list[str] = []
-        again: deque[str] = deque()
-        size = read_again = position = 0
-
-        def next_line() -> str:
-            nonlocal size
-            if of_row and read_again > most + READ_AGAIN * position:
-                raise csv.Error
-            of_row.append(again.popleft() if again else _csv_line(text, most))
-            size += len(of_row[-1])
-            if size > most + len("\r\n"):
-                raise csv.Error
-            return of_row[-1]
-
-        line, width = 1, None
         while True:
-            of_row.clear()
-            size = 0
-            try:
-                row = next(csv.reader(iter(next_line, ""), **DIALECTS[file_range.kind]), None)
-            except csv.Error:
-                row = None
-            if of_row == [""]:
+            lines, row = _csv_row(text, again, most, dialect, alone=read_again > most + READ_AGAIN * position)
+            if not lines:
                 return
             if row is None or (row and width is not None and len(row) != width):
-                is_long = len(of_row[0]) > most + len("\r\n")
+                is_long = len(lines[0]) > most + len("\r\n")
                 yield position, line, too_long(most) if is_long else Broken("broken CSV row")
-                again.extendleft(reversed(of_row[1:]))
-                read_again += size - len(of_row[0])
-                del of_row[1:]
+                again.extendleft(reversed(lines[1:]))
+                read_again += sum(map(len, lines[1:]))
+                del lines[1:]
             elif row or width is None:
                 yield position, line, row
-            line += len(of_row)
-            position += sum(map(_size, of_row))
+            line += len(lines)
+            position += sum(map(_size, lines))
             width = len(row or []) if width is None else width
+
+
+def _csv_row(
+    text: io.TextIOWrapper, again: deque[str], most: int, dialect: dict[str, Any], alone: bool
+) -> tuple[list[str], list[str] | None]:
+    """(lines, fields) of the next row: no fields if it is broken, and no lines at the end of the file.
+
+    With ``alone``, it is taken to be one line.
+    """
+    lines: list[str] = []
+
+    def of_row() -> Iterator[str]:
+        size = 0
+        while line := again.popleft() if again else _csv_line(text, most):
+            lines.append(line)
+            size += len(line)
+            if size > most + len("\r\n"):
+                raise csv.Error
+            yield line
+            if alone:
+                return
+
+    try:
+        return lines, next(csv.reader(of_row(), **dialect), None)
+    except csv.Error:
+        return lines, None
 
 
 def _size(line: str) -> int:
@@ -87,15 +95,15 @@ def _csv_line(text: io.TextIOWrapper, most: int) -> str:
     return line
 
 
-def csv_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken]]:
-    rows = csv_rows(file_range)
+def csv_values(file_range: FileRange) -> Iterator[tuple[int, int, str | Broken]]:
+    rows, name = csv_rows(file_range), file_range.text_column
     _, _, header = next(rows, (0, 1, []))
-    column = header.index(text_column) if isinstance(header, list) and text_column in header else None
+    column = header.index(name) if isinstance(header, list) and name in header else None
     for position, line, row in rows:
         if isinstance(row, Broken):
             yield position, line, row
         else:
-            yield position, line, Broken(f"no column {text_column!r}") if column is None else row[column]
+            yield position, line, Broken(f"no column {name!r}") if column is None else row[column]
 
 
 def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
@@ -108,13 +116,12 @@ def parquet_footer(path: str) -> tuple[pa.Schema, pq.FileMetaData]:
         raise UsageError(f"cannot read {path} as Parquet: {one_line(error)}") from None
 
 
-def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
+def check_footer(path: str, metadata: pq.FileMetaData) -> int:
     """Bytes of a Parquet file without compression, as encoded; at least one for each row, as equal rows may take less.
 
     Raises:
         UsageError: the footer claims more rows or text than a file of its size can hold.
     """
-    _check_not_nested(metadata, text_column)
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     rows_G = [group.num_rows for group in groups]
     # of all columns: in a damaged footer, a look at one column would end the process
@@ -130,14 +137,7 @@ def check_footer(path: str, metadata: pq.FileMetaData, text_column: str) -> int:
     return max(rows, texts)
 
 
-def _check_not_nested(metadata: pq.FileMetaData, name: str) -> None:
-    """Raises UsageError if no column has this name, or if it is nested."""
-    if name in (metadata.schema.column(index).path for index in range(metadata.num_columns)):
-        return
-    raise UsageError(f"the column {name!r} is nested, not text; name another with --text-column")
-
-
-def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[int, int, str | Broken | None]]:
+def parquet_values(file_range: FileRange) -> Iterator[tuple[int, int, str | Broken | None]]:
     filesystem, path = storage.resolve(file_range.path)
     with pq.ParquetFile(path, filesystem=filesystem) as file:
         metadata, ends = file.metadata, [0]
@@ -149,7 +149,7 @@ def parquet_values(file_range: FileRange, text_column: str) -> Iterator[tuple[in
         # an encoding can make every row as long as all that is stored
         longest = max((metadata.row_group(g).total_byte_size for g in groups), default=0)
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(longest, 1)))
-        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[text_column]):
+        for batch in file.iter_batches(batch_size=rows, row_groups=groups, columns=[file_range.text_column]):
             for raw in _as_bytes(batch.column(0)):
                 if file_range.start <= row < stop:
                     yield row, row + 1, None if raw is None else decode(raw, file_range.max_bytes)

@@ -38,7 +38,7 @@ def test_any_cut_of_a_text_file_loses_and_doubles_nothing(tmp_path: Path, ending
     for cut in range(1, len(data)):
         rejects = Rejects()
         ranges = [FileRange(str(path), unit, 0, cut), FileRange(str(path), unit, cut, len(data))]
-        found = [document.text for document in read_documents(ranges, Reader("text"), rejects)]
+        found = [document.text for document in read_documents(ranges, Reader(), rejects)]
         assert found == expected, cut
         assert rejects.documents == len(expected) + 1, "blank lines are no documents"
         bad = {"line": 8, "paragraph": 7}[unit]
@@ -119,7 +119,7 @@ def test_names_of_parquet_columns(tmp_path: Path) -> None:
     table = pa.table({"a": [["x"]], "a.b": ["dotted"]})
     pq.write_table(table, tmp_path / "dot.parquet")
     corpus = plan_corpus(str(tmp_path / "dot.parquet"), text_column="a.b")
-    found = [document.text for document in read_documents(corpus.shards[0], Reader(corpus.text_column), Rejects())]
+    found = [document.text for document in read_documents(corpus.shards[0], Reader(), Rejects())]
     assert found == ["dotted"]
     twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "twice.parquet")

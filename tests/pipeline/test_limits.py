@@ -60,7 +60,7 @@ def test_a_longer_document_is_rejected_and_counted(tmp_path: Path, shard_tokens:
             shard_tokens=shard_tokens,
             max_document_bytes=most,
         )
-        assert texts_of(corpus, rejects, "t") == GOOD, name
+        assert texts_of(corpus, rejects) == GOOD, name
         assert rejects.documents == len(TEXTS), name
         assert rejects.report()["reasons"] == {f"longer than {most} bytes": 2}, name
         first = 2 + name.endswith(("csv", "tsv"))

@@ -37,7 +37,7 @@ def test_special_tokens_written_out_in_a_text_are_text(work: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     (tmp_path / "a.txt").write_text("abcde [MASK] fghab [SEP]\n\nabcde\n")
     rejects = Rejects()
-    documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], Reader("text"), rejects)
+    documents = read_documents(plan_corpus(str(tmp_path / "a.txt")).shards[0], Reader(), rejects)
     backend = text_tokenizer(tokenizer)
     backend.enable_truncation(99)
     first, second = tokenize(documents, backend, rejects)

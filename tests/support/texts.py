@@ -16,8 +16,8 @@ from pipeline.corpus.readers import Reader, Rejects, read_documents
 TEXTS = [f"document {number}: " + "wörd naïve 語 " * (number % 7 + 1) + "." for number in range(60)]
 
 
-def texts_of(corpus: Corpus, rejects: Rejects | None = None, column: str = "text") -> list[str]:
-    rejects, reader = rejects or Rejects(), Reader(column)
+def texts_of(corpus: Corpus, rejects: Rejects | None = None) -> list[str]:
+    rejects, reader = rejects or Rejects(), Reader()
     return [document.text for ranges in corpus.shards for document in read_documents(ranges, reader, rejects)]
 
 
