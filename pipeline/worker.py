@@ -26,7 +26,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from entropy_masking.masking.masker import Masker
 from entropy_masking.models.checkpoints import local_checkpoint, weights_hash
 from entropy_masking.shards import commit, manifests, parquet, targets
-from entropy_masking.shards.read import Columns, masker_of, read_rows
+from entropy_masking.shards.read import masker_of, read_rows
 from entropy_masking.shards.schema import Record
 from pipeline.corpus.packing import pack, text_tokenizer, tokenize
 from pipeline.corpus.ranges import FileRange
@@ -45,12 +45,12 @@ class ShardScorer:
     May be called from ``SHARDS_AT_ONCE`` threads: the forwards of one shard overlap the reading and writing of another.
 
     Attributes:
-        model: is held by the shard that loads the teacher or runs it.
-        places: of which each shard holds one; a shard that holds all is alone in its process.
-        entrance: is held by the shard that takes its places, because two that have one each and want all would wait for
-            each other for ever.
-        stopped: is set when the shards in progress are to be dropped.
-        deadlines: of the shards in progress, for the only timer of the process.
+        model: the lock of a shard while it loads or runs the teacher.
+        places: a shard takes one of them. A shard that must be alone in its process takes all.
+        entrance: the lock of a shard while it takes places. Without it, two shards that hold one place each and want
+            all would wait for each other for ever.
+        stopped: set when the shards in progress must be dropped.
+        deadlines: the deadlines of the shards in progress, for the one timer of the process.
     """
 
     def __init__(self, job: Job) -> None:
@@ -125,7 +125,7 @@ class ShardScorer:
             elif manifest.masks:
                 rows, ids_NL = mask_shard(job.sequences, job.sequences.entry(index), manifest.masks, self.masker)
             else:
-                ids_NL = read_rows(job.sequences, job.sequences.entry(index), Columns())["input_ids"]
+                ids_NL = read_rows(job.sequences, job.sequences.entry(index), [])["input_ids"]
         if manifest.teacher:
             with self.model:
                 teacher = self.teacher  # loading it does not count as time of the shard

@@ -1,4 +1,9 @@
-"""Entropy-aware masking: scores → masked positions. Pure tensor functions; docs/training.md has the rule.
+"""Entropy-aware masking: scores → masked positions. Pure tensor functions; docs/training.md explains the rule.
+
+k positions of a row are masked, of which ``round(h·k)`` are chosen by score and the others uniformly. By score, the
+candidates with the highest ``r + τ·G`` come first: r in (0, 1] is the rank of the score within the row, and G is Gumbel
+noise (Gumbel top-k: Kool et al. 2019, arXiv 1903.06059). The hard share h depends on the progress of the run. h = 1 and
+τ = 0 is the selection of Srinivasagan et al. (arXiv 2605.28526).
 
 All noise is a hash of (seed, stream, epoch, sequence id, position). So the mask of a row does not depend on the batch,
 the number of loader workers or ranks, or the step at which a run was resumed.
