@@ -18,7 +18,7 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.text import printable
-from train import guard, private, resume
+from train import guard, resume
 from train.flags import Options
 
 MAX_FAILURES = 3  # of workers, in one call
@@ -101,7 +101,8 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    private.leave_ctrl_c_alone(trainer)
+    # let Ctrl-C raise KeyboardInterrupt in fit(); Ray's own handler ends the process with exit code 1
+    trainer._register_sigint_handler = lambda _controller: None
     ended = threading.Event()
     printer = threading.Thread(target=_show, args=(config["log"], ended))
     printer.start()

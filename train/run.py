@@ -121,7 +121,7 @@ def train(trainer: MaskedLMTrainer) -> None:
         if rank == 0:
             console.note(f"resuming from {checkpoint}")
     with clean_ending(trainer.guard):
-        trainer.train_from(checkpoint)
+        trainer.train(str(checkpoint) if checkpoint else None)
     if trainer.guard.stopped:
         if rank:
             raise SystemExit(143)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.type_means import TypeMeans
 from entropy_masking.models.masked_positions import MaskedPositions, student_scores
 from entropy_masking.shards.read import Columns, columns_of, masker_of
-from train import evaluation, private, resume
+from train import evaluation, resume
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
 from train.flags import Options
@@ -75,8 +73,6 @@ class MaskedLMTrainer(Trainer):
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
         self.remove_callback(PrinterCallback)
-        private.save_within(self, self.saving())
-        private.load_within(self, reading(self.output))
         model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
         self.logged_means = RunningMeans()
@@ -96,13 +92,6 @@ class MaskedLMTrainer(Trainer):
             worker_init_fn=ignore_signals_of_group,
         )
         return self.accelerator.prepare(loader)
-
-    def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end of the run, from a checkpoint if there is one."""
-        if self.type_means and checkpoint:
-            with reading(self.output):
-                self.type_means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
-        self.train(str(checkpoint) if checkpoint else None)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object) -> Tensor:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw batch that is masked here."""
@@ -183,9 +172,11 @@ class MaskedLMTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
+    def _save_checkpoint(self, *arguments: Any) -> None:
         """Save in another directory, and rename the checkpoint when it is whole on all ranks.
+
+        There is no public hook: the event ``on_save`` comes after a save, so a rank would not learn that another one
+        failed.
 
         Raises:
             AllRanksFailed: the weights are not finite, the checkpoint cannot be written, or the directory was deleted.
@@ -198,7 +189,7 @@ class MaskedLMTrainer(Trainer):
         self.args.output_dir = str(unfinished)
         try:
             with on_all_ranks(rank), writing(name, self.output):
-                yield
+                super()._save_checkpoint(*arguments)
                 if means and self.args.should_save:
                     torch.save(means, unfinished / name / SELF_SCORES)
             with on_all_ranks(rank), writing(name, self.output):
@@ -210,6 +201,21 @@ class MaskedLMTrainer(Trainer):
             raise
         finally:
             self.args.output_dir = str(self.output)
+
+    def _load_from_checkpoint(self, checkpoint: str, *others: Any) -> None:
+        """Load the weights, and the running means of a run with self-masking. Raises AllRanksFailed."""
+        with reading(self.output):
+            super()._load_from_checkpoint(checkpoint, *others)
+            if self.type_means:
+                self.type_means.load(torch.load(Path(checkpoint, SELF_SCORES), weights_only=True))
+
+    def _load_optimizer_and_scheduler(self, *arguments: Any) -> None:
+        with reading(self.output):
+            super()._load_optimizer_and_scheduler(*arguments)
+
+    def _load_rng_state(self, *arguments: Any) -> None:
+        with reading(self.output):
+            super()._load_rng_state(*arguments)
 
 
 def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs, masker: Masker) -> TrainingSequences:
