@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from train.flags import Options
 from train.guard import Guard, check_finite, ignore_signals_of_group, on_all_ranks, reading, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
-from train.progress import CollapseWarnings, ProgressReport, RunningMeans, score_sums, type_concentration
+from train.progress import CollapseWarnings, ProgressReport, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
 
@@ -75,7 +76,8 @@ class MaskedLMTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
-        self.logged_means = RunningMeans()
+        # (sum, count) of the scores since the last log, on the device, so that nothing waits for it
+        self.score_sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self.predicted_V = torch.zeros(self.manifest.vocab_size, dtype=torch.int64, device=args.device)
         self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
@@ -96,7 +98,8 @@ class MaskedLMTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object) -> Tensor:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw batch that is masked here."""
         masked = self.mask_by_student(inputs) if self.options.entropy_source == "self" else dict(inputs)
-        self.logged_means.add(masked.pop("score_sums", {}))
+        for name, sum_and_count in masked.pop("score_sums", {}).items():
+            self.score_sums[name] += sum_and_count
         labels_N = masked["labels_BP"].flatten()
         self.predicted_V.scatter_add_(0, labels_N.clamp_min(0), (labels_N >= 0).long())
         output = model(
@@ -136,7 +139,9 @@ class MaskedLMTrainer(Trainer):
         """Log a loss with the seconds so far, and the means of scores and the concentration of masks since then."""
         if "loss" in logs:
             self.log_seconds()
-            logs |= self.logged_means.take(self.sum_over_ranks)
+            sums = self.accelerator.reduce(dict(sorted(self.score_sums.items())))
+            logs |= {name: float(total / count) for name, (total, count) in sums.items() if count}
+            self.score_sums.clear()
             if self.policy.uses_scores:
                 logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
             self.predicted_V.zero_()
