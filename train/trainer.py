@@ -81,7 +81,7 @@ class MaskedLMTrainer(Trainer):
         self.predicted_V = torch.zeros(self.manifest.vocab_size, dtype=torch.int64, device=args.device)
         self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
-            self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
+            self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.accelerator.reduce)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the dataset, in its order. Workers use no random generator, so they need no seeds."""
@@ -132,24 +132,16 @@ class MaskedLMTrainer(Trainer):
         masked["score_sums"] = score_sums(self.score_name, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum")
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a loss with the seconds so far, and the means of scores and the concentration of masks since then."""
+        """Log a loss with the means of scores and the concentration of masks since the last one."""
         if "loss" in logs:
-            self.log_seconds()
             sums = self.accelerator.reduce(dict(sorted(self.score_sums.items())))
             logs |= {name: float(total / count) for name, (total, count) in sums.items() if count}
             self.score_sums.clear()
             if self.policy.uses_scores:
-                logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
+                logs["mask_concentration"] = type_concentration(self.accelerator.reduce(self.predicted_V))
             self.predicted_V.zero_()
         super().log(logs, start_time)
-
-    def log_seconds(self) -> None:
-        """Log the seconds as a separate entry, so that the entries of losses are the same in a resumed run."""
-        self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
@@ -158,8 +150,7 @@ class MaskedLMTrainer(Trainer):
         These are means over all masked positions and, if the shards have entropies, over each decile of the entropy,
         because easy tokens dominate the mean over all positions.
         """
-        started = time.monotonic()
-        self.log_seconds()
+        started, train_seconds = time.monotonic(), self.report.seconds()
         evaluated, args = self.inputs.evaluated, self.args
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -172,7 +163,7 @@ class MaskedLMTrainer(Trainer):
         model.train()
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
         metrics = {f"eval_{name}": v for name, v in evaluation.metrics(columns, evaluated.scored).items()}
-        metrics["eval_seconds"] = round(time.monotonic() - started, 3)
+        metrics |= {"train_seconds": train_seconds, "eval_seconds": round(time.monotonic() - started, 3)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -189,7 +180,7 @@ class MaskedLMTrainer(Trainer):
         rank, unfinished = self.args.process_index, self.output / resume.UNFINISHED
         name = f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step, self.output)
-        self.log_seconds()  # for a resumed run
+        self.log({"train_seconds": self.report.seconds()})  # for a resumed run
         means = self.type_means.state() if self.type_means else None  # on all ranks, which add up their sums
         self.args.output_dir = str(unfinished)
         try:
