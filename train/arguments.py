@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.flags import MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY, Options, TrainerFlags
+from train.options import MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY, Options, TrainerFlags
 from train.student import nearest_size
 
 # AdamW's learning rate, beside Muon and alone, by size; other models use those of the nearest size

@@ -19,7 +19,7 @@ from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.text import printable
 from train import guard, resume
-from train.flags import Options
+from train.options import Options
 
 MAX_FAILURES = 3  # of workers, in one call
 POLL_SECONDS = 0.5  # between two reads of the first worker's log

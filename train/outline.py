@@ -12,8 +12,8 @@ from entropy_masking.shards.read import columns_of
 from entropy_masking.shards.spread import entropy_spread, spread_words
 from train import resume
 from train.arguments import global_batch
-from train.flags import Options
 from train.inputs import Inputs
+from train.options import Options
 
 FEW_STEPS = 100
 

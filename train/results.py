@@ -18,8 +18,8 @@ from entropy_masking.summary import Directory, Summary
 from train import resume
 from train.arguments import deciding_arguments, global_batch
 from train.evaluation import DECILES, token_counts, unigram_loss
-from train.flags import Options
 from train.inputs import Inputs
+from train.options import Options
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 

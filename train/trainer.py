@@ -27,10 +27,10 @@ from entropy_masking.shards.read import Columns, columns_of, masker_of
 from train import evaluation, resume
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
-from train.flags import Options
 from train.guard import Guard, check_finite, ignore_signals_of_group, on_all_ranks, reading, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
+from train.options import Options
 from train.progress import CollapseWarnings, ProgressReport, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
