@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,22 +16,27 @@ from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
 from train import resume
-from train.arguments import deciding_arguments, global_batch
+from train.arguments import global_batch
 from train.evaluation import DECILES, token_counts, unigram_loss
 from train.inputs import Inputs
-from train.options import Options
+from train.options import Options, TrainerFlags
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-# flags that do not decide what is learned
-FREE = {"overwrite", "dry_run", "eval_only", "argv", "as_yaml"}
-FREE |= {"trust_remote_code", "num_workers", "eval_shards", "recipe"}
+# flags that may change on resume, because they do not decide what is learned, or because the number of steps and the
+# global batch, which they give, are compared
+FREE_OPTIONS = {"overwrite", "dry_run", "eval_only", "argv", "as_yaml"}
+FREE_OPTIONS |= {"trust_remote_code", "num_workers", "eval_shards", "recipe"}
+FREE_PREFIXES = (  # of flags of Trainer
+    *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
+    *("eval_", "save_", "dataloader_", "ddp_"),
+)
 
 
 def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
     """All flags that decide what is learned, as JSON has them. Runs with equal flags may share a directory."""
-    own = {name: value for name, value in asdict(options).items() if name not in FREE}
+    own = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in asdict(inputs.policy).items()}
     run = {
         "shards": inputs.manifest.fingerprint_hash,
@@ -43,7 +48,9 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
     }
     if options.eval_fraction:
         run["held_out_by"] = resume.DOCUMENTS
-    return json.loads(json.dumps(own | masks | run | deciding_arguments(args), default=str))
+    values = args.to_dict()
+    of_trainer = {f.name: values[f.name] for f in fields(TrainerFlags) if not f.name.startswith(FREE_PREFIXES)}
+    return json.loads(json.dumps(own | masks | run | of_trainer, default=str))
 
 
 def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> int:
