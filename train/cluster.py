@@ -130,15 +130,15 @@ def _show(log: Path, ended: threading.Event) -> None:
 
 def _for_workers(options: Options, output: Path) -> list[str]:
     """Flags for the workers, with absolute paths. They come last, so they override earlier ones."""
-    flags = ["--num-workers", "1", "--output-dir", str(output)]
+    argv = ["--num-workers", "1", "--output-dir", str(output)]
     for name, uri in (
         ("--shards", options.shards),
         ("--targets", options.targets),
         ("--eval-shards", options.eval_shards),
         ("--model", options.model if Path(options.model).exists() else None),
     ):
-        flags += [name, storage.absolute(uri)] if uri else []
-    return flags
+        argv += [name, storage.absolute(uri)] if uri else []
+    return argv
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:

@@ -164,9 +164,9 @@ def parse(argv: list[str], description: str | None) -> tuple[Options, TrainerFla
     return options, flags
 
 
-def check_ranges(flags: Mapping[str, Any]) -> None:
+def check_ranges(given: Mapping[str, Any]) -> None:
     """Refuse numbers out of range. Raises UsageError."""
-    for name, value in flags.items():
+    for name, value in given.items():
         low, high = RANGES.get(name, (0, 0))
         if name in RANGES and value is not None and not low <= value <= high:
             shown = f"{value:g}" if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The flags of a run in ``run.json``, and its results and costs in ``summary.json``."""
+"""The identity of a run in ``run.json``, and its results and costs in ``summary.json``."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ FREE_PREFIXES = (  # of flags of Trainer
 )
 
 
-def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
-    """All flags that decide what is learned, as JSON has them. Runs with equal flags may share a directory."""
+def identity_of_run(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
+    """All flags that decide what is learned, as JSON has them. Runs of one identity may share a directory."""
     own = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in asdict(inputs.policy).items()}
     run = {
@@ -72,7 +72,7 @@ def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments
     )
 
 
-def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, metrics: dict[str, float]) -> Summary:
+def summarise(trainer: MaskedLMTrainer, flops: int, metrics: dict[str, float]) -> Summary:
     """The results of a finished run."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
     manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
@@ -102,7 +102,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         seed=args.seed,
         warnings=list(trainer.collapse.by_sign.values()),
         history=curve(log),
-        flags=flags,
+        flags=trainer.identity,
         versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
     )
 

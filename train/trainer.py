@@ -51,9 +51,9 @@ class MaskedLMTrainer(Trainer):
         args: TrainingArguments,
         options: Options,
         inputs: Inputs,
-        flags: dict[str, object],  # in ``run.json``
+        identity: dict[str, object],  # of the run, see ``train.results``
     ) -> None:
-        self.options, self.inputs, self.flags = options, inputs, flags
+        self.options, self.inputs, self.identity = options, inputs, identity
         self.manifest, self.policy = inputs.manifest, inputs.policy
         self.score_name = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
@@ -190,7 +190,7 @@ class MaskedLMTrainer(Trainer):
                     torch.save(means, unfinished / name / SELF_SCORES)
             with on_all_ranks(rank), writing(name, self.output):
                 if self.args.should_save:
-                    resume.check_kept(self.output, self.flags)
+                    resume.check_kept(self.output, self.identity)
                     resume.complete(self.output, name, self.args.save_total_limit)
         except RunError:
             shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
