@@ -1,4 +1,12 @@
-"""The same run in several processes on a Ray cluster: ``ray.train.torch.TorchTrainer``."""
+"""The same run in several processes on a Ray cluster: ``ray.train.torch.TorchTrainer``.
+
+The command and its workers share the output directory, and these files in it:
+
+- ``.ray/log``: what the first worker prints; the command shows it.
+- ``.stop``: the command creates it at SIGTERM. The workers then save a checkpoint and end (``train.guard``).
+- ``.overwrite``: the command creates it for ``--overwrite``. When the new run can begin, the workers delete the old run
+  and then this file (``train.resume``). So workers that are started again resume the new run.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +52,7 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
     log, stop, overwrite = directory / RAY / "log", directory / guard.STOP, directory / resume.OVERWRITE
     for file in (log, stop, overwrite):
         file.unlink(missing_ok=True)
-    if options.overwrite:  # the workers drop the old run when the new one can begin, and then delete this file
+    if options.overwrite:
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
