@@ -34,7 +34,7 @@ from entropy_masking.commands.flags import positive, positive_float
 from entropy_masking.errors import UsageError
 from glue.files import find_file
 from train.arguments import LEARNING_RATES
-from train.flags import MUON
+from train.options import MUON
 
 BRANCH_SEEDS = 2000  # plus the trunk; with the trunk's own seed, a branch would repeat the trunk's first batches
 

@@ -156,7 +156,7 @@ def test_a_checkpoint_holds_plain_files_only(tmp_path: Path, secret: Path) -> No
     assert not write("checkpoint-2").is_symlink()
     shutil.rmtree(output / resume.UNFINISHED)
     (output / resume.UNFINISHED).symlink_to(tmp_path / "elsewhere")
-    storage.write_json(str(output / resume.FLAGS), {})
+    storage.write_json(str(output / resume.RUN), {})
     assert resume.claim(output, {}, overwrite=False) and not (output / resume.UNFINISHED).exists()
     assert (tmp_path / "elsewhere" / "precious").exists()
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from entropy_masking.errors import UsageError, one_line
 from entropy_masking.models.checkpoints import resolve_dtype
-from train.flags import MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY, Options, TrainerFlags
+from train.options import MUON, MUON_LEARNING_RATE, MUON_WEIGHT_DECAY, Options, TrainerFlags
 from train.student import nearest_size
 
 # AdamW's learning rate, beside Muon and alone, by size; other models use those of the nearest size
@@ -29,11 +29,6 @@ FIXED = {
     "logging_nan_inf_filter": False,  # it would hide NaN, and wait for the device at each batch
     "ddp_find_unused_parameters": False,  # it would search at each step; there are none
 }
-# prefixes of flags that may change on resume; the global batch is checked separately
-FREE = (
-    *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
-    *("eval_", "save_", "dataloader_", "ddp_"),
-)
 
 
 def training_arguments(options: Options, flags: TrainerFlags) -> TrainingArguments:
@@ -52,12 +47,6 @@ def training_arguments(options: Options, flags: TrainerFlags) -> TrainingArgumen
     if args.device.type == "mps":
         raise UsageError("--use-cpu false would train on Apple's GPU, which has no float64 for the masks; leave it out")
     return args
-
-
-def deciding_arguments(args: TrainingArguments) -> dict[str, object]:
-    """The flags of Trainer that determine what is learned."""
-    values = args.to_dict()
-    return {name: values[name] for name in TrainerFlags.__dataclass_fields__ if not name.startswith(FREE)}
 
 
 def global_batch(args: TrainingArguments) -> int:

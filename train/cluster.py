@@ -1,4 +1,12 @@
-"""The same run in several processes on a Ray cluster: ``ray.train.torch.TorchTrainer``."""
+"""The same run in several processes on a Ray cluster: ``ray.train.torch.TorchTrainer``.
+
+The command and its workers share the output directory, and these files in it:
+
+- ``.ray/log``: what the first worker prints; the command shows it.
+- ``.stop``: the command creates it at SIGTERM. The workers then save a checkpoint and end (``train.guard``).
+- ``.overwrite``: the command creates it for ``--overwrite``. When the new run can begin, the workers delete the old run
+  and then this file (``train.resume``). So workers that are started again resume the new run.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +26,8 @@ from entropy_masking.commands import ray_cluster
 from entropy_masking.commands.console import Terminated
 from entropy_masking.errors import RunError, UsageError
 from entropy_masking.text import printable
-from train import guard, private, resume
-from train.flags import Options
+from train import guard, resume
+from train.options import Options
 
 MAX_FAILURES = 3  # of workers, in one call
 POLL_SECONDS = 0.5  # between two reads of the first worker's log
@@ -44,7 +52,7 @@ def run(main: Callable[[list[str]], None], options: Options, args: TrainingArgum
     log, stop, overwrite = directory / RAY / "log", directory / guard.STOP, directory / resume.OVERWRITE
     for file in (log, stop, overwrite):
         file.unlink(missing_ok=True)
-    if options.overwrite:  # the workers drop the old run when the new one can begin, and then delete this file
+    if options.overwrite:
         overwrite.touch()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     ray_cluster.connect("train", cpus=options.num_workers)
@@ -101,7 +109,8 @@ def _fit(config: dict[str, Any], workers: int, timeout: float) -> tuple[int, str
             logging_config=api.LoggingConfig(log_level="CRITICAL"),
         ),
     )
-    private.leave_ctrl_c_alone(trainer)
+    # let Ctrl-C raise KeyboardInterrupt in fit(); Ray's own handler ends the process with exit code 1
+    trainer._register_sigint_handler = lambda _controller: None
     ended = threading.Event()
     printer = threading.Thread(target=_show, args=(config["log"], ended))
     printer.start()
@@ -129,15 +138,15 @@ def _show(log: Path, ended: threading.Event) -> None:
 
 def _for_workers(options: Options, output: Path) -> list[str]:
     """Flags for the workers, with absolute paths. They come last, so they override earlier ones."""
-    flags = ["--num-workers", "1", "--output-dir", str(output)]
+    argv = ["--num-workers", "1", "--output-dir", str(output)]
     for name, uri in (
         ("--shards", options.shards),
         ("--targets", options.targets),
         ("--eval-shards", options.eval_shards),
         ("--model", options.model if Path(options.model).exists() else None),
     ):
-        flags += [name, storage.absolute(uri)] if uri else []
-    return flags
+        argv += [name, storage.absolute(uri)] if uri else []
+    return argv
 
 
 def _work(config: dict[str, Any]) -> tuple[int, str]:

@@ -46,6 +46,9 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     one lane, and four consecutive batches use all lanes. So a batch has rows of about eight row groups, and four
     batches of about 32.
 
+    Example: an epoch of 64 rows and batches of 8, so an eighth of a batch is one row. Lane i has rows 2i and 2i + 1.
+    Batches 0 to 3 take the even rows: 0, 2, … 14; 16, 18, … 30; 32, … 46; 48, … 62. Batches 4 to 7 take the odd rows.
+
     A row group is decoded when its first row is needed, into the memory of one that its lane has passed. So memory does
     not grow with the corpus: it holds one row group per lane that this process reads, and those of one batch.
 
@@ -114,26 +117,26 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     def _locate(self, index: int) -> tuple[int, int, int, int]:
         """(epoch, lane, row group, offset in the shuffled row group) of a position of the run."""
         epoch = index // self.rows
-        order, starts, shifts = self._epoch(epoch)
+        order, starts, firsts = self._order(epoch)
         lane = index % self.borders[-1] * LANES_OF_BATCH // self.batch
-        row = shifts[lane] + self._taken(lane, index)
+        row = firsts[lane] + self._fed(lane, index) - self._fed(lane, epoch * self.rows)
         place = bisect_right(starts, row) - 1
         return epoch, lane, order[place], row - starts[place]
 
-    def _taken(self, lane: int, index: int) -> int:
-        """How many positions before this one a lane has fed."""
+    def _fed(self, lane: int, index: int) -> int:
+        """How many positions before this one take their row from a lane."""
         cycles, rest = divmod(index, self.borders[-1])
         first, last = self.borders[lane : lane + 2]
         return cycles * (last - first) + min(max(rest - first, 0), last - first)
 
-    def _epoch(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
-        """The order of the row groups, the first row of each, and each lane's first row less those it fed before."""
+    def _order(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
+        """Of an epoch: the order of the row groups, the first row of each of them, and the first row of each lane."""
         if not self._order_of or self._order_of[0] != epoch:
             order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
             starts = np.cumsum([0, *(self.sizes[group] for group in order)])[:-1].tolist()
-            before, after = ([self._taken(lane, e * self.rows) for lane in range(LANES)] for e in (epoch, epoch + 1))
-            firsts = np.cumsum([0, *np.subtract(after, before)])[:-1]
-            self._order_of = epoch, order, starts, (firsts - before).tolist()
+            before, after = ([self._fed(lane, e * self.rows) for lane in range(LANES)] for e in (epoch, epoch + 1))
+            firsts = np.cumsum([0, *np.subtract(after, before)])[:-1].tolist()
+            self._order_of = epoch, order, starts, firsts
         return self._order_of[1:]
 
     def _decode(self, places: list[tuple[int, int, int, int]]) -> None:

@@ -29,7 +29,6 @@ from entropy_masking.errors import UsageError
 from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import read_manifest, shard_tokenizer
 from entropy_masking.shards.read import masker_of
-from entropy_masking.shards.schema import Manifest
 from train.explorer import sample, statistics
 from train.explorer.sample import Source, View
 from train.explorer.summary import summarise
@@ -38,8 +37,12 @@ from train.explorer.summary import summarise
 def main(argv: list[str] | None = None) -> None:
     options, directories = parse(argv, __doc__)
     mask = mask_policy(options, options.entropy_source, options.seed)
-    manifests = open_directories(directories)
+    manifests = [read_manifest(uri) for uri in directories]
     for manifest in manifests:
+        check_shards(manifest, contents=False)
+        if manifest.sequences_hash != manifests[0].sequences_hash:
+            fix = f"score one with --corpus {directories[0]}, which keeps them"
+            raise UsageError(f"{directories[0]} and {manifest.uri} hold different tokens; {fix}")
         check_scored(mask, "parquet", manifest)  # its statistics need scores, even if masks are random
     view = View(masker_of(manifests[0], mask.unit), mask, shard_tokenizer(manifests[0].uri))
     picks = sample.pick(manifests, options.limit)
@@ -64,23 +67,6 @@ def main(argv: list[str] | None = None) -> None:
         texts = sample.texts(sources, picks, options.sequences, view)
         storage.write_bytes(options.output, render(sources, mask, summary, texts).encode())
         print(f"written to {options.output}")
-
-
-def open_directories(uris: list[str]) -> list[Manifest]:
-    """The manifests of the directories.
-
-    Raises:
-        UsageError: one is not a shard directory, or they hold different tokens.
-    """
-    manifests = [read_manifest(uri) for uri in uris]
-    for manifest in manifests:
-        check_shards(manifest, contents=False)
-        if manifest.sequences_hash != manifests[0].sequences_hash:
-            raise UsageError(
-                f"{uris[0]} and {manifest.uri} hold different tokens; score one with --corpus {uris[0]}, "
-                "which keeps them"
-            )
-    return manifests
 
 
 if __name__ == "__main__":

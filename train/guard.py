@@ -1,4 +1,9 @@
-"""How a run ends early: Ctrl-C, SIGTERM, NaN, a full disk, a lost process. The last checkpoint stays whole."""
+"""How a run ends early: Ctrl-C, SIGTERM, NaN, a full disk, a lost process. The last checkpoint stays whole.
+
+- Signals: ``clean_ending`` handles them; after them ``Guard`` lets all ranks finish the same step and save.
+- Agreement: ``on_all_ranks`` and ``on_first_rank`` let all ranks fail at the same point.
+- Errors of libraries: ``writing``, ``reading`` and ``clean_ending`` turn them into one sentence.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from train import resume
 from train.arguments import is_of_device
 
-STOP = ".stop"  # a file in the output directory that asks a run to stop, as SIGTERM does
+STOP = ".stop"  # see ``train.cluster``
 AGREEMENT_STEPS = 4  # steps between two agreements of the ranks, each of which costs a round trip
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.schema import Manifest
 from train import resume
 from train.evaluation import token_counts
-from train.flags import Options
+from train.options import Options
 from train.split import Part, all_rows, split
 
 

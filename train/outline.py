@@ -8,11 +8,12 @@ from transformers import TrainingArguments
 
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.masked_positions import MaskedPositions
+from entropy_masking.shards.read import columns_of
 from entropy_masking.shards.spread import entropy_spread, spread_words
 from train import resume
 from train.arguments import global_batch
-from train.flags import Options
 from train.inputs import Inputs
+from train.options import Options
 
 FEW_STEPS = 100
 
@@ -37,13 +38,16 @@ def outline(student: MaskedPositions, options: Options, args: TrainingArguments,
     if args.lr_scheduler_type != "constant":
         rate += f", warm-up of {args.get_warmup_steps(args.max_steps)} steps"
     distils = f"distils with weight {options.distill_weight:g}" if options.distill_weight else "no distillation"
+    scores = []
+    if "entropy" in columns_of(inputs.policy, options.entropy_source) and (spread := entropy_spread(manifest)):
+        scores = [f"scores  entropies of {manifest.teacher}, {spread_words(*spread)}"]
     lines = [
         f"data    {tokens:,} tokens of {manifest.uri} to train on{evaluated}",
         f"model   {options.model}, {weights:,} weights, on {args.device.type} in {dtype}",
         f"steps   {args.max_steps:,} of {batch} sequences ({batch * manifest.sequence_length:,} tokens), "
         f"{args.max_steps * batch / sequences:.2f} epochs; {rate}",
         f"masks   {mask_words(inputs.policy, options.entropy_source)}; {distils}",
-        *scores(inputs, options),
+        *scores,
         f"output  {args.output_dir}{'' if options.overwrite else progress(Path(str(args.output_dir)))}",
     ]
     if options.eval_only:
@@ -60,17 +64,6 @@ def progress(output: Path) -> str:
         return ", which holds a finished run"
     checkpoint = resume.last_checkpoint(output)
     return f", resumes from {checkpoint.name}" if checkpoint else ""
-
-
-def scores(inputs: Inputs, options: Options) -> list[str]:
-    """The spread of the teacher's entropies, if they choose masked or predicted tokens."""
-    policy = inputs.policy
-    masks_by_entropy = not policy.uniform and policy.by == "entropy"
-    predicts_by_entropy = not policy.predicts_all and policy.predict_by == "entropy"
-    if options.entropy_source != "parquet" or not (masks_by_entropy or predicts_by_entropy):
-        return []
-    spread = entropy_spread(inputs.manifest)
-    return [f"scores  entropies of {inputs.manifest.teacher}, {spread_words(*spread)}"] if spread else []
 
 
 def mask_words(policy: MaskPolicy, source: str = "parquet") -> str:

@@ -1,6 +1,6 @@
 """The output of a run while it trains: progress, losses, and the development of its masks.
 
-Shapes: B rows, L tokens, K masked positions of a row, V vocabulary, N names.
+Shapes: B rows, L tokens, K masked positions of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,27 +28,6 @@ REMEDY = "let scores choose fewer tokens: a smaller --hard-share, or a longer --
 IF_BETTER = f"if a run with --entropy-source random does better, {REMEDY}; otherwise lower the learning rate"
 SHOWN = [prefix + name for name in SCORES for prefix in ("", "masked_")]  # logged values that the console shows too
 MIN_TOKENS = 100  # fewer tokens do not give the concentration
-
-
-class RunningMeans:
-    """Means, kept as sums on the device, so that nothing waits for the device until they are logged."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, sums: dict[str, Tensor]) -> None:
-        """Add a (sum, count) [2] by name."""
-        for name, sum_and_count in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + sum_and_count
-
-    def take(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means by name, and reset the sums. ``reduce`` adds up the sums of all ranks."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        sums_N2 = reduce(torch.stack([self.sums[name] for name in names])).tolist()
-        self.sums = {}
-        return {name: total / count for name, (total, count) in zip(names, sums_N2, strict=True) if count}
 
 
 def score_sums(name: str, score_BL: Tensor, candidates_BL: Tensor, positions_BK: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
-"""The flags of a run in ``run.json``, and its results and costs in ``summary.json``."""
+"""The identity of a run in ``run.json``, and its results and costs in ``summary.json``."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,22 +16,27 @@ from entropy_masking.models.masked_positions import MaskedPositions
 from entropy_masking.shards.schema import Manifest
 from entropy_masking.summary import Directory, Summary
 from train import resume
-from train.arguments import deciding_arguments, global_batch
+from train.arguments import global_batch
 from train.evaluation import DECILES, token_counts, unigram_loss
-from train.flags import Options
 from train.inputs import Inputs
+from train.options import Options, TrainerFlags
 from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-# flags that do not decide what is learned
-FREE = {"overwrite", "dry_run", "eval_only", "argv", "as_yaml"}
-FREE |= {"trust_remote_code", "num_workers", "eval_shards", "recipe"}
+# flags that may change on resume, because they do not decide what is learned, or because the number of steps and the
+# global batch, which they give, are compared
+FREE_OPTIONS = {"overwrite", "dry_run", "eval_only", "argv", "as_yaml"}
+FREE_OPTIONS |= {"trust_remote_code", "num_workers", "eval_shards", "recipe"}
+FREE_PREFIXES = (  # of flags of Trainer
+    *("output_dir", "num_train_epochs", "max_steps", "per_device_", "gradient_accumulation_", "logging_", "report_to"),
+    *("eval_", "save_", "dataloader_", "ddp_"),
+)
 
 
-def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
-    """All flags that decide what is learned, as JSON has them. Runs with equal flags may share a directory."""
-    own = {name: value for name, value in asdict(options).items() if name not in FREE}
+def identity_of_run(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
+    """All flags that decide what is learned, as JSON has them. Runs of one identity may share a directory."""
+    own = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in asdict(inputs.policy).items()}
     run = {
         "shards": inputs.manifest.fingerprint_hash,
@@ -43,7 +48,9 @@ def deciding_flags(options: Options, args: TrainingArguments, inputs: Inputs) ->
     }
     if options.eval_fraction:
         run["held_out_by"] = resume.DOCUMENTS
-    return json.loads(json.dumps(own | masks | run | deciding_arguments(args), default=str))
+    values = args.to_dict()
+    of_trainer = {f.name: values[f.name] for f in fields(TrainerFlags) if not f.name.startswith(FREE_PREFIXES)}
+    return json.loads(json.dumps(own | masks | run | of_trainer, default=str))
 
 
 def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments, inputs: Inputs) -> int:
@@ -65,12 +72,11 @@ def flops_of(student: MaskedPositions, options: Options, args: TrainingArguments
     )
 
 
-def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, metrics: dict[str, float]) -> Summary:
+def summarise(trainer: MaskedLMTrainer, flops: int, metrics: dict[str, float]) -> Summary:
     """The results of a finished run."""
     options, args, inputs, log = trainer.options, trainer.args, trainer.inputs, trainer.state.log_history
-    manifest, targets, read = inputs.manifest, inputs.targets, trainer.sequences.columns
+    manifest, targets, reads_scores = inputs.manifest, inputs.targets, bool(trainer.sequences.columns)
     seconds, tokens = trainer.report.seconds(), args.max_steps * global_batch(args) * manifest.sequence_length
-    reads_scores = bool(read)
     scored = [manifest] * reads_scores + ([targets] if targets else [])
     guess = unigram_loss(token_counts(manifest, inputs.training), token_counts(inputs.evaluated, inputs.held_out))
     return Summary(
@@ -95,7 +101,7 @@ def summarise(trainer: MaskedLMTrainer, flags: dict[str, object], flops: int, me
         seed=args.seed,
         warnings=list(trainer.collapse.by_sign.values()),
         history=curve(log),
-        flags=flags,
+        flags=trainer.identity,
         versions={name: version(name) for name in ("torch", "transformers", "accelerate", "pyarrow")},
     )
 
@@ -118,15 +124,13 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
     At most ``MAX_POINTS`` points, spread evenly, with the last one.
     """
-    seconds: dict[float, float] = {}
-    for entry in log:
-        if "train_seconds" in entry:
-            seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))  # without those of an evaluation
     # the last step may have two evaluations
-    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] in seconds}
-    stride = max(1, math.ceil(len(losses) / MAX_POINTS))
-    steps = reversed(sorted(losses)[::-stride])
-    return [{"step": step, "seconds": seconds[step], "eval_loss": losses[step]} for step in steps]
+    points = {entry["step"]: entry for entry in log if "eval_loss" in entry and "train_seconds" in entry}
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    return [
+        {"step": step, "seconds": round(points[step]["train_seconds"], 2), "eval_loss": points[step]["eval_loss"]}
+        for step in reversed(sorted(points)[::-stride])
+    ]
 
 
 def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> None:

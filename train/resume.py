@@ -1,4 +1,7 @@
-"""Resuming a run: an output directory belongs to one set of flags, and its checkpoints appear whole."""
+"""Resuming a run: an output directory belongs to a run of one identity, and its checkpoints appear whole.
+
+The identity of a run is a dictionary of all that decides what is learned (``train.results``).
+"""
 
 from __future__ import annotations
 
@@ -22,78 +25,78 @@ from entropy_masking.shards.commit import differences
 from entropy_masking.shards.fields import Count, Seconds, first_fault
 from entropy_masking.shards.schema import Manifest
 
-FLAGS, SUMMARY = "run.json", "summary.json"
+RUN, SUMMARY = "run.json", "summary.json"
 GIVEN = "flags.yaml"  # the flags that were given, for --config
 WHOLE_SHARDS, DOCUMENTS = "whole shards", "documents"  # what --eval-fraction held out in old runs, and now
 BY_WINDOWS, BY_LANES = "windows", "lanes"  # what ordered the data of old runs, and now
 UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
 FILES = "files.json"  # the last file of a checkpoint: size and CRC-32 of each other file
 LOCK = ".lock"
-OVERWRITE = ".overwrite"  # while this file exists, workers of a cluster must drop the old run
+OVERWRITE = ".overwrite"  # see ``train.cluster``
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 
-def claim(directory: Path, flags: dict[str, object], overwrite: bool) -> bool:
-    """Bind an output directory to the flags of a run; False if this run is already finished.
+def claim(directory: Path, identity: dict[str, object], overwrite: bool) -> bool:
+    """Bind an output directory to the identity of a run; False if this run is already finished.
 
     A run without a checkpoint is replaced by any other run, since nothing is lost. ``overwrite`` deletes the existing
     run with its checkpoints. Raises UsageError for a run with other flags, and for files that belong to no run.
     """
     if _is_foreign(directory):
         raise UsageError(f"{directory} holds files but no training run; choose another --output-dir")
-    previous = _read_flags(directory)
+    previous = _identity_in(directory)
     if previous is None:
-        raise UsageError(f"{directory / FLAGS} is damaged or not written by train/run.py; choose another --output-dir")
+        raise UsageError(f"{directory / RUN} is damaged or not written by train/run.py; choose another --output-dir")
     finished = (directory / SUMMARY).exists()
     previous = {"held_out_by": WHOLE_SHARDS, "ordered_by": BY_WINDOWS} | previous if previous else {}
     # a flag that a library has added or removed since then does not make another run
-    shared = {name: value for name, value in flags.items() if name in previous}
+    shared = {name: value for name, value in identity.items() if name in previous}
     differing = differences({name: previous[name] for name in shared}, shared)
     if differing and not overwrite and (finished or last_checkpoint(directory)):
         fix = "choose another --output-dir, or pass --overwrite to start again"
         raise UsageError(f"{directory} holds a run with other flags ({'; '.join(differing)}); {fix}")
     _clear(directory / UNFINISHED)
-    if overwrite and (directory / FLAGS).exists():
+    if overwrite and (directory / RUN).exists():
         (directory / SUMMARY).unlink(missing_ok=True)
         for checkpoint in checkpoints(directory):
             _delete(checkpoint)
     elif finished:
         return False
-    storage.write_json(str(directory / FLAGS), flags)
+    storage.write_json(str(directory / RUN), identity)
     (directory / OVERWRITE).unlink(missing_ok=True)
     return True
 
 
-def check_kept(directory: Path, flags: dict[str, object]) -> None:
-    """Raises RunError if a directory no longer belongs to the run with these flags, as after ``rm -rf``."""
-    if _read_flags(directory) != flags:
+def check_kept(directory: Path, identity: dict[str, object]) -> None:
+    """Raises RunError if a directory no longer belongs to the run of this identity, as after ``rm -rf``."""
+    if _identity_in(directory) != identity:
         fix = "run the command again with an empty --output-dir"
-        raise RunError(f"{directory / FLAGS} was deleted or replaced during the run; {fix}")
+        raise RunError(f"{directory / RUN} was deleted or replaced during the run; {fix}")
 
 
-def _read_flags(directory: Path) -> dict[str, object] | None:
-    """The flags of the run in a directory, empty without a run; None if the file holds something else."""
+def _identity_in(directory: Path) -> dict[str, object] | None:
+    """The identity of the run in a directory, empty without a run; None if the file holds something else."""
     try:
-        flags = storage.read_json(str(directory / FLAGS))
+        identity = storage.read_json(str(directory / RUN))
     except FileNotFoundError:
         return {}
     except ValueError:
         return None
-    return flags if isinstance(flags, dict) else None
+    return identity if isinstance(identity, dict) else None
 
 
 def _is_foreign(directory: Path) -> bool:
     """Whether a directory holds files but no run."""
-    if (directory / FLAGS).exists() or not directory.exists():
+    if (directory / RUN).exists() or not directory.exists():
         return False
     return any(not path.name.startswith(".") for path in directory.iterdir())
 
 
 def has_checkpoint(directory: Path, shards: Manifest, targets: Manifest | None) -> bool:
     """Whether there is a checkpoint of a run on these shards and targets. They were checked when the run began."""
-    flags = _read_flags(directory) or {}
+    found = _identity_in(directory) or {}
     expected = {"shards": shards.fingerprint_hash, "targets": targets and targets.fingerprint_hash}
-    return all(flags.get(name) == value for name, value in expected.items()) and last_checkpoint(directory) is not None
+    return all(found.get(name) == value for name, value in expected.items()) and last_checkpoint(directory) is not None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -135,7 +138,7 @@ def lock(directory: Path, of_cluster: bool = False) -> IO[bytes] | None:
 
 def check_visible(directory: Path, checkpoint: Path | None) -> None:
     """Raises UsageError if a rank does not see a file that rank 0 has written."""
-    needed = checkpoint or directory / FLAGS
+    needed = checkpoint or directory / RUN
     until = time.monotonic() + VISIBLE_SECONDS
     while not needed.exists():
         if time.monotonic() > until:

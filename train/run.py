@@ -41,7 +41,7 @@ from train.arguments import global_batch, refused_by_transformers, training_argu
 from train.guard import check_finite, clean_ending, on_all_ranks, on_first_rank, writing
 from train.inputs import Inputs, open_inputs
 from train.outline import outline
-from train.results import deciding_flags, flops_of, print_losses, print_summary, summarise
+from train.results import flops_of, identity_of_run, print_losses, print_summary, summarise
 from train.student import build_student, choose_attention
 from train.trainer import MaskedLMTrainer
 
@@ -49,8 +49,8 @@ DECAY_SHARE = 0.2  # of a run's steps, at the end of the warmup_stable_decay sch
 
 
 def main(argv: list[str] | None = None) -> None:
-    options, given = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    args = training_arguments(options, given)
+    options, flags = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    args = training_arguments(options, flags)
     rank, output = args.process_index, Path(str(args.output_dir))
     logging.disable_progress_bar()  # of reading and writing weights
     with on_all_ranks(rank):
@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.use_cpu and args.bf16:
             choose_attention(student, inputs.manifest.sequence_length)
         flops = flops_of(student, options, args, inputs)
-        flags = deciding_flags(options, args, inputs)
+        identity = identity_of_run(options, args, inputs)
     if rank == 0:
         console.note("\n".join(outline(student, options, args, inputs)))
     with on_all_ranks(rank), refused_by_transformers():  # before anything is written or deleted
-        trainer = MaskedLMTrainer(student, args, options, inputs, flags)
+        trainer = MaskedLMTrainer(student, args, options, inputs, identity)
     if options.dry_run:
         return
     if options.eval_only:
@@ -77,15 +77,15 @@ def main(argv: list[str] | None = None) -> None:
         _lock = resume.lock(output) if rank == 0 else None  # until this function returns
     # torchrun may have restarted these processes: then they resume their own run
     overwrite = options.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if on_first_rank(rank, lambda: resume.claim(output, flags, overwrite)):
+    if on_first_rank(rank, lambda: resume.claim(output, identity, overwrite)):
         if rank == 0:
             storage.write_bytes(str(output / resume.GIVEN), options.as_yaml.encode())
         train(trainer)
         metrics = trainer.evaluate() if inputs.held_out else {}
         check_finite(student, trainer.state.global_step, output)
-        on_first_rank(rank, lambda: resume.check_kept(output, flags))
+        on_first_rank(rank, lambda: resume.check_kept(output, identity))
         if rank == 0:
-            save(trainer, summary := summarise(trainer, flags, flops, metrics))
+            save(trainer, summary := summarise(trainer, flops, metrics))
             print_summary(output, summary, metrics)
     elif rank == 0:
         print(f"{output} is finished already; pass --overwrite to train again")
@@ -121,7 +121,7 @@ def train(trainer: MaskedLMTrainer) -> None:
         if rank == 0:
             console.note(f"resuming from {checkpoint}")
     with clean_ending(trainer.guard):
-        trainer.train_from(checkpoint)
+        trainer.train(str(checkpoint) if checkpoint else None)
     if trainer.guard.stopped:
         if rank:
             raise SystemExit(143)

@@ -113,17 +113,18 @@ def held_out_block(manifest: Manifest, entry: ShardEntry, share: float) -> tuple
     They are such a passage if no document begins in the planned block, or none ends in it or soon after it.
     """
     length = min(entry.rows, max(1, round(share * entry.rows)))
+    if length == entry.rows:
+        return Part(entry, 0, length), False
     start = int(hashes(SEED, PLACE, of_N=torch.tensor([entry.index]))) % (entry.rows - length + 1)
-    stop, end = start + length, min(entry.rows, start + 2 * length)
-    borders = [] if length == entry.rows else rows_with_borders(manifest, entry, max(0, start - 1), end)
-    first = next((row for row in borders if start - 1 <= row < stop), None) if start else -1
-    if first is None:
-        return Part(entry, start, stop), True
-    # the block ends with the document that brings it nearest to its length
-    ends = [row for row in borders if row > first + 1] + [entry.rows] * (end == entry.rows)
+    planned, end = Part(entry, start, start + length), min(entry.rows, start + 2 * length)
+    # a block begins after one of these rows, and ends before one; the end of the shard also ends a document
+    borders = rows_with_borders(manifest, entry, max(0, start - 1), end) + [entry.rows] * (end == entry.rows)
+    begin = next((row + 1 for row in borders if row < planned.stop), entry.rows) if start else 0
+    ends = [row for row in borders if row > begin]
     if not ends:
-        return Part(entry, start, stop), True
-    return Part(entry, first + 1, min(ends, key=lambda row: abs(row - first - 1 - length))), False
+        return planned, True
+    # the block ends with the document that brings it nearest to its length
+    return Part(entry, begin, min(ends, key=lambda row: abs(row - begin - length))), False
 
 
 def rows_with_borders(manifest: Manifest, entry: ShardEntry, start: int, stop: int) -> list[int]:

@@ -24,7 +24,7 @@ from entropy_masking.models.checkpoints import (
 from entropy_masking.models.masked_positions import MaskedPositions, with_masked_positions
 from entropy_masking.shards.manifests import special_ids, tokenizer_hash
 from entropy_masking.shards.schema import Manifest
-from train.flags import SIZES
+from train.options import SIZES
 
 PRESETS = [*SIZES, *(f"bert-{size}" for size in SIZES)]  # ModernBERT, and BERT as Google's
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from entropy_masking.masking.masker import Masker
 from entropy_masking.masking.type_means import TypeMeans
 from entropy_masking.models.masked_positions import MaskedPositions, student_scores
 from entropy_masking.shards.read import columns_of, masker_of
-from train import evaluation, private, resume
+from train import evaluation, resume
 from train.arguments import global_batch
 from train.data import PrepareBatch, TrainingSequences, whole_batch
-from train.flags import Options
 from train.guard import Guard, check_finite, ignore_signals_of_group, on_all_ranks, reading, writing
 from train.inputs import Inputs
 from train.optimizer import MuonAdamW, hidden_matrices
-from train.progress import CollapseWarnings, ProgressReport, RunningMeans, score_sums, type_concentration
+from train.options import Options
+from train.progress import CollapseWarnings, ProgressReport, score_sums, type_concentration
 
 SELF_SCORES = "self_scores.pt"  # in a checkpoint: the running means of a run with self-masking
 
@@ -52,9 +51,9 @@ class MaskedLMTrainer(Trainer):
         args: TrainingArguments,
         options: Options,
         inputs: Inputs,
-        flags: dict[str, object],  # in ``run.json``
+        identity: dict[str, object],  # of the run, see ``train.results``
     ) -> None:
-        self.options, self.inputs, self.flags = options, inputs, flags
+        self.options, self.inputs, self.identity = options, inputs, identity
         self.manifest, self.policy = inputs.manifest, inputs.policy
         self.score_name = "surprisal" if self.policy.by == "excess" else self.policy.by  # of the student's predictions
         self.masker = masker_of(self.manifest, self.policy.unit)
@@ -75,15 +74,14 @@ class MaskedLMTrainer(Trainer):
             optimizer_cls_and_kwargs=muon_and_adamw(model, args, options) if options.muon else None,
         )
         self.remove_callback(PrinterCallback)
-        private.save_within(self, self.saving())
-        private.load_within(self, reading(self.output))
         model.register_load_state_dict_post_hook(_ignore_missing_tied_weights)
         self.device_masker = self.masker.to(args.device)
-        self.logged_means = RunningMeans()
+        # (sum, count) of the scores since the last log, on the device, so that nothing waits for it
+        self.score_sums: defaultdict[str, Tensor | float] = defaultdict(float)
         self.predicted_V = torch.zeros(self.manifest.vocab_size, dtype=torch.int64, device=args.device)
         self.type_means: TypeMeans | None = None
         if options.self_refresh == "means":
-            self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.sum_over_ranks)
+            self.type_means = TypeMeans(self.manifest.vocab_size, args.device, self.accelerator.reduce)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """The batches of the dataset, in its order. Workers use no random generator, so they need no seeds."""
@@ -97,17 +95,11 @@ class MaskedLMTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end of the run, from a checkpoint if there is one."""
-        if self.type_means and checkpoint:
-            with reading(self.output):
-                self.type_means.load(torch.load(checkpoint / SELF_SCORES, weights_only=True))
-        self.train(str(checkpoint) if checkpoint else None)
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: object, **__: object) -> Tensor:
         """Loss of a batch that a loader worker has masked or, with ``self``, of a raw batch that is masked here."""
         masked = self.mask_by_student(inputs) if self.options.entropy_source == "self" else dict(inputs)
-        self.logged_means.add(masked.pop("score_sums", {}))
+        for name, sum_and_count in masked.pop("score_sums", {}).items():
+            self.score_sums[name] += sum_and_count
         labels_N = masked["labels_BP"].flatten()
         self.predicted_V.scatter_add_(0, labels_N.clamp_min(0), (labels_N >= 0).long())
         output = model(
@@ -140,22 +132,16 @@ class MaskedLMTrainer(Trainer):
         masked["score_sums"] = score_sums(self.score_name, student_BL, counted_BL, masked["positions_BP"])
         return masked
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, "sum")
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log a loss with the seconds so far, and the means of scores and the concentration of masks since then."""
+        """Log a loss with the means of scores and the concentration of masks since the last one."""
         if "loss" in logs:
-            self.log_seconds()
-            logs |= self.logged_means.take(self.sum_over_ranks)
+            sums = self.accelerator.reduce(dict(sorted(self.score_sums.items())))
+            logs |= {name: float(total / count) for name, (total, count) in sums.items() if count}
+            self.score_sums.clear()
             if self.policy.uses_scores:
-                logs["mask_concentration"] = type_concentration(self.sum_over_ranks(self.predicted_V))
+                logs["mask_concentration"] = type_concentration(self.accelerator.reduce(self.predicted_V))
             self.predicted_V.zero_()
         super().log(logs, start_time)
-
-    def log_seconds(self) -> None:
-        """Log the seconds as a separate entry, so that the entries of losses are the same in a resumed run."""
-        self.log({"train_seconds": self.report.seconds()})
 
     @torch.no_grad()
     def evaluate(self, *_: object, **__: object) -> dict[str, float]:
@@ -164,8 +150,7 @@ class MaskedLMTrainer(Trainer):
         These are means over all masked positions and, if the shards have entropies, over each decile of the entropy,
         because easy tokens dominate the mean over all positions.
         """
-        started = time.monotonic()
-        self.log_seconds()
+        started, train_seconds = time.monotonic(), self.report.seconds()
         evaluated, args = self.inputs.evaluated, self.args
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
@@ -178,14 +163,16 @@ class MaskedLMTrainer(Trainer):
         model.train()
         columns = [np.concatenate(column) for column in zip(*gather_object(own), strict=True)]
         metrics = {f"eval_{name}": v for name, v in evaluation.metrics(columns, evaluated.scored).items()}
-        metrics["eval_seconds"] = round(time.monotonic() - started, 3)
+        metrics |= {"train_seconds": train_seconds, "eval_seconds": round(time.monotonic() - started, 3)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @contextmanager
-    def saving(self) -> Iterator[None]:
+    def _save_checkpoint(self, *arguments: Any) -> None:
         """Save in another directory, and rename the checkpoint when it is whole on all ranks.
+
+        There is no public hook: the event ``on_save`` comes after a save, so a rank would not learn that another one
+        failed.
 
         Raises:
             AllRanksFailed: the weights are not finite, the checkpoint cannot be written, or the directory was deleted.
@@ -193,23 +180,38 @@ class MaskedLMTrainer(Trainer):
         rank, unfinished = self.args.process_index, self.output / resume.UNFINISHED
         name = f"checkpoint-{self.state.global_step}"
         check_finite(self.accelerator.unwrap_model(self.model), self.state.global_step, self.output)
-        self.log_seconds()  # for a resumed run
+        self.log({"train_seconds": self.report.seconds()})  # for a resumed run
         means = self.type_means.state() if self.type_means else None  # on all ranks, which add up their sums
         self.args.output_dir = str(unfinished)
         try:
             with on_all_ranks(rank), writing(name, self.output):
-                yield
+                super()._save_checkpoint(*arguments)
                 if means and self.args.should_save:
                     torch.save(means, unfinished / name / SELF_SCORES)
             with on_all_ranks(rank), writing(name, self.output):
                 if self.args.should_save:
-                    resume.check_kept(self.output, self.flags)
+                    resume.check_kept(self.output, self.identity)
                     resume.complete(self.output, name, self.args.save_total_limit)
         except RunError:
             shutil.rmtree(unfinished, ignore_errors=True)  # it may fill the disk
             raise
         finally:
             self.args.output_dir = str(self.output)
+
+    def _load_from_checkpoint(self, checkpoint: str, *others: Any) -> None:
+        """Load the weights, and the running means of a run with self-masking. Raises AllRanksFailed."""
+        with reading(self.output):
+            super()._load_from_checkpoint(checkpoint, *others)
+            if self.type_means:
+                self.type_means.load(torch.load(Path(checkpoint, SELF_SCORES), weights_only=True))
+
+    def _load_optimizer_and_scheduler(self, *arguments: Any) -> None:
+        with reading(self.output):
+            super()._load_optimizer_and_scheduler(*arguments)
+
+    def _load_rng_state(self, *arguments: Any) -> None:
+        with reading(self.output):
+            super()._load_rng_state(*arguments)
 
 
 def training_sequences(args: TrainingArguments, options: Options, inputs: Inputs, masker: Masker) -> TrainingSequences:

@@ -181,7 +181,7 @@ def test_a_run_notices_at_its_end_that_its_directory_was_deleted(flags: list[obj
     wait_for(run, tmp_path / "out" / resume.GIVEN)
     subprocess.run(["rm", "-rf", tmp_path / "out"])
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / resume.FLAGS).write_text("{}")  # of another run
+    (tmp_path / "out" / resume.RUN).write_text("{}")  # of another run
     line = sentence(run, 1)
     fix = "run the command again with an empty --output-dir"
     assert line == f"failed: {tmp_path}/out/run.json was deleted or replaced during the run; {fix}"

@@ -12,11 +12,12 @@ from harness import LENGTH
 from in_process import RANDOM, score_here, tokenize_here, train_here
 
 from entropy_masking.errors import UsageError
+from entropy_masking.masking.noise import hashes
 from entropy_masking.shards.manifests import Manifest, read_manifest
 from entropy_masking.shards.read import read_rows
 from train.data import TrainingSequences, whole_batch
 from train.evaluation import batches
-from train.split import Part, Split, split
+from train.split import PLACE, SEED, Part, Split, split
 
 Row = tuple[int, int]  # shard, row
 
@@ -150,6 +151,21 @@ def test_long_documents_are_kept_whole_or_cut(work: Path, tmp_path: Path, capsys
     train_here(shards, tmp_path / "out", *RANDOM, "--eval-fraction", 0.1, "--max-steps", 1)
     printed = capsys.readouterr().err
     assert "held out to evaluate on; 1 of 1 blocks cut from longer documents, whose rest trains" in printed
+
+
+def test_a_block_is_not_empty_if_only_the_last_row_has_a_border(work: Path, tmp_path: Path) -> None:
+    long = " ".join(json.loads(line)["text"] for line in (work / "corpus.jsonl").read_text().splitlines()[:200])
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "a")))
+    shards = tokenize_here(corpus, work / "tokenizer", tmp_path / "shards", "--sequence-length", LENGTH)
+    manifest = read_manifest(str(shards))
+    rows = manifest.totals["sequences"]
+    assert [len(documents) for documents in documents_of(manifest).values()] == [1] * (rows - 1) + [2]
+    place = int(hashes(SEED, PLACE, of_N=torch.tensor([0])))
+    # the planned block takes the last rows of the shard
+    number = next(number for number in range(1, rows) if place % (rows - number + 1) == rows - number)
+    made = split(manifest, number / rows)
+    assert [(part.start, part.stop) for part in made.held_out] == [(rows - number, rows)] and made.cut == 1
 
 
 def test_too_little_text_is_refused(work: Path, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from transformers import BertConfig, BertForMaskedLM, FunnelConfig, FunnelForMas
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import read_manifest
 from train.arguments import LEARNING_RATES, PRETRAINED_RATE, training_arguments
-from train.flags import MUON
 from train.optimizer import hidden_matrices
-from train.options import parse
+from train.options import MUON, parse
 
 
 def test_other_models_by_configuration(scored: Path, tmp_path: Path) -> None:

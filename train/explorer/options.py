@@ -29,12 +29,12 @@ def parse(argv: list[str] | None, description: str | None) -> tuple[Options, lis
     parser.add_argument("directory", metavar="DIR", help="shard directory with scores, a path or a URI")
     parser.add_argument("other", metavar="DIR2", nargs="?", help="another directory: other scores of the same tokens")
     parser.add_fields(Options)
-    flags = vars(parser.parse_args(argv))
-    directories = [uri for uri in (flags.pop("directory"), flags.pop("other")) if uri]
-    check_ranges(flags)
+    given = vars(parser.parse_args(argv))
+    directories = [uri for uri in (given.pop("directory"), given.pop("other")) if uri]
+    check_ranges(given)
     of_page = "{flag} only applies to the page; name its file with --output, or leave it out"
-    check_rules(flags, [(not flags["output"], {"sequences": Options.sequences}, of_page)])
-    options = Options(**flags)
+    check_rules(given, [(not given["output"], {"sequences": Options.sequences}, of_page)])
+    options = Options(**given)
     if options.output and storage.exists(options.output) and storage.size(options.output) is None:
         raise UsageError(f"--output {options.output} is a directory; name a file, such as {options.output}/page.html")
     return options, directories
