@@ -3,8 +3,6 @@
 Shapes: K rows, N trunks.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Mapping

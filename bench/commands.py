@@ -1,7 +1,5 @@
 """Command lines of the benches, and the scripts that they run in processes of their own."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -7,8 +7,6 @@ and as its last line the same as one JSON object, which --output gets after each
 Shapes: N positions, V vocabulary, K tokens that a teacher names.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

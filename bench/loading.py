@@ -9,8 +9,6 @@ trainer needs to receive them is not measured. Prints a table with the budgets, 
 JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

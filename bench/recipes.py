@@ -1,7 +1,5 @@
 """The rows of the screen as flags of train/run.py."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

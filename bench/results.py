@@ -8,8 +8,6 @@ A table follows its marker, such as <!-- table: study-front -->. A row has measu
 trunk. docs/STUDY.md explains the analysis.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

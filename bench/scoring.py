@@ -8,8 +8,6 @@ turns, with one dtype, number of threads and malloc. Prints a table with the bud
 one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import partial

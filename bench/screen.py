@@ -13,8 +13,6 @@ Every run is a command of this project, the first line of its log in OUTPUT/logs
 it resumes a screen. Prints the table, and as the last line the same as one JSON object; both are in OUTPUT too.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

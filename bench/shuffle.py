@@ -3,8 +3,6 @@
 Shapes: N sequences, L tokens.
 """
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

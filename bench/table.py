@@ -1,7 +1,5 @@
 """What the benches share: the GPU's name and peak, memory, contestants timed in turns, and a table with budgets."""
 
-from __future__ import annotations
-
 import gc
 import json
 import resource

@@ -8,8 +8,6 @@ one dtype, number of threads and malloc, in turns in one process; a ratio compar
 Prints a JSON object after each contestant, at the end a table with the budgets, and the same as one JSON object.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

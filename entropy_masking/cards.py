@@ -1,7 +1,5 @@
 """The README.md of a shard directory and of a student: metadata of the Hugging Face Hub, and a few facts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from entropy_masking.shards.schema import Manifest

@@ -7,8 +7,6 @@ for float64 logits.
 Shapes: N positions, V vocabulary, K best tokens, T temperatures, G groups of tokens, C candidates for the best.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple

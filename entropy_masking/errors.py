@@ -1,7 +1,5 @@
 """Errors that a command line turns into one sentence and an exit code."""
 
-from __future__ import annotations
-
 
 class UsageError(Exception):
     """A mistake of the user. The message is one sentence: what is wrong, and how to fix it. Exit code 2."""

@@ -3,8 +3,6 @@
 Shapes: N positions, K tokens that the teacher names at each (its head), V vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A workaround for a race in MKL, which can make the first results of a process inexact."""
 
-from __future__ import annotations
-
 import torch
 
 FUNCTIONS = (

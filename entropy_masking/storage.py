@@ -4,8 +4,6 @@ Local writes are atomic (temporary name, fsync, rename). An object store shows a
 so a file is uploaded there in one write under its final name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -4,8 +4,6 @@ train/run.py writes it, and glue/ reads it. A file that is read may come from an
 Then a value that is missing or of a wrong type is None.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, TypeVar
 

@@ -1,7 +1,5 @@
 """Text that others wrote, such as names in files, made safe to show on a terminal and in Markdown."""
 
-from __future__ import annotations
-
 import re
 
 # control characters, which can move the cursor; marks that reverse the order of text; halves of characters

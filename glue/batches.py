@@ -3,8 +3,6 @@
 Shapes: B rows of a batch, L tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

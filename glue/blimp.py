@@ -8,8 +8,6 @@ Shapes: T tokens of all sentences end to end, I inputs with one masked position 
 tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -10,8 +10,6 @@ regime, and each is paired with the same seed of the baseline. Writes table.md, 
 Refuses results of different settings or data.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

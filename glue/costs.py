@@ -3,8 +3,6 @@
 A missing number is nan during the computation, so everything computed from it is nan too. In the result nan is None.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Reads tables of rows from Parquet, TSV, CSV and JSON lines. The text forms are UTF-8, with or without a mark."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

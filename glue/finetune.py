@@ -3,8 +3,6 @@
 Shapes: N rows, B rows of a batch, L tokens, C classes.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable

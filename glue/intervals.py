@@ -4,8 +4,6 @@ The unit is the pretrained model. The scores of its fine-tuning seeds are averag
 they are not independent evidence about pretraining.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

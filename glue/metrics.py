@@ -1,7 +1,5 @@
 """Predictions → metrics → named averages. Pure functions; every metric is in [-1, 1], every score in percent."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 

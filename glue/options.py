@@ -1,7 +1,5 @@
 """The flags of glue/run.py."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ Both sentences have the same words and signs in another order, so their frequenc
 Hashes decide everything, so the same package versions give the same pairs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The fine-tuning protocols of three papers as data, and the settings that all of them share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any

@@ -3,8 +3,6 @@
 ``table`` comes from ``glue.compare.compare``; ``summaries`` are the models' summaries by regime.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reads the results of glue/run.py by model and regime, and checks that regimes can be compared."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Self

@@ -12,8 +12,6 @@ python glue/run.py --model runs/student --task-file mood=train.tsv,dev.tsv --see
 Existing results are skipped, so the same command continues an interrupted run, and repeats failed trials.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import statistics

@@ -1,7 +1,5 @@
 """The comparison as tables: rows of text, for Markdown and the page, and one long CSV. Pure."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

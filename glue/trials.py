@@ -1,7 +1,5 @@
 """Trials (model × task × seed): their settings, and many of them in this process or on Ray."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

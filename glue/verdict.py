@@ -1,7 +1,5 @@
 """What a comparison shows, in one sentence, from the intervals of its main score. Pure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two ways to run shards through ``ShardScorer``: actors on a Ray cluster, or this process. Both yield records."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """A scoring run: its settings, checked and resolved, and the fingerprint of everything that determines its bytes."""
 
-from __future__ import annotations
-
 import argparse
 import uuid
 from dataclasses import asdict, dataclass

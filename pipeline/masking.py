@@ -3,8 +3,6 @@
 Shapes: N rows, L tokens, K masked positions.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """The flags of pipeline/score.py, parsed, filled in and checked against each other."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from typing import Any, Literal

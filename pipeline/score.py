@@ -10,8 +10,6 @@
 The same command finishes a killed run: it does not score finished shards again. See docs/scoring.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Generator

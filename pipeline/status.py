@@ -5,8 +5,6 @@ python pipeline/status.py runs/scored
 python pipeline/status.py s3://bucket/scored --json
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -9,8 +9,6 @@ WordPiece needs few tokens for a language with spaces. A byte-level BPE has no u
 case and accents, unless you pass --lowercase or --strip-accents. See docs/scoring.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

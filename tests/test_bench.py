@@ -1,7 +1,5 @@
 """The benches run, on a small model and little text; what they find is not for a test to say."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 What the long search has found is in ``FOUND``, which every run of the tests repeats.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

@@ -5,8 +5,6 @@ Whole numbers are the same on every machine. Numbers of a model depend on the pr
 another one than that of golden.json losses are compared within 2 %, and hashes of a model's numbers are not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Files that somebody else wrote, with values to do harm: each is refused in one sentence that names the file."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

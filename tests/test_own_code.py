@@ -1,7 +1,5 @@
 """Code that comes with a checkpoint or a tokenizer: it runs only with --trust-remote-code, and nothing ever asks."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

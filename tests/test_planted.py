@@ -1,7 +1,5 @@
 """Links, FIFOs and checkpoints that somebody else planted: nothing outside a directory is read, copied or written."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

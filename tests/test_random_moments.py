@@ -1,7 +1,5 @@
 """SIGINT, SIGTERM and SIGKILL at random moments of every long command: exit codes, leftovers, the same result."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Every command of the README, run as it stands there, with small sizes appended; and what the demo leaves behind."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math

@@ -1,7 +1,5 @@
 """The flags of train/run.py → Trainer's arguments: defaults by model and machine, and the fixed settings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict

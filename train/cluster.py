@@ -8,8 +8,6 @@ The command and its workers share the output directory, and these files in it:
   and then this file (``train.resume``). So workers that are started again resume the new run.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

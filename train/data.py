@@ -6,8 +6,6 @@ same part of the global batches. So each part has its own lanes of the epoch, an
 Shapes: B rows of a batch, L tokens, P predicted positions of a row, T tokens that a teacher names.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -3,8 +3,6 @@
 Shapes: B rows, L tokens, P predicted positions of a row, N positions of all rows, C positions of a chunk, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any

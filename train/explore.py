@@ -10,8 +10,6 @@ The page is one file that needs no network. Two directories must hold other scor
 a teacher and a student. See docs/explore.md.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -5,8 +5,6 @@
 - Errors of libraries: ``writing``, ``reading`` and ``clean_ending`` turn them into one sentence.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -1,7 +1,5 @@
 """Opens the inputs of a run, and refuses flags that contradict them or each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

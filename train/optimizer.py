@@ -3,8 +3,6 @@
 Muon orthogonalises the momentum of a matrix before it updates the matrix (Jordan et al. 2024; ``torch.optim.Muon``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The flags of train/run.py, its own and those of Trainer: their ranges, and which of them contradict others."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a run will do, in a few lines that are printed before its first step."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import TrainingArguments

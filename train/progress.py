@@ -3,8 +3,6 @@
 Shapes: B rows, L tokens, K masked positions of a row, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """The identity of a run in ``run.json``, and its results and costs in ``summary.json``."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, fields

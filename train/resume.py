@@ -3,8 +3,6 @@
 The identity of a run is a dictionary of all that decides what is learned (``train.results``).
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -13,8 +13,6 @@ python train/run.py --num-workers 2 --shards runs/scored --entropy-source parque
 The same command resumes an interrupted run.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

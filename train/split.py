@@ -1,7 +1,5 @@
 """Which rows of the shards train and which are held out: whole documents, the same for every run on the same text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

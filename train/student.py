@@ -1,7 +1,5 @@
 """Students: presets, configurations and checkpoints."""
 
-from __future__ import annotations
-
 import math
 import sys
 from pathlib import Path

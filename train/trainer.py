@@ -3,8 +3,6 @@
 Shapes: B rows, L tokens, P predicted positions of a row, V vocabulary, N positions of a batch.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Shared by the command lines: exit codes for errors, and progress on a terminal or in a log."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

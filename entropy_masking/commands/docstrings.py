@@ -4,8 +4,6 @@ The sources are parsed, not imported. The corpus is written once, as Parquet in 
 The same package versions give the same files.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

@@ -5,8 +5,6 @@ drawn in the colours of ``LIGHT``; in an SVG these become CSS variables, which b
 matplotlib is slow to import, so commands import this module only when they draw.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import textwrap

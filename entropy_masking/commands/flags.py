@@ -1,7 +1,5 @@
 """The flags of the command lines: declared, parsed, read from a YAML file, and shown in groups by --help."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The flags that say which tokens are masked and predicted, and the policy that they make."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

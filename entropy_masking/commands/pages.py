@@ -1,7 +1,5 @@
 """HTML pages in one file: nothing comes from the network, and only the page's own script runs."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The Ray cluster that a command line runs on."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

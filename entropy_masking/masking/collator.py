@@ -3,8 +3,6 @@
 Shapes: B rows, l tokens of one row, L tokens of the longest row, P predicted positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

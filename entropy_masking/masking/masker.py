@@ -4,8 +4,6 @@ Shapes: B rows, L tokens, K masked positions of a row, P predicted ones, R token
 T tokens that a teacher names.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Self
 

@@ -3,8 +3,6 @@
 Shapes: B rows, L tokens, K positions of a row, N numbers.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

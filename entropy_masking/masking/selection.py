@@ -11,8 +11,6 @@ the number of loader workers or ranks, or the step at which a run was resumed.
 Shapes: B rows, L tokens, K masked positions of a row (or slots of them), P predicted ones.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -11,8 +11,6 @@ not depend on how a batch is split among devices and accumulation.
 Shapes: V vocabulary, B rows, L tokens, M measured positions of a row, N scores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -9,8 +9,6 @@ architecture. For a BERT of l layers of width H and inner width 4·H it gives::
 Shapes: L tokens of a sequence, N positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 import torch
 from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel

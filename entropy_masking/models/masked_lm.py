@@ -4,8 +4,6 @@ Shapes: B rows, L tokens, K chosen positions of a row, N chosen positions, H wid
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any

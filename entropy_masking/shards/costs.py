@@ -1,7 +1,5 @@
 """What shards cost and hold in all: the totals of a manifest, and the costs by worker, from the shards' records."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

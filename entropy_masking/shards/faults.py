@@ -5,8 +5,6 @@ A fault of a directory is a ``Fault``. A fault of one shard is a phrase that fol
 Shapes: N rows.
 """
 
-from __future__ import annotations
-
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator

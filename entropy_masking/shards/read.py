@@ -3,8 +3,6 @@
 Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

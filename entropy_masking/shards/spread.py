@@ -1,7 +1,5 @@
 """Whether the scores of a shard directory tell tokens apart."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from entropy_masking.shards.manifests import read_table, sampled

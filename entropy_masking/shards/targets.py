@@ -7,8 +7,6 @@ So to train on one variant, a loader reads one row group per block. See docs/sha
 Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names.
 """
 
-from __future__ import annotations
-
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise

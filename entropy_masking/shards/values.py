@@ -3,8 +3,6 @@
 Shapes: N rows, L tokens, K masked positions, k tokens that a teacher names; P stands for L or K.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -1,7 +1,5 @@
 """Identity and decompressed size of the files of a corpus, for which several are read at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """The files of a corpus: found by path, directory or glob, with their format."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 In text and JSON lines, a line ends with LF or CR LF.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 from collections.abc import Iterator

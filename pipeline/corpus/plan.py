@@ -4,8 +4,6 @@ Nothing is tokenized here. The plan reads file sizes, Parquet footers, first lin
 and the bytes of compressed files, for their decompressed size, and of local files, for the fingerprint.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import deque

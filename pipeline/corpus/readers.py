@@ -1,7 +1,5 @@
 """Documents out of files, one by one. An unusable document is rejected with its file and line, never silently lost."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator

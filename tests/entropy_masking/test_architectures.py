@@ -1,7 +1,5 @@
 """Every architecture of AutoModelForMaskedLM is scored and trained, or refused in one sentence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Log-probabilities in 8 bits: how far they are from the exact ones, and what that changes in distillation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

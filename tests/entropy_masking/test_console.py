@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM, at any moment of a command."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

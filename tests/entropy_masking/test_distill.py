@@ -1,7 +1,5 @@
 """The loss against the dense divergence in float64, where storage rounds, and its gradient against autograd's."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Flags: a dataclass as flags, values of a YAML file, and the help."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

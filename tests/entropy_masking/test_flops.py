@@ -1,7 +1,5 @@
 """What a run is said to cost, against torch's count of its steps, and against the formula that people know."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

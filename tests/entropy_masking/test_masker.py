@@ -1,7 +1,5 @@
 """Masked batches: the predicted part, the corruption, the teacher's numbers, and devices."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

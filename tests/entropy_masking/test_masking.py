@@ -1,7 +1,5 @@
 """Which positions are masked, against slow references and statistics: hard share, temperature, ramp, and policies."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The first results of a process, computed in several threads."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

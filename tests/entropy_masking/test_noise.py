@@ -1,7 +1,5 @@
 """Noise that is a hash: against whole numbers, and by statistics."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The parts of train/ in other people's loops: docs/own-loop.md as it stands there, and the collator."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sampled tokens: their weights are unbiased for every distribution, and so is a student's gradient."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

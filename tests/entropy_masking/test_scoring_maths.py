@@ -1,7 +1,5 @@
 """Entropy, surprisal and top-k against a slow float64 reference: one masked position at a time, full softmax."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

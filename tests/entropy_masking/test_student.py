@@ -1,7 +1,5 @@
 """Students: the head on masked positions only gives the loss and gradients of the whole head, for any architecture."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The wheel holds the library alone, and works in an environment that has nothing of the checkout."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Masks of whole words: against a slow reference, and which tokens continue a word in every kind of tokenizer."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """BLiMP: scores against brute force and minicons, the command, its results beside others, misuse."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tables of glue/compare.py, on results that the tests write: scores, differences, averages and costs."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """What glue/compare.py refuses to compare: one sentence each, exit code 2, and nothing written."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page of glue/compare.py: it stands alone, and its figures show the numbers of the tables."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

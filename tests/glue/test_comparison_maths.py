@@ -1,7 +1,5 @@
 """What a comparison is computed with: intervals against scipy, costs by hand, axes of figures."""
 
-from __future__ import annotations
-
 import statistics
 from itertools import pairwise
 from typing import Any

@@ -1,7 +1,5 @@
 """Fine-tuning many trials: batches by length, paired seeds, shared tokens, several models, failed trials, Ray."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """glue/run.py as its users run it: all tasks and file forms, skip, kill, misuse."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Metrics against their definitions in plain Python; named averages against published rows."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

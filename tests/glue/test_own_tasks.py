@@ -1,7 +1,5 @@
 """Tasks of a user's own: files, labels and metrics; and what every form of a file has in common."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Minimal pairs made from docstrings: what differs within a pair, and which sentences are used."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Text in any common form → documents: nothing lost or doubled by cutting, rejects listed by line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

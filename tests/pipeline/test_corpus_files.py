@@ -1,7 +1,5 @@
 """What --corpus names: files, directories, links and wildcards; their order, identity and faults."""
 
-from __future__ import annotations
-
 import gzip
 from pathlib import Path
 from typing import Any

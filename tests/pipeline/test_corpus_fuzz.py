@@ -1,7 +1,5 @@
 """Whatever bytes a file has, a reader gives documents, counts rejected ones, or refuses the file in one sentence."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Files that are read from their start, as compressed files and CSV: shards of the size asked, each byte read once."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import json

@@ -1,7 +1,5 @@
 """What a scoring run lives through: killed drivers, workers, nodes; shards that kill or hang; full disks; SIGTERM."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """Memory is bounded by settings, whatever a document is or a file claims. Nothing is dropped without being counted."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import random

@@ -1,7 +1,5 @@
 """Documents → sequences of tokens; and the docstrings, a corpus that is on every machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

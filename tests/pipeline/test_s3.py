@@ -1,7 +1,5 @@
 """An object store as input and output: moto's S3 server, through the entry points, with a kill and a resume."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """score.py as its users run it: in a process of its own, on Ray and locally, killed and resumed, and misused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

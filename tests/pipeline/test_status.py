@@ -1,7 +1,5 @@
 """status.py: what a run's records say, without a cluster and without a model."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The ways to hand a scoring job to a Ray cluster that asks for a token, and the mistakes in joining it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

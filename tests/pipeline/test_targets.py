@@ -1,7 +1,5 @@
 """Targets that score.py makes with --mask-source: their masks, variants and files, and mistakes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict

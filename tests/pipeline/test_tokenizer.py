@@ -1,7 +1,5 @@
 """tokenizer.py as its users run it."""
 
-from __future__ import annotations
-
 import errno
 import sys
 import tracemalloc

@@ -1,7 +1,5 @@
 """verify.py and the checks before training: every damage to a directory is named, and nothing is trained on it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

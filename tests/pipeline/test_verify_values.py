@@ -1,7 +1,5 @@
 """verify.py on the tables of shards and targets: every wrong value is named."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

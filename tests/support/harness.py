@@ -1,7 +1,5 @@
 """What the tests share: running the entry points as a user does, and a small world to run them in."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

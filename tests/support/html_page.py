@@ -1,7 +1,5 @@
 """What a page of HTML holds: its tags, its text and its figures."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 from typing import Any

@@ -1,7 +1,5 @@
 """Scoring and training in the process of the test, with settings for the small world."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

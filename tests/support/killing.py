@@ -1,7 +1,5 @@
 """Scoring runs in the background, to be killed, and what they have done."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """GLUE's nine tasks with made rows, in every form and under every name that a file may have."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Results of glue/run.py as JSON files, made without a model, and their comparison."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A small scored shard directory, made without a model within a second."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 ``run_script`` runs any script to its end; ``Run`` is train/run.py on several ranks, and can be killed at a chosen step.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Rows to mask, and slow references of the selection."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

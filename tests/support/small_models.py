@@ -1,7 +1,5 @@
 """Small models of several architectures, and sequences of their tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

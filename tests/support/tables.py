@@ -1,7 +1,5 @@
 """Tables of shards with other values, as if they had been written so."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The same documents in every form of text."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Shards → batches: order, lanes, resuming by index, loader workers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from itertools import pairwise

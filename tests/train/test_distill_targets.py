@@ -1,7 +1,5 @@
 """Distillation of targets: as with the teacher online, variant by variant; targets that do not fit are refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

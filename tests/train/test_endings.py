@@ -1,7 +1,5 @@
 """How a training run ends before its end: signals, NaN, a full disk, lost loader workers, half-written checkpoints."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Evaluation of run.py: on which text, the loss by decile of entropy, and at which steps."""
 
-from __future__ import annotations
-
 import json
 import math
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """A run that is killed and started again logs the losses and gradient norms of one that was never interrupted."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """train/explore.py as a command: the sequences and masks that it reads, the summary that it prints, and mistakes."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

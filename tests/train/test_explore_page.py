@@ -1,7 +1,5 @@
 """The page of train/explore.py in a real browser: its numbers, one token, two sources, and tokens like HTML."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

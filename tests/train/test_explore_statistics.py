@@ -1,7 +1,5 @@
 """The statistics and the sample of train/explore.py, against numpy and scipy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What may be chosen freely changes nothing: how a batch is split, who loads it, where the head runs."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The mask flags of run.py and score.py: words and surprisal as the shards and the student score them, and mistakes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

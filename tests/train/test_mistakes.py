@@ -1,7 +1,5 @@
 """Mistakes in the flags of run.py: one sentence each, exit code 2, and nothing written."""
 
-from __future__ import annotations
-
 import errno
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The output directory of run.py: a run in it is continued, kept, overwritten or refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The same training run in workers of a Ray cluster: the result of one process, whatever dies on the way."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What each regime masks, learns and writes, through run.py."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

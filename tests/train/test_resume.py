@@ -1,7 +1,5 @@
 """A finished run is finished: the same command again loads no teacher and starts no Ray."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Self-masking: by means of token types, by a forward of its own, and masks that collapse."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

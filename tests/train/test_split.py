@@ -1,7 +1,5 @@
 """What is trained on and what is held out: whole documents, in the asked share, the same for every directory."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the flags of run.py choose: the model, the optimizer and its schedule. Wrong values are refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The flags of train/explore.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The page of train/explore.py: its figures, and the colours of its text. Its sentences are in page.html."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict

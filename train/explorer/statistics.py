@@ -5,8 +5,6 @@ A *frame of tokens* has one row for each position of N sequences of L tokens, in
 have the same rows.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

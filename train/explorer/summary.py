@@ -1,7 +1,5 @@
 """The summary of train/explore.py as text: the sources, the masks, and the agreement of two sources."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import polars as pl
