@@ -6,14 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from harness import LENGTH, ROOT, TOP_K, refused, run
 from in_process import score_here
+from made_shards import write_shards
 from tables import recommitted, replace_list
 
 from entropy_masking.shards import manifests, parquet
 from entropy_masking.shards.faults import Depth, table_faults
+from entropy_masking.shards.manifests import read_manifest
 from entropy_masking.shards.schema import Manifest, ShardEntry
 from entropy_masking.shards.targets import MaskedRows, row_groups, rows_of
 from entropy_masking.shards.values import list_lengths
@@ -171,3 +174,16 @@ def test_wrong_targets_are_named(targets: Path) -> None:
     assert any("of another length than its positions" in text for text in faults(short))
     narrow = manifest.model_copy(update={"masks": (manifest.masks or {}) | {"positions": MASKED - 1}})
     assert any(f"masks {MASKED} positions" in text for text in faults(table, narrow))
+
+
+@pytest.mark.parametrize(("vocab_size", "kind"), [(65_536, pa.uint16()), (65_537, pa.uint32())])
+def test_token_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int, kind: pa.DataType) -> None:
+    manifest = read_manifest(str(write_shards(tmp_path))).model_copy(update={"vocab_size": vocab_size})
+    shape, last = (3, manifest.sequence_length), vocab_size - 1
+    scores = {name: np.ones(shape, np.float32) for name in parquet.SCORE_COLUMNS}
+    scores |= {"topk_ids": np.full((*shape, manifest.top_k), last), "topk_logprobs": np.zeros((*shape, manifest.top_k))}
+    table = parquet.to_table(manifest, 0, np.full(shape, last), scores)
+    stored = pq.read_table(pa.BufferReader(parquet.to_parquet(parquet.row_groups(table))))
+    for name in ("input_ids", "topk_ids"):
+        assert stored.schema.field(name).type.value_type == kind
+        assert pc.unique(pc.list_flatten(stored[name])).to_pylist() == [last]
