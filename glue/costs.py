@@ -31,14 +31,21 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
     """
     if not summaries:
         return None
-    numbers = {name: _mean([_known(getattr(summary, name)) for summary in summaries]) for name in NUMBERS}
-    numbers["bytes"] = _mean([_bytes(summary) for summary in summaries])
-    numbers["corpus_tokens"] = _mean([_tokens(summary.shards or Directory()) for summary in summaries])
+    each = [_numbers(summary) for summary in summaries]
+    means = {name: statistics.mean([own[name] for own in each]) for name in each[0]}
+    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
+    return row | {name: _or_none(value) for name, value in means.items()}
+
+
+def _numbers(summary: Summary) -> dict[str, float]:
+    """The numbers of ``cost`` for one run."""
+    shards, targets = summary.shards or Directory(), summary.targets or Directory()
+    numbers = {name: _known(getattr(summary, name)) for name in NUMBERS}
+    numbers |= {"bytes": _known(shards.bytes) + (targets.bytes or 0), "corpus_tokens": _tokens(shards)}
     for unit, (training, scoring) in UNITS.items():
         numbers[f"total_{unit}"] = numbers[training] + numbers[scoring]
-        numbers[f"online_{unit}"] = _mean([_online(summary, unit) for summary in summaries])
-    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
-    return row | {name: _or_none(value) for name, value in numbers.items()}
+        numbers[f"online_{unit}"] = _online(summary, unit)
+    return numbers
 
 
 def break_even(once: float, extra: float) -> float | None:
@@ -95,11 +102,6 @@ def _pays(own: Cost, other: Cost | None, unit: str) -> dict[str, float | None] |
     }
 
 
-def _bytes(summary: Summary) -> float:
-    shards, targets = summary.shards or Directory(), summary.targets or Directory()
-    return _known(shards.bytes) + (targets.bytes or 0)
-
-
 def _online(summary: Summary, unit: str) -> float:
     """Cost of a teacher in memory per token of a batch; nan for a regime without a teacher.
 
@@ -121,11 +123,6 @@ def _online(summary: Summary, unit: str) -> float:
 
 def _tokens(directory: Directory) -> float:
     return _known(directory.sequences) * _known(directory.sequence_length)
-
-
-def _mean(values: Sequence[float]) -> float:
-    mean = statistics.fmean(values)
-    return int(mean) if all(isinstance(value, int) for value in values) and mean == int(mean) else mean
 
 
 def _ratio(value: float | None, by: float | None) -> float:
