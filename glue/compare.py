@@ -32,8 +32,8 @@ from glue.costs import break_evens, cost
 from glue.intervals import Scores, estimate, paired_difference
 from glue.metrics import AVERAGES, IncompleteAverage, averages_by_seed, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
+from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT
-from glue.verdict import Comparison, Estimates
 
 
 def main(argv: list[str] | None = None) -> None:

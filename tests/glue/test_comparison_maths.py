@@ -17,8 +17,7 @@ from entropy_masking.commands.figures import Line, Row
 from entropy_masking.summary import Summary
 from glue import costs
 from glue.intervals import estimate, paired_difference
-from glue.tables import amount
-from glue.verdict import verdict
+from glue.tables import amount, verdict
 
 # --- statistics ------------------------------------------------------------------------------------------------------
 
