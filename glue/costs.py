@@ -69,14 +69,9 @@ def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, object]]:
     for name, own in costs.items():
         if not own or not own["scoring_flops"]:
             continue
-        source, _, distils = str(own["regime"]).partition("+")
-        others: dict[str, Cost | None] = {ONLINE: None}
-        if source == "parquet":
-            others |= {
-                other: row
-                for other, row in costs.items()
-                if row and str(row["regime"]).partition("+")[::2] == ("self", distils)
-            }
+        source, distils = _source(own["regime"])
+        rivals = {other: row for other, row in costs.items() if row and _source(row["regime"]) == ("self", distils)}
+        others = {ONLINE: None} | (rivals if source == "parquet" else {})
         for against, other in others.items():
             pays = {unit: _pays(own, other, unit) for unit in UNITS}
             rows.append({"regime": name, "against": against, **pays})
@@ -110,7 +105,7 @@ def _online(summary: Summary, unit: str) -> float:
     distils from the shards but masks in another way needs one pass of the shards.
     """
     name = "worker_seconds" if unit == "seconds" else unit
-    source, _, distils = str(summary.regime).partition("+")
+    source, distils = _source(summary.regime)
     shards, targets = summary.shards or Directory(), summary.targets
     row = _ratio(getattr(shards, name), _tokens(shards))
     if distils and targets:
@@ -119,6 +114,12 @@ def _online(summary: Summary, unit: str) -> float:
     if source == "parquet":
         return row
     return _ratio(row, shards.passes) if distils else math.nan
+
+
+def _source(regime: object) -> tuple[str, bool]:
+    """The source of the masks of a regime such as ``parquet+kd``, and whether it distils."""
+    source, plus, _ = str(regime).partition("+")
+    return source, bool(plus)
 
 
 def _tokens(directory: Directory) -> float:
