@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import RunError
@@ -38,11 +36,6 @@ def run_script(script: object, *flags: object) -> str:
     if result.returncode:
         raise RunError(f"{shlex.join(command[1:])} failed: {' '.join(result.stderr.split())[-500:]}")
     return result.stdout
-
-
-def measure_in_child(*flags: object) -> Any:
-    """What this script prints as JSON when it runs with more flags, in a process that shares no memory with others."""
-    return json.loads(run_script(*sys.argv, *flags).splitlines()[-1])
 
 
 def run_logged(output: Path, name: str, script: str, *flags: object) -> None:
