@@ -1,4 +1,4 @@
-"""Command lines of the benches, and the scripts that they run in processes of their own."""
+"""What the command lines of the benches share, and the runs of the screen."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ def keep_buffers() -> None:
     """Start this script again unless malloc was told to keep large buffers: it reads its settings once."""
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-
-
-def run_script(script: object, *flags: object) -> str:
-    """What a Python script prints. Raises RunError if it fails."""
-    command = [sys.executable, str(script), *map(str, flags)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RunError(f"{shlex.join(command[1:])} failed: {' '.join(result.stderr.split())[-500:]}")
-    return result.stdout
 
 
 def run_logged(output: Path, name: str, script: str, *flags: object) -> None:
