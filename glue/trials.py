@@ -21,9 +21,8 @@ from glue.tasks import Task
 
 THREADS = torch.get_num_threads()  # read at import: 1 inside a Ray worker
 
-# at import, so also in each Ray worker
-logging.disable_progress_bar()
-logging.set_verbosity_error()  # without the warning that the weights of the head are new
+# at import, so also in each Ray worker: without the warning that the weights of the head are new
+logging.set_verbosity_error()
 
 TrialTokens = TaskTokens | blimp.Sentences
 Outcome = dict[str, object] | str  # of a trial: its part of the result file, or the reason of its failure
