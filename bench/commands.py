@@ -1,13 +1,11 @@
-"""Command lines of the benches, and the scripts that they run in processes of their own."""
+"""What the command lines of the benches share, and the runs of the screen."""
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import RunError
@@ -27,20 +25,6 @@ def keep_buffers() -> None:
     """Start this script again unless malloc was told to keep large buffers: it reads its settings once."""
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-
-
-def run_script(script: object, *flags: object) -> str:
-    """What a Python script prints. Raises RunError if it fails."""
-    command = [sys.executable, str(script), *map(str, flags)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RunError(f"{shlex.join(command[1:])} failed: {' '.join(result.stderr.split())[-500:]}")
-    return result.stdout
-
-
-def measure_in_child(*flags: object) -> Any:
-    """What this script prints as JSON when it runs with more flags, in a process that shares no memory with others."""
-    return json.loads(run_script(*sys.argv, *flags).splitlines()[-1])
 
 
 def run_logged(output: Path, name: str, script: str, *flags: object) -> None:

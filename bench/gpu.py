@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import train.run
-from bench.commands import ROOT, new_parser, run_script
+from bench.commands import ROOT, new_parser
 from bench.table import Row, device_name, in_turns, peak_bytes, print_table, reset_peak, row, to_json
 from entropy_masking import entropy, storage
 from entropy_masking.commands import console
@@ -240,23 +240,30 @@ def evaluation(size: Size, work: Path) -> dict[str, Row]:
 
 def resume(size: Size, work: Path) -> dict[str, Row]:
     """A run that is killed after its first checkpoint and continued, against one that was not, to the bit."""
-    script, whole, killed = ROOT / "train" / "run.py", work / "whole", work / "killed"
+    whole, killed = work / "whole", work / "killed"
     flags = ["--shards", work / "scored", "--entropy-source", "parquet", "--distill-weight", 0.5, "--eval-fraction", 0]
     flags += ["--model", list(size.students)[-1], "--max-steps", STEPS, "--save-steps", SAVE_STEPS]
     flags += ["--logging-steps", 1, "--full-determinism", "--output-dir"]
-    run_script(script, *flags, whole)
-    process = subprocess.Popen([sys.executable, *map(str, (script, *flags, killed))], stderr=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "train" / "run.py", *map(str, flags)]
+    run_to_its_end([*command, whole])
+    process = subprocess.Popen([*command, killed], stderr=subprocess.DEVNULL)
     while process.poll() is None and not (killed / f"checkpoint-{SAVE_STEPS}").exists():
         time.sleep(0.001)
     process.kill()
     if process.wait() != -signal.SIGKILL:
         raise RunError("the run ended before it was killed")
-    run_script(script, *flags, killed)
+    run_to_its_end([*command, killed])
     logs = [storage.read_json(str(run / f"checkpoint-{STEPS}" / "trainer_state.json")) for run in (whole, killed)]
     pairs = zip(*([entry for entry in log["log_history"] if "loss" in entry] for log in logs), strict=True)
     same = [one["loss"] == other["loss"] and one["grad_norm"] == other["grad_norm"] for one, other in pairs]
     weights = [(run / "model.safetensors").read_bytes() for run in (whole, killed)]
     return {"steps_same": share(same[SAVE_STEPS:]), "weights_same": share([weights[0] == weights[1]])}
+
+
+def run_to_its_end(command: list[str | Path]) -> None:
+    """Run a command, whose errors become those of this part. Raises RunError if it fails."""
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise RunError(f"{command[1]} failed")
 
 
 MEASURED = {"inputs": inputs, "maths": maths, "evaluation": evaluation, "resume": resume}

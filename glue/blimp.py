@@ -4,13 +4,12 @@ The score of a sentence is its pseudo-log-likelihood (Salazar et al. 2020): each
 the log-probabilities of the masked tokens are added up. ``original`` masks only the scored token. ``within-word`` (Kauf
 and Ivanova 2023) also masks the later tokens of its word, because they would reveal it.
 
-Shapes: T tokens of all sentences end to end, I inputs with one masked position each, N pairs, B inputs of a batch, L
-tokens, V vocabulary.
+Shapes: N pairs, U different sentences, T tokens of all of them, I inputs with one scored token each, B inputs of a
+batch, L tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,31 +57,27 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Sentences:
-    """The encoded sentences of pairs. Equal sentences are encoded once, so their scores are equal to the last bit.
+    """The encoded sentences of pairs, and the inputs that score them: a sentence and the token to score.
+
+    Equal sentences are encoded once, so their scores are equal to the last bit.
 
     Attributes:
         pairs: the N pairs.
         tokens: of U different sentences, end to end.
-        scored: [T] whether a token counts; tokens that the tokenizer has added do not count.
-        ends: [T] index in ``tokens.ids`` of the last token that is masked when this token is scored.
         numbers: [2N] the number (below U) of each pair's good sentence, then of each pair's bad one.
+        rows: [I] the number (below U) of an input's sentence, shortest sentence first.
+        positions: [I] the scored token in its sentence; tokens that the tokenizer has added are not scored.
+        ends: [I] the last token that is masked with it.
         mask_id: the mask token.
     """
 
     pairs: Pairs
     tokens: Tokens
-    scored: np.ndarray
-    ends: np.ndarray
     numbers: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
     mask_id: int
-
-    @cached_property
-    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """(sentences [I], indices of the scored token in ``tokens.ids`` [I]), shortest sentence first."""
-        row_T = np.repeat(np.arange(len(self.tokens)), self.tokens.lengths)
-        places_I = np.flatnonzero(self.scored)
-        places_I = places_I[np.argsort(self.tokens.lengths[row_T[places_I]], kind="stable")]
-        return row_T[places_I], places_I
 
 
 def load(data: str | None, limit: int | None) -> Pairs:
@@ -141,18 +136,21 @@ def encode(pairs: Pairs, tokenizer: PreTrainedTokenizerBase, pll: str) -> Senten
     first = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     starts = np.cumsum([0, *(len(ids) for ids, _ in first)])
     ids_T = np.array([token for ids, _ in first for token in ids], np.int32)
+    tokens = Tokens(ids_T, None, starts, np.zeros(len(first)), tokenizer.pad_token_id)
     word_T = np.array([-1 if word is None else word for _, words in first for word in words])
-    scored_T = word_T >= 0
-    ends_T = np.arange(len(ids_T))
+    end_T = np.arange(len(ids_T))
     if pll == "within-word":
-        continues_T = continuing_tokens(tokenizer, vocabulary_size(tokenizer)).numpy()[ids_T] & scored_T
+        continues_T = continuing_tokens(tokenizer, vocabulary_size(tokenizer)).numpy()[ids_T] & (word_T >= 0)
         continues_T[1:] &= word_T[1:] == word_T[:-1]
         continues_T[starts[:-1]] = False
-        last_T = np.append(~continues_T[1:], True)  # of its word
-        ends_T = np.minimum.accumulate(np.where(last_T, ends_T, len(ids_T))[::-1])[::-1]
-    tokens = Tokens(ids_T, None, starts, np.zeros(len(first)), tokenizer.pad_token_id)
-    numbers = np.array([first[key] for key in keys])
-    return Sentences(pairs, tokens, scored_T, ends_T, numbers, tokenizer.mask_token_id)
+        lasts = np.flatnonzero(np.append(~continues_T[1:], True))  # the last token of each word
+        end_T = lasts[np.searchsorted(lasts, end_T)]
+    row_T = np.repeat(np.arange(len(first)), tokens.lengths)
+    place_I = np.flatnonzero(word_T >= 0)
+    place_I = place_I[np.argsort(tokens.lengths[row_T[place_I]], kind="stable")]
+    row_I, numbers = row_T[place_I], np.array([first[key] for key in keys])
+    position_I, end_I = (column_I - starts[row_I] for column_I in (place_I, end_T[place_I]))
+    return Sentences(pairs, tokens, numbers, row_I, position_I, end_I, tokenizer.mask_token_id)
 
 
 @torch.inference_mode()
@@ -175,7 +173,7 @@ def score(
     Raises:
         RunError: a sentence is too long for the model, or a score is not finite.
     """
-    tokens, (rows_I, places_I) = sentences.tokens, sentences.inputs
+    tokens, row_I = sentences.tokens, sentences.rows
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         loaded = load_masked_lm(directory, trust_remote_code).eval()
@@ -183,16 +181,16 @@ def score(
     except UsageError as error:
         raise RunError(f"the longest sentence of the pairs cannot be scored: {error}") from None
     model.model.to(device)
-    scores_I = np.empty(len(places_I), np.float64)
+    scores_I = np.empty(len(row_I), np.float64)
     done = 0
-    for batch_B in batches(tokens.lengths[rows_I], batch_tokens):
+    for batch_B in batches(tokens.lengths[row_I], batch_tokens):
         inputs, position_B, target_B = masked_batch(sentences, batch_B)
         scores_I[batch_B] = log_probabilities(model, inputs, position_B, target_B).cpu().numpy()
-        before, done = done, (int(batch_B[-1]) + 1) * len(sentences.numbers) // len(places_I)
+        before, done = done, (int(batch_B[-1]) + 1) * len(sentences.numbers) // len(row_I)
         advance(done - before)
     if not np.isfinite(scores_I).all():
         raise RunError("the pseudo-log-likelihoods are not finite; the model has diverged")
-    return np.bincount(rows_I, scores_I, len(tokens))[sentences.numbers]
+    return np.bincount(row_I, scores_I, len(tokens))[sentences.numbers]
 
 
 def batches(lengths_I: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -210,16 +208,14 @@ def batches(lengths_I: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
 
 
 def masked_batch(sentences: Sentences, batch_B: np.ndarray) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs [B, L], masked from the scored token to its ``sentences.ends``; its position [B] and its id [B]."""
-    rows_B, places_B = (column_I[batch_B] for column_I in sentences.inputs)
-    inputs = sentences.tokens.batch(rows_B)
-    start_B = sentences.tokens.starts[rows_B]
-    position_B = torch.from_numpy(places_B - start_B)
-    end_B = torch.from_numpy(sentences.ends[places_B] - start_B)
-    at_L = torch.arange(inputs["input_ids"].shape[1])
+    """Inputs [B, L], masked from the scored token to the end; its position [B] and its id [B]."""
+    inputs = sentences.tokens.batch(sentences.rows[batch_B])
+    position_B, end_B = (torch.from_numpy(column_I[batch_B]) for column_I in (sentences.positions, sentences.ends))
+    ids_BL = inputs["input_ids"]
+    at_L = torch.arange(ids_BL.shape[1])
     masked_BL = (at_L >= position_B[:, None]) & (at_L <= end_B[:, None])
-    inputs["input_ids"] = inputs["input_ids"].masked_fill(masked_BL, sentences.mask_id)
-    return inputs, position_B, torch.from_numpy(sentences.tokens.ids[places_B].astype(np.int64))
+    inputs["input_ids"] = ids_BL.masked_fill(masked_BL, sentences.mask_id)
+    return inputs, position_B, ids_BL.gather(1, position_B[:, None])[:, 0]
 
 
 def log_probabilities(model: MaskedLM, inputs: dict[str, Tensor], position_B: Tensor, target_B: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from entropy_masking.errors import UsageError
 from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import break_evens, cost
-from glue.intervals import Scores, estimate, paired_difference, seed_means
+from glue.intervals import Scores, estimate, paired_difference
 from glue.metrics import AVERAGES, IncompleteAverage, averages_by_seed, tasks_of
 from glue.results import Regimes, Run, evaluated_on, read_regimes, set_apart
+from glue.tables import Comparison, Estimates
 from glue.tasks import TASKS, ZERO_SHOT
-from glue.verdict import Comparison, Estimates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,7 +194,7 @@ def estimates(
 
 def estimate_of(values: Scores) -> dict[str, object]:
     """Mean, deviation and interval over pretraining seeds, and the deviation between fine-tuning seeds alone."""
-    means = seed_means(values)
+    means = {seed: statistics.fmean(values[seed].values()) for seed in sorted(values)}
     variances = [statistics.variance(own.values()) for own in values.values() if len(own) > 1]
     return asdict(estimate(list(means.values()))) | {
         "values": {str(seed): mean for seed, mean in means.items()},

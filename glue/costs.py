@@ -29,14 +29,21 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
     """
     if not summaries:
         return None
-    numbers = {name: _mean([_known(getattr(summary, name)) for summary in summaries]) for name in NUMBERS}
-    numbers["bytes"] = _mean([_bytes(summary) for summary in summaries])
-    numbers["corpus_tokens"] = _mean([_tokens(summary.shards or Directory()) for summary in summaries])
+    each = [_numbers(summary) for summary in summaries]
+    means = {name: statistics.mean([own[name] for own in each]) for name in each[0]}
+    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
+    return row | {name: _or_none(value) for name, value in means.items()}
+
+
+def _numbers(summary: Summary) -> dict[str, float]:
+    """The numbers of ``cost`` for one run."""
+    shards, targets = summary.shards or Directory(), summary.targets or Directory()
+    numbers = {name: _known(getattr(summary, name)) for name in NUMBERS}
+    numbers |= {"bytes": _known(shards.bytes) + (targets.bytes or 0), "corpus_tokens": _tokens(shards)}
     for unit, (training, scoring) in UNITS.items():
         numbers[f"total_{unit}"] = numbers[training] + numbers[scoring]
-        numbers[f"online_{unit}"] = _mean([_online(summary, unit) for summary in summaries])
-    row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
-    return row | {name: _or_none(value) for name, value in numbers.items()}
+        numbers[f"online_{unit}"] = _online(summary, unit)
+    return numbers
 
 
 def break_even(once: float, extra: float) -> float | None:
@@ -60,14 +67,9 @@ def break_evens(costs: Mapping[str, Cost | None]) -> list[dict[str, object]]:
     for name, own in costs.items():
         if not own or not own["scoring_flops"]:
             continue
-        source, _, distils = str(own["regime"]).partition("+")
-        others: dict[str, Cost | None] = {ONLINE: None}
-        if source == "parquet":
-            others |= {
-                other: row
-                for other, row in costs.items()
-                if row and str(row["regime"]).partition("+")[::2] == ("self", distils)
-            }
+        source, distils = _source(own["regime"])
+        rivals = {other: row for other, row in costs.items() if row and _source(row["regime"]) == ("self", distils)}
+        others = {ONLINE: None} | (rivals if source == "parquet" else {})
         for against, other in others.items():
             pays = {unit: _pays(own, other, unit) for unit in UNITS}
             rows.append({"regime": name, "against": against, **pays})
@@ -93,11 +95,6 @@ def _pays(own: Cost, other: Cost | None, unit: str) -> dict[str, float | None] |
     }
 
 
-def _bytes(summary: Summary) -> float:
-    shards, targets = summary.shards or Directory(), summary.targets or Directory()
-    return _known(shards.bytes) + (targets.bytes or 0)
-
-
 def _online(summary: Summary, unit: str) -> float:
     """Cost of a teacher in memory per token of a batch; nan for a regime without a teacher.
 
@@ -106,7 +103,7 @@ def _online(summary: Summary, unit: str) -> float:
     distils from the shards but masks in another way needs one pass of the shards.
     """
     name = "worker_seconds" if unit == "seconds" else unit
-    source, _, distils = str(summary.regime).partition("+")
+    source, distils = _source(summary.regime)
     shards, targets = summary.shards or Directory(), summary.targets
     row = _ratio(getattr(shards, name), _tokens(shards))
     if distils and targets:
@@ -117,13 +114,14 @@ def _online(summary: Summary, unit: str) -> float:
     return _ratio(row, shards.passes) if distils else math.nan
 
 
+def _source(regime: object) -> tuple[str, bool]:
+    """The source of the masks of a regime such as ``parquet+kd``, and whether it distils."""
+    source, plus, _ = str(regime).partition("+")
+    return source, bool(plus)
+
+
 def _tokens(directory: Directory) -> float:
     return _known(directory.sequences) * _known(directory.sequence_length)
-
-
-def _mean(values: Sequence[float]) -> float:
-    mean = statistics.fmean(values)
-    return int(mean) if all(isinstance(value, int) for value in values) and mean == int(mean) else mean
 
 
 def _ratio(value: float | None, by: float | None) -> float:

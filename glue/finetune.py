@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_scheduler, set_seed
 
-from entropy_masking.errors import RunError, UsageError, one_line
-from entropy_masking.models.checkpoints import load_config, safetensors_files
+from entropy_masking.errors import RunError, UsageError
+from entropy_masking.models.checkpoints import load_config, load_model, safetensors_files
 from glue import metrics
 from glue.batches import TaskTokens, Tokens, batches_by_length, shuffled_batches
 from glue.protocols import RECIPE, Settings
@@ -159,19 +158,9 @@ def load_classifier(directory: Path, task: Task, dropout: float, trust_remote_co
     config.problem_type = "single_label_classification" if task.labels else "regression"
     config.id2label = dict(enumerate(task.labels)) or {0: "score"}
     config.label2id = {name: number for number, name in config.id2label.items()}
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UsageError(f"cannot load {directory} for fine-tuning: {one_line(error)}") from None
+    model, missing = load_model(AutoModelForSequenceClassification, directory, config, trust_remote_code)
     encoder = f"{model.base_model_prefix}."
-    if lost := [name for name in loading["missing_keys"] if name.startswith(encoder) and "pooler" not in name]:
+    if lost := [name for name in missing if name.startswith(encoder) and "pooler" not in name]:
         raise UsageError(f"{directory} lacks weights of its encoder ({lost[0]}); use a complete checkpoint")
     if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UsageError(f"{directory} has weights that are not finite ({broken[0]}); use another checkpoint")

@@ -44,11 +44,6 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, sd, mean - half, mean + half, n)
 
 
-def seed_means(scores: Scores) -> dict[int, float]:
-    """The mean of the fine-tuning seeds, by pretraining seed."""
-    return {seed: statistics.fmean(scores[seed].values()) for seed in sorted(scores)}
-
-
 def paired_difference(scores: Scores, baseline: Scores) -> Estimate | None:
     """Estimate of ``scores - baseline`` by the paired t, over the pretraining and fine-tuning seeds that both have.
 

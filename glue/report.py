@@ -15,7 +15,7 @@ from entropy_masking.summary import Summary
 from glue import tables
 from glue.costs import ONLINE
 from glue.results import evaluated_on
-from glue.verdict import Comparison, Estimates, primary, verdict
+from glue.tables import Comparison, Estimates, primary
 
 STUDENTS, MAX_STUDENTS = 64, 10_000  # the axis ends between these
 EARLY = 0.2  # share of the shortest run that is left out of curves: losses fall there much more than they differ
@@ -31,7 +31,7 @@ def page(table: Comparison, summaries: Summaries) -> str:
         title=f"{len(table['regimes'])} regimes, {how} by the {table['protocol']} protocol",
         table=table,
         primary=primary(table)[0],
-        verdict=verdict(table),
+        verdict=tables.verdict(table),
         warnings=warnings(summaries),
         tables=tables.all_tables(table),
         differences=differences(table),

@@ -31,7 +31,6 @@ if __name__ == "__main__":
     console.check_flags(lambda: parse(sys.argv[1:], __doc__))  # before the imports that take seconds
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from entropy_masking import storage
 from entropy_masking.errors import RunError, UsageError
@@ -67,8 +66,6 @@ class Model:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv, __doc__)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # without the warning that the weights of the head are new
     models = {name: open_model(args, name, path) for name, path in args.models.items()}
     data = {task.name: load_data(args, task) for task in args.tasks}
     trials = [

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from entropy_masking.commands import ray_cluster
 from entropy_masking.errors import RunError, UsageError, one_line
@@ -17,6 +18,9 @@ from glue.protocols import Settings
 from glue.tasks import Task
 
 THREADS = torch.get_num_threads()  # read at import: 1 inside a Ray worker
+
+# at import, so also in each Ray worker: without the warning that the weights of the head are new
+logging.set_verbosity_error()
 
 TrialTokens = TaskTokens | blimp.Sentences
 Outcome = dict[str, object] | str  # of a trial: its part of the result file, or the reason of its failure
@@ -110,7 +114,7 @@ def run_on_ray(
         if gpus_per_worker and not on_gpus:
             raise UsageError("--gpus-per-worker needs a cluster with GPUs; leave it out")
         resources = {"num_cpus": 0, "num_gpus": gpus_per_worker or 1} if on_gpus else {"num_cpus": 1}
-        task: Any = ray.remote(**resources, max_retries=0)(run_on_worker)
+        task: Any = ray.remote(**resources, max_retries=0)(run_trial)
         waiting = sorted(trials, key=lambda trial: trial.rows)  # the last one runs next
         stored: dict[int, Any] = {}  # references to tokens that are in the object store
         running: dict[Any, Trial] = {}
@@ -131,12 +135,3 @@ def run_on_ray(
             yield trial, outcome
     finally:
         ray_cluster.disconnect()
-
-
-def run_on_worker(trial: Trial, tokens: TrialTokens) -> Outcome:
-    """A trial as a task of Ray."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    return run_trial(trial, tokens)

@@ -44,18 +44,12 @@ def test_scoring(work: Path, scored: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_loading(tokens: Path) -> None:
-    sizes = ["--groups", 1, "--rounds", 1, "--tokens", 100_000]
-    command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", tokens, *sizes]
+    command = [sys.executable, ROOT / "bench" / "loading.py", "--shards", tokens, "--rounds", 1]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
-    assert any(line.endswith(("met", "MISSED")) for line in table)
-    rows = {name: row["value"] for name, row in json.loads(last)["rows"].items()}
-    rates = [
-        masked + workers for masked in ("tokens", "tokens_masked") for workers in ("", "_workers", "_workers_to_1")
-    ]
-    for name in [*rates, "memory_10x_to_1x", "first_batch"]:
-        assert rows[name] > 0, name
+    rows = {name: row["value"] for name, row in json.loads(done.stdout.splitlines()[-1])["rows"].items()}
+    rates = {own + ending for own in ("tokens", "tokens_masked") for ending in ("", "_workers", "_workers_to_1")}
+    assert rows.keys() == rates and min(rows.values()) > 0
 
 
 @pytest.mark.exhaustive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -119,17 +120,28 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> transfor
     """
     config = load_config(directory, trust_remote_code)
     safetensors_files(directory)
-    logging.disable_progress_bar()  # a bar for each loaded model only fills the log
-    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    try:
-        loader = transformers.AutoModelForMaskedLM
-        model, info = loader.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # such as ZeroDivisionError for a configuration without attention heads
-        raise UsageError(f"cannot load the weights in {directory}: {one_line(error)}") from None
-    if missing := sorted(info["missing_keys"]):
+    model, missing = load_model(transformers.AutoModelForMaskedLM, directory, config, trust_remote_code)
+    if missing:
         problem = f"{directory} has no trained MLM head: {len(missing)} weights are missing ({', '.join(missing[:2])}…)"
         raise UsageError(f"{problem}; use a checkpoint saved from a masked LM")
     return model
+
+
+def load_model(
+    loader: Any, directory: Path, config: transformers.PretrainedConfig, trust_remote_code: bool
+) -> tuple[Any, list[str]]:
+    """A model in float32, and the names of the weights that its safetensors lack. Raises UsageError.
+
+    Args:
+        loader: a class of transformers such as ``AutoModelForMaskedLM``.
+    """
+    logging.disable_progress_bar()  # a bar for each loaded model only fills the log
+    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = loader.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # such as ZeroDivisionError for a configuration without attention heads
+        raise UsageError(f"cannot load the model in {directory}: {one_line(error)}") from None
+    return model, sorted(info["missing_keys"])
 
 
 def resolve_dtype(name: str) -> str:

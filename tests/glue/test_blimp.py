@@ -162,9 +162,10 @@ def test_words_of_a_byte_level_tokenizer(checkpoints: dict[str, Path], words: li
     tokens = tokenizer.convert_ids_to_tokens(encoded.tokens.ids[: encoded.tokens.starts[1]])
     comma = tokens.index(",")
     assert comma > 2, "the first word has several pieces"
-    assert encoded.ends[1 : comma + 1].tolist() == [comma - 1] * (comma - 1) + [comma]
-    assert set(encoded.ends[comma + 1 : len(tokens) - 1].tolist()) == {len(tokens) - 2}
-    assert encoded.scored[: len(tokens)].tolist() == [False, *[True] * (len(tokens) - 2), False]
+    first = encoded.rows == 0
+    assert encoded.positions[first].tolist() == list(range(1, len(tokens) - 1))
+    after = len(tokens) - 2 - comma
+    assert encoded.ends[first].tolist() == [comma - 1] * (comma - 1) + [comma] + [comma + after] * after
 
 
 def test_equal_sentences_tie(work: Path, words: list[str], tmp_path: Path) -> None:
@@ -348,7 +349,7 @@ def test_what_cannot_be_scored_fails(
     handle = model.cls.register_forward_pre_hook(lambda module, args: (args[0].cumsum(1),))
     monkeypatch.setattr(glue.blimp, "load_masked_lm", lambda directory, trust: model)
     found_2N, expected_U = blimp.score(checkpoints["bert"], sentences), np.zeros(len(sentences.tokens))
-    for number, row in enumerate(sentences.inputs[0]):
+    for number, row in enumerate(sentences.rows):
         inputs, (position,), (target,) = blimp.masked_batch(sentences, np.array([number]))
         expected_U[row] += float(model(**inputs).logits[0, position].log_softmax(-1)[target].detach())
     assert found_2N == pytest.approx(expected_U[sentences.numbers], abs=1e-4)

@@ -346,7 +346,7 @@ def test_a_worker_that_is_killed_costs_its_trial(work: Path, data: Path, words: 
         time.sleep(0.1)
         with contextlib.suppress(psutil.Error):  # some are at their end already
             below = psutil.Process(process.pid).children(recursive=True)
-            workers = [each for each in below if "run_on_worker" in " ".join(each.cmdline())]
+            workers = [each for each in below if "run_trial" in " ".join(each.cmdline())]
     workers[0].kill()
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
