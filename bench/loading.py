@@ -3,13 +3,14 @@
 
     python bench/loading.py --shards runs/scored
 
-A small corpus is read again and again. The batches stay in the workers, so the time that a trainer needs to receive
-them is not measured. A round begins in the middle of the first row groups and ends in the middle of the next, so no
-worker decodes ahead for a round that is not its turn. Prints a table with the budgets, and as its last line the same as
-one JSON object.
+A small corpus is read again and again. Each worker has one core. The batches stay in the workers, so the time that a
+trainer needs to receive them is not measured. A round begins in the middle of the first row groups and ends in the
+middle of the next, so no worker decodes ahead for a round that is not its turn. Prints a table with the budgets, and as
+its last line the same as one JSON object.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -70,7 +71,8 @@ def speeds(name: str, manifest: Manifest, args: argparse.Namespace) -> dict[str,
         for label, workers in ((own, 1), (f"{own}_workers", args.workers)):
             size = (2 + args.rounds) * batches * args.batch
             data = TrainingSequences(manifest, parts, columns, size=size, batch=args.batch, seed=0, prepare=prepare)
-            row_counts = iter(DataLoader(data, args.batch, num_workers=workers, collate_fn=row_count))
+            loader = DataLoader(data, args.batch, num_workers=workers, collate_fn=row_count, worker_init_fn=pin)
+            row_counts = iter(loader)
             read(row_counts, batches // 2)
             readers[label] = partial(read, row_counts, batches)
     tokens = batches * args.batch * manifest.sequence_length
@@ -80,6 +82,13 @@ def speeds(name: str, manifest: Manifest, args: argparse.Namespace) -> dict[str,
         budget = None if own == name else 0.9 * args.workers  # for masked batches, as a run reads them
         rows[f"{own}_workers_to_1"] = row(rates[f"{own}_workers"] / rates[own], "×", at_least=budget)
     return rows
+
+
+def pin(worker: int) -> None:
+    """Give a loader worker one core."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
 def row_count(batch: dict[str, Tensor]) -> int:

@@ -23,7 +23,6 @@ from entropy_masking.shards.manifests import run_uri
 from entropy_masking.shards.schema import Record, Run
 from pipeline.job import Failure, Job, Shard
 from pipeline.options import cores
-from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
 
 STOP_SECONDS = 10.0
 START_SECONDS = 60.0  # until a free worker has started
@@ -64,6 +63,8 @@ def dtype_of(args: argparse.Namespace) -> str:
 
 def local_records(job: Job, todo: list[Shard]) -> Generator[Record | Failure, None, None]:
     """Score shards in this process; yields their records or failures as shards end."""
+    from pipeline.worker import SHARDS_AT_ONCE, ShardScorer
+
     scorer = ShardScorer(job)
     outcomes = SimpleQueue[Record | Failure | BaseException]()
 
@@ -102,6 +103,8 @@ def ray_records(
     """
     ray_cluster.connect("pipeline")
     import ray
+
+    from pipeline.worker import SHARDS_AT_ONCE
 
     try:
         fitting, resources = _fit(job.threads, gpus_per_worker)
@@ -152,6 +155,8 @@ class ScoreShard:
     """``ShardScorer`` for Ray Data: shards → their records or failures, one by one. Both are pickled."""
 
     def __init__(self, job: Job) -> None:
+        from pipeline.worker import ShardScorer
+
         self.scorer = ShardScorer(job)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, list[bytes]]]:
