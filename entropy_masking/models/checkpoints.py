@@ -137,10 +137,15 @@ def load_model(
     """
     logging.disable_progress_bar()  # a bar for each loaded model only fills the log
     options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # the error of transformers does not name them
     try:
         model, info = loader.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # such as ZeroDivisionError for a configuration without attention heads
         raise UsageError(f"cannot load the model in {directory}: {one_line(error)}") from None
+    if wrong := sorted(info["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        problem = f"{name} in {directory} has the shape {[*found]}, but its configuration asks for {[*expected]}"
+        raise UsageError(f"{problem}; restore the config.json that belongs to the weights")
     return model, sorted(info["missing_keys"])
 
 
