@@ -261,7 +261,7 @@ def resume(size: Size, work: Path) -> dict[str, Row]:
 
 
 def run_to_its_end(command: list[str | Path]) -> None:
-    """Run a command, whose errors become those of this part. Raises RunError if it fails."""
+    """Run a command, and show its stderr as that of this part. Raises RunError if it fails."""
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise RunError(f"{command[1]} failed")
 

@@ -4,12 +4,13 @@
     python bench/loading.py --shards runs/scored
 
 A small corpus is read again and again. Each worker has one core. The batches stay in the workers, so the time that a
-trainer needs to receive them is not measured. A round begins in the middle of the first row groups and ends in the
-middle of the next, so no worker decodes ahead for a round that is not its turn. Prints a table with the budgets, and as
-its last line the same as one JSON object.
+trainer needs to receive them is not measured. Each round begins and ends in the middle of row groups, so no worker
+decodes ahead while another one is timed. Prints a table with the budgets, and as its last line the same as one JSON
+object.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -62,14 +63,14 @@ def parse() -> argparse.Namespace:
 def speeds(name: str, manifest: Manifest, args: argparse.Namespace) -> dict[str, Row]:
     """Tokens a second of one loader worker and of several, without and with masks: by entropy, or else at random."""
     columns = COLUMNS[name]
-    parts = all_rows(manifest) * -(-LANES // sum(entry.row_groups for entry in manifest.shards))
-    batches = -(-LANES * ROW_GROUP // args.batch)  # of a round: a row group of each lane
+    parts = all_rows(manifest) * math.ceil(LANES / sum(entry.row_groups for entry in manifest.shards))
+    batches = math.ceil(LANES * ROW_GROUP / args.batch)  # of a round: a row group of each lane
     policy = MaskPolicy() if "entropy" in columns else MaskPolicy.random()
     inputs = {name: whole_batch, f"{name}_masked": partial(masker_of(manifest), policy=policy)}
     readers = {}
     for own, prepare in inputs.items():
         for label, workers in ((own, 1), (f"{own}_workers", args.workers)):
-            size = (2 + args.rounds) * batches * args.batch
+            size = (2 + args.rounds) * batches * args.batch  # with half a round, and one that is not counted
             data = TrainingSequences(manifest, parts, columns, size=size, batch=args.batch, seed=0, prepare=prepare)
             loader = DataLoader(data, args.batch, num_workers=workers, collate_fn=row_count, worker_init_fn=pin)
             row_counts = iter(loader)

@@ -41,7 +41,7 @@ class Reduced(NamedTuple):
 def entropy_and_surprisal(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """The entropy H_N, between 0 and ln V, and the surprisal_N of the tokens ``targets_N`` (int64), in nats.
 
-    In float32, or in float64 for float64 logits.
+    Both are float32, or float64 for float64 logits.
     """
     z_NV = at_least_float32(logits_NV)
     entropy_N, lse_N1 = _entropy_and_lse(z_NV)

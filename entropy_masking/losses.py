@@ -114,7 +114,7 @@ class _OneSoftmax(torch.autograd.Function):
         labels_N1, kept_N1 = labels_N.clamp_min(0)[:, None], labels_N[:, None] != IGNORED_LABEL
         scored_N1 = ~teacher_logprobs_NK.isnan().any(1, keepdim=True)
 
-        # the teacher: p in its head, 1 - P outside of it; p = 0 in a row that is not scored
+        # the teacher: p in its head, 1 - P outside of it; p is 0 in a row that is not scored
         log_p_NK = torch.where(scored_N1, teacher_logprobs_NK.to(z_NV.dtype), -torch.inf)
         mass_N1 = log_p_NK.exp().sum(1, keepdim=True)
         tail_N1 = (1 - mass_N1).clamp_min(0) if log_p_NK.shape[1] < z_NV.shape[1] else torch.zeros_like(mass_N1)
@@ -122,8 +122,9 @@ class _OneSoftmax(torch.autograd.Function):
 
         # the student: log q in the head, e and log (1 - Q) outside of it; a row that is not scored has no head
         label_logit_N1, z_NK = z_NV.gather(1, labels_N1), z_NV.gather(1, teacher_ids_NK)
-        e_NV = z_NV.scatter_(1, teacher_ids_NK, torch.where(scored_N1, lowest, z_NK)).softmax(1)
-        outside_lse_N1 = z_NV.amax(1, keepdim=True) - e_NV.amax(1, keepdim=True).log()
+        outside_NV = z_NV.scatter_(1, teacher_ids_NK, torch.where(scored_N1, lowest, z_NK))  # in the memory of z_NV
+        e_NV = outside_NV.softmax(1)
+        outside_lse_N1 = outside_NV.amax(1, keepdim=True) - e_NV.amax(1, keepdim=True).log()
         z_NK = torch.where(scored_N1, z_NK, lowest)
         lse_N1 = torch.logaddexp(outside_lse_N1, z_NK.logsumexp(1, keepdim=True))
         log_q_NK, log_rest_N1 = z_NK - lse_N1, outside_lse_N1 - lse_N1
@@ -133,7 +134,7 @@ class _OneSoftmax(torch.autograd.Function):
         kl_N1 = kl_N1 + torch.where(tail_N1 > 0, tail_N1 * (tail_N1.log() - log_rest_N1), 0)
         loss_N1 = (1 - α) * ce_N1 + α * kl_N1.clamp_min(0)
 
-        # the three lines of the gradient above
+        # the three lines of the gradient in the docstring of this class
         of_head_NK = (log_q_NK.exp() - α * p_NK) * kept_N1
         of_e_N1 = torch.where(scored_N1, log_rest_N1.exp() - α * tail_N1, 1 - α) * kept_N1
         of_label_N1 = (α - 1) * kept_N1.to(z_NV.dtype)

@@ -65,7 +65,7 @@ class Sentences:
         pairs: the N pairs.
         tokens: of U different sentences, end to end.
         numbers: [2N] the number (below U) of each pair's good sentence, then of each pair's bad one.
-        rows: [I] the number (below U) of an input's sentence, shortest sentence first.
+        rows: [I] the number (below U) of an input's sentence. Inputs are sorted by the length of their sentence.
         positions: [I] the scored token in its sentence; tokens that the tokenizer has added are not scored.
         ends: [I] the last token that is masked with it.
         mask_id: the mask token.
@@ -208,7 +208,7 @@ def batches(lengths_I: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
 
 
 def masked_batch(sentences: Sentences, batch_B: np.ndarray) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs [B, L], masked from the scored token to the end; its position [B] and its id [B]."""
+    """Inputs [B, L], masked from ``positions`` to ``ends``; the positions [B]; and the ids of the scored tokens [B]."""
     inputs = sentences.tokens.batch(sentences.rows[batch_B])
     position_B, end_B = (torch.from_numpy(column_I[batch_B]) for column_I in (sentences.positions, sentences.ends))
     ids_BL = inputs["input_ids"]

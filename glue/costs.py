@@ -30,7 +30,7 @@ def cost(summaries: Sequence[Summary]) -> Cost | None:
     if not summaries:
         return None
     each = [_numbers(summary) for summary in summaries]
-    means = {name: statistics.mean([own[name] for own in each]) for name in each[0]}
+    means = {name: statistics.mean([own[name] for own in each]) for name in each[0]}  # of equal integers, the integer
     row: Cost = {"regime": summaries[0].regime, "model": summaries[0].model, "n": len(summaries)}
     return row | {name: _or_none(value) for name, value in means.items()}
 

@@ -19,8 +19,7 @@ from glue.tasks import Task
 
 THREADS = torch.get_num_threads()  # read at import: 1 inside a Ray worker
 
-# at import, so also in each Ray worker: without the warning that the weights of the head are new
-logging.set_verbosity_error()
+logging.set_verbosity_error()  # hide the warning that the weights of the head are new; Ray's workers import this too
 
 TrialTokens = TaskTokens | blimp.Sentences
 Outcome = dict[str, object] | str  # of a trial: its part of the result file, or the reason of its failure

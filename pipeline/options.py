@@ -65,7 +65,7 @@ def parse(argv: list[str] | None, description: str | None) -> argparse.Namespace
 def policy_of(options: TargetOptions) -> MaskPolicy | None:
     """The masks to score, if any. Raises UsageError: mask flags that are out of range or contradict each other."""
     needs = "{flag} needs --mask-source, which names the source of the masks"
-    check_rules(vars(options), [(not options.mask_source, dict.fromkeys(vars(options)), needs)])
+    check_rules(vars(options), [(not options.mask_source, dict.fromkeys(vars(options)), needs)])  # None is the default
     if not options.mask_source:
         return None
     seed = SEED if options.mask_seed is None else options.mask_seed

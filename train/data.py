@@ -44,7 +44,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
     one lane, and four consecutive batches use all lanes. So a batch has rows of about eight row groups, and four
     batches of about 32.
 
-    Example: an epoch of 64 rows and batches of 8, so an eighth of a batch is one row. Lane i has rows 2i and 2i + 1.
+    Example: an epoch has 64 rows, and a batch has 8. Each of the 32 lanes has two rows: lane i has rows 2i and 2i + 1.
     Batches 0 to 3 take the even rows: 0, 2, … 14; 16, 18, … 30; 32, … 46; 48, … 62. Batches 4 to 7 take the odd rows.
 
     A row group is decoded when its first row is needed, into the memory of one that its lane has passed. So memory does
@@ -128,7 +128,7 @@ class TrainingSequences(Dataset[dict[str, Tensor]]):
         return cycles * (last - first) + min(max(rest - first, 0), last - first)
 
     def _order(self, epoch: int) -> tuple[list[int], list[int], list[int]]:
-        """Of an epoch: the order of the row groups, the first row of each of them, and the first row of each lane."""
+        """The row groups of an epoch in their order, the first row of each, and the first row of each lane."""
         if not self._order_of or self._order_of[0] != epoch:
             order = hash_order(self.seed, ORDER_STREAM, epoch, size=len(self.groups)).tolist()
             starts = np.cumsum([0, *(self.sizes[group] for group in order)])[:-1].tolist()

@@ -27,7 +27,7 @@ from entropy_masking.errors import RunError, UsageError, one_line
 from train import resume
 from train.arguments import is_of_device
 
-STOP = ".stop"  # see ``train.cluster``
+STOP = ".stop"  # while this file exists, a run stops as at SIGTERM (see ``train.cluster``)
 AGREEMENT_STEPS = 4  # steps between two agreements of the ranks, each of which costs a round trip
 LOST_WORKER = "DataLoader worker (pid"  # torch's words for a loader worker that has died
 T = TypeVar("T")

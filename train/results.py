@@ -22,8 +22,8 @@ from train.student import model_identity
 from train.trainer import MaskedLMTrainer
 
 MAX_POINTS = 200  # of a curve in a summary
-# flags that may change on resume, because they do not decide what is learned, or because the number of steps and the
-# global batch, which they give, are compared
+# These flags may change on resume. Some do not decide what is learned. The others only set the number of steps and the
+# global batch, which are compared separately.
 FREE_OPTIONS = {"overwrite", "dry_run", "eval_only", "argv", "as_yaml"}
 FREE_OPTIONS |= {"trust_remote_code", "num_workers", "eval_shards", "recipe"}
 FREE_PREFIXES = (  # of flags of Trainer
@@ -33,7 +33,10 @@ FREE_PREFIXES = (  # of flags of Trainer
 
 
 def identity_of_run(options: Options, args: TrainingArguments, inputs: Inputs) -> dict[str, object]:
-    """All flags that decide what is learned, as JSON has them. Runs of one identity may share a directory."""
+    """All that decides what is learned: flags, and hashes of the data and the model. As ``run.json`` has it.
+
+    Runs of one identity may share a directory.
+    """
     own = {name: value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     masks = {FIELDS.get(name, f"mask_{name}"): value for name, value in asdict(inputs.policy).items()}
     run = {

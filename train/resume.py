@@ -30,7 +30,7 @@ BY_WINDOWS, BY_LANES = "windows", "lanes"  # what ordered the data of old runs, 
 UNFINISHED = ".unfinished"  # holds a checkpoint until it is whole, and while it is deleted
 FILES = "files.json"  # the last file of a checkpoint: size and CRC-32 of each other file
 LOCK = ".lock"
-OVERWRITE = ".overwrite"  # see ``train.cluster``
+OVERWRITE = ".overwrite"  # while this file exists, workers delete the old run (see ``train.cluster``)
 VISIBLE_SECONDS = 60.0  # NFS shows another node's file late
 
 

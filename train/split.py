@@ -115,7 +115,7 @@ def held_out_block(manifest: Manifest, entry: ShardEntry, share: float) -> tuple
         return Part(entry, 0, length), False
     start = int(hashes(SEED, PLACE, of_N=torch.tensor([entry.index]))) % (entry.rows - length + 1)
     planned, end = Part(entry, start, start + length), min(entry.rows, start + 2 * length)
-    # a block begins after one of these rows, and ends before one; the end of the shard also ends a document
+    # a block begins after a row with a border, and ends before one; the end of the shard also ends a document
     borders = rows_with_borders(manifest, entry, max(0, start - 1), end) + [entry.rows] * (end == entry.rows)
     begin = next((row + 1 for row in borders if row < planned.stop), entry.rows) if start else 0
     ends = [row for row in borders if row > begin]

@@ -1,7 +1,7 @@
 """Entropy-aware masking: scores → masked positions. Pure tensor functions; docs/training.md explains the rule.
 
-k positions of a row are masked, of which ``round(h·k)`` are chosen by score and the others uniformly. By score, the
-candidates with the highest ``r + τ·G`` come first: r in (0, 1] is the rank of the score within the row, and G is Gumbel
+k positions of a row are masked. ``round(h·k)`` of them are chosen by score, the others uniformly. The choice by score
+takes the candidates with the highest ``r + τ·G``: r in (0, 1] is the rank of the score within the row, and G is Gumbel
 noise (Gumbel top-k: Kool et al. 2019, arXiv 1903.06059). The hard share h depends on the progress of the run. h = 1 and
 τ = 0 is the selection of Srinivasagan et al. (arXiv 2605.28526).
 
@@ -57,18 +57,18 @@ def select_positions(
     masked_B1 = count(policy.ratio, candidates_BL, K)
     position_L = torch.arange(L, device=candidates_BL.device)
     noise_BL = noise(policy.seed, SELECTION, epoch_B, sequence_id_B, position_L)
-    by_noise_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
+    noise_order_BL = noise_BL.argsort(dim=1, descending=True, stable=True)
     share_B = torch.full_like(sequence_id_B, policy.hard_share, dtype=torch.float64)
     hard_B1 = ((share_B if progress_B is None else policy.share_at(progress_B))[:, None] * masked_B1).round()
     equal_BL = torch.zeros_like(noise_BL)  # so that noise alone decides
-    chosen_BL = _first(equal_BL, None, by_noise_BL, candidates_BL, masked_B1 - hard_B1, continues_BL)
+    chosen_BL = _first(equal_BL, None, noise_order_BL, candidates_BL, masked_B1 - hard_B1, continues_BL)
     if not policy.uniform:
         score_BL, gumbel_BL = score_BL.double().nan_to_num(nan=-torch.inf), None
         if policy.temperature:
             uniform_BL = noise(policy.seed, HARD, epoch_B, sequence_id_B, position_L)
             gumbel_BL = -policy.temperature * (-uniform_BL.log()).log()
         left_BL, left_B1 = candidates_BL & ~chosen_BL, masked_B1 - chosen_BL.sum(1, keepdim=True)
-        chosen_BL = chosen_BL | _first(score_BL, gumbel_BL, by_noise_BL, left_BL, left_B1, continues_BL)
+        chosen_BL = chosen_BL | _first(score_BL, gumbel_BL, noise_order_BL, left_BL, left_B1, continues_BL)
     return _slots(chosen_BL, K)
 
 
@@ -104,35 +104,38 @@ def _slots(chosen_BL: Tensor, size: int) -> Tensor:
 def _first(
     score_BL: Tensor,
     gumbel_BL: Tensor | None,
-    by_noise_BL: Tensor,
+    noise_order_BL: Tensor,
     candidates_BL: Tensor,
     count_B1: Tensor,
     continues_BL: Tensor | None,
 ) -> Tensor:
-    """The first ``count_B1`` candidates of ``_order``; bool [B, L].
+    """The first ``count_B1`` candidates in the order of ``_order``; bool [B, L].
 
-    With ``continues_BL``, whole words are chosen by their mean score, with the noise at their first token. A word that
-    does not fit any more is skipped. Then single tokens fill the rest.
+    With ``continues_BL``, whole words are ordered by their mean score. The noise of a word is that of its first token.
+    A word that does not fit any more is skipped. Then single tokens fill the rest.
     """
     chosen_BL = torch.zeros_like(candidates_BL)
     if continues_BL is not None:
         head_BL = word_heads(candidates_BL, continues_BL)
         size_BL, mean_BL = word_sizes_and_means(score_BL, candidates_BL, head_BL)
-        order_BL = _order(mean_BL, gumbel_BL, by_noise_BL, size_BL > 0)
+        order_BL = _order(mean_BL, gumbel_BL, noise_order_BL, size_BL > 0)
         fits_BL = words_that_fit(size_BL.gather(1, order_BL), count_B1)
         chosen_heads_BL = chosen_BL.scatter(1, order_BL, fits_BL)
         chosen_BL = candidates_BL & chosen_heads_BL.gather(1, head_BL)
         count_B1 = count_B1 - chosen_BL.sum(1, keepdim=True)
         candidates_BL = candidates_BL & ~chosen_BL
-    order_BL = _order(score_BL, gumbel_BL, by_noise_BL, candidates_BL)
+    order_BL = _order(score_BL, gumbel_BL, noise_order_BL, candidates_BL)
     return chosen_BL | _are_first(order_BL, candidates_BL, count_B1)
 
 
-def _order(score_BL: Tensor, gumbel_BL: Tensor | None, by_noise_BL: Tensor, candidates_BL: Tensor) -> Tensor:
-    """Positions of the candidates by score, or by its rank in the row plus ``gumbel_BL``; ties by noise."""
+def _order(score_BL: Tensor, gumbel_BL: Tensor | None, noise_order_BL: Tensor, candidates_BL: Tensor) -> Tensor:
+    """All positions [B, L]: candidates first, the highest score first; the noise decides between equal scores.
+
+    With ``gumbel_BL``, the order is that of the score's rank in the row plus ``gumbel_BL``.
+    """
     key_BL = score_BL if gumbel_BL is None else _rank_share(score_BL, candidates_BL) + gumbel_BL
-    order_BL = _descending(key_BL.gather(1, by_noise_BL), candidates_BL.gather(1, by_noise_BL))
-    return by_noise_BL.gather(1, order_BL)
+    order_BL = _descending(key_BL.gather(1, noise_order_BL), candidates_BL.gather(1, noise_order_BL))
+    return noise_order_BL.gather(1, order_BL)
 
 
 def _rank_share(score_BL: Tensor, candidates_BL: Tensor) -> Tensor:

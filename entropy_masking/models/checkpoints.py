@@ -130,7 +130,9 @@ def load_masked_lm(directory: Path, trust_remote_code: bool = False) -> transfor
 def load_model(
     loader: Any, directory: Path, config: transformers.PretrainedConfig, trust_remote_code: bool
 ) -> tuple[Any, list[str]]:
-    """A model in float32, and the names of the weights that its safetensors lack. Raises UsageError.
+    """A model in float32, and the names of the weights that its safetensors lack.
+
+    Raises UsageError if the model cannot be loaded.
 
     Args:
         loader: a class of transformers such as ``AutoModelForMaskedLM``.

@@ -24,7 +24,7 @@ from entropy_masking.shards.schema import Manifest, ShardEntry
 
 # totals of a manifest; without times, since a late writer may have written a shard again
 SUMMED = ("sequences", "tokens", "scored_tokens", "bytes", "entropy_sum", "documents", "rejected", "rejected_reasons")
-VALUE_BYTES = 8  # of a value at most, with the levels of its list; Parquet stores integers in 4 bytes or more
+VALUE_BYTES = 8  # a value takes at most these bytes, with its list levels; Parquet stores any integer in 4 or more
 SMALL = 1 << 16  # bytes of a row group besides its values
 DENIED = "is not readable for this user"
 
@@ -161,7 +161,10 @@ def table_faults(manifest: Manifest, entry: ShardEntry, file: pq.ParquetFile, de
 
 
 def size_faults(manifest: Manifest, file: pq.ParquetFile) -> list[str]:
-    """The fault of a file that claims more bytes than its rows can have, so that nobody tries to read them."""
+    """The fault of a file that claims more bytes than its rows can have, so that nobody tries to read them.
+
+    A position has at most one value of each column, and k token ids and k log-probabilities.
+    """
     positions = manifest.masks["positions"] if manifest.masks else manifest.sequence_length
     row_bytes = VALUE_BYTES * positions * (2 * manifest.top_k + len(file.schema_arrow))
     for group in map(file.metadata.row_group, range(file.num_row_groups)):

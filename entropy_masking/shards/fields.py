@@ -113,8 +113,8 @@ class _Totals(_Part):
     rescued_shards: Count
 
 
-# the models check these dictionaries and change nothing in them, for the sake of their hashes; a fingerprint is
-# everything that determines the bytes of the shards
+# Models check these dictionaries, but return them unchanged, because they are hashed (``valid`` raises, or returns a
+# model). A fingerprint is everything that determines the bytes of the shards.
 Fingerprint = Annotated[dict[str, Any], AfterValidator(lambda values: valid(_Fingerprint, values) and values)]
 Totals = Annotated[dict[str, Any], AfterValidator(lambda values: valid(_Totals, values) and values)]
 Masks = dict[str, Any]  # of targets: source, policy, variants and positions (K), as in the fingerprint

@@ -92,6 +92,7 @@ def read_targets(targets: Manifest, entry: ShardEntry, sequences: Rows, block: i
     K, lse = targets.masks["positions"], [T] if T != 1 else []
     columns = ["sequence_id", "variant", "positions", *TOP_K_COLUMNS, *map(temperature_column, lse), "input_crc32"]
     with _matching(targets, entry):
+        # the variants of a row group of sequences are row groups that follow each other
         table = read_table(targets, entry, columns, [block * targets.masks["variants"] + variant])
         rows, predictions = rows_of(table, K), predictions_of(table, K, targets.top_k, lse, targets.sampled)
         _check_ids(targets, predictions["topk_ids"])

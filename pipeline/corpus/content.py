@@ -71,14 +71,14 @@ def _content(file: FileRange, size: int, to_read: bool, advance: Callable[[int],
 
 
 def _read(file: FileRange, advance: Callable[[int], None]) -> tuple[str, int]:
-    """(hash of the bytes of a local file, decompressed bytes) of a file."""
+    """The hash of a local file's bytes (meaningless for a remote file), and the decompressed size of the file."""
     hashed, size, read = hashlib.sha256(), 0, 0
     if not storage.is_remote(file.path):
         with storage.open_stream(file.path) as stream:
             while block := stream.read(BLOCK):
                 hashed.update(block)
                 size += len(block)
-                advance(0 if file.compression else len(block))
+                advance(0 if file.compression else len(block))  # even 0 lets Ctrl-C end the run here
     if file.compression:
         size = 0
         with storage.open_stream(file.path) as raw, pa.CompressedInputStream(raw, file.compression) as stream:

@@ -19,8 +19,9 @@ LONG_PARAGRAPH = 1 << 16  # bytes; a longer one is rather a file with a document
 def documents(file_range: FileRange) -> Iterator[tuple[int, int, Any]]:
     """(position, line, what ``text_of`` makes a text of) of the documents from the start of a range on.
 
-    Text may go on after its end, and ``Reader`` stops there. Of a sequential file, ``Reader`` asks for all documents,
-    and drops those before the range. Of a document with more than ``max_bytes``, only about as many are held in memory.
+    They do not stop at the end of the range; ``Reader`` stops there. For a sequential file, ``Reader`` asks for the
+    whole file and drops the documents before the range. Of a document with more than ``max_bytes``, only about as many
+    are held in memory.
     """
     most = file_range.max_bytes
     if file_range.kind == "parquet":

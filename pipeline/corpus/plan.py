@@ -160,7 +160,7 @@ def _cut(whole: FileRange, size: int, texts: int, shard_bytes: int) -> Iterator[
 
 
 def _kind_of_range(file: FileRange, document: str | None) -> str:
-    """The kind of the ranges of a file: of plain text the unit of a document, else the format, which its kind still is.
+    """The kind of a file's ranges: for plain text the unit of a document, for other files their format (``file.kind``).
 
     Raises:
         UsageError: it is a large text without blank lines, which would be one document, and no unit was chosen.
