@@ -17,6 +17,11 @@ class Recipe:
     again: bool = False  # the noise: other random masks on the same data
 
     @property
+    def reads_scores(self) -> bool:
+        """Whether it needs the scores of the shards, for its masks or to distil."""
+        return "--entropy-source parquet" in self.flags or "--distill" in self.flags
+
+    @property
     def described(self) -> str:
         """The flags, and what else is different."""
         notes = [f"{self.steps} times the steps"] * (self.steps != 1) + ["shuffled scores"] * self.shuffled

@@ -56,9 +56,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--shards", required=True, help="scored shards, which the branches read")
+    add("--shards", required=True, help="scored shards, for the rows that read scores")
     add("--eval-shards", required=True, help="scored shards of held-out text, for the losses")
-    add("--trunk-shards", help="shards that the trunks read (default: --shards)")
+    add("--trunk-shards", help="shards that the trunks and the rows without scores read (default: --shards)")
     add("--output", required=True, help="directory for all results")
     add("--student", choices=LEARNING_RATES[MUON], default="tiny", help="preset of train/run.py (default: tiny)")
     add("--batch", type=positive, default=32, help="sequences of a step (default: 32)")
@@ -110,7 +110,8 @@ class Screen:
     def train_and_test(self, name: str, trunk: int) -> None:
         """One recipe from one trunk, and its zero-shot accuracy."""
         recipe, args = RECIPES[name], self.args
-        shards = self.output / "shuffled" if recipe.shuffled else args.shards
+        scored = self.output / "shuffled" if recipe.shuffled else args.shards
+        shards = scored if recipe.reads_scores else args.trunk_shards
         flags = ["--shards", shards, "--eval-shards", args.eval_shards, *recipe.flags.split()]
         if recipe.scratch:
             flags += ["--model", f"bert-{args.student}" if recipe.bert else args.student]

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 : "${TEXT:?}" "${HELDOUT:?}" "${DATA:?}"
 out=${OUT:-runs/study} trunks=${TRUNKS:-3} jobs=${JOBS:-2} workers=${WORKERS:---backend=local}
 reference=${REFERENCE:-small} student=${STUDENT:-mini} vocabulary=${VOCABULARY:-8192} train_rows=${TRAIN_ROWS:-10000}
-batch=${BATCH:-64} reference_steps=${REFERENCE_STEPS:-3660} trunk_steps=${TRUNK_STEPS:-1098} branch_steps=${BRANCH_STEPS:-2562}
+batch=${BATCH:-64} reference_steps=${REFERENCE_STEPS:-10980} trunk_steps=${TRUNK_STEPS:-1098} branch_steps=${BRANCH_STEPS:-2562}
 poor_documents=${POOR_DOCUMENTS:-399} poor_reference_steps=${POOR_REFERENCE_STEPS:-1221} poor_steps=${POOR_STEPS:-2442}
 # the rows of the front table, which are fine-tuned, and the others
 front=${FRONT:-random-r30,random-r30-long,random-r30-again,random-r30+kd,study-parquet,study-parquet+kd,study-self,study-self+kd}
@@ -23,9 +23,10 @@ reference() {  # in directory $1, train a reference on the tokens for $2 steps, 
     python pipeline/score.py --corpus "$out/heldout-tokens" --teacher "$1/reference" "$workers" --output "$1/scored-heldout-tokens"
 }
 screen() {  # in directory $1, with the flags $2, $3, …
-    python bench/screen.py --shards "$1/scored-tokens" --eval-shards "$1/scored-heldout-tokens" --student "$student" \
-        --batch "$batch" --trunk-steps "$trunk_steps" --trunk-mask-ratio 0.3 --branch-steps "$branch_steps" \
-        --scratch-steps "$poor_steps" --jobs "$jobs" --blimp "$DATA" --output "$1/screen" "${@:2}"
+    python bench/screen.py --shards "$1/scored-tokens" --trunk-shards "$1/tokens" --student "$student" \
+        --eval-shards "$1/scored-heldout-tokens" --batch "$batch" --trunk-steps "$trunk_steps" --trunk-mask-ratio 0.3 \
+        --branch-steps "$branch_steps" --scratch-steps "$poor_steps" --jobs "$jobs" --blimp "$DATA" --output "$1/screen" \
+        "${@:2}"
 }
 
 python pipeline/tokenizer.py --corpus "$TEXT" --vocab-size "$vocabulary" --lowercase --strip-accents --output "$out/tokenizer"

@@ -21,6 +21,7 @@ import train.options
 from bench.recipes import RECIPES
 from entropy_masking.commands.mask_flags import mask_policy
 from entropy_masking.errors import UsageError
+from entropy_masking.shards.manifests import read_manifest
 from glue.intervals import Estimate
 
 
@@ -164,6 +165,10 @@ def test_study(work: Path, words: list[str], tmp_path: Path) -> None:
     tuned = {"untrained", "random-r30", "random-r30-again", "parquet"}
     assert set(study["rows"]) == tuned | {"random", "random-r30-long"}
     assert "0.4286" in study["recipes"]["parquet"]
+    manifests = {name: read_manifest(str(tmp_path / "study" / name)) for name in ("tokens", "scored-tokens")}
+    for row, read in (("random-r30", "tokens"), ("study-parquet", "scored-tokens")):
+        identity = json.loads((tmp_path / "study" / "screen" / "branches-1" / row / "run.json").read_text())
+        assert identity["shards"] == manifests[read].fingerprint_hash
     for name, row in study["rows"].items():
         assert all(set(own) == {"1", "2"} for own in row.values())
         assert (name in tuned) == all(f"{task}:3" in row for task in ("sst2", "qqp", "mnli_matched", "qnli"))
@@ -222,6 +227,11 @@ def test_a_screen_checks_its_flags_first(
     with pytest.raises(UsageError, match=sentence):
         bench.screen.main()
     assert not (tmp_path / "screen").exists()
+
+
+@pytest.mark.parametrize("name", ["random-r30", "self", "self-paper", "parquet", "random-r30+kd", "predict-excess"])
+def test_rows_without_scores(name: str) -> None:
+    assert RECIPES[name].reads_scores == (name not in ("random-r30", "self", "self-paper"))
 
 
 def test_documents_show_the_numbers_in_docs_results() -> None:
