@@ -125,13 +125,15 @@ def curve(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
     At most ``MAX_POINTS`` points, spread evenly, with the last one.
     """
+    seconds: dict[float, float] = {}
+    for entry in log:  # a run that began with an older version has them in an entry before that of the evaluation
+        if "train_seconds" in entry:
+            seconds.setdefault(entry["step"], round(entry["train_seconds"], 2))
     # the last step may have two evaluations
-    points = {entry["step"]: entry for entry in log if "eval_loss" in entry and "train_seconds" in entry}
-    stride = max(1, math.ceil(len(points) / MAX_POINTS))
-    return [
-        {"step": step, "seconds": round(points[step]["train_seconds"], 2), "eval_loss": points[step]["eval_loss"]}
-        for step in reversed(sorted(points)[::-stride])
-    ]
+    losses = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry and entry["step"] in seconds}
+    stride = max(1, math.ceil(len(losses) / MAX_POINTS))
+    steps = reversed(sorted(losses)[::-stride])
+    return [{"step": step, "seconds": seconds[step], "eval_loss": losses[step]} for step in steps]
 
 
 def print_summary(output: Path, summary: Summary, metrics: dict[str, float]) -> None:

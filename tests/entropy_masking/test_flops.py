@@ -67,11 +67,15 @@ def test_a_forward_costs_what_the_formula_says(student: BertForMaskedLM) -> None
 def test_a_curve_is_thinned_evenly_and_keeps_its_end() -> None:
     log = [{"step": 5, "eval_loss": 9.0}]  # of a program that noted no seconds
     for step in range(10, 10_001, 10):
-        log.append({"step": step, "train_seconds": step / 4, "eval_loss": 1 / step})
+        if step <= 5_000:  # of an older version
+            log += [{"step": step, "train_seconds": step / 4}, {"step": step, "eval_loss": 1 / step}]
+        else:
+            log.append({"step": step, "train_seconds": step / 4, "eval_loss": 1 / step})
         log.append({"step": step, "train_seconds": step / 4 + 1})  # at a checkpoint
     log.append({"step": 10_000, "train_seconds": 2600.0, "eval_loss": 2.0})
     points = curve(log)
-    assert points[-1] == {"step": 10_000, "seconds": 2600.0, "eval_loss": 2.0}
+    assert points[-1] == {"step": 10_000, "seconds": 2500.0, "eval_loss": 2.0}
+    assert points[0] == {"step": 50, "seconds": 12.5, "eval_loss": 1 / 50}
     steps = [point["step"] for point in points]
     assert steps == list(range(50, 10_001, 50)) and len(steps) == MAX_POINTS
     assert curve([]) == []
