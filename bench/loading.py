@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How fast shards become batches, as they are and with masks, with one loader worker and with several.
+"""How fast shards become batches, as they are and with masks, with one loader worker and with several; and how soon a
+run of 1,000,000,000 tokens resumes.
 
     python bench/loading.py --shards runs/scored
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from accelerate import skip_first_batches
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,6 +31,7 @@ from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
 from entropy_masking.errors import UsageError
 from entropy_masking.masking.policy import MaskPolicy
+from entropy_masking.shards.faults import check_shards
 from entropy_masking.shards.manifests import Manifest, read_manifest
 from entropy_masking.shards.parquet import ROW_GROUP, TOP_K_COLUMNS
 from entropy_masking.shards.read import masker_of
@@ -36,6 +39,7 @@ from train.data import LANES, TrainingSequences, whole_batch
 from train.split import all_rows
 
 COLUMNS = {"tokens": [], "entropy": ["entropy"], "top_k": ["entropy", *TOP_K_COLUMNS]}
+TOKENS, RESUMED_AT = 10**9, 0.9  # of the run that resumes
 BUDGETS = {"tokens": 5e6, "entropy": 5e6, "top_k": 2e6}  # tokens/s
 
 
@@ -44,6 +48,8 @@ def main() -> None:
     manifest, rows = read_manifest(args.shards), dict[str, Row]()
     for name in list(COLUMNS)[: 1 + manifest.scored + (manifest.top_k > 0)]:
         rows |= speeds(name, manifest, args)
+    seconds = in_turns({"first_batch": partial(first_batch, args)}, args.rounds)["first_batch"]
+    rows["first_batch"] = row(seconds, "s", at_most=5)
     print_table(rows, vars(args))
 
 
@@ -83,6 +89,21 @@ def speeds(name: str, manifest: Manifest, args: argparse.Namespace) -> dict[str,
         budget = None if own == name else 0.9 * args.workers  # for masked batches, as a run reads them
         rows[f"{own}_workers_to_1"] = row(rates[f"{own}_workers"] / rates[own], "×", at_least=budget)
     return rows
+
+
+def first_batch(args: argparse.Namespace) -> None:
+    """From the manifest to the first batch of a run that resumes at 90 % of its tokens, as train/run.py and Trainer do.
+
+    The run is long enough because it reads the shards again and again.
+    """
+    manifest = read_manifest(args.shards)
+    check_shards(manifest, contents=False)
+    columns = list(COLUMNS.values())[manifest.scored + (manifest.top_k > 0)]
+    prepare = partial(masker_of(manifest), policy=MaskPolicy() if "entropy" in columns else MaskPolicy.random())
+    size, parts = TOKENS // manifest.sequence_length, all_rows(manifest)
+    data = TrainingSequences(manifest, parts, columns, size=size, batch=args.batch, seed=0, prepare=prepare)
+    loader = DataLoader(data, args.batch, collate_fn=whole_batch)
+    next(iter(skip_first_batches(loader, int(RESUMED_AT * size / args.batch))))
 
 
 def pin(worker: int) -> None:
