@@ -235,7 +235,8 @@ def muon_and_adamw(
     model: nn.Module, args: TrainingArguments, options: Options
 ) -> tuple[type[MuonAdamW], dict[str, object]]:
     """The class and the arguments of ``--optim muon`` for Trainer, which adds its own parameter groups."""
-    muon = {"lr": options.muon_learning_rate, "weight_decay": options.muon_weight_decay}
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    muon = {"lr": options.muon_learning_rate, "weight_decay": options.muon_weight_decay, "dtype": dtype}
     _, adamw = Trainer.get_optimizer_cls_and_kwargs(args)
     return MuonAdamW, {"matrices": hidden_matrices(model), "muon": muon, **adamw}
 

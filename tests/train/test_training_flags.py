@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from in_process import RANDOM, SELF, train_here, weights
-from transformers import BertConfig, BertForMaskedLM, FunnelConfig, FunnelForMaskedLM
+from transformers import BertConfig, BertForMaskedLM
 
 from entropy_masking.errors import UsageError
 from entropy_masking.shards.manifests import read_manifest
 from train.arguments import LEARNING_RATES, PRETRAINED_RATE, training_arguments
-from train.optimizer import hidden_matrices
 from train.options import MUON, parse
 
 
@@ -64,17 +63,6 @@ def test_learning_rate_and_batch_follow_the_size_of_the_model(tmp_path: Path) ->
         args = training_arguments(options, given)
         assert (args.learning_rate, args.per_device_train_batch_size) == (rate, batch)
         assert (options.muon, options.muon_learning_rate) == (muon is not None, muon)
-
-
-def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
-    """Some schedulers ask the optimizer for its rate. Muon gets no bias and no table, even if it is a matrix."""
-    for schedule in ("polynomial", "warmup_stable_decay"):
-        flags = [*RANDOM, "--max-steps", 2, "--lr-scheduler-type", schedule]
-        assert train_here(scored, tmp_path / schedule, *flags)["flags"]["muon"]
-    config = FunnelConfig(vocab_size=50, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
-    model = FunnelForMaskedLM(config)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)].rpartition(".")[2] for p in hidden_matrices(model)} == {"weight"}
 
 
 # --- values that are refused -----------------------------------------------------------------------------------------
