@@ -14,6 +14,7 @@ from train.options import parse
 from train.trainer import muon_and_adamw
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan et al. 2024, the defaults of torch.optim.Muon
+SMALL = FunnelConfig(vocab_size=50, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
 
 
 def test_bfloat16_equals_pytorch_to_the_bit() -> None:
@@ -54,7 +55,8 @@ def test_float32_against_the_singular_values(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("bf16, dtype", [("true", torch.bfloat16), ("false", torch.float32)])
 def test_muon_computes_in_the_dtype_of_the_training(bf16: str, dtype: torch.dtype) -> None:
     options, flags = parse(["--shards", "S", *RANDOM, "--output-dir", "O", "--use-cpu", "--bf16", bf16], None)
-    _, arguments = muon_and_adamw(nn.Module(), training_arguments(options, flags), options)
+    model = FunnelForMaskedLM(SMALL)
+    _, arguments = muon_and_adamw(model, training_arguments(options, flags), options)
     assert arguments["muon"]["dtype"] == dtype
 
 
@@ -63,7 +65,6 @@ def test_schedulers_and_matrices_of_muon(scored: Path, tmp_path: Path) -> None:
     for schedule in ("polynomial", "warmup_stable_decay"):
         flags = [*RANDOM, "--max-steps", 2, "--lr-scheduler-type", schedule]
         assert train_here(scored, tmp_path / schedule, *flags)["flags"]["muon"]
-    config = FunnelConfig(vocab_size=50, block_sizes=[1], d_model=8, n_head=2, d_head=4, d_inner=16)
-    model = FunnelForMaskedLM(config)
+    model = FunnelForMaskedLM(SMALL)
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)].rpartition(".")[2] for p in hidden_matrices(model)} == {"weight"}
