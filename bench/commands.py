@@ -11,12 +11,20 @@ from entropy_masking.commands.flags import Parser
 from entropy_masking.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# otherwise glibc hands large buffers back to the kernel at each step
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | MALLOC
 
 
 def new_parser(description: str | None) -> Parser:
     """A parser whose help begins with the docstring of a bench."""
     return Parser(f"bench/{Path(sys.argv[0]).name}", description)
+
+
+def keep_buffers() -> None:
+    """Start this script again unless malloc was told to keep large buffers: it reads its settings once."""
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
 
 
 def run_logged(output: Path, name: str, script: str, *flags: object) -> None:

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.commands import new_parser
+from bench.commands import keep_buffers, new_parser
 from bench.table import GOAL, Row, device_name, in_turns, peak_bytes, peak_flops, print_table, reset_peak, row
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
-from entropy_masking.commands.memory import keep_buffers
 from entropy_masking.errors import UsageError
 from entropy_masking.models.checkpoints import local_checkpoint, resolve_dtype
 from entropy_masking.models.flops import forward_flops

@@ -13,7 +13,7 @@ poor_documents=${POOR_DOCUMENTS:-399} poor_reference_steps=${POOR_REFERENCE_STEP
 # the rows of the front table, which are fine-tuned, and the others
 front=${FRONT:-random-r30,random-r30-long,random-r30-again,random-r30+kd,study-parquet,study-parquet+kd,study-self,study-self+kd}
 rows=${ROWS:-predict-excess,parquet-paper,self-paper,study-parquet-shuffled}
-export TOKENIZERS_PARALLELISM=false
+export TOKENIZERS_PARALLELISM=false MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824
 
 tokens() { python pipeline/score.py --teacher none --tokenizer "$out/tokenizer" --backend local "$@"; }
 reference() {  # in directory $1, train a reference on the tokens for $2 steps, and score them and the held-out text

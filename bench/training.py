@@ -25,12 +25,11 @@ from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 import train.run
-from bench.commands import new_parser
+from bench.commands import keep_buffers, new_parser
 from bench.recipes import AT_ONCE
 from bench.table import GOAL, Row, device_name, now, peak_bytes, peak_flops, print_table, reset_peak, row, to_json
 from entropy_masking.commands import console
 from entropy_masking.commands.flags import positive
-from entropy_masking.commands.memory import keep_buffers
 from entropy_masking.errors import RunError, one_line
 from entropy_masking.masking.policy import MaskPolicy
 from entropy_masking.models.checkpoints import resolve_dtype

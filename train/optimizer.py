@@ -1,7 +1,7 @@
 """Muon for the weight matrices between hidden layers and AdamW for all other parameters, as one optimizer.
 
 Muon orthogonalises the momentum of a matrix before it updates the matrix (Jordan et al. 2024; ``torch.optim.Muon``).
-M and N are the rows and columns of a matrix.
+M and N are the rows and columns of a matrix, S and L its shorter and its longer side.
 """
 
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim import Muon as TorchMuon
 from transformers.pytorch_utils import Conv1D
 
 
-class Muon(TorchMuon):
-    """``torch.optim.Muon``, which orthogonalises in ``dtype``.
+class Muon(torch.optim.Muon):
+    """Muon that orthogonalises in ``dtype``.
 
-    PyTorch's always uses bfloat16. A processor without bfloat16 emulates it, and most of a step goes into that.
+    PyTorch's Muon always uses bfloat16. A processor without bfloat16 emulates it, and then Muon takes most of the time
+    of a training step.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], *, dtype: torch.dtype, **settings: Any) -> None:
-        super().__init__(matrices, **settings)
+    def __init__(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(matrices, lr=lr, weight_decay=weight_decay)
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for matrix_MN in group["params"]:
@@ -34,8 +34,8 @@ class Muon(TorchMuon):
                 state = self.state[matrix_MN]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(gradient_MN)
-                mean_MN = state["momentum_buffer"].lerp_(gradient_MN, 1 - momentum)
-                nesterov_MN = gradient_MN.lerp(mean_MN, momentum).to(self.dtype)
+                momentum_MN = state["momentum_buffer"].lerp_(gradient_MN, 1 - momentum)
+                nesterov_MN = gradient_MN.lerp(momentum_MN, momentum).to(self.dtype)
                 update_MN = orthogonal(nesterov_MN, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rows, columns = matrix_MN.shape
                 matrix_MN.mul_(1 - rate * group["weight_decay"])
@@ -45,14 +45,14 @@ class Muon(TorchMuon):
 def orthogonal(matrix_MN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Move the singular values of a matrix close to 1, by the Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
     a, b, c = coefficients
-    transposed = matrix_MN.size(0) > matrix_MN.size(1)
-    x_MN = matrix_MN.T if transposed else matrix_MN  # so that M <= N, and the products are small
-    x_MN = x_MN / x_MN.norm().clamp(min=eps)
+    tall = matrix_MN.size(0) > matrix_MN.size(1)
+    x_SL = matrix_MN.T if tall else matrix_MN  # so that the products are small
+    x_SL = x_SL / x_SL.norm().clamp(min=eps)
     for _ in range(steps):
-        gram_MM = x_MN @ x_MN.T
-        polynomial_MM = torch.addmm(gram_MM, gram_MM, gram_MM, beta=b, alpha=c)
-        x_MN = torch.addmm(x_MN, polynomial_MM, x_MN, beta=a)
-    return x_MN.T if transposed else x_MN
+        gram_SS = x_SL @ x_SL.T
+        polynomial_SS = torch.addmm(gram_SS, gram_SS, gram_SS, beta=b, alpha=c)
+        x_SL = torch.addmm(x_SL, polynomial_SS, x_SL, beta=a)
+    return x_SL.T if tall else x_SL
 
 
 class MuonAdamW(Optimizer):

@@ -32,7 +32,6 @@ from transformers.utils import logging
 
 from entropy_masking import storage
 from entropy_masking.cards import model_card
-from entropy_masking.commands.memory import keep_buffers
 from entropy_masking.shards.manifests import copy_tokenizer
 from entropy_masking.summary import Summary
 from train import cluster, resume
@@ -59,8 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     with on_all_ranks(rank):
         set_steps(args, inputs)
         student = build_student(options.model, inputs.manifest, args.seed, options.trust_remote_code)
-        if args.use_cpu:
-            keep_buffers()
         if args.use_cpu and args.bf16:
             choose_attention(student, inputs.manifest.sequence_length)
         flops = flops_of(student, options, args, inputs)
