@@ -17,7 +17,7 @@ class Muon(torch.optim.Muon):
     """Muon that orthogonalises in ``dtype``.
 
     PyTorch's Muon always uses bfloat16. A processor without bfloat16 emulates it, and then Muon takes most of the time
-    of a training step.
+    of a training step. The other settings, and the state in a checkpoint, are those of PyTorch.
     """
 
     def __init__(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
@@ -26,6 +26,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """Update the matrices that have a gradient, as PyTorch's Muon does but for the dtype."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for matrix_MN in group["params"]:
@@ -43,7 +44,14 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrix_MN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Move the singular values of a matrix close to 1, by the Newton-Schulz iteration of Muon (Jordan et al. 2024)."""
+    """Move the singular values of a matrix close to 1, by the Newton-Schulz iteration of Muon (Jordan et al. 2024).
+
+    Args:
+        matrix_MN: (M, N) of any floating-point dtype. The result has its shape and dtype.
+        coefficients: a, b and c of a step, which maps a singular value s to a·s + b·s³ + c·s⁵.
+        steps: number of steps.
+        eps: the least Frobenius norm by which the matrix is divided before the first step.
+    """
     a, b, c = coefficients
     tall = matrix_MN.size(0) > matrix_MN.size(1)
     x_SL = matrix_MN.T if tall else matrix_MN  # so that the products are small
